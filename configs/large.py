@@ -1,0 +1,16 @@
+"""GPT-2 medium (350M parameters, 2048 tokens) on wikitext-103-raw-v1, with ZeRO sharding.
+
+    python scripts/train.py --config configs/large.py
+
+Sharding is not available yet, so this is refused; with `--training.use_deepspeed false` it trains replicated.
+"""
+
+from jaxlm.config import Config, DataConfig, ModelConfig, TrainingConfig
+
+config = Config(
+    model=ModelConfig(d_model=1024, n_heads=16, n_layers=24, d_ff=4096, max_seq_len=2048, gradient_checkpointing=True),
+    training=TrainingConfig(
+        batch_size=4, gradient_accumulation_steps=16, use_amp=True, use_deepspeed=True, num_epochs=1
+    ),
+    data=DataConfig(dataset_name="wikitext", dataset_config="wikitext-103-raw-v1", max_length=2048),
+)

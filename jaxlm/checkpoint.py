@@ -1,0 +1,246 @@
+"""A run's folder: its checkpoints (Orbax), its best and final model, and loading any of them.
+
+Every saved folder holds the same items: `params` (Orbax), `config/config.json`, `tokenizer/tokenizer.json` and
+`progress/progress.json`; a checkpoint also holds `optimizer` (Orbax).
+"""
+
+import dataclasses
+import json
+import os
+import re
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+import orbax.checkpoint as ocp
+from absl import logging as absl_logging
+from flax import nnx
+
+from jaxlm.config import Config, from_dict, to_dict, validate
+from jaxlm.errors import UserError
+from jaxlm.model import Transformer
+from jaxlm.precision import compute_dtype
+from jaxlm.step import TrainState
+from jaxlm.tokenizer import Tokenizer
+
+T = TypeVar("T")
+
+PREFIX = "checkpoint"
+JSON_ITEMS = {"config": "config.json", "tokenizer": "tokenizer.json", "progress": "progress.json"}
+
+# What goes wrong while arrays are read is wrapped in a bare `Exception` by Orbax; there is nothing narrower to name.
+_OrbaxError = Exception
+
+absl_logging.set_verbosity(absl_logging.ERROR)  # Orbax reports every save in several lines
+
+
+@dataclasses.dataclass(frozen=True)
+class Progress:
+    """What a resumed run has to know beside arrays."""
+
+    step: int  # optimizer updates done
+    total_steps: int
+    best_loss: float | None  # lowest validation loss so far, nats a token
+    requested_vocab_size: int  # what the BPE was asked for; config.json has what it reached
+    data_fingerprint: str
+    global_batch: int  # rows an update; with the step, it says where in the data the run is
+
+
+def _handlers() -> dict[str, Any]:
+    arrays = {name: ocp.StandardCheckpointHandler() for name in ("params", "optimizer")}
+    return arrays | {name: ocp.JsonCheckpointHandler(filename) for name, filename in JSON_ITEMS.items()}
+
+
+def _items(params: Any, config: Config, tokenizer: Tokenizer, progress: Progress) -> dict[str, Any]:
+    return {
+        "params": ocp.args.StandardSave(params),
+        "config": ocp.args.JsonSave(to_dict(config)),
+        "tokenizer": ocp.args.JsonSave(json.loads(tokenizer.to_json())),
+        "progress": ocp.args.JsonSave(dataclasses.asdict(progress)),
+    }
+
+
+class Checkpoints:
+    """The `checkpoint_<step>` folders of a run, the newest `limit` of them (None: all), written in the background."""
+
+    def __init__(self, folder: Path, limit: int | None) -> None:
+        self.folder = folder.resolve()
+        self.manager = ocp.CheckpointManager(
+            self.folder,
+            item_handlers=_handlers(),
+            options=ocp.CheckpointManagerOptions(
+                max_to_keep=limit or None, step_prefix=PREFIX, cleanup_tmp_directories=True, create=True
+            ),
+        )
+
+    def save(self, state: TrainState, config: Config, tokenizer: Tokenizer, progress: Progress) -> None:
+        """Saves atomically, in the background; a step that is there already stays as it is."""
+        if progress.step in self.manager.all_steps():
+            return
+        optimizer = {"step": state.step, "skipped": state.skipped, "opt_state": state.opt_state}
+        items = _items(state.params, config, tokenizer, progress)
+        args = ocp.args.Composite(optimizer=ocp.args.StandardSave(optimizer), **items)
+        if not self.manager.save(progress.step, args=args):
+            raise RuntimeError(f"Orbax declined to save step {progress.step} in {self.folder}")
+
+    def wait(self) -> None:
+        """Returns when what was saved is on disk; raises what went wrong."""
+        self.manager.wait_until_finished()
+
+    def close(self) -> None:
+        self.manager.close()
+
+
+def checkpoint_steps(folder: Path) -> dict[int, Path]:
+    """{step: path} of the complete checkpoints in a run's folder, in order."""
+    found = {}
+    for path in folder.glob(f"{PREFIX}_*"):
+        step = re.fullmatch(rf"{PREFIX}_(\d+)", path.name)
+        if step and (path / "_CHECKPOINT_METADATA").exists():
+            found[int(step[1])] = path
+    return dict(sorted(found.items()))
+
+
+def find_checkpoint(path: str, folder: Path) -> Path:
+    """The checkpoint that `training.resume_from_checkpoint` names: a folder, or "latest" of the run in `folder`.
+
+    Raises:
+      UserError: there is none.
+    """
+    where = f"training.resume_from_checkpoint ({path})"
+    if path == "latest":
+        steps = checkpoint_steps(folder)
+        if not steps:
+            raise UserError(f"{where}: no checkpoint in {folder}; leave it out to start there")
+        return steps[max(steps)]
+    chosen = Path(path)
+    if not chosen.is_dir():
+        raise UserError(f"{where}: no such folder")
+    if not (chosen / "optimizer").is_dir() or not (chosen / "params").is_dir():
+        inside = checkpoint_steps(chosen)
+        hint = f"; name one of its checkpoints, such as {inside[max(inside)]}" if inside else ""
+        raise UserError(f"{where}: is not a checkpoint folder{hint}")
+    return chosen
+
+
+def _read_json(path: Path, item: str, build: Callable[[Any], T]) -> T:
+    file = path / item / JSON_ITEMS[item]
+    try:
+        return build(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{file}: not readable ({error}); the model or checkpoint in {path} is damaged") from error
+
+
+def read_progress(path: Path) -> Progress:
+    """The progress saved in a checkpoint or model folder; UserError if it can't be read."""
+    return _read_json(path, "progress", lambda values: Progress(**values))
+
+
+def read_config(path: Path) -> Config:
+    """The resolved configuration saved in a checkpoint or model folder; UserError if it can't be read."""
+    return _read_json(path, "config", lambda values: from_dict(values, str(path)))
+
+
+def read_tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer saved in a checkpoint or model folder; UserError if it can't be read."""
+    return Tokenizer.load(path / "tokenizer", name=str(path))
+
+
+def _restore(path: Path, item: str, target: Any) -> Any:
+    """One array item of a saved folder, with the shapes, dtypes and placement of `target`."""
+    with ocp.StandardCheckpointer() as checkpointer:
+        try:
+            return checkpointer.restore((path / item).resolve(), target)
+        except _OrbaxError as error:
+            if type(error) is not Exception and not isinstance(error, OSError | ValueError | KeyError):
+                raise
+            reason = str(error.__cause__ or error).strip().splitlines()[0][:300]
+            raise UserError(
+                f"{path / item}: cannot be restored ({reason}); it is damaged or of another model"
+            ) from error
+
+
+def restore_state(path: Path, target: TrainState) -> TrainState:
+    """The state saved in the checkpoint at `path`.
+
+    Args:
+      target: abstract state (shapes, dtypes, shardings) of the run that goes on.
+
+    Raises:
+      UserError: damaged, or of another model.
+    """
+    optimizer = {"step": target.step, "skipped": target.skipped, "opt_state": target.opt_state}
+    return TrainState(params=_restore(path, "params", target.params), **_restore(path, "optimizer", optimizer))
+
+
+def move_later_aside(folder: Path, step: int) -> list[Path]:
+    """Moves checkpoints beyond `step` into `<folder>/aside_<time>/`, so that a run can go on from `step`."""
+    later = [path for number, path in checkpoint_steps(folder).items() if number > step]
+    if later:
+        aside = folder / time.strftime("aside_%Y%m%d_%H%M%S")
+        aside.mkdir()
+        for path in later:
+            path.rename(aside / path.name)
+    return later
+
+
+def save_model(path: Path, params: Any, config: Config, tokenizer: Tokenizer, progress: Progress) -> None:
+    """Writes a self-contained model folder, replacing the one at `path` so that a crash leaves one of the two.
+
+    The new one is written beside it and swapped in; `recover_model` mends a crash between the two renames.
+    """
+    new, old = path.with_name(path.name + ".new"), path.with_name(path.name + ".old")
+    for leftover in (new, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    with ocp.Checkpointer(
+        ocp.CompositeCheckpointHandler(**{k: v for k, v in _handlers().items() if k != "optimizer"})
+    ) as c:
+        c.save(new.resolve(), args=ocp.args.Composite(**_items(params, config, tokenizer, progress)))
+    if path.exists():
+        path.rename(old)
+    new.rename(path)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def recover_model(path: Path) -> None:
+    """Puts back the old model if a crash came between the two renames of `save_model`."""
+    old = path.with_name(path.name + ".old")
+    if old.exists() and not path.exists():
+        old.rename(path)
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedModel:
+    """What `load` returns; `model` is a flax.nnx module whose call gives hidden states (see `Transformer`)."""
+
+    model: Transformer
+    tokenizer: Tokenizer
+    config: Config
+    progress: Progress
+
+
+def load(path: str | os.PathLike[str]) -> LoadedModel:
+    """The model, tokenizer and configuration in a best_model, final_model or checkpoint folder.
+
+    The parameters are float32, on JAX's default device, whatever devices they were saved from.
+
+    Raises:
+      UserError: not such a folder, or damaged.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; name a best_model, final_model or checkpoint_<step> folder")
+    if not (folder / "params").is_dir():
+        inside = [name for name in ("best_model", "final_model") if (folder / name).is_dir()]
+        hint = f", such as {folder / inside[0]}" if inside else ""
+        raise UserError(f"{folder}: holds no model; name a best_model, final_model or checkpoint_<step> folder{hint}")
+    config = validate(read_config(folder))
+    make = lambda: Transformer(config.model, dtype=compute_dtype(config.training), rngs=nnx.Rngs(0))  # noqa: E731
+    graphdef, abstract = nnx.split(nnx.eval_shape(make))
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), nnx.to_pure_dict(abstract))
+    model = nnx.merge(graphdef, _restore(folder, "params", target))
+    return LoadedModel(model, read_tokenizer(folder), config, read_progress(folder))

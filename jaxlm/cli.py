@@ -1,0 +1,193 @@
+"""The command line: configuration files, overrides by type, exit codes."""
+
+import argparse
+import dataclasses
+import json
+import os
+import re
+import runpy
+import sys
+import traceback
+import types
+import typing
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from jaxlm.config import SECTIONS, Config, from_dict, nearest, replace_fields, type_name
+from jaxlm.errors import Stopped, UserError
+from jaxlm.signals import StopRequest
+
+EXIT_USER_ERROR, EXIT_STOPPED = 2, 75
+CONFIG_FILE_ERRORS = (  # what the user's own code in a configuration file is likely to raise
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    NameError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse without abbreviations, whose errors are UserErrors that name the nearest known option."""
+
+    def __init__(self, description: str) -> None:
+        super().__init__(
+            description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+
+    def error(self, message: str) -> NoReturn:
+        known = [name for action in self._actions for name in action.option_strings]
+        unknown = re.match(r"unrecognized arguments: (--?[^\s=]+)", message)
+        if unknown:
+            raise UserError(f"{unknown[1]}: unknown option{nearest(unknown[1], known)}; --help lists all")
+        if message.endswith("expected one argument"):
+            message += " (a value that begins with - is written --name=value)"
+        raise UserError(f"{message}; --help lists all options")
+
+
+def add_config_options(parser: Parser, sections: Sequence[str] = tuple(SECTIONS)) -> None:
+    """Adds --SECTION.FIELD VALUE for every field of `sections`."""
+    required = [f"{action.option_strings[0]} {action.metavar}" for action in parser._actions if action.required]
+    parser.usage = " ".join(["%(prog)s", *required, "[options]"])  # argparse would list every field
+    for name in sections:
+        group = parser.add_argument_group(f"{name} options")
+        hints = typing.get_type_hints(SECTIONS[name])
+        for field in dataclasses.fields(SECTIONS[name]):
+            choices = f" [{'|'.join(field.metadata['choices'])}]" if field.metadata["choices"] else ""
+            default = _shown(field.default)
+            group.add_argument(
+                f"--{name}.{field.name}",
+                metavar="VALUE",
+                default=argparse.SUPPRESS,
+                help=f"{field.metadata['help']}{choices} ({type_name(hints[field.name])}; default: {default})".replace(
+                    "%", "%%"
+                ),
+            )
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, tuple):
+        return ",".join(value) or "[]"
+    return (
+        json.dumps(value)
+        if isinstance(value, bool)
+        else "none"
+        if value is None
+        else repr(value)
+        if value == ""
+        else str(value)
+    )
+
+
+def overrides(arguments: argparse.Namespace) -> dict[str, Any]:
+    """{"section.field": value} of the config options that were given, converted to their declared types."""
+    given = {name: text for name, text in vars(arguments).items() if name.partition(".")[0] in SECTIONS and "." in name}
+    hints = {name: typing.get_type_hints(section) for name, section in SECTIONS.items()}
+    return {
+        dotted: convert(dotted, text, hints[dotted.partition(".")[0]][dotted.partition(".")[2]])
+        for dotted, text in given.items()
+    }
+
+
+def convert(dotted: str, text: str, annotation: Any) -> Any:
+    """`text` as a value of the declared type: true|false, none|null, a number, a string, a list (JSON or commas).
+
+    Raises:
+      UserError: it is none.
+    """
+    kinds = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
+    if type(None) in kinds and text.lower() in ("none", "null"):
+        return None
+    for kind in kinds:
+        if typing.get_origin(kind) is tuple:
+            return _convert_list(dotted, text)
+        if kind is bool and text.lower() in ("true", "false"):
+            return text.lower() == "true"
+        if kind in (int, float):
+            try:
+                return kind(text)
+            except ValueError:
+                continue
+        if kind is str:
+            return text
+    raise UserError(f"{dotted} ({text!r}) must be {type_name(annotation)}")
+
+
+def _convert_list(dotted: str, text: str) -> tuple[str, ...]:
+    if not text.lstrip().startswith("["):
+        return tuple(part.strip() for part in text.split(",") if part.strip())
+    try:
+        values = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f'{dotted} ({text!r}) is not a JSON list ({error}); write ["a", "b"] or a,b') from error
+    if not all(isinstance(value, str) for value in values):
+        raise UserError(f'{dotted} ({text!r}) holds something else than text; write ["a", "b"] or a,b')
+    return tuple(values)
+
+
+def load_config(path: str) -> Config:
+    """The configuration in a Python file (a module that defines `config`) or a JSON file.
+
+    Raises:
+      UserError: missing, unreadable, not valid, or without a configuration.
+    """
+    file = Path(path)
+    if file.is_dir() or not file.exists():
+        raise UserError(
+            f"--config ({path}): {'is a folder' if file.is_dir() else 'no such file'}; name a .py or .json file"
+        )
+    if file.suffix == ".json":
+        try:
+            return from_dict(json.loads(file.read_text(encoding="utf-8")), f"--config ({path})")
+        except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
+            raise UserError(f"--config ({path}): not readable as JSON: {error}") from error
+    if file.suffix != ".py":
+        raise UserError(f"--config ({path}): must end in .py or .json")
+    try:
+        found = runpy.run_path(path)
+    except SyntaxError as error:
+        raise UserError(f"--config ({path}): line {error.lineno}: {error.msg}") from error
+    except CONFIG_FILE_ERRORS as error:
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+        where = f"--config ({path})" + (f": line {lines[-1]}" if lines else "")
+        raise UserError(f"{where}: {type(error).__name__}: {_one_line(error)}") from error
+    if not isinstance(found.get("config"), Config):
+        raise UserError(f"--config ({path}): must define `config = Config(...)` (from jaxlm.config import Config)")
+    return found["config"]
+
+
+def config_from(arguments: argparse.Namespace) -> Config:
+    """The file given by --config with the command line's overrides."""
+    return replace_fields(load_config(arguments.config), overrides(arguments))
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())
+
+
+def main(command: Callable[[], None]) -> NoReturn:
+    """Runs `command` and ends the process: 0 done, 2 the user can mend it, 75 stopped, 1 a traceback."""
+    try:
+        with StopRequest(at_once=True):
+            try:
+                command()
+            finally:
+                sys.stdout.flush()  # here, where a reader that went away can still be dealt with
+    except UserError as error:
+        print(f"error: {_one_line(error)}", file=sys.stderr)
+        sys.exit(EXIT_USER_ERROR)
+    except Stopped as stopped:
+        print(f"stopped: {_one_line(stopped)}", file=sys.stderr)
+        sys.exit(EXIT_STOPPED)
+    except BrokenPipeError:  # the reader of what we print went away, as with `| head`: nobody to tell, so end quietly
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(nowhere, stream.fileno())
+        sys.exit(1)
+    sys.exit(0)

@@ -1,0 +1,334 @@
+"""Every option of a run, its default, its meaning and its bounds; imports nothing heavy.
+
+A field is declared once, with `option(default, help, ...)`: the command line, `--help`, the JSON reader and
+`validate` are all driven by these declarations. Values are never changed in place: use `dataclasses.replace`.
+"""
+
+import dataclasses
+import difflib
+import json
+import types
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from jaxlm.errors import UserError
+
+T = TypeVar("T")
+
+
+def option(
+    default: T,
+    help: str,
+    *,
+    choices: tuple[str, ...] = (),
+    low: float | None = None,
+    high: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+    resumable: bool = False,
+) -> T:
+    """Declares a field. `low`/`high` are inclusive bounds, `above`/`below` exclusive ones.
+
+    `resumable` marks a field that does not change the training itself, so that a run may go on with another value.
+    """
+    bounds = {"choices": choices, "low": low, "high": high, "above": above, "below": below}
+    return typing.cast(T, dataclasses.field(default=default, metadata={"help": help, "resumable": resumable, **bounds}))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Section:
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, list):  # lists are welcome in config files; frozen sections hold tuples
+                object.__setattr__(self, field.name, tuple(value))
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig(_Section):
+    """The Transformer. Defaults are those of GPT-2 small."""
+
+    vocab_size: int = option(50000, "BPE vocabulary to train; the model's is the size the tokenizer reached", low=1)
+    d_model: int = option(768, "width of the residual stream", low=1)
+    n_heads: int = option(12, "attention heads; must divide d_model", low=1)
+    n_layers: int = option(12, "Transformer blocks", low=1)
+    d_ff: int = option(3072, "width of the feed-forward layer", low=1)
+    max_seq_len: int = option(1024, "longest sequence the model can take, in tokens", low=2)
+    dropout: float = option(0.1, "dropout of embeddings and of each block's two outputs", low=0, below=1)
+    attention_dropout: float = option(0.1, "dropout of the attention weights", low=0, below=1)
+    activation: str = option(
+        "gelu", "feed-forward activation; gelu is GPT-2's tanh form", choices=("gelu", "relu", "swish")
+    )
+    pre_norm: bool = option(True, "normalise before each sub-layer (false: after, as in the 2017 Transformer)")
+    gradient_checkpointing: bool = option(False, "recompute activations in the backward pass to save memory")
+    remat_policy: str = option(
+        "full",
+        "what gradient_checkpointing recomputes: everything, or all but matrix products",
+        choices=("full", "dots"),
+    )
+    positions: str = option("learned", "how positions enter", choices=("learned", "sinusoidal", "rotary"))
+    rope_theta: float = option(10000.0, "base of the rotary frequencies (positions=rotary)", above=0)
+    tie_embeddings: bool = option(True, "use the token embedding as the output projection too")
+    scan_layers: bool = option(False, "compile one block and loop over it: compiles faster, runs slower")
+    attention: str = option(
+        "auto",
+        "attention kernel: blockwise runs everywhere; cudnn needs a GPU, 16-bit, no packing, no attention_dropout",
+        choices=("auto", "blockwise", "cudnn"),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingConfig(_Section):
+    """Optimization, precision, saving and reporting. `step` always means an optimizer update."""
+
+    batch_size: int = option(8, "sequences a device in one micro-batch", low=1, resumable=True)
+    gradient_accumulation_steps: int = option(8, "micro-batches summed into one update", low=1, resumable=True)
+    num_epochs: float = option(3, "passes over the data; a fraction is fine", above=0, resumable=True)
+    max_steps: int | None = option(None, "updates to run, instead of num_epochs", low=1, resumable=True)
+    stop_at_step: int | None = option(None, "save and end after this update; the schedule stays", low=1, resumable=True)
+    learning_rate: float = option(1e-4, "peak learning rate", above=0)
+    lr_scheduler: str = option(
+        "cosine", "shape of the decay after warm-up", choices=("cosine", "linear", "polynomial", "constant")
+    )
+    warmup_steps: int = option(2000, "updates of linear warm-up; shortened to a tenth of the run", low=0)
+    min_lr_ratio: float = option(0.1, "learning rate at the end, as a fraction of the peak", low=0, high=1)
+    lr_power: float = option(2.0, "exponent of the polynomial decay", above=0)
+    optimizer: str = option("adamw", "update rule", choices=("adamw", "adam", "sgd", "lion"))
+    beta1: float = option(0.9, "first-moment decay (sgd: momentum)", low=0, below=1)
+    beta2: float = option(0.999, "second-moment decay (lion: momentum decay)", low=0, below=1)
+    eps: float = option(1e-8, "term that keeps adam's denominator off zero", above=0)
+    weight_decay: float = option(0.01, "decoupled weight decay; biases and norms are left out", low=0)
+    decay_embeddings: bool = option(True, "apply weight_decay to the embeddings too")
+    max_grad_norm: float | None = option(1.0, "clip the global gradient norm to this; none: no clipping", above=0)
+    use_amp: bool = option(True, "compute in amp_dtype (parameters stay float32); false: float32 throughout")
+    amp_dtype: str = option("bfloat16", "16-bit type to compute in", choices=("bfloat16", "float16"))
+    seed: int = option(42, "seed of initialisation, data order and dropout", low=0, high=2**31 - 1)
+    save_steps: int = option(2000, "updates between checkpoints", low=1, resumable=True)
+    eval_steps: int = option(1000, "updates between evaluations", low=1, resumable=True)
+    logging_steps: int = option(100, "updates between logged rows", low=1, resumable=True)
+    checkpoint_dir: str = option("./checkpoints", "the run's folder", resumable=True)
+    save_total_limit: int | None = option(3, "newest checkpoints to keep; 0 or none: all", low=0, resumable=True)
+    resume_from_checkpoint: str | None = option(None, "checkpoint folder to start from, or latest", resumable=True)
+    report_to: tuple[str, ...] = option(
+        ("tensorboard",), "where metrics go beside metrics.jsonl", choices=("tensorboard", "wandb"), resumable=True
+    )
+    wandb_project: str = option("jaxlm", "Weights & Biases project (report_to wandb)", resumable=True)
+    sample_prompt: str = option("", "text that the samples printed at each evaluation go on from", resumable=True)
+    sample_tokens: int = option(100, "tokens in such a sample; 0: no samples", low=0, resumable=True)
+    world_size: int | None = option(None, "devices that must be there; none: use what is there", low=1, resumable=True)
+    distributed_backend: str | None = option(
+        None, "collectives that must be in use: nccl on GPUs, gloo on CPU", choices=("nccl", "gloo"), resumable=True
+    )
+    use_deepspeed: bool = option(False, "ZeRO sharding; not available yet")
+    deepspeed_config: str | None = option(None, "DeepSpeed JSON file; not available yet")
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig(_Section):
+    """The text, how it is split, tokenized and packed."""
+
+    dataset_name: str = option("wikitext", "python-stdlib (built in) or a data set on the Hugging Face Hub")
+    dataset_config: str | None = option("wikitext-103-raw-v1", "configuration of the Hub data set")
+    dataset_split: str = option("train", "split to train on")
+    validation_split: str | None = option("validation", "split to evaluate on; none: hold out validation_fraction")
+    train_files: tuple[str, ...] = option((), "own text instead of dataset_name: .txt, .jsonl, .csv or .parquet files")
+    validation_files: tuple[str, ...] = option((), "own held-out text; none: hold out validation_fraction")
+    validation_fraction: float = option(
+        0.05, "share of the text held out where there is no validation split", above=0, below=1
+    )
+    text_column: str = option("text", "column or key that holds the text")
+    tokenizer_path: str | None = option(None, "a tokenizer.json of your own, instead of training one")
+    max_length: int = option(1024, "tokens a row; longer documents are cut into pieces", low=2)
+    min_length: int = option(10, "documents of fewer tokens (with <bos> and <eos>) are dropped", low=0)
+    pack_sequences: bool = option(True, "put several documents into a row, kept apart in attention; false: pad")
+    packing_strategy: str = option(
+        "greedy", "how documents are put into rows", choices=("greedy", "first_fit", "best_fit", "concat")
+    )
+    preprocessing_num_workers: int = option(8, "threads that tokenize", low=1, resumable=True)
+    cache_dir: str | None = option(
+        None, "where tokenized text and compiled programs are kept; none: ~/.cache/jaxlm", resumable=True
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """A run: `Config(model=ModelConfig(...), training=TrainingConfig(...), data=DataConfig(...))`."""
+
+    model: ModelConfig = ModelConfig()
+    training: TrainingConfig = TrainingConfig()
+    data: DataConfig = DataConfig()
+
+    def __post_init__(self) -> None:
+        for name, section in SECTIONS.items():
+            if not isinstance(getattr(self, name), section):
+                raise TypeError(f"{name} ({getattr(self, name)!r}) must be a {section.__name__}")
+
+
+SECTIONS: dict[str, type[_Section]] = {"model": ModelConfig, "training": TrainingConfig, "data": DataConfig}
+
+
+def nearest(name: str, known: typing.Iterable[str]) -> str:
+    """' (did you mean X?)' for the known name closest to `name`, or ''."""
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f" (did you mean {close[0]}?)" if close else ""
+
+
+def accepts(annotation: Any, value: Any) -> bool:
+    """Whether `value` has the declared type: an int passes for a float, a bool passes for neither."""
+    options = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
+    for kind in options:
+        if typing.get_origin(kind) is tuple:
+            if isinstance(value, tuple) and all(isinstance(item, str) for item in value):
+                return True
+        elif kind is float:
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                return True
+        elif isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
+            return True
+    return False
+
+
+def type_name(annotation: Any) -> str:
+    """How a declared type is called in messages, such as 'int or none'."""
+    options = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
+    names = {type(None): "none", bool: "true or false", str: "text"}
+    return " or ".join(
+        "list of text" if typing.get_origin(kind) is tuple else names.get(kind, kind.__name__) for kind in options
+    )
+
+
+def replace_fields(config: Config, values: Mapping[str, Any]) -> Config:
+    """A copy of `config` with the fields named in `values` ("section.field") set.
+
+    Raises:
+      UserError: a name is unknown.
+    """
+    changes: dict[str, dict[str, Any]] = {name: {} for name in SECTIONS}
+    for dotted, value in values.items():
+        section, _, field = dotted.partition(".")
+        if section not in SECTIONS:
+            raise UserError(
+                f"{dotted}: unknown section {section!r}{nearest(section, SECTIONS)}; use model, training or data"
+            )
+        known = [f.name for f in dataclasses.fields(SECTIONS[section])]
+        if field not in known:
+            elsewhere = [f"{s}.{field}" for s in SECTIONS if field in {f.name for f in dataclasses.fields(SECTIONS[s])}]
+            hint = f" (did you mean {elsewhere[0]}?)" if elsewhere else nearest(field, known)
+            raise UserError(f"{dotted}: unknown field{hint}")
+        changes[section][field] = value
+    sections = {name: dataclasses.replace(getattr(config, name), **changes[name]) for name in SECTIONS}
+    return Config(**typing.cast(Any, sections))
+
+
+def to_dict(config: Config) -> dict[str, dict[str, Any]]:
+    """The configuration as plain JSON values, by section."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def from_dict(values: Any, where: str) -> Config:
+    """The configuration held by the JSON object `values`; fields left out keep their defaults.
+
+    Raises:
+      UserError: not an object of sections, or an unknown name. `where` says where it came from.
+    """
+    if not isinstance(values, dict) or not all(isinstance(section, dict) for section in values.values()):
+        raise UserError(f'{where}: expected {{"model": {{}}, "training": {{}}, "data": {{}}}}')
+    unknown = [name for name in values if name not in SECTIONS]
+    if unknown:
+        raise UserError(
+            f"{where}: unknown section {unknown[0]!r}{nearest(unknown[0], SECTIONS)}; use model, training, data"
+        )
+    fields = {f"{section}.{name}": value for section in values for name, value in values[section].items()}
+    try:
+        return replace_fields(Config(), fields)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
+
+
+def changed_fields(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
+    """{"section.field": (old, new)} for the fields that change the training and differ."""
+    return {
+        f"{name}.{field.name}": (getattr(getattr(old, name), field.name), getattr(getattr(new, name), field.name))
+        for name, section in SECTIONS.items()
+        for field in dataclasses.fields(section)
+        if not field.metadata["resumable"]
+        and getattr(getattr(old, name), field.name) != getattr(getattr(new, name), field.name)
+    }
+
+
+def _check_field(dotted: str, field: Any, annotation: Any, value: Any) -> None:
+    if not accepts(annotation, value):
+        raise UserError(f"{dotted} ({value!r}) must be {type_name(annotation)}")
+    limits = field.metadata
+    if value is None:
+        return
+    for item in value if isinstance(value, tuple) else (value,):
+        if limits["choices"] and item not in limits["choices"]:
+            raise UserError(
+                f"{dotted} ({item}) is not one of {', '.join(limits['choices'])}{nearest(item, limits['choices'])}"
+            )
+    if isinstance(value, int | float):
+        if value != value or value in (float("inf"), float("-inf")):
+            raise UserError(f"{dotted} ({value}) must be a finite number")
+        if limits["low"] is not None and value < limits["low"]:
+            raise UserError(f"{dotted} ({value}) must be at least {limits['low']}")
+        if limits["above"] is not None and value <= limits["above"]:
+            raise UserError(f"{dotted} ({value}) must be greater than {limits['above']}")
+        if limits["high"] is not None and value > limits["high"]:
+            raise UserError(f"{dotted} ({value}) must be at most {limits['high']}")
+        if limits["below"] is not None and value >= limits["below"]:
+            raise UserError(f"{dotted} ({value}) must be less than {limits['below']}")
+
+
+def validate(config: Config) -> Config:
+    """Checks everything that can be known without touching files or devices; returns `config`.
+
+    Raises:
+      UserError: names the field, its value and what to do.
+    """
+    for name, section in SECTIONS.items():
+        hints = typing.get_type_hints(section)
+        for field in dataclasses.fields(section):
+            _check_field(f"{name}.{field.name}", field, hints[field.name], getattr(getattr(config, name), field.name))
+    model, training, data = config.model, config.training, config.data
+    if model.d_model % model.n_heads:
+        raise UserError(f"model.n_heads ({model.n_heads}) must divide model.d_model ({model.d_model})")
+    if model.positions != "learned" and model.d_model // model.n_heads % 2:
+        raise UserError(
+            f"model.positions ({model.positions}) needs an even head size; "
+            f"model.d_model / model.n_heads is {model.d_model // model.n_heads}"
+        )
+    if data.max_length > model.max_seq_len:
+        raise UserError(
+            f"data.max_length ({data.max_length}) exceeds model.max_seq_len ({model.max_seq_len}); lower it"
+        )
+    if model.vocab_size < 259 and data.tokenizer_path is None:
+        raise UserError(f"model.vocab_size ({model.vocab_size}) must be at least 259: 256 bytes and 3 special tokens")
+    if data.validation_files and not data.train_files:
+        raise UserError("data.validation_files is set but data.train_files is not; set both, or validation_split")
+    if data.min_length > data.max_length:
+        raise UserError(f"data.min_length ({data.min_length}) exceeds data.max_length ({data.max_length}); lower it")
+    if training.use_deepspeed or training.deepspeed_config is not None:
+        name = "training.use_deepspeed" if training.use_deepspeed else "training.deepspeed_config"
+        raise UserError(
+            f"{name}: ZeRO and DeepSpeed files are not available yet; unset it to train with plain data parallelism"
+        )
+    if training.use_amp and training.amp_dtype == "float16":
+        raise UserError("training.amp_dtype (float16) is not available yet: it needs a loss scale; use bfloat16")
+    if model.attention == "cudnn" and (data.pack_sequences or model.attention_dropout or not training.use_amp):
+        raise UserError(
+            "model.attention (cudnn) cannot do packed documents, attention dropout or float32; "
+            "set data.pack_sequences false, model.attention_dropout 0 and training.use_amp true, or use blockwise"
+        )
+    if training.checkpoint_dir == "":
+        raise UserError("training.checkpoint_dir is empty; name a folder")
+    resume = training.resume_from_checkpoint
+    if resume is not None and resume.endswith((".pt", ".pth", ".bin", ".ckpt")):
+        path = Path(resume)
+        raise UserError(
+            f"training.resume_from_checkpoint ({resume}): checkpoints here are folders; "
+            f"use {path.with_name(path.stem.replace('-', '_'))}"
+        )
+    return config

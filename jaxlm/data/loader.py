@@ -1,0 +1,104 @@
+"""Rows of tokens by index, and the batches of any step: a pure function of (data, seed, step), served by grain.
+
+B rows of a batch, K micro-batches, G rows of a global batch, T tokens of a row.
+"""
+
+import math
+from collections.abc import Generator, Iterator, Sequence
+from fractions import Fraction
+from functools import partial
+
+import numpy as np
+
+from jaxlm.data.packing import Plan
+from jaxlm.data.tokens import TokenDocuments
+
+Batch = dict[str, np.ndarray]
+THREADS = 2  # that build batches ahead of the training loop
+AHEAD = 4  # batches
+
+
+class Rows:
+    """The packed rows, by index: `len(rows)`, `rows[i]`."""
+
+    def __init__(self, documents: TokenDocuments, plan: Plan, max_length: int) -> None:
+        self.tokens, self.plan, self.max_length = np.asarray(documents.tokens), plan, max_length
+
+    def __len__(self) -> int:
+        return len(self.plan)
+
+    def __getitem__(self, index: int) -> Batch:
+        """int32 [T] each: `tokens`; `targets`; `segments`, 1, 2, ... for its pieces; `positions`, from 0 in each piece.
+
+        All are 0 where the row is padding (only `segments` is 0 nowhere else).
+        """
+        low, high = self.plan.row_offsets[index : index + 2]
+        start, length = self.plan.piece_start[low:high], self.plan.piece_length[low:high]
+        pairs = int(length.sum())
+        segments_T, positions_T, tokens_T, targets_T = np.zeros((4, self.max_length), np.int32)
+        segments_T[:pairs] = np.repeat(np.arange(1, len(length) + 1), length)
+        positions_T[:pairs] = np.arange(pairs) - np.repeat(np.cumsum(length) - length, length)
+        source_T = positions_T[:pairs] + np.repeat(start, length)
+        tokens_T[:pairs] = self.tokens[source_T]
+        targets_T[:pairs] = self.tokens[source_T + 1]
+        return {"tokens": tokens_T, "targets": targets_T, "segments": segments_T, "positions": positions_T}
+
+
+def train_batches(rows: Rows, seed: int, global_batch: int, accumulation: int, start_step: int) -> Generator[Batch]:
+    """The batches of updates start_step, start_step + 1, ... without end.
+
+    Epochs are permutations of the rows, each another one, laid end to end; batch s is rows [s * G, (s + 1) * G) of it.
+    `close()` of the iterator ends its threads.
+
+    Args:
+      seed: of the permutations.
+      global_batch: G, rows of one update; `accumulation`, K, divides it.
+      start_step: updates already done.
+
+    Yields:
+      int32 [K, G / K, T]: `tokens`, `targets`, `segments`, `positions` as in `Rows`, and [K, G / K]: `rows`, each row's
+      number in the global batch, which stays with it however the batch is divided.
+    """
+    import grain
+
+    if global_batch % accumulation:
+        raise ValueError(f"accumulation ({accumulation}) must divide global_batch ({global_batch})")
+    # grain takes seed + epoch for each epoch: unrelated first seeds, or epoch 1 of seed 0 were epoch 0 of seed 1.
+    first_seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
+    stream = grain.MapDataset.source(rows).shuffle(seed=first_seed).repeat()
+    batches = stream.batch(global_batch, batch_fn=partial(_micro_batches, accumulation))[start_step:]
+    iterator = iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=THREADS, prefetch_buffer_size=AHEAD)))
+    try:
+        yield from iterator
+    finally:
+        iterator.close()
+
+
+def eval_batches(rows: Rows, batch: int) -> Iterator[Batch]:
+    """Every row once, in order: `Rows`' arrays as int32 [B, T], the last batch filled up with rows of padding."""
+    for low in range(0, len(rows), batch):
+        stacked = _stacked([rows[i] for i in range(low, min(low + batch, len(rows)))])
+        missing = batch - len(stacked["tokens"])
+        yield {name: np.pad(array, ((0, missing), (0, 0))) for name, array in stacked.items()} if missing else stacked
+
+
+def steps_per_epoch(rows: int, global_batch: int) -> float:
+    """Updates in one pass over the rows; seldom a whole number, as a batch may straddle two epochs."""
+    return rows / global_batch
+
+
+def total_steps(num_epochs: float, rows: int, global_batch: int, max_steps: int | None) -> int:
+    """Updates of a run: max_steps, else those for num_epochs passes, rounded up, and at least 1."""
+    if max_steps is not None:
+        return max_steps
+    # Exactly what was written: in binary, 2.2 epochs of 25 rows are a little more than 55 rows.
+    return max(1, math.ceil(Fraction(str(num_epochs)) * rows / global_batch))
+
+
+def _stacked(rows: Sequence[Batch]) -> Batch:
+    return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+
+
+def _micro_batches(accumulation: int, rows: Sequence[Batch]) -> Batch:
+    batch = _stacked(rows) | {"rows": np.arange(len(rows), dtype=np.int32)}
+    return {name: array.reshape(accumulation, -1, *array.shape[1:]) for name, array in batch.items()}

@@ -1,0 +1,9 @@
+"""The two ways a run ends early on purpose; everything else that raises is a bug or a later failure."""
+
+
+class UserError(Exception):
+    """Something the user can mend: bad configuration, file, folder or checkpoint. Its text is one line; exit code 2."""
+
+
+class Stopped(Exception):
+    """A signal asked the run to stop; its state is saved and the same command goes on. Exit code 75."""

@@ -1,0 +1,141 @@
+"""One Transformer block and what it is made of.
+
+Shapes: B rows, T positions, D model width, F feed-forward width, H heads, K channels of a head.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxlm.config import ModelConfig
+from jaxlm.model.attention import cached_attention, causal_attention
+from jaxlm.model.dropout import dropout
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "gelu": lambda x: jax.nn.gelu(x, approximate=True),
+    "relu": jax.nn.relu,
+    "swish": jax.nn.swish,
+}
+NORM_EPSILON = 1e-5  # GPT-2's
+
+Cache = tuple[jax.Array, jax.Array]  # keys and values [B, T, H, K] of one layer
+
+
+def sinusoids(positions_BT: jax.Array, d_model: int) -> jax.Array:
+    """Sinusoidal position embedding (Vaswani et al. 2017, section 3.5), float32 [B, T, D]."""
+    half = d_model // 2
+    frequencies = jnp.exp(-jnp.log(10000.0) * jnp.arange(half, dtype=jnp.float32) / half)
+    angles = positions_BT[..., None].astype(jnp.float32) * frequencies[None, None]
+    table = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
+    return jnp.pad(table, ((0, 0), (0, 0), (0, d_model - 2 * half)))
+
+
+def rotate(x_BTHK: jax.Array, positions_BT: jax.Array, theta: float) -> jax.Array:
+    """Rotary position embedding (Su et al. 2021, arXiv:2104.09864) in its split-halves form, computed in float32."""
+    half = x_BTHK.shape[-1] // 2
+    frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angles_BT1K = (positions_BT[..., None].astype(jnp.float32) * frequencies[None, None])[:, :, None]
+    cos, sin = jnp.cos(angles_BT1K), jnp.sin(angles_BT1K)
+    x1, x2 = jnp.split(x_BTHK.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1).astype(x_BTHK.dtype)
+
+
+def linear(d_in: int, d_out: int, std: float, dtype: Any, rngs: nnx.Rngs) -> nnx.Linear:
+    """GPT-2's initialisation: normal weights, zero biases; float32 parameters, computed in `dtype`."""
+    return nnx.Linear(d_in, d_out, kernel_init=nnx.initializers.normal(std), dtype=dtype, rngs=rngs)
+
+
+def layer_norm(d_model: int, dtype: Any, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    return nnx.LayerNorm(d_model, epsilon=NORM_EPSILON, dtype=dtype, rngs=rngs)
+
+
+class Attention(nnx.Module):
+    """Multi-head causal self-attention with its projections."""
+
+    def __init__(self, config: ModelConfig, implementation: str, dtype: Any, rngs: nnx.Rngs):
+        self.config, self.implementation = config, implementation
+        d = config.d_model
+        self.qkv = linear(d, 3 * d, 0.02, dtype, rngs)
+        self.out = linear(d, d, 0.02 / (2 * config.n_layers) ** 0.5, dtype, rngs)
+
+    def heads(self, x_BTD: jax.Array, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Queries, keys and values [B, T, H, K], rotated if positions are rotary."""
+        b, t, d = x_BTD.shape
+        q, k, v = (
+            x.reshape(b, t, self.config.n_heads, d // self.config.n_heads)
+            for x in jnp.split(self.qkv(x_BTD), 3, axis=-1)
+        )
+        if self.config.positions == "rotary":
+            q, k = (rotate(x, positions_BT, self.config.rope_theta) for x in (q, k))
+        return q, k, v
+
+    def __call__(
+        self, x_BTD: jax.Array, segments_BT: jax.Array | None, positions_BT: jax.Array, key_B2: jax.Array | None
+    ) -> tuple[jax.Array, Cache]:
+        q, k, v = self.heads(x_BTD, positions_BT)
+        y_BTHK = causal_attention(
+            q,
+            k,
+            v,
+            segments_BT,
+            implementation=self.implementation,
+            key_B2=key_B2,
+            rate=self.config.attention_dropout,
+        )
+        return self.out(y_BTHK.reshape(x_BTD.shape)), (k, v)
+
+    def decode(self, x_B1D: jax.Array, position: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+        q, k, v = self.heads(x_B1D, jnp.broadcast_to(position, (x_B1D.shape[0], 1)))
+        keys, values = (
+            jax.lax.dynamic_update_slice_in_dim(old, new, position, axis=1)
+            for old, new in zip(cache, (k, v), strict=True)
+        )
+        y_B1HK = cached_attention(q, keys, values, position + 1)
+        return self.out(y_B1HK.reshape(x_B1D.shape)), (keys, values)
+
+
+class Mlp(nnx.Module):
+    """Two linear layers around an activation."""
+
+    def __init__(self, config: ModelConfig, dtype: Any, rngs: nnx.Rngs):
+        self.activation = config.activation
+        self.up = linear(config.d_model, config.d_ff, 0.02, dtype, rngs)
+        self.down = linear(config.d_ff, config.d_model, 0.02 / (2 * config.n_layers) ** 0.5, dtype, rngs)
+
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        return self.down(ACTIVATIONS[self.activation](self.up(x_BTD)))
+
+
+class Block(nnx.Module):
+    """Attention and feed-forward, each with a residual, a norm (before or after) and dropout."""
+
+    def __init__(self, config: ModelConfig, implementation: str, dtype: Any, rngs: nnx.Rngs):
+        self.config = config
+        self.attention = Attention(config, implementation, dtype, rngs)
+        self.mlp = Mlp(config, dtype, rngs)
+        self.norm1 = layer_norm(config.d_model, dtype, rngs)
+        self.norm2 = layer_norm(config.d_model, dtype, rngs)
+
+    def _residuals(self, x_BTD: jax.Array, attend: Callable[[jax.Array], tuple[jax.Array, Cache]], keys: Any) -> Any:
+        pre, rate = self.config.pre_norm, self.config.dropout
+        y, cache = attend(self.norm1(x_BTD) if pre else x_BTD)
+        x_BTD = x_BTD + dropout(y, keys[0], rate)
+        x_BTD = x_BTD if pre else self.norm1(x_BTD)
+        y = self.mlp(self.norm2(x_BTD) if pre else x_BTD)
+        x_BTD = x_BTD + dropout(y, keys[1], rate)
+        return x_BTD if pre else self.norm2(x_BTD), cache
+
+    def __call__(
+        self, x_BTD: jax.Array, segments_BT: jax.Array | None, positions_BT: jax.Array, keys_SB2: jax.Array | None
+    ) -> tuple[jax.Array, Cache]:
+        """keys_SB2: uint32 dropout keys of the three sites, or None. Returns the output, and the keys and values."""
+        attention_key, *residual_keys = (None, None, None) if keys_SB2 is None else tuple(keys_SB2)
+        attend = lambda y: self.attention(y, segments_BT, positions_BT, attention_key)  # noqa: E731
+        return self._residuals(x_BTD, attend, residual_keys)
+
+    def decode(self, x_B1D: jax.Array, position: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+        """One position a row, at index `position`, with the keys and values before it in `cache`."""
+        return self._residuals(x_B1D, lambda y: self.attention.decode(y, position, cache), (None, None))

@@ -1,0 +1,123 @@
+"""The decoder-only Transformer: embeddings, stacked blocks, final norm.
+
+Shapes: B rows, T positions, D model width, V vocabulary, L layers, H heads, K channels of a head.
+
+The blocks' parameters are stacked on a leading layer axis, one layout for both ways to run them: `lax.scan` (compiles
+fast) or the same scan unrolled (runs fast).
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxlm.config import ModelConfig
+from jaxlm.model.dropout import dropout
+from jaxlm.model.layers import Block, Cache, layer_norm, sinusoids
+
+REMAT_POLICIES = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
+
+
+class Transformer(nnx.Module):
+    """GPT-2-like language model; parameters are float32, computation is in `dtype`.
+
+    Args:
+      config: shapes and options; `config.vocab_size` is the tokenizer's.
+      implementation: attention kernel, "blockwise" or "cudnn".
+      dtype: compute dtype, float32 or bfloat16.
+    """
+
+    def __init__(
+        self, config: ModelConfig, *, implementation: str = "blockwise", dtype: Any = jnp.float32, rngs: nnx.Rngs
+    ):
+        self.config, self.dtype = config, dtype
+        normal = nnx.initializers.normal(0.02)
+        shape = (config.vocab_size, config.d_model)
+        self.token_embedding = nnx.Param(normal(rngs.params(), shape))
+        if config.positions == "learned":
+            self.position_embedding = nnx.Param(normal(rngs.params(), (config.max_seq_len, config.d_model)))
+        stack = nnx.vmap(lambda rngs: Block(config, implementation, dtype, rngs))
+        self.blocks = stack(rngs.split(config.n_layers))
+        if config.pre_norm:
+            self.final_norm = layer_norm(config.d_model, dtype, rngs)
+        if not config.tie_embeddings:
+            self.output_embedding = nnx.Param(normal(rngs.params(), shape))
+
+    def output_matrix(self) -> jax.Array:
+        """float32 [V, D]: the token embedding if tied, its own matrix otherwise."""
+        return (self.token_embedding if self.config.tie_embeddings else self.output_embedding)[...]
+
+    def embed(self, tokens_BT: jax.Array, positions_BT: jax.Array) -> jax.Array:
+        x_BTD = self.token_embedding[...][tokens_BT]
+        if self.config.positions == "learned":
+            x_BTD = x_BTD + self.position_embedding[...][positions_BT]
+        elif self.config.positions == "sinusoidal":
+            x_BTD = x_BTD * self.config.d_model**0.5 + sinusoids(positions_BT, self.config.d_model)
+        return x_BTD.astype(self.dtype)
+
+    def _run_blocks(self, step: Any, x: jax.Array, per_layer: Any) -> tuple[jax.Array, Any]:
+        """Folds `step(block, x, item) -> (x, out)` over the layers; `per_layer` leaves have a leading layer axis."""
+        graphdef, params = nnx.split(self.blocks)
+
+        def body(x: jax.Array, layer: Any) -> tuple[jax.Array, Any]:
+            return step(nnx.merge(graphdef, layer[0]), x, layer[1])
+
+        if self.config.gradient_checkpointing:
+            body = jax.checkpoint(
+                body, policy=REMAT_POLICIES[self.config.remat_policy], prevent_cse=not self.config.scan_layers
+            )
+        return jax.lax.scan(body, x, (params, per_layer), unroll=1 if self.config.scan_layers else self.config.n_layers)
+
+    def _finish(self, x_BTD: jax.Array) -> jax.Array:
+        return self.final_norm(x_BTD) if self.config.pre_norm else x_BTD
+
+    def __call__(
+        self,
+        tokens_BT: jax.Array,
+        segments_BT: jax.Array | None = None,
+        positions_BT: jax.Array | None = None,
+        keys: jax.Array | None = None,
+    ) -> jax.Array:
+        """Hidden states [B, T, D] before the output projection.
+
+        Args:
+          tokens_BT: int32.
+          segments_BT: int32, documents packed into a row; None: one document a row.
+          positions_BT: int32 position in the document; None: 0, 1, 2, ...
+          keys: uint32 [L + 1, 3, B, 2] from `dropout.row_keys`; None: no dropout.
+        """
+        hidden, _ = self._hidden_and_cache(tokens_BT, segments_BT, positions_BT, keys, keep_cache=False)
+        return hidden
+
+    def _hidden_and_cache(
+        self, tokens_BT: jax.Array, segments_BT: Any, positions_BT: Any, keys: Any, keep_cache: bool
+    ) -> tuple[jax.Array, Any]:
+        if positions_BT is None:
+            positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32), tokens_BT.shape)
+        x_BTD = self.embed(tokens_BT, positions_BT)
+        x_BTD = dropout(x_BTD, None if keys is None else keys[-1, 0], self.config.dropout)
+
+        def step(block: Block, x: jax.Array, layer_keys: Any) -> tuple[jax.Array, Any]:
+            x, cache = block(x, segments_BT, positions_BT, layer_keys)
+            return x, cache if keep_cache else None
+
+        x_BTD, cache = self._run_blocks(step, x_BTD, None if keys is None else keys[:-1])
+        return self._finish(x_BTD), cache
+
+    def logits(self, hidden_BTD: jax.Array) -> jax.Array:
+        """float32 [B, T, V]. For short sequences; training never holds all of them (see `loss.py`)."""
+        w = self.output_matrix().astype(self.dtype)
+        return jnp.einsum("btd,vd->btv", hidden_BTD, w, preferred_element_type=jnp.float32)
+
+    def prefill(self, tokens_BT: jax.Array, cache_length: int) -> tuple[jax.Array, Cache]:
+        """Hidden states [B, T, D] of a prompt, and its keys and values in a cache [L, B, cache_length, H, K]."""
+        hidden, (k, v) = self._hidden_and_cache(tokens_BT, None, None, None, keep_cache=True)
+        room = ((0, 0), (0, 0), (0, cache_length - tokens_BT.shape[1]), (0, 0), (0, 0))
+        return hidden, (jnp.pad(k, room), jnp.pad(v, room))
+
+    def decode(self, tokens_B1: jax.Array, position: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+        """Logits float32 [B, V] after one more token a row at index `position`, and the cache with it."""
+        x_B1D = self.embed(tokens_B1, jnp.broadcast_to(position, tokens_B1.shape))
+        x_B1D, cache = self._run_blocks(lambda block, x, c: block.decode(x, position, c), x_B1D, cache)
+        return self.logits(self._finish(x_B1D))[:, 0], cache

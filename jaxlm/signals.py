@@ -1,0 +1,39 @@
+"""Turning SIGINT and SIGTERM into an orderly end."""
+
+import os
+import signal
+import threading
+from types import FrameType
+
+from jaxlm.errors import Stopped
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class StopRequest:
+    """While entered, a stop signal is noted instead of acted on; a second one ends the process with 128 + its number.
+
+    With `at_once`, the first one raises `Stopped` where the main thread is: for the time when nothing needs saving.
+    In threads other than the main one it does nothing, as Python delivers signals to the main thread alone.
+    """
+
+    def __init__(self, at_once: bool = False) -> None:
+        self.at_once = at_once
+        self.signal: signal.Signals | None = None
+
+    def __enter__(self) -> "StopRequest":
+        self._previous = {}
+        if threading.current_thread() is threading.main_thread():
+            self._previous = {number: signal.signal(number, self._note) for number in STOP_SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _: FrameType | None) -> None:
+        if self.signal is not None:
+            os._exit(128 + number)
+        self.signal = signal.Signals(number)
+        if self.at_once:
+            raise Stopped(f"{self.signal.name}: stopped before the first update; the same command starts again")

@@ -1,0 +1,80 @@
+"""What all tests share: several fake CPU devices, strict shapes, a small corpus that is the same everywhere."""
+
+import json
+import os
+import random
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # also for the processes that tests start, and where a GPU is
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")  # compiles three times as fast
+
+import jax
+import pytest
+
+from jaxlm.config import Config, DataConfig, ModelConfig, TrainingConfig, replace_fields
+
+DEVICES = 4
+jax.config.update("jax_num_cpu_devices", DEVICES)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+WORDS = [
+    name.split() for name in ("the a my our", "old small warm naïve", "café cat model row", "reads writes has sees")
+]
+
+
+def documents(count: int, seed: int) -> list[str]:
+    """Pseudo-text that a model can learn from: 1 to 40 words a document, the same on every machine."""
+    rng = random.Random(seed)
+    lengths = [rng.choice((1, 4, 8, 12, 20, 40)) for _ in range(count)]
+    return [" ".join(rng.choice(WORDS[i % 4]) for i in range(length)) + ".\n" for length in lengths]
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with train.jsonl (120 documents), validation.jsonl (20) and book.txt (12 in one)."""
+    folder = tmp_path_factory.mktemp("corpus")
+    for name, count, seed in (("train", 120, 1), ("validation", 20, 2)):
+        rows = [json.dumps({"id": i, "text": text}) + "\n" for i, text in enumerate(documents(count, seed))]
+        (folder / f"{name}.jsonl").write_text("".join(rows), encoding="utf-8")
+    (folder / "book.txt").write_text("\n\n".join(documents(12, 3)), encoding="utf-8")
+    return folder
+
+
+def make_config(tmp_path: Path, corpus: Path, **dotted: Any) -> Config:
+    """A run of 4 updates of a tiny model in `tmp_path`: `make_config(tmp_path, corpus, **{"training.seed": 7})`.
+
+    Tokens and compiled programs are cached beside the corpus, for all tests of a process.
+    """
+    config = Config(
+        model=ModelConfig(
+            vocab_size=300,
+            d_model=32,
+            n_heads=2,
+            n_layers=2,
+            d_ff=64,
+            max_seq_len=32,
+            dropout=0.0,
+            attention_dropout=0.0,
+        ),
+        training=TrainingConfig(
+            batch_size=2,
+            gradient_accumulation_steps=1,
+            max_steps=4,
+            learning_rate=1e-2,
+            use_amp=False,
+            logging_steps=1,
+            eval_steps=4,
+            save_steps=4,
+            checkpoint_dir=str(tmp_path / "run"),
+            report_to=(),
+            sample_tokens=0,
+        ),
+        data=DataConfig(
+            train_files=(str(corpus / "train.jsonl"),),
+            validation_files=(str(corpus / "validation.jsonl"),),
+            max_length=32,
+            cache_dir=str(corpus / "cache"),
+        ),
+    )
+    return replace_fields(config, dotted)

@@ -1,0 +1,258 @@
+"""The Transformer against plain references, and the equivalences that its options must not break."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from jaxlm.config import ModelConfig
+from jaxlm.loss import cross_entropy_sum
+from jaxlm.model import Transformer, attention
+from jaxlm.model.dropout import dropout, keep_mask, row_keys
+
+SMALL = ModelConfig(vocab_size=97, d_model=32, n_heads=4, n_layers=3, d_ff=64, max_seq_len=64)
+
+
+def close(actual, expected, tolerance=2e-5):
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        scale = max(float(jnp.abs(b).max()), 1e-6)
+        np.testing.assert_allclose(np.asarray(a) / scale, np.asarray(b) / scale, atol=tolerance)
+
+
+def packed_segments(rng, b, t):
+    return jnp.asarray(np.sort(rng.integers(1, 4, (b, t)), axis=1).astype(np.int32))
+
+
+def dense_attention(q, k, v, segments, keep=None, rate=0.0):
+    """[B, T, H, K] softmax attention with the whole T x T matrix."""
+    t = q.shape[1]
+    scores = jnp.einsum("bqhk,bshk->bhqs", q, k) * q.shape[-1] ** -0.5
+    visible = jnp.tril(jnp.ones((t, t), bool))[None, None]
+    visible = visible & (segments[:, None, :, None] == segments[:, None, None, :])
+    weights = jax.nn.softmax(jnp.where(visible, scores, -jnp.inf), axis=-1)
+    if keep is not None:
+        weights = jnp.where(keep, weights / (1 - rate), 0.0)
+    return jnp.einsum("bhqs,bshk->bqhk", weights, v)
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.3])
+@pytest.mark.parametrize(
+    ("t", "block"), [(24, 128), (40, 16), (100, 16), (150, 8)]
+)  # one block, unrolled, padded, loop
+def test_attention_equals_dense(monkeypatch, t, block, rate):
+    monkeypatch.setattr(attention, "BLOCK", block)
+    rng = np.random.default_rng(0)
+    b, h, k = 2, 3, 8
+    q, keys, v, g = (jnp.asarray(rng.normal(size=(b, t, h, k)).astype(np.float32)) for _ in range(4))
+    segments = packed_segments(rng, b, t)
+    key = jnp.asarray(rng.integers(0, 2**32, (b, 2), dtype=np.uint32))
+    keep = attention._keep(key, (b, h, t, t), 0, 0, rate) if rate else None
+
+    def ours(q, keys, v):
+        y = attention.causal_attention(q, keys, v, segments, implementation="blockwise", key_B2=key, rate=rate)
+        return (y * g).sum(), y
+
+    def reference(q, keys, v):
+        y = dense_attention(q, keys, v, segments, keep, rate)
+        return (y * g).sum(), y
+
+    close(*(jax.jit(jax.grad(f, (0, 1, 2), has_aux=True))(q, keys, v) for f in (ours, reference)))
+
+
+def test_attention_makes_no_square_array():
+    t = 4096
+    q = jax.ShapeDtypeStruct((1, t, 1, 8), jnp.float32)
+    segments = jax.ShapeDtypeStruct((1, t), jnp.int32)
+
+    def loss(q, s):
+        return attention.causal_attention(q, q, q, s, implementation="blockwise").sum()
+
+    text = jax.jit(jax.grad(loss)).lower(q, segments).as_text()
+    assert f"{t}x{t}" not in text
+    memory = jax.jit(jax.grad(loss)).lower(q, segments).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < t * t  # a quarter of one float32 T x T array
+
+
+def test_keep_mask_statistics():
+    key = jnp.asarray([[1, 2], [3, 4], [1, 3], [2, 2]], jnp.uint32)
+    t, d, rate = 256, 512, 0.1
+    coordinates = (jnp.arange(t, dtype=jnp.uint32)[:, None], jnp.arange(d, dtype=jnp.uint32)[None])
+    drop = ~np.asarray(keep_mask(key, coordinates, rate))
+    n = t * d
+    sigma = (rate * (1 - rate) / n) ** 0.5
+    assert np.all(np.abs(drop.mean((1, 2)) - rate) < 5 * sigma)
+    assert np.all(np.abs(drop.mean(1) - rate) < 5 * (rate * (1 - rate) / t) ** 0.5)  # every column
+    assert np.all(np.abs(drop.mean(2) - rate) < 5 * (rate * (1 - rate) / d) ** 0.5)  # every line
+    for other in range(1, 4):  # independent between rows, neighbours and lines
+        assert abs((drop[0] & drop[other]).mean() - rate**2) < 5 * sigma
+    assert abs((drop[:, 1:] & drop[:, :-1]).mean() - rate**2) < 3 * sigma
+    assert abs((drop[:, :, 1:] & drop[:, :, :-1]).mean() - rate**2) < 3 * sigma
+
+
+def test_dropout_keeps_the_mean_and_needs_a_key():
+    x = jnp.ones((2, 64, 128))
+    key = jnp.asarray([[5, 6], [7, 8]], jnp.uint32)
+    dropped = dropout(x, key, 0.25)
+    assert set(np.unique(dropped)) == {0.0, np.float32(1 / 0.75)}
+    assert abs(float(dropped.mean()) - 1) < 0.02
+    assert dropout(x, None, 0.25) is x
+
+
+def test_row_keys_differ_by_every_coordinate():
+    keys = np.concatenate(
+        [
+            np.asarray(row_keys(jax.random.fold_in(jax.random.key(0), step), jnp.arange(8), 3)).reshape(-1, 2)
+            for step in range(3)
+        ]
+    )
+    assert len(np.unique(keys, axis=0)) == len(keys) == 3 * 4 * 3 * 8
+
+
+def model_and_params(config, **options):
+    model = Transformer(config, rngs=nnx.Rngs(0), **options)
+    graphdef, state = nnx.split(model)
+    return graphdef, nnx.to_pure_dict(state)
+
+
+def batch(rng, b=2, t=48, v=97):
+    tokens = jnp.asarray(rng.integers(3, v, (b, t)).astype(np.int32))
+    targets = jnp.asarray(rng.integers(3, v, (b, t)).astype(np.int32))
+    return tokens, targets, packed_segments(rng, b, t)
+
+
+def loss_and_grads(config, params, data, keys=None):
+    graphdef, _ = model_and_params(config)
+    tokens, targets, segments = data
+
+    def loss(params):
+        model = nnx.merge(graphdef, params)
+        hidden = model(tokens, segments, None, keys)
+        return cross_entropy_sum(hidden, model.output_matrix(), targets, jnp.ones(targets.shape))
+
+    return jax.jit(jax.value_and_grad(loss))(params)
+
+
+def dropout_keys(config, b=2):
+    return row_keys(jax.random.key(7), jnp.arange(b), config.n_layers)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"scan_layers": True},
+        {"gradient_checkpointing": True},
+        {"gradient_checkpointing": True, "remat_policy": "dots"},
+        {"gradient_checkpointing": True, "scan_layers": True},
+    ],
+)
+def test_ways_to_run_the_layers_are_equal(changes):
+    """Scan or unroll, recompute or keep: the same loss and gradients, dropout included (to float32 rounding)."""
+    rng = np.random.default_rng(1)
+    data, (_, params) = batch(rng), model_and_params(SMALL)
+    expected = loss_and_grads(SMALL, params, data, dropout_keys(SMALL))
+    close(loss_and_grads(dataclasses.replace(SMALL, **changes), params, data, dropout_keys(SMALL)), expected)
+
+
+def test_recomputing_saves_memory():
+    """With gradient_checkpointing the compiled gradient needs less scratch memory (a check that it does anything)."""
+    config = dataclasses.replace(SMALL, n_layers=8, d_model=64, d_ff=512, scan_layers=True)
+    data = batch(np.random.default_rng(0), b=8, t=64)
+
+    def scratch(config):
+        graphdef, params = model_and_params(config)
+        loss = lambda params: nnx.merge(graphdef, params)(data[0], data[2]).sum()  # noqa: E731
+        return jax.jit(jax.grad(loss)).lower(params).compile().memory_analysis().temp_size_in_bytes
+
+    assert scratch(dataclasses.replace(config, gradient_checkpointing=True)) < 0.6 * scratch(config)
+
+
+@pytest.mark.parametrize(("positions", "pre_norm"), [("learned", True), ("sinusoidal", False), ("rotary", True)])
+def test_packed_documents_do_not_see_each_other(positions, pre_norm):
+    """d loss(document B) / d embeddings(document A) is exactly 0; a packed document gets what it gets alone."""
+    config = dataclasses.replace(SMALL, positions=positions, pre_norm=pre_norm, activation="swish")
+    graphdef, params = model_and_params(config)
+    rng = np.random.default_rng(2)
+    n_a, n_b = 20, 28
+    tokens = jnp.asarray(rng.integers(3, 97, (1, n_a + n_b)).astype(np.int32))
+    segments = jnp.asarray([[1] * n_a + [2] * n_b], jnp.int32)
+    where = jnp.asarray([[*range(n_a), *range(n_b)]], jnp.int32)
+    embedded = nnx.merge(graphdef, params).embed(tokens, where)
+
+    def loss_of(first, last):
+        def loss(x):
+            model = nnx.merge(graphdef, params)
+            model.embed = lambda tokens, positions: x
+            hidden = model(tokens, segments, where)
+            return (hidden[:, first:last] ** 2).sum()
+
+        return loss
+
+    gradient_b = jax.jit(jax.grad(loss_of(n_a, n_a + n_b)))(embedded)
+    assert np.all(np.asarray(gradient_b[:, :n_a]) == 0) and np.all(np.any(np.asarray(gradient_b[:, n_a:]) != 0, -1))
+    gradient_a = jax.jit(jax.grad(loss_of(0, n_a)))(embedded)
+    assert np.all(np.asarray(gradient_a[:, n_a:]) == 0) and np.all(np.any(np.asarray(gradient_a[:, :n_a]) != 0, -1))
+
+    model = jax.jit(lambda *inputs: nnx.merge(graphdef, params)(*inputs))
+    packed = model(tokens, segments, where)[:, n_a:]
+    close(packed, model(tokens[:, n_a:]))
+    leaking = model(tokens, jnp.ones_like(segments), where)[:, n_a:]  # the fault that this test is for
+    assert float(jnp.abs(leaking - packed).max()) > 1e-2
+
+
+@pytest.mark.parametrize("positions", ["learned", "sinusoidal", "rotary"])
+def test_positions_matter(positions):
+    graphdef, params = model_and_params(dataclasses.replace(SMALL, positions=positions))
+    tokens = jnp.asarray([[5, 6, 7, 8]], jnp.int32)
+    swapped = jnp.asarray([[6, 5, 7, 8]], jnp.int32)
+    model = jax.jit(nnx.merge(graphdef, params))
+    assert float(jnp.abs(model(tokens)[:, -1] - model(swapped)[:, -1]).max()) > 1e-4
+
+
+def test_initialisation_is_gpt2s():
+    _, params = model_and_params(dataclasses.replace(SMALL, d_model=128, d_ff=512, n_layers=8, vocab_size=1000))
+    blocks = params["blocks"]
+    assert float(params["token_embedding"].std()) == pytest.approx(0.02, rel=0.02)
+    assert float(blocks["attention"]["qkv"]["kernel"].std()) == pytest.approx(0.02, rel=0.02)
+    assert float(blocks["attention"]["out"]["kernel"].std()) == pytest.approx(0.02 / 16**0.5, rel=0.02)
+    assert float(blocks["mlp"]["down"]["kernel"].std()) == pytest.approx(0.02 / 16**0.5, rel=0.02)
+    assert not blocks["mlp"]["up"]["bias"].any()
+    assert not np.array_equal(blocks["mlp"]["up"]["kernel"][0], blocks["mlp"]["up"]["kernel"][1])
+
+
+@pytest.mark.parametrize("chunk_bytes", [2**30, 4 * 2 * 97 * 7, 1])  # one chunk, chunks of 7 that don't divide T, of 1
+def test_loss_equals_the_unchunked_one(monkeypatch, chunk_bytes):
+    monkeypatch.setattr("jaxlm.loss.CHUNK_BYTES", chunk_bytes)
+    rng = np.random.default_rng(3)
+    hidden = jnp.asarray(rng.normal(size=(2, 24, 16)).astype(np.float32))
+    w = jnp.asarray(rng.normal(size=(97, 16)).astype(np.float32))
+    targets = jnp.asarray(rng.integers(0, 97, (2, 24)).astype(np.int32))
+    weights = jnp.asarray(rng.integers(0, 2, (2, 24)).astype(np.float32))
+
+    def reference(hidden, w):
+        logits = jnp.einsum("btd,vd->btv", hidden, w)
+        nll = jax.nn.logsumexp(logits, -1) - jnp.take_along_axis(logits, targets[..., None], -1)[..., 0]
+        return 3.0 * (nll * weights).sum()
+
+    def ours(hidden, w):
+        return 3.0 * cross_entropy_sum(hidden, w, targets, weights)
+
+    close(ours(hidden, w), reference(hidden, w), 1e-6)  # without gradient, the other code path
+    close(*(jax.value_and_grad(f, (0, 1))(hidden, w) for f in (ours, reference)), 1e-5)
+
+
+def test_fresh_model_guesses_uniformly():
+    value, _ = loss_and_grads(SMALL, model_and_params(SMALL)[1], batch(np.random.default_rng(4)))
+    assert float(value) / (2 * 48) == pytest.approx(np.log(97), rel=0.01)
+
+
+def test_bfloat16_is_near_float32():
+    data = batch(np.random.default_rng(5))
+    graphdef, params = model_and_params(SMALL)
+    graphdef16, params16 = model_and_params(SMALL, dtype=jnp.bfloat16)
+    assert all(p.dtype == jnp.float32 for p in jax.tree.leaves(params16))
+    hidden16 = nnx.merge(graphdef16, params)(data[0], data[2])
+    assert hidden16.dtype == jnp.bfloat16
+    close(hidden16.astype(jnp.float32), nnx.merge(graphdef, params)(data[0], data[2]), 3e-2)

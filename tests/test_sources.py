@@ -1,0 +1,481 @@
+"""Text from the standard library, from files and from a Hub (a small one of ours), and all that is wrong with them."""
+
+import hashlib
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+import sysconfig
+import threading
+import time
+import urllib.parse
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pyarrow
+import pytest
+from pyarrow import parquet
+
+from jaxlm.config import DataConfig
+from jaxlm.data import tokens
+from jaxlm.data.sources import HeldOut, open_source
+from jaxlm.data.tokens import SPLITS, cache_root, prepare
+from jaxlm.errors import UserError
+from jaxlm.tokenizer import Tokenizer
+
+LINES = [f"document {i}: {'some words to tokenize ' * (i % 7 + 1)}" for i in range(40)]
+
+
+def files(*paths: Path | str, **more) -> DataConfig:
+    return DataConfig(train_files=tuple(map(str, paths)), **more)
+
+
+def write_jsonl(path: Path, texts: list[str]) -> Path:
+    path.write_text("".join(json.dumps({"id": i, "text": text}) + "\n" for i, text in enumerate(texts)))
+    return path
+
+
+def texts_of(data: DataConfig) -> list[str]:
+    """All training text of `data`, with validation_files equal to train_files so that nothing is held out."""
+    return list(open_source(DataConfig(**{**vars(data), "validation_files": data.train_files})).train())
+
+
+# ---- Held-out text
+
+
+def test_held_out_documents_follow_their_hash() -> None:
+    split = HeldOut(lambda: iter(LINES), 0.1, "x")
+    by_hash = sorted(LINES, key=lambda text: hashlib.sha256(text.encode()).digest())
+    assert set(split.validation()) == set(by_hash[:4])
+    assert [text for text in LINES if text in set(by_hash[4:])] == list(split.train()) == list(split.train())
+    backwards = HeldOut(lambda: iter(LINES[::-1]), 0.1, "x")
+    assert sorted(backwards.validation()) == sorted(split.validation()), "the order of the documents changed the split"
+
+
+@pytest.mark.parametrize(("n", "fraction", "held_out"), [(10, 0.25, 3), (30, 0.05, 2), (29, 0.05, 1), (20, 0.05, 1)])
+def test_number_of_held_out_documents(n: int, fraction: float, held_out: int) -> None:
+    split = HeldOut(lambda: iter(LINES[:n]), fraction, "x")
+    assert (len(list(split.validation())), len(list(split.train()))) == (held_out, n - held_out)
+
+
+def test_duplicates_stay_together() -> None:
+    by_hash = sorted(LINES, key=lambda text: hashlib.sha256(text.encode()).digest())
+    texts = [by_hash[0], *by_hash[5:], by_hash[0]]
+    assert list(HeldOut(lambda: iter(texts), 2 / len(texts), "x").validation()) == [by_hash[0]] * 2
+
+
+@pytest.mark.parametrize("fraction", [0.05, 0.3, 0.7])
+def test_few_documents_hold_out_the_end_of_the_text(fraction: float) -> None:
+    text = "".join(f"line {i} of a single document\n" for i in range(200))
+    split = HeldOut(lambda: iter([text]), fraction, "x")
+    (train,), (validation,) = split.train(), split.validation()
+    assert train + validation == text
+    assert train.endswith("\n")
+    assert abs(len(validation) - fraction * len(text)) < 20
+
+
+def test_cut_falls_into_the_right_one_of_few_documents() -> None:
+    texts = ["a" * 500, "", "b " * 100, "c" * 20]
+    split = HeldOut(lambda: iter(texts), 0.1, "x")
+    assert list(split.train()) == ["a" * 500, "b " * 74]
+    assert list(split.validation()) == ["b " * 26, "c" * 20]
+
+
+def test_text_without_white_space_is_cut_all_the_same() -> None:
+    split = HeldOut(lambda: iter(["x" * 100]), 0.05, "x")
+    assert (list(split.train()), list(split.validation())) == (["x" * 95], ["x" * 5])
+
+
+@pytest.mark.parametrize("texts", [[], [""], ["a"], [""] * 50, ["a"] + [""] * 50])
+def test_too_little_text_to_split(texts: list[str]) -> None:
+    with pytest.raises(UserError, match=r"^data\.train_files: \d+ documents .* data\.validation_fraction \(0\.05\)"):
+        list(HeldOut(lambda: iter(texts), 0.05, "data.train_files").train())
+
+
+# ---- The standard library
+
+
+def test_standard_library() -> None:
+    data = DataConfig(dataset_name="python-stdlib")
+    source, again = open_source(data), open_source(data)
+    assert source.name.startswith("python-stdlib 3.")
+    assert source.fingerprint == again.fingerprint
+    train, validation = list(source.train()), list(source.validation())
+    assert 0.04 < len(validation) / len(train) < 0.06
+    assert not set(train) & set(validation)
+    library = Path(sysconfig.get_path("stdlib"))
+    everything = set(train) | set(validation)
+    assert (library / "dataclasses.py").read_bytes().decode() in everything
+    assert (library / "json" / "decoder.py").read_bytes().decode() in everything
+    for left_out in [*library.glob("idlelib/run.py"), *library.glob("test/test_json/*.py")]:
+        assert left_out.read_bytes().decode() not in everything - {""}
+
+
+# ---- Own files
+
+
+def test_formats_give_the_same_documents(tmp_path) -> None:
+    texts = ["plain", 'with "quotes", commas\r\nand lines\n', "", "é 漢 🙂", "x" * 200_000, "<bos> \0"]
+    write_jsonl(tmp_path / "a.jsonl", texts)
+    quoted = ['"' + text.replace('"', '""') + '"' for text in texts]
+    (tmp_path / "a.csv").write_bytes(("id,text\r\n" + "".join(f"{i},{q}\r\n" for i, q in enumerate(quoted))).encode())
+    parquet.write_table(pyarrow.table({"id": range(len(texts)), "text": texts}), tmp_path / "a.parquet")
+    for name in ("a.jsonl", "a.csv", "a.parquet"):
+        assert texts_of(files(tmp_path / name)) == texts, name
+    (tmp_path / "a.TXT").write_bytes(texts[1].encode())
+    assert texts_of(files(tmp_path / "a.TXT")) == [texts[1]]
+
+
+def test_byte_order_marks_are_no_text(tmp_path) -> None:
+    mark = "\ufeff".encode()
+    for name, content in {"a.txt": b"words", "a.jsonl": b'{"text": "words"}\n', "a.csv": b"text\nwords\n"}.items():
+        (tmp_path / name).write_bytes(mark + content)
+        assert texts_of(files(tmp_path / name)) == ["words"], name
+
+
+def test_other_column(tmp_path) -> None:
+    (tmp_path / "a.csv").write_text("text,body\n1,one\n2,two\n")
+    assert texts_of(files(tmp_path / "a.csv", text_column="body")) == ["one", "two"]
+
+
+def test_patterns_are_sorted_and_names_do_not_matter(tmp_path) -> None:
+    for name in "bac":
+        (tmp_path / f"{name}.txt").write_text(name * 9)
+    assert texts_of(files(tmp_path / "*.txt")) == ["a" * 9, "b" * 9, "c" * 9]
+    before = open_source(files(tmp_path / "*.txt")).fingerprint
+    (tmp_path / "c.txt").rename(tmp_path / "d.txt")
+    assert open_source(files(tmp_path / "*.txt")).fingerprint == before
+    (tmp_path / "d.txt").write_text("other")
+    assert open_source(files(tmp_path / "*.txt")).fingerprint != before
+
+
+def test_own_validation_files(tmp_path) -> None:
+    train = write_jsonl(tmp_path / "train.jsonl", LINES)
+    validation = write_jsonl(tmp_path / "held.jsonl", ["held out"])
+    source = open_source(files(train, validation_files=(str(validation),)))
+    assert (list(source.train()), list(source.validation())) == (LINES, ["held out"])
+
+
+WRONG = {
+    "none.txt": (None, r"none\.txt\) does not exist"),
+    "*.nothing": (None, r"\*\.nothing\) matches no file"),
+    "": (None, r"is a folder; name its files"),
+    "a.md": (b"x", r"a\.md\) has an unknown extension \(\.md\); use one of \.txt, \.jsonl, \.csv, \.parquet"),
+    "empty.txt": (b"", r"empty\.txt\) is empty"),
+    "blank.jsonl": (b"\n\n", r"blank\.jsonl\) holds no text"),
+    "latin.txt": ("abc é".encode("latin-1"), r"latin\.txt\) is not UTF-8: bad byte at offset 4"),
+    "latin.jsonl": (b'{"text": "a"}\n{"text": "\xe9"}\n', r"latin\.jsonl\) is not UTF-8: bad byte at offset 24"),
+    "latin.csv": (b"text\nabc\n\xe9\n", r"latin\.csv\) is not UTF-8: bad byte at offset 9"),
+    "bad.jsonl": (b'{"text": "a"}\n\n{"text": \n', r"bad\.jsonl\): bad JSON at line 3"),
+    "list.jsonl": (b'["a"]\n', r"list\.jsonl\): line 1 is not a JSON object"),
+    "key.jsonl": (
+        b'{"texts": "a", "n": 1}\n',
+        r"^data\.text_column \(text\): .*line 1 \(did you mean texts\?\).*: texts, n",
+    ),
+    "key.csv": (b"body,n\n1,2\n", r"^data\.text_column \(text\): .*key\.csv\).*: body, n"),
+    "number.jsonl": (b'{"text": "a"}\n{"text": 3}\n', r"^data\.text_column \(text\): .*line 2 holds int, not text"),
+    "half.jsonl": (b'{"text": "\\ud800"}\n', r"half\.jsonl\): line 1: '\\ud800' is half a surrogate pair"),
+    "short.csv": (b"n,text\n1\n", r"short\.csv\): line 2 holds NoneType, not text"),
+    "long.csv": (b"text\na,b\n", r"long\.csv\): line 2 has more fields than the header"),
+    "quote.csv": (b'text\nb\n"a\n', r"quote\.csv\): bad CSV at line 2: unexpected end"),
+    "bad.parquet": (b"PAR1 not really", r"bad\.parquet\) is not a readable Parquet file"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_file_is_named(tmp_path, name: str) -> None:
+    content, message = WRONG[name]
+    path = tmp_path / name
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UserError, match=message) as caught:
+        texts_of(files(path))
+    assert str(caught.value).startswith("data.")
+    assert "\n" not in str(caught.value)
+
+
+def test_wrong_parquet_column(tmp_path) -> None:
+    parquet.write_table(pyarrow.table({"body": ["a"], "text": [1]}), tmp_path / "a.parquet")
+    with pytest.raises(
+        UserError, match=r"^data\.text_column \(bod\): not in .* \(did you mean body\?\); there is: body, text"
+    ):
+        texts_of(files(tmp_path / "a.parquet", text_column="bod"))
+    with pytest.raises(UserError, match=r"row 1 holds int, not text"):
+        texts_of(files(tmp_path / "a.parquet"))
+
+
+# ---- Tokens on disk
+
+
+@pytest.fixture
+def data(tmp_path) -> DataConfig:
+    return files(write_jsonl(tmp_path / "a.jsonl", LINES), cache_dir=str(tmp_path / "cache"))
+
+
+def test_prepared_tokens_are_the_text(data: DataConfig) -> None:
+    lines: list[str] = []
+    prepared = prepare(data, 300, None, lines.append)
+    source = open_source(data)
+    for documents, texts in ((prepared.train, list(source.train())), (prepared.validation, list(source.validation()))):
+        assert len(documents) == len(texts)
+        assert documents.tokens.dtype == "uint16"
+        assert documents.offsets.dtype == documents.document_bytes.dtype == "int64"
+        for i, text in enumerate(texts):
+            ids = documents.tokens[documents.offsets[i] : documents.offsets[i + 1]]
+            assert (ids[0], ids[-1]) == (1, 2)
+            assert prepared.tokenizer.decode(ids) == text
+            assert documents.document_bytes[i] == len(text.encode())
+        assert documents.utf8_bytes == documents.kept_bytes(0) == sum(len(text.encode()) for text in texts)
+        sizes = [len(prepared.tokenizer.encode(text)) + 2 for text in texts]
+        kept = [len(text.encode()) for text, size in zip(texts, sizes, strict=True) if size >= 40]
+        assert documents.kept_bytes(40) == sum(kept)
+    assert prepared.source_fingerprint == source.fingerprint
+    assert any("trained 300 tokens" in line for line in lines)
+
+
+def test_second_start_uses_the_cache(data: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = prepare(data, 300, None, print)
+    lines: list[str] = []
+    monkeypatch.setattr(Tokenizer, "train", None)
+    monkeypatch.setattr(tokens, "_tokenize", None)
+    again = prepare(data, 300, None, lines.append)
+    assert [line for line in lines if line.startswith("tokenized text: cached")]
+    assert again.tokenizer.fingerprint == first.tokenizer.fingerprint
+    resumed = prepare(data, 300, first.tokenizer, lines.append)
+    assert resumed.train.folder == first.train.folder, "a resumed run tokenizes again"
+
+
+@pytest.mark.parametrize("change", [{"validation_fraction": 0.2}, {"text_column": "body"}, {"vocab_size": 290}])
+def test_settings_that_matter_make_new_tokens(data: DataConfig, tmp_path, change: dict) -> None:
+    rows = [json.dumps({"text": text, "body": text.upper()}) for text in LINES]
+    (tmp_path / "a.jsonl").write_text("\n".join(rows))
+    first = prepare(data, 300, None, print)
+    vocab_size = change.pop("vocab_size", 300)
+    other = prepare(DataConfig(**{**vars(data), **change}), vocab_size, None, print)
+    assert other.train.folder != first.train.folder
+
+
+def test_settings_of_packing_make_no_new_tokens(data: DataConfig) -> None:
+    first = prepare(data, 300, None, print)
+    other = DataConfig(**{**vars(data), "min_length": 3, "max_length": 64, "packing_strategy": "concat"})
+    assert prepare(other, 300, None, print).train.folder == first.train.folder
+
+
+def test_killed_preparation_leaves_nothing_half_made(data: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self, texts):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Tokenizer, "encode_documents", fail)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(data, 300, None, print)
+    assert list((cache_root(data) / "tokens").iterdir()) == []
+    assert len(prepare(data, 300, None, print).train) == 38
+
+
+def test_two_at_once_both_succeed(data: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    original, inner = tokens._tokenize, []
+
+    def slow(folder, source, tokenizer):
+        monkeypatch.setattr(tokens, "_tokenize", original)
+        with tokens._complete_or_absent(folder) as part:  # another process comes and finishes while we are at work
+            inner.append(prepare(data, 300, None, print))
+            (part / "ours").touch()
+
+    monkeypatch.setattr(tokens, "_tokenize", slow)
+    outer = prepare(data, 300, None, print)
+    assert outer.train.tokens.tolist() == inner[0].train.tokens.tolist()
+    assert [path.name for path in (cache_root(data) / "tokens").iterdir()] == [outer.train.folder.name]
+
+
+def test_damaged_cache_is_named(data: DataConfig) -> None:
+    folder = prepare(data, 300, None, print).train.folder
+    for split in SPLITS:
+        path = folder / f"{split}.tokens"
+        whole = path.read_bytes()
+        path.write_bytes(whole[:-2])
+        with pytest.raises(UserError, match=rf"{folder.name}\) are damaged; delete that folder"):
+            prepare(data, 300, None, print)
+        path.write_bytes(whole)
+
+
+def test_own_tokenizer(data: DataConfig, tmp_path) -> None:
+    Tokenizer.train(["own"], 270).save(tmp_path / "own")
+    own = DataConfig(**{**vars(data), "tokenizer_path": str(tmp_path / "own" / "tokenizer.json")})
+    assert prepare(own, 300, None, print).tokenizer.fingerprint == Tokenizer.load(tmp_path / "own").fingerprint
+
+
+def test_cache_folder(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "x"))
+    assert cache_root(DataConfig()) == tmp_path / "x" / "jaxlm"
+    monkeypatch.setenv("XDG_CACHE_HOME", "")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cache_root(DataConfig()) == tmp_path / ".cache" / "jaxlm"
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"^data\.cache_dir \(.*file/sub\) cannot be written to"):
+        cache_root(DataConfig(cache_dir=str(tmp_path / "file" / "sub")))
+
+
+# ---- The Hub
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("wikitxt", r"namespace/name \(did you mean wikitext\?\)"), ("a/b/c", "namespace/name"), ("", "namespace/name")],
+)
+def test_name_that_no_hub_takes(name: str, message: str, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=rf"^data\.dataset_name \({name}\) .*{message}.*--data\.train_files"):
+        open_source(DataConfig(dataset_name=name))
+
+
+def test_local_folder_is_no_hub_name(tmp_path) -> None:
+    with pytest.raises(UserError, match=r"is a local path; use data\.train_files"):
+        open_source(DataConfig(dataset_name=str(tmp_path)))
+
+
+def table(texts: list[str]) -> bytes:
+    buffer = io.BytesIO()
+    parquet.write_table(pyarrow.table({"text": texts, "number": list(range(len(texts)))}), buffer)
+    return buffer.getvalue()
+
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+README = """---
+configs:
+- config_name: plain
+  data_files:
+  - {split: train, path: train.parquet}
+  - {split: validation, path: validation.parquet}
+- config_name: bare
+  data_files:
+  - {split: train, path: train.parquet}
+---
+"""
+HUB_FILES = {"README.md": README.encode(), "train.parquet": table(LINES), "validation.parquet": table(["v1", "v2"])}
+
+
+class Hub(BaseHTTPRequestHandler):
+    """As much of the Hub as `datasets` asks for, with the one data set test/tiny."""
+
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *arguments) -> None:
+        pass
+
+    def answer(self, status: int, body: bytes, **headers: str) -> None:
+        self.send_response(status)
+        for name, value in {**headers, "Content_Length": str(len(body))}.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def entry(self, name: str) -> dict:
+        digest = hashlib.sha1(HUB_FILES[name]).hexdigest()
+        return {"type": "file", "path": name, "size": len(HUB_FILES[name]), "oid": digest}
+
+    def do_GET(self) -> None:
+        path = urllib.parse.unquote(self.path.partition("?")[0])
+        if "test/tiny" not in path:
+            self.answer(401, b"{}", X_Error_Code="RepoNotFound")
+        elif re.fullmatch("/api/datasets/test/tiny(/revision/[^/]+)?", path):
+            siblings = [{"rfilename": name} for name in HUB_FILES]
+            about = {"id": "test/tiny", "sha": COMMIT, "private": False, "tags": [], "siblings": siblings}
+            self.answer(200, json.dumps(about).encode())
+        elif re.fullmatch("/api/datasets/test/tiny/tree/[^/]+/?", path):
+            self.answer(200, json.dumps([self.entry(name) for name in HUB_FILES]).encode())
+        elif "/resolve/" in path and (name := path.rpartition("/")[2]) in HUB_FILES:
+            self.answer(200, HUB_FILES[name], ETag=f'"{self.entry(name)["oid"]}"', X_Repo_Commit=COMMIT)
+        else:
+            self.answer(404, b"{}", X_Error_Code="EntryNotFound", X_Repo_Commit=COMMIT)
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_POST(self) -> None:
+        paths = urllib.parse.parse_qs(self.rfile.read(int(self.headers["Content-Length"])).decode())["paths"]
+        self.answer(200, json.dumps([self.entry(name) for name in paths if name in HUB_FILES]).encode())
+
+
+@pytest.fixture(scope="module")
+def hub_home(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("hub")
+
+
+@pytest.fixture(scope="module")
+def hub() -> Iterator[str]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+PROGRAM = """
+import json, sys
+from jaxlm.config import DataConfig
+from jaxlm.data.sources import open_source
+from jaxlm.errors import UserError
+for options in json.loads(sys.argv[1]):
+    try:
+        source = open_source(DataConfig(**{"dataset_name": "test/tiny", "dataset_config": "plain", **options}))
+        print(json.dumps([source.name, source.fingerprint, list(source.train()), list(source.validation())]))
+    except UserError as error:
+        print(json.dumps(str(error)))
+"""
+
+
+def on_hub(endpoint: str, home: Path, *options: dict) -> tuple[list, str]:
+    """What `open_source` makes of each of `options` in a process that knows the Hub at `endpoint`; and its stderr."""
+    root = str(Path(__file__).parents[1])
+    environment = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": str(home), "PYTHONPATH": root}
+    arguments = [sys.executable, "-W", "error", "-c", PROGRAM, json.dumps(options)]
+    done = subprocess.run(arguments, env=environment, cwd=home, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()], done.stderr
+
+
+def test_hub(hub: str, hub_home: Path) -> None:
+    cases: list[tuple[dict, str]] = [
+        ({"dataset_config": "nope"}, r"^data\.dataset_config \(nope\) of test/tiny: .*\['plain', 'bare'\]"),
+        ({"dataset_config": None}, r"^data\.dataset_config \(None\) of test/tiny: .*\['plain', 'bare'\]"),
+        ({"dataset_split": "tain"}, r"^data\.dataset_split \(tain\): .*\['train', 'validation'\]"),
+        ({"validation_split": "dev"}, r"^data\.validation_split \(dev\): .* none: hold out data\.validation_fraction"),
+        ({"text_column": "txt"}, r"^data\.text_column \(txt\): .*did you mean text\?.*: text, number"),
+        ({"text_column": "number"}, r"^data\.text_column \(number\): .*test/tiny\): row 1 holds int, not text"),
+        ({"dataset_name": "test/none"}, r"^data\.dataset_name \(test/none\) is not on the Hub.*--data\.train_files"),
+    ]
+    good: list[dict] = [{}, {"validation_split": None}, {"dataset_config": "bare", "validation_split": None}]
+    answers, _ = on_hub(hub, hub_home, *good, *(options for options, _ in cases))
+    whole, held_out, bare = answers[:3]
+    assert whole[0] == "test/tiny plain"
+    assert whole[2:] == [LINES, ["v1", "v2"]]
+    assert sorted(held_out[2] + held_out[3]) == sorted(LINES)
+    assert held_out[2:] == bare[2:]
+    assert len(held_out[3]) == 2
+    assert len({whole[1], held_out[1], bare[1]}) == 3
+    for (options, message), answer in zip(cases, answers[3:], strict=True):
+        assert isinstance(answer, str), options
+        assert re.search(message, answer)
+        assert "\n" not in answer
+
+    # What is downloaded can be used without the Hub, and is the same text.
+    (offline, *_), _ = on_hub("http://127.0.0.1:9", hub_home, {})
+    assert offline[1:] == whole[1:]
+    assert "the Hub is out of reach" in offline[0]
+
+
+def test_unreachable_hub_is_one_line_soon(tmp_path) -> None:
+    start = time.perf_counter()
+    (answer,), stderr = on_hub("http://127.0.0.1:9", tmp_path, {"dataset_name": "wikitext"})
+    assert time.perf_counter() - start < 30
+    assert re.match(r"data\.dataset_name \(wikitext\): the Hugging Face Hub is out of reach \(.*refused\)", answer)
+    assert "--data.train_files" in answer
+    assert "--data.dataset_name python-stdlib" in answer
+    assert stderr == ""

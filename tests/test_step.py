@@ -1,0 +1,208 @@
+"""The update: accumulation, dropout, skipping, schedules, decay, devices."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from jaxlm import sharding
+from jaxlm.config import Config, DataConfig, ModelConfig, TrainingConfig
+from jaxlm.model import Transformer
+from jaxlm.optim import SCHEDULES, build_optimizer, build_schedule, decay_mask, effective_warmup
+from jaxlm.step import init_state, make_train_step
+
+VOCAB, T, ROWS = 61, 24, 16
+MODEL = ModelConfig(vocab_size=VOCAB, d_model=32, n_heads=2, n_layers=2, d_ff=64, max_seq_len=T)
+TRAINING = TrainingConfig(use_amp=False, learning_rate=1e-2, warmup_steps=0, eps=1e-4)
+
+
+def config_of(model=MODEL, **training):
+    return Config(model=model, training=dataclasses.replace(TRAINING, **training), data=DataConfig(max_length=T))
+
+
+def make_batch(rows=ROWS, seed=0):
+    """[1, rows, T]; rows hold one to three documents and uneven padding, so that micro-batches differ in weight."""
+    rng = np.random.default_rng(seed)
+    segments = np.sort(rng.integers(1, 4, (rows, T)), axis=1)
+    for row, n in enumerate(rng.integers(2, T + 1, rows)):
+        segments[row, n:] = 0
+    tokens, targets = rng.integers(3, VOCAB, (2, rows, T))
+    positions = np.tile(np.arange(T), (rows, 1))
+    arrays = {"tokens": tokens, "targets": targets, "segments": segments, "positions": positions}
+    batch = {name: array.astype(np.int32)[None] for name, array in arrays.items()}
+    return batch | {"rows": np.arange(rows, dtype=np.int32)[None]}
+
+
+def regroup(batch, k):
+    return {name: x.reshape(k, -1, *x.shape[2:]) for name, x in batch.items()}
+
+
+@functools.cache
+def start(config):
+    model = Transformer(config.model, rngs=nnx.Rngs(0))
+    step = jax.jit(make_train_step(nnx.graphdef(model), config, build_schedule(config.training, 100)))
+    return step, init_state(model, build_optimizer(config.training))
+
+
+def run(config, batches):
+    step, state = start(config)
+    losses = []
+    for batch in batches:
+        state, metrics = step(state, batch)
+        losses.append(float(metrics["loss"]))
+    return state, losses, metrics
+
+
+def assert_close(a, b, tolerance):
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_allclose(x, y, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize(("optimizer", "k"), [("adamw", 2), ("adamw", 8), ("sgd", 8)])
+def test_accumulation_equals_one_large_batch(optimizer, k):
+    """K micro-batches, of unequal numbers of targets and with dropout, equal one batch K times as large."""
+    config = config_of(optimizer=optimizer)
+    batches = [make_batch(seed=s) for s in range(3)]
+    whole, whole_losses, whole_metrics = run(config, batches)
+    parts, losses, metrics = run(config, [regroup(b, k) for b in batches])
+    np.testing.assert_allclose(losses, whole_losses, rtol=1e-5)
+    assert float(metrics["grad_norm"]) == pytest.approx(float(whole_metrics["grad_norm"]), rel=1e-3)
+    assert_close(parts.params, whole.params, 1e-5)
+    assert jax.tree.structure(parts) == jax.tree.structure(whole)  # a checkpoint of one continues with the other
+
+
+def test_unweighted_accumulation_would_be_noticed():
+    """The fault that the test above is for: weighing micro-batches equally, whatever targets they hold."""
+    batch = make_batch()
+    _, (whole, *_), _ = run(config_of(), [batch])
+    parts = regroup(batch, 8)
+    per_part = [run(config_of(), [{n: x[i : i + 1] for n, x in parts.items()}])[1][0] for i in range(8)]
+    assert abs(np.mean(per_part) - whole) > 1e-3
+
+
+def test_dropout_belongs_to_the_row():
+    """Rows keep their masks however they are grouped; another step, seed or row index gets other ones."""
+    half = dataclasses.replace(MODEL, dropout=0.5, attention_dropout=0.5)
+    off = dataclasses.replace(MODEL, dropout=0.0, attention_dropout=0.0)
+    batch = make_batch()
+    order = np.random.default_rng(9).permutation(ROWS)
+    shuffled = {name: x[:, order] for name, x in batch.items()}
+    loss = lambda batch, model=half: run(config_of(model), [batch])[1][0]  # noqa: E731
+    assert loss(shuffled) == pytest.approx(loss(batch), rel=1e-6)
+    assert loss(regroup(shuffled, 4)) == pytest.approx(loss(batch), rel=1e-6)
+    assert abs(loss(shuffled | {"rows": batch["rows"]}) - loss(batch)) > 1e-4
+    step, state = start(config_of(half))
+    later = dataclasses.replace(state, step=state.step + 1)
+    assert abs(float(step(later, batch)[1]["loss"]) - loss(batch)) > 1e-4
+    for only in ("dropout", "attention_dropout"):  # both kinds are honoured
+        assert abs(loss(batch, dataclasses.replace(off, **{only: 0.5})) - loss(batch, off)) > 1e-4
+
+
+@pytest.mark.parametrize("k", [1, 4])
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_non_finite_update_changes_nothing(k, bad):
+    config = config_of()
+    step, state = start(config)
+    state, _ = step(state, regroup(make_batch(), k))
+    poisoned = jax.tree.map(jnp.array, state)
+    poisoned.params["blocks"]["mlp"]["up"]["kernel"] = (
+        poisoned.params["blocks"]["mlp"]["up"]["kernel"].at[0, 0, 0].set(bad)
+    )
+    after, metrics = step(poisoned, regroup(make_batch(seed=1), k))
+    for new, old in zip(
+        jax.tree.leaves((after.params, after.opt_state)),
+        jax.tree.leaves((poisoned.params, poisoned.opt_state)),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(new, old)
+    assert int(after.skipped) == 1 == int(metrics["skipped"]) and int(after.step) == 2
+    healthy = dataclasses.replace(after, params=state.params)
+    recovered, metrics = step(healthy, regroup(make_batch(seed=2), k))
+    assert int(recovered.skipped) == 1 and np.isfinite(float(metrics["loss"]))
+    assert not np.array_equal(recovered.params["token_embedding"], state.params["token_embedding"])
+
+
+def test_devices_do_not_change_the_update():
+    """Rows split over 4 devices give what one device gives, to float32 rounding, dropout and accumulation on."""
+    batches = [regroup(make_batch(seed=s), 2) for s in range(3)]
+    expected, expected_losses, _ = run(config_of(), batches)
+    mesh = sharding.make_mesh(jax.devices()[:4])
+    step, state = start(config_of())
+    state = jax.device_put(state, sharding.replicated(mesh))
+    losses = []
+    for batch in batches:
+        state, metrics = step(state, jax.device_put(batch, sharding.train_batch_sharding(mesh)))
+        losses.append(float(metrics["loss"]))
+    np.testing.assert_allclose(losses, expected_losses, rtol=1e-5)
+    assert_close(state.params, expected.params, 1e-5)
+
+
+@pytest.mark.parametrize(("optimizer", "rate"), [("adamw", 1e-2), ("adam", 1e-2), ("sgd", 1.0), ("lion", 2e-3)])
+def test_the_loss_falls(optimizer, rate):
+    batch = make_batch()
+    still = dataclasses.replace(MODEL, dropout=0.0, attention_dropout=0.0)
+    _, losses, _ = run(config_of(still, optimizer=optimizer, learning_rate=rate), [batch] * 40)
+    assert losses[0] == pytest.approx(np.log(VOCAB), rel=0.05) and losses[-1] < 0.7 * losses[0]
+
+
+def test_adamw_is_optax_adamw():
+    config = config_of(weight_decay=0.1, max_grad_norm=None, decay_embeddings=True)
+    params = init_state(Transformer(MODEL, rngs=nnx.Rngs(0)), optax.identity()).params
+    grads = jax.tree.map(lambda p: jnp.cos(7 * p), params)
+    theirs = optax.adamw(1e-2, 0.9, 0.999, 1e-4, weight_decay=0.1, mask=decay_mask(params, True))
+    expected, _ = theirs.update(grads, theirs.init(params), params)
+    ours = build_optimizer(config.training)
+    updates, _ = ours.update(grads, ours.init(params), params)
+    assert_close(jax.tree.map(lambda u: -1e-2 * u, updates), expected, 1e-7)
+
+
+def test_decay_leaves_out_biases_and_norms():
+    params = init_state(Transformer(MODEL, rngs=nnx.Rngs(0)), optax.identity()).params
+    flat = {
+        jax.tree_util.keystr(path): value
+        for path, value in jax.tree_util.tree_leaves_with_path(decay_mask(params, True))
+    }
+    assert {name for name, decays in flat.items() if decays} == {
+        "['blocks']['attention']['qkv']['kernel']",
+        "['blocks']['attention']['out']['kernel']",
+        "['blocks']['mlp']['up']['kernel']",
+        "['blocks']['mlp']['down']['kernel']",
+        "['token_embedding']",
+        "['position_embedding']",
+    }
+    assert not decay_mask(params, False)["token_embedding"]
+
+
+def test_clipping_is_global():
+    config = config_of(optimizer="sgd", beta1=0.0, weight_decay=0.0, max_grad_norm=0.01)
+    before = start(config)[1]
+    after, _, metrics = run(config, [make_batch()])
+    moved = optax.tree.norm(jax.tree.map(lambda a, b: a - b, after.params, before.params))
+    assert float(metrics["grad_norm"]) > 0.01  # logged as it was before clipping
+    assert float(moved) == pytest.approx(0.01 * TRAINING.learning_rate, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", sorted(SCHEDULES))
+def test_schedule_shape(name):
+    config = dataclasses.replace(TRAINING, lr_scheduler=name, warmup_steps=10, learning_rate=2.0, min_lr_ratio=0.1)
+    schedule = build_schedule(config, 200)
+    rates = np.array([float(schedule(jnp.asarray(s))) for s in range(200)])
+    assert np.all(np.diff(rates[:10]) > 0) and rates[0] > 0
+    assert rates[10] == pytest.approx(2.0)
+    assert np.all(np.diff(rates[10:]) <= 1e-7)
+    assert rates[-1] == pytest.approx(2.0 if name == "constant" else 0.2)
+    if name == "cosine":
+        assert rates[10 + 189 // 2] == pytest.approx(1.1, abs=0.02)
+
+
+@pytest.mark.parametrize(("asked", "steps", "warmup"), [(2000, 100, 10), (5, 100, 5), (10, 1, 0), (0, 50, 0)])
+def test_warmup_is_at_most_a_tenth(asked, steps, warmup):
+    config = dataclasses.replace(TRAINING, warmup_steps=asked)
+    assert effective_warmup(config, steps) == warmup
+    rates = [float(build_schedule(config, steps)(jnp.asarray(s))) for s in range(steps)]
+    assert max(rates) == pytest.approx(TRAINING.learning_rate)

@@ -1,0 +1,159 @@
+"""Any text survives the way through the tokenizer; files that are not tokenizers are refused by name."""
+
+import json
+
+import numpy as np
+import pytest
+import tokenizers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import models, pre_tokenizers, processors
+
+from jaxlm.errors import UserError
+from jaxlm.tokenizer import BOS_NAMES, EOS_NAMES, Tokenizer, split_safely
+
+PROSE = [f"The {i}th line of text, isn't it?\n    def f{i}(x):\r\n\treturn x  # <bos> <eos>\n\n" for i in range(60)]
+TOKENIZER = Tokenizer.train(PROSE, 400)
+# White space as the tokenizer's regular expressions see it and as Python sees it differ in some of these.
+ODD = "a'sT1.,<é漢🙂 \n\n\n\r\t\x00\x0b\x0c\x1c\x1f\x85\xa0\u1680\u180e\u2003\u200b\u2028\u3000\ufeff\u0301"
+
+
+def bare(words: dict[str, int], specials: list[str]) -> tokenizers.Tokenizer:
+    backend = tokenizers.Tokenizer(models.WordLevel(words, unk_token=next(iter(words))))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.add_special_tokens(specials)
+    return backend
+
+
+def test_special_tokens_come_first() -> None:
+    assert (TOKENIZER.pad_id, TOKENIZER.bos_id, TOKENIZER.eos_id) == (0, 1, 2)
+    assert TOKENIZER.vocab_size == 400
+    assert TOKENIZER.dtype == np.uint16
+
+
+def test_smallest_vocabulary_is_the_bytes() -> None:
+    tokenizer = Tokenizer.train(PROSE, 259)
+    assert tokenizer.vocab_size == 259
+    assert len(tokenizer.encode("né\0")) == len("né\0".encode())
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        " ",
+        "  leading",
+        "trailing  ",
+        "a\r\nb\rc\n",
+        "\x00",
+        "🙂👩‍👩‍👧",
+        "<bos>",
+        "a<eos><pad> <bos>b",
+        "日本語 text",
+        "\ufeff",
+        "e\u0301",
+    ],
+)
+def test_text_round_trips(text: str) -> None:
+    assert TOKENIZER.decode(TOKENIZER.encode(text)) == text
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.text() | st.text(ODD) | st.text("<>/bospade ", max_size=30))
+def test_any_text_round_trips(text: str) -> None:
+    ids = TOKENIZER.encode(text)
+    assert TOKENIZER.decode(ids) == text
+    assert min(ids, default=3) > 2, "text became a special token"
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.text(ODD, max_size=80), st.integers(1, 20))
+def test_cutting_long_text_leaves_words_and_ids_as_they_were(text: str, size: int) -> None:
+    parts = split_safely(text, size)
+    assert "".join(parts) == text
+    words = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True).pre_tokenize_str  # ids follow from words
+    assert [word for part in parts for word, _ in words(part)] == [word for word, _ in words(text)]
+    assert [i for part in parts for i in TOKENIZER.encode(part)] == TOKENIZER.encode(text)
+
+
+def test_long_text_is_cut_and_joined(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "".join(PROSE)
+    whole = Tokenizer.train([text], 400)
+    monkeypatch.setattr(split_safely, "__defaults__", (100,))
+    assert len(split_safely(text)) > 20
+    (ids,) = TOKENIZER.encode_documents([text])
+    assert ids.tolist() == [1, *TOKENIZER.encode(text), 2]
+    assert Tokenizer.train([text], 400).fingerprint == whole.fingerprint, "cut text trained another tokenizer"
+
+
+def test_documents_begin_and_end() -> None:
+    documents = TOKENIZER.encode_documents(["", "<bos>", "a b"])
+    assert [ids.dtype for ids in documents] == [np.uint16] * 3
+    assert documents[0].tolist() == [1, 2]
+    assert documents[1].tolist() == [1, *TOKENIZER.encode("<bos>"), 2]
+    assert 1 not in documents[1][1:]
+
+
+def test_decode_leaves_special_tokens_out() -> None:
+    assert TOKENIZER.decode(np.array([1, *TOKENIZER.encode("hi"), 2, 0])) == "hi"
+
+
+def test_saved_and_loaded_is_the_same(tmp_path) -> None:
+    TOKENIZER.save(tmp_path / "run" / "tokenizer")
+    assert [path.name for path in (tmp_path / "run" / "tokenizer").iterdir()] == ["tokenizer.json"]
+    for path in ("run", "run/tokenizer", "run/tokenizer/tokenizer.json"):
+        loaded = Tokenizer.load(tmp_path / path)
+        assert loaded.fingerprint == TOKENIZER.fingerprint
+        assert loaded.encode("<bos>x<eos>") == TOKENIZER.encode("<bos>x<eos>"), "the flag for special tokens was lost"
+
+
+def test_training_is_deterministic() -> None:
+    assert Tokenizer.train(iter(PROSE), 400).to_json() == TOKENIZER.to_json()
+
+
+def test_foreign_tokenizer_is_stripped_of_markup() -> None:
+    backend = bare({"<unk>": 0, "a": 1, "b": 2}, ["<s>", "</s>", "[PAD]"])
+    backend.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 3), ("</s>", 4)]
+    )
+    backend.enable_padding(length=8)
+    backend.enable_truncation(2)
+    tokenizer = Tokenizer.from_json(backend.to_str())
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (3, 4, 5)
+    assert tokenizer.encode("a b a b") == [1, 2, 1, 2]
+    assert [ids.tolist() for ids in tokenizer.encode_documents(["a", "a\nb"])] == [[3, 1, 4], [3, 1, 2, 4]]
+
+
+def test_one_token_may_begin_and_end() -> None:
+    tokenizer = Tokenizer.from_json(bare({"a": 0}, ["<|endoftext|>"]).to_str())
+    assert tokenizer.bos_id == tokenizer.eos_id == tokenizer.pad_id == 1
+
+
+@pytest.mark.parametrize(("specials", "names"), [(["</s>"], BOS_NAMES), (["<s>"], EOS_NAMES)])
+def test_without_document_tokens_is_refused(tmp_path, specials: list[str], names: tuple[str, ...]) -> None:
+    path = tmp_path / "tokenizer.json"
+    path.write_text(bare({"a": 0}, specials).to_str())
+    with pytest.raises(UserError, match=r"^data\.tokenizer_path \(.*tokenizer\.json\) has no token") as caught:
+        Tokenizer.load(path)
+    assert all(name in str(caught.value) for name in names)
+
+
+@pytest.mark.parametrize("content", ["", "{", json.dumps({"model": 1}), "[]", "\udcff"])
+def test_corrupt_file_is_refused(tmp_path, content: str) -> None:
+    path = tmp_path / "own.json"
+    path.write_bytes(content.encode(errors="surrogateescape"))
+    with pytest.raises(UserError, match=r"^data\.tokenizer_path \(.*own\.json\)") as caught:
+        Tokenizer.load(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_file_is_refused(tmp_path) -> None:
+    with pytest.raises(UserError, match=r"nothing\.json\): no such file"):
+        Tokenizer.load(tmp_path / "nothing.json")
+    with pytest.raises(UserError, match=r"holds no tokenizer\.json"):
+        Tokenizer.load(tmp_path)
+
+
+def test_half_a_character_is_refused() -> None:
+    with pytest.raises(UserError, match="at character 1"):
+        TOKENIZER.encode("a\udcff")

@@ -1,0 +1,282 @@
+"""A run as a whole: resuming bit for bit, saving, stopping, the run's folder."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from conftest import make_config
+
+from jaxlm import Trainer, checkpoint, load
+from jaxlm.config import to_dict
+from jaxlm.errors import Stopped, UserError
+from jaxlm.evaluate import evaluate_model
+
+# Dropout and accumulation on; 4 devices x 2 rows x 2 micro-batches = 16 rows a step.
+HARD = {
+    "model.dropout": 0.1,
+    "model.attention_dropout": 0.1,
+    "training.gradient_accumulation_steps": 2,
+    "training.max_steps": 9,
+    "training.logging_steps": 1,
+    "training.save_steps": 2,
+    "training.eval_steps": 3,
+    "training.save_total_limit": None,
+}
+
+
+def rows_of(folder):
+    """metrics.jsonl by step, the later row of a step winning, without what depends on the clock."""
+    rows = {}
+    for line in (Path(folder) / "metrics.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        rows[row["step"]] = {name: value for name, value in row.items() if name != "train/tokens_per_second"}
+    return rows
+
+
+def arrays(path):
+    """All arrays of a checkpoint, restored with plain Orbax."""
+    import orbax.checkpoint as ocp
+
+    with ocp.StandardCheckpointer() as checkpointer:
+        return {item: checkpointer.restore((Path(path) / item).resolve()) for item in ("params", "optimizer")}
+
+
+def assert_same(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory, corpus):
+    """The run that is never stopped: 9 steps, which cross the end of an epoch in the middle of a batch."""
+    folder = tmp_path_factory.mktemp("reference")
+    trainer = Trainer(make_config(folder, corpus, **HARD))
+    assert len(trainer.rows) < 8 * trainer.global_batch and len(trainer.rows) % trainer.global_batch
+    trainer.train()
+    return folder
+
+
+@pytest.mark.parametrize("stop", [1, 2, 5, 8])
+def test_resume_is_bit_exact(tmp_path, corpus, reference, stop):
+    """N steps, stop, M steps: parameters, optimizer and every logged number equal those of N + M steps."""
+    run = make_config(reference, corpus, **HARD).training.checkpoint_dir
+    first = make_config(tmp_path, corpus, **HARD, **{"training.stop_at_step": stop})
+    Trainer(first).train()
+    assert not (tmp_path / "run" / "final_model").exists()
+    again = Trainer(make_config(tmp_path, corpus, **HARD))
+    assert again.current_step == stop
+    again.train()
+    mine = Path(first.training.checkpoint_dir)
+    assert_same(arrays(mine / "checkpoint_9"), arrays(Path(run) / "checkpoint_9"))
+    assert rows_of(mine) == rows_of(run)
+
+
+def test_resume_notices_a_lost_optimizer_state(tmp_path, corpus, reference, monkeypatch):
+    """The fault that the test above is for: going on with a fresh optimizer."""
+    Trainer(make_config(tmp_path, corpus, **HARD, **{"training.stop_at_step": 5})).train()
+    again = Trainer(make_config(tmp_path, corpus, **HARD))
+    fresh = again._init()
+    again.state = type(again.state)(again.state.step, again.state.skipped, again.state.params, fresh.opt_state)
+    again.train()
+    run = Path(make_config(reference, corpus, **HARD).training.checkpoint_dir)
+    with pytest.raises(AssertionError):
+        assert_same(arrays(again.folder / "checkpoint_9"), arrays(run / "checkpoint_9"))
+
+
+def test_another_number_of_devices_goes_on_to_rounding(tmp_path, corpus, reference, monkeypatch):
+    """A run of 4 devices resumes on 1 with the same global batch: equal losses to float32 rounding."""
+    Trainer(make_config(tmp_path, corpus, **HARD, **{"training.stop_at_step": 5})).train()
+    monkeypatch.setattr("jaxlm.trainer.training_devices", lambda config: jax.devices()[:1])
+    with pytest.raises(UserError, match=r"training.batch_size x devices.*\(4\) must stay at the 16 rows"):
+        Trainer(make_config(tmp_path, corpus, **HARD))
+    Trainer(make_config(tmp_path, corpus, **HARD, **{"training.batch_size": 8})).train()
+    run = Path(make_config(reference, corpus, **HARD).training.checkpoint_dir)
+    mine = rows_of(tmp_path / "run")
+    for step, row in rows_of(run).items():
+        assert mine[step]["train/loss"] == pytest.approx(row["train/loss"], rel=1e-5)
+
+
+def test_run_folder(reference, corpus):
+    folder = Path(make_config(reference, corpus, **HARD).training.checkpoint_dir)
+    names = {path.name for path in folder.iterdir()}
+    steps = {f"checkpoint_{step}" for step in (2, 4, 6, 8, 9)}
+    assert names == {"config.json", "tokenizer", "metrics.jsonl", "best_model", "final_model", *steps}
+    config = json.loads((folder / "config.json").read_text())
+    assert config["model"]["vocab_size"] == 300
+    rows = rows_of(folder)
+    assert list(rows) == list(range(1, 10))
+    assert {"train/loss", "train/learning_rate", "train/grad_norm", "train/mfu", "train/epoch"} <= set(rows[1])
+    assert rows[1]["train/mfu"] is None  # a CPU's peak is not known
+    assert {"eval/loss", "eval/perplexity", "eval/bits_per_byte"} <= set(rows[9])
+    best = min((row["eval/loss"], step) for step, row in rows.items() if "eval/loss" in row)
+    progress = checkpoint.read_progress(folder / "best_model")
+    assert (progress.best_loss, progress.step) == best
+    assert checkpoint.read_progress(folder / "final_model").step == 9
+
+
+def test_load_gives_the_evaluated_model(reference, corpus):
+    """best_model, final_model and a checkpoint load, and evaluate to what was logged."""
+    config = make_config(reference, corpus, **HARD)
+    folder = Path(config.training.checkpoint_dir)
+    logged = rows_of(folder)[9]
+    for name in ("final_model", "checkpoint_9"):
+        loaded = load(folder / name)
+        result = evaluate_model(loaded, loaded.config.data, 3, lambda line: None)
+        assert result["loss"] == pytest.approx(logged["eval/loss"], rel=1e-5)
+        assert result["bits_per_byte"] == pytest.approx(logged["eval/bits_per_byte"], rel=1e-5)
+    assert to_dict(loaded.config)["model"] == to_dict(config)["model"]
+    assert loaded.tokenizer.decode(loaded.tokenizer.encode("naïve  text\r\n")) == "naïve  text\r\n"
+
+
+def test_bits_per_byte_by_hand(reference, corpus):
+    """All nats / ln 2 / bytes of the validation text, computed from the raw file and the full logits."""
+    folder = Path(make_config(reference, corpus, **HARD).training.checkpoint_dir)
+    loaded = load(folder / "final_model")
+    texts = [
+        json.loads(line)["text"] for line in (corpus / "validation.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
+    longest = loaded.config.data.max_length
+    logits = jax.jit(lambda tokens: loaded.model.logits(loaded.model(tokens)))
+    nats, n_bytes = 0.0, 0
+    for text in texts:
+        ids = [loaded.tokenizer.bos_id, *loaded.tokenizer.encode(text), loaded.tokenizer.eos_id]
+        if len(ids) < loaded.config.data.min_length:
+            continue
+        n_bytes += len(text.encode())
+        for start in range(0, len(ids) - 1, longest):
+            inputs, targets = ids[start : min(start + longest, len(ids) - 1)], ids[start + 1 : start + 1 + longest]
+            padded = np.array([inputs + [0] * (longest - len(inputs))], np.int32)  # one shape, compiled once
+            logprobs = jax.nn.log_softmax(logits(padded)[0])
+            nats -= float(logprobs[np.arange(len(targets)), np.array(targets)].sum())
+    expected = rows_of(folder)[9]["eval/bits_per_byte"]
+    assert nats / np.log(2) / n_bytes == pytest.approx(expected, rel=1e-4)
+
+
+def test_finished_run_says_so_and_does_nothing(reference, corpus, capfd):
+    config = make_config(reference, corpus, **HARD)
+    before = sorted((str(p), p.stat().st_mtime_ns) for p in Path(config.training.checkpoint_dir).rglob("*"))
+    Trainer(config).train()
+    assert "this run is finished" in capfd.readouterr().err
+    assert sorted((str(p), p.stat().st_mtime_ns) for p in Path(config.training.checkpoint_dir).rglob("*")) == before
+
+
+def test_save_total_limit_and_longer_run(tmp_path, corpus):
+    short = {**HARD, "training.save_steps": 1, "training.save_total_limit": 2, "training.max_steps": 4}
+    Trainer(make_config(tmp_path, corpus, **short)).train()
+    folder = tmp_path / "run"
+    assert set(checkpoint.checkpoint_steps(folder)) == {3, 4}
+    Trainer(make_config(tmp_path, corpus, **short | {"training.max_steps": 6})).train()  # max_steps may grow
+    assert set(checkpoint.checkpoint_steps(folder)) == {5, 6}
+    assert checkpoint.read_progress(folder / "final_model").step == 6
+
+
+def test_resume_at_an_earlier_checkpoint(tmp_path, corpus, reference):
+    """The later checkpoints are moved aside, saving goes on, and the end is the same."""
+    Trainer(make_config(tmp_path, corpus, **HARD)).train()
+    folder = tmp_path / "run"
+    earlier = str(folder / "checkpoint_4")
+    Trainer(make_config(tmp_path, corpus, **HARD, **{"training.resume_from_checkpoint": earlier})).train()
+    assert set(checkpoint.checkpoint_steps(folder)) == {2, 4, 6, 8, 9}
+    (aside,) = folder.glob("aside_*")
+    assert {path.name for path in aside.iterdir()} == {"checkpoint_6", "checkpoint_8", "checkpoint_9"}
+    assert_same(arrays(folder / "checkpoint_9"), arrays(aside / "checkpoint_9"))
+
+
+def test_fresh_moves_the_old_run_aside(tmp_path, corpus):
+    config = make_config(tmp_path, corpus, **{"training.max_steps": 2})
+    Trainer(config).train()
+    trainer = Trainer(config, fresh=True)
+    assert trainer.current_step == 0 and not trainer.finished
+    (aside,) = tmp_path.glob("run.*")
+    assert (aside / "final_model").is_dir()
+
+
+def test_other_configuration_is_refused_with_the_difference(tmp_path, corpus):
+    config = make_config(tmp_path, corpus, **{"training.max_steps": 2})
+    Trainer(config).train()
+    with pytest.raises(UserError, match=r"training.learning_rate was 0\.\d+, is 0\.5.*--fresh"):
+        Trainer(make_config(tmp_path, corpus, **{"training.max_steps": 2, "training.learning_rate": 0.5}))
+    with pytest.raises(UserError, match="model.vocab_size was 300, is 400"):
+        Trainer(make_config(tmp_path, corpus, **{"training.max_steps": 2, "model.vocab_size": 400}))
+    changed = tmp_path / "changed.jsonl"
+    shutil.copy(corpus / "train.jsonl", changed)
+    with changed.open("a") as file:
+        file.write('{"text": "one more document, so the text is another one"}\n')
+    original = config.data.train_files
+    with pytest.raises(UserError, match="data.train_files was"):
+        Trainer(make_config(tmp_path, corpus, **{"training.max_steps": 2, "data.train_files": (str(changed),)}))
+    assert original == config.data.train_files
+
+
+def test_signal_saves_and_raises_stopped(tmp_path, corpus, reference):
+    """SIGINT in the middle: the update is finished and saved; the same configuration goes on to the same end."""
+    config = make_config(tmp_path, corpus, **HARD)
+    trainer = Trainer(config)
+    log = trainer._log_metrics
+
+    def interrupt(loss):
+        log(loss)
+        if trainer.current_step == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    trainer._log_metrics = interrupt
+    with pytest.raises(Stopped, match="SIGINT at step 3"):
+        trainer.train()
+    assert max(checkpoint.checkpoint_steps(tmp_path / "run")) == 3
+    Trainer(config).train()
+    run = Path(make_config(reference, corpus, **HARD).training.checkpoint_dir)
+    assert_same(arrays(tmp_path / "run" / "checkpoint_9"), arrays(run / "checkpoint_9"))
+
+
+def test_signals_as_the_shell_sees_them(tmp_path, corpus):
+    """SIGTERM: exit code 75, and the same command goes on; a second signal leaves at once with 128 + n."""
+    config = make_config(tmp_path, corpus, **{"training.max_steps": 100_000, "training.logging_steps": 1})
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(to_dict(config)))
+    root = Path(__file__).parents[1]
+    command = [sys.executable, "scripts/train.py", "--config", str(file)]
+
+    def start():
+        process = subprocess.Popen(command, cwd=root, stderr=subprocess.PIPE, text=True)
+        lines = []
+        for line in process.stderr:
+            lines.append(line)
+            if line.startswith("step ") and "loss" in line:
+                break
+        process.reader = threading.Thread(target=lambda: lines.extend(process.stderr))
+        process.reader.start()
+        return process, lines
+
+    process, lines = start()
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 75
+    process.reader.join()
+    process.stderr.close()
+    assert lines[-1].startswith("stopped: SIGTERM at step")
+    process, lines = start()
+    assert any("resuming from" in line for line in lines)
+    process.send_signal(signal.SIGSTOP)  # both signals wait until it goes on, then arrive one after the other
+    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGCONT)
+    assert process.wait(60) in (128 + signal.SIGTERM, 128 + signal.SIGINT)
+    process.reader.join()
+    process.stderr.close()
+
+
+def test_golden_losses(tmp_path, corpus):
+    """The numbers of a fixed tiny run. If they change, training changed: say so in the commit, and why."""
+    changes = {"training.max_steps": 4, "training.logging_steps": 1, "training.use_amp": False}
+    Trainer(make_config(tmp_path, corpus, **HARD | changes)).train()
+    losses = [row["train/loss"] for row in rows_of(tmp_path / "run").values()]
+    golden = json.loads((Path(__file__).parent / "golden" / "losses.json").read_text())
+    assert losses == pytest.approx(golden, rel=1e-4), f"losses are now {losses}"
