@@ -16,6 +16,7 @@ import os
 import platform
 import re
 import shlex
+import shutil
 import statistics
 import subprocess
 import sys
@@ -35,7 +36,9 @@ SHAPE = ("vocab_size", "d_model", "n_heads", "n_layers", "d_ff")
 BATCHES = 16  # of real text; the workers go round them
 WARM_UP = 3  # updates before a worker says that it is ready, compilation among them
 UNTIMED = 1  # updates at the start of each turn, after the others have had the caches
+QUIET = 0.05  # share of the CPU that other processes may take in a turn
 TRAINING = {"learning_rate": 1e-3, "weight_decay": 0.01, "max_grad_norm": 1.0}
+WORKER_ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": "", "JAX_TRACEBACK_FILTERING": "off"}
 
 Update = Callable[[int], float]  # number of the update -> loss; everything it started is done when it returns
 
@@ -58,19 +61,30 @@ def serve(build: Callable[[], tuple[Update, dict[str, Any]]]) -> None:
     """Builds, warms up, says so, and then answers each line "run N" until stdin ends."""
     answers = protocol_stdout()
     update, about = build()
-    numbers = itertools.count()
+    done = 0
+
+    def timed() -> tuple[float, float]:
+        nonlocal done
+        start = time.perf_counter()
+        loss = update(done)
+        done += 1
+        return time.perf_counter() - start, loss
+
     for _ in range(WARM_UP):
-        update(next(numbers))
+        timed()
     answers.write(json.dumps(about) + "\n")
     for line in sys.stdin:
+        cpu_before = time.process_time()
         for _ in range(UNTIMED):
-            update(next(numbers))
-        seconds = []
-        for _ in range(int(line.removeprefix("run "))):
-            start = time.perf_counter()
-            loss = update(next(numbers))
-            seconds.append(time.perf_counter() - start)
-        answers.write(json.dumps({"seconds": seconds, "loss": loss, "updates": next(numbers)}) + "\n")
+            timed()
+        seconds, losses = zip(*(timed() for _ in range(int(line.removeprefix("run ")))), strict=True)
+        turn = {
+            "seconds": seconds,
+            "loss": losses[-1],
+            "updates": done,
+            "cpu_seconds": time.process_time() - cpu_before,
+        }
+        answers.write(json.dumps(turn) + "\n")
 
 
 def build_ours(spec: dict[str, Any]) -> tuple[Update, dict[str, Any]]:
@@ -98,9 +112,9 @@ def build_ours(spec: dict[str, Any]) -> tuple[Update, dict[str, Any]]:
     config = validate(Config(model=model, training=training, data=DataConfig(max_length=seq_len)))
     attention = choose_attention(model, training, config.data, jax.default_backend())
     dtype = compute_dtype(training)
-    make = lambda seed: Transformer(model, implementation=attention, dtype=dtype, rngs=nnx.Rngs(seed))  # noqa: E731
-    graphdef = nnx.graphdef(nnx.eval_shape(lambda: make(0)))
-    state = jax.jit(lambda seed: init_state(make(seed), build_optimizer(training)))(training.seed)
+    make = lambda: Transformer(model, implementation=attention, dtype=dtype, rngs=nnx.Rngs(training.seed))  # noqa: E731
+    graphdef = nnx.graphdef(nnx.eval_shape(make))
+    state = jax.jit(lambda: init_state(make(), build_optimizer(training)))()
     about = {"parameters": sum(x.size for x in jax.tree.leaves(state.params)), "attention": attention}
     about["versions"] = {name: version(name) for name in ("jax", "jaxlib", "flax", "optax")}
 
@@ -126,7 +140,7 @@ class Worker:
 
     def __init__(self, command: list[str], spec: dict[str, Any], log: Path) -> None:
         self.log = log
-        environment = os.environ | {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+        environment = os.environ | WORKER_ENVIRONMENT
         with log.open("w", encoding="utf-8") as errors:
             self.process = subprocess.Popen(
                 [*command, json.dumps(spec)],
@@ -142,16 +156,25 @@ class Worker:
         line = self.process.stdout.readline()
         if not line:
             self.close()
-            last = [line for line in self.log.read_text(encoding="utf-8").splitlines() if line.strip()][-1:]
-            raise WorkerFailed(without_paths(last[0]) if last else f"exit code {self.process.returncode}")
+            log = self.log.read_text(encoding="utf-8").strip()
+            say(log)
+            raise WorkerFailed(without_paths(log.rpartition("\n")[2]) or f"exit code {self.process.returncode}")
         return json.loads(line)
 
     def run(self, steps: int) -> dict[str, Any]:
-        """A turn: `seconds` of each timed update, the last `loss`, and the `updates` done since the start."""
+        """A turn: `seconds` of each timed update, the last `loss`, the `updates` done since the start, and `others`.
+
+        `others` is the share of the machine's CPU time that other processes took meanwhile; None where it isn't known.
+        """
+        busy, start = busy_seconds(), time.perf_counter()
         with contextlib.suppress(BrokenPipeError):  # it died; there will be no answer
             self.process.stdin.write(f"run {steps}\n")
             self.process.stdin.flush()
-        return self._answer()
+        turn = self._answer()
+        if busy is None:
+            return turn | {"others": None}
+        available = (time.perf_counter() - start) * (os.cpu_count() or 1)
+        return turn | {"others": max(0.0, (busy_seconds() - busy - turn["cpu_seconds"]) / available)}
 
     def close(self) -> None:
         """Ends the process, and waits until it is gone."""
@@ -177,7 +200,7 @@ def measure_cell(
             results[name] = {"contender": name, **setting}
             try:
                 workers[name] = Worker(command, spec | {"contender": name}, folder / f"{name}.log")
-                results[name] |= {"turns": [], **workers[name].about}
+                results[name] |= {"turns": [], "others": [], **workers[name].about}
             except WorkerFailed as failure:
                 results[name]["error"] = str(failure)
         for repeat in range(repeats):
@@ -189,6 +212,7 @@ def measure_cell(
                     del workers[name]
                     continue
                 results[name]["turns"].append(turn["seconds"])
+                results[name]["others"].append(turn["others"])
                 results[name] |= {"loss": turn["loss"], "updates": turn["updates"]}
                 rate = spec["batch"] * spec["seq_len"] * steps / sum(turn["seconds"])
                 say(f"  repeat {repeat + 1}/{repeats}: {CONTENDERS[name]:<28} {rate:>8,.0f} tokens/s")
@@ -199,7 +223,7 @@ def measure_cell(
 
 
 def summarize(results: list[dict[str, Any]], tokens: int) -> list[dict[str, Any]]:
-    """Adds tokens/s (median and range over the turns) and the ratio to the best PyTorch figure to one cell's results."""
+    """Adds tokens/s (median and range over the turns) and the ratio to the best PyTorch figure, within one cell."""
     for result in results:
         if "error" not in result:
             rates = [tokens * len(seconds) / sum(seconds) for seconds in result["turns"]]
@@ -247,6 +271,15 @@ def say(text: str) -> None:
 def without_paths(text: str) -> str:
     """`text` with the folders of absolute paths left out: results are published."""
     return re.sub(r"(?<![\w.])~?/(?:[^\s'\":/]+/)*", "", text)
+
+
+def busy_seconds() -> float | None:
+    """CPU time used since boot by everything on this machine; None where the system does not say (no Linux)."""
+    stat = Path("/proc/stat")
+    if not stat.is_file():
+        return None
+    user, nice, system, _idle, _iowait, irq, softirq, steal = map(int, stat.read_text().split()[1:9])
+    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
 
 
 def cpu_model() -> str:
@@ -316,6 +349,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if min(options.repeats, options.steps) < 1:
         parser.error("--repeats and --steps must be at least 1")
+    if shutil.which(options.peer_python) is None:
+        parser.error(f"--peer-python ({options.peer_python}): no such program")
     return options
 
 
@@ -334,9 +369,6 @@ def main(arguments: list[str]) -> int:
     """Measures and reports; 0 if all that was asked for and is installed ran, 1 if a contender failed."""
     options = parse(arguments)
     now = datetime.datetime.now(datetime.UTC)
-    load_before = os.getloadavg()[0]
-    if load_before > 0.25 * cores():
-        say(f"note: the load average is {load_before:.1f}: others are at work on this machine, figures will be off")
     versions = {"python": platform.python_version(), "jaxlm": version("jaxlm")}
     commands = dict(contender_commands(options, versions))
     missing = [name for name in options.only if name not in commands]
@@ -365,7 +397,7 @@ def main(arguments: list[str]) -> int:
                 "date": now.isoformat(timespec="seconds"),
                 "command": without_paths(shlex.join(["python", "benchmarks/cpu.py", *arguments])),
                 "commit": commit(),
-                "machine": {"cpu": cpu, "cores": cores(), "load_before": load_before, "system": platform.system()},
+                "machine": {"cpu": cpu, "cores": cores(), "system": platform.system()},
                 "versions": versions,
                 "setup": spec | TRAINING | data,
                 "method": {"repeats": options.repeats, "steps": options.steps, "untimed": UNTIMED, "warm_up": WARM_UP},
@@ -377,7 +409,10 @@ def main(arguments: list[str]) -> int:
     print(f"{cpu}, {cores()} cores; {shape}, {options.batch} x {options.seq_len} tokens an update; {used}\n")
     print(table(results))
     if missing:
-        print(f"\n{absent}. No comparison was made with: {', '.join(CONTENDERS[name] for name in missing)}.")
+        print(f"\n{absent}. No comparison was made with: {'; '.join(CONTENDERS[name] for name in missing)}.")
+    disturbed = max((share for result in results for share in result.get("others", []) if share), default=0.0)
+    if disturbed > QUIET:
+        print(f"\nNot quiet: other processes took up to {disturbed:.0%} of the CPU in a turn. Measure again.")
     say(f"written: {os.path.relpath(path)}")
     return int(failed)
 

@@ -5,12 +5,15 @@ Every saved folder holds the same items: `params` (Orbax), `config/config.json`,
 """
 
 import dataclasses
+import gc
 import json
 import os
 import re
 import shutil
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -118,11 +121,11 @@ def find_checkpoint(path: str, folder: Path) -> Path:
         return steps[max(steps)]
     chosen = Path(path)
     if not chosen.is_dir():
-        raise UserError(f"{where}: no such folder")
+        raise UserError(f"{where}: no such folder; name a {PREFIX}_<step> folder, or latest")
     if not (chosen / "optimizer").is_dir() or not (chosen / "params").is_dir():
         inside = checkpoint_steps(chosen)
-        hint = f"; name one of its checkpoints, such as {inside[max(inside)]}" if inside else ""
-        raise UserError(f"{where}: is not a checkpoint folder{hint}")
+        hint = f"one of its checkpoints, such as {inside[max(inside)]}" if inside else f"a {PREFIX}_<step> folder"
+        raise UserError(f"{where}: is not a checkpoint folder; name {hint}")
     return chosen
 
 
@@ -131,7 +134,7 @@ def _read_json(path: Path, item: str, build: Callable[[Any], T]) -> T:
     try:
         return build(json.loads(file.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{file}: not readable ({error}); the model or checkpoint in {path} is damaged") from error
+        raise UserError(f"{file}: not readable ({error}); {path} is damaged: name another, or delete it") from error
 
 
 def read_progress(path: Path) -> Progress:
@@ -149,18 +152,31 @@ def read_tokenizer(path: Path) -> Tokenizer:
     return Tokenizer.load(path / "tokenizer", name=str(path))
 
 
+@contextmanager
+def _unheard() -> Iterator[None]:
+    """Drops the tracebacks of reads that Orbax leaves to themselves when another one has failed."""
+    hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
+    try:
+        yield
+    finally:
+        sys.unraisablehook = hook
+
+
 def _restore(path: Path, item: str, target: Any) -> Any:
     """One array item of a saved folder, with the shapes, dtypes and placement of `target`."""
-    with ocp.StandardCheckpointer() as checkpointer:
+    with _unheard():
         try:
-            return checkpointer.restore((path / item).resolve(), target)
+            with ocp.StandardCheckpointer() as checkpointer:
+                return checkpointer.restore((path / item).resolve(), target)
         except _OrbaxError as error:
             if type(error) is not Exception and not isinstance(error, OSError | ValueError | KeyError):
                 raise
             reason = str(error.__cause__ or error).strip().splitlines()[0][:300]
-            raise UserError(
-                f"{path / item}: cannot be restored ({reason}); it is damaged or of another model"
-            ) from error
+        time.sleep(0.2)  # for the other reads to end, all within `_unheard`
+        gc.collect()
+    raise UserError(
+        f"{path / item}: cannot be restored ({reason}); it is damaged or of another model: name another, or delete it"
+    )
 
 
 def restore_state(path: Path, target: TrainState) -> TrainState:

@@ -65,21 +65,22 @@ def _forward(hidden_BTD: jax.Array, w_VD: jax.Array, targets_BT: jax.Array, weig
     w = w_VD.astype(hidden_BTD.dtype)
 
     def body(carry: Any, chunk: Any) -> tuple[Any, jax.Array]:
-        total, dw_VD = carry
+        total, dw_DV = carry
         hidden, targets, weights = chunk
         loss_BC, exp_BCV, sum_BC1, is_target_BCV = _chunk_terms(hidden, w, targets)
         scale_BC1 = weights[..., None] / sum_BC1
         dlogits = exp_BCV * scale_BC1 - jnp.where(is_target_BCV, weights[..., None], 0.0)
         dlogits = dlogits.astype(hidden.dtype)
         dhidden = jnp.einsum("bcv,vd->bcd", dlogits, w, preferred_element_type=jnp.float32).astype(hidden.dtype)
-        dw_VD = dw_VD + jnp.einsum("bcv,bcd->vd", dlogits, hidden, preferred_element_type=jnp.float32)
-        return (total + (loss_BC * weights).sum(), dw_VD), dhidden
+        # As [D, V]: transposing the hidden states is cheap, transposing the logits' gradient is not.
+        dw_DV = dw_DV + jnp.einsum("bcd,bcv->dv", hidden, dlogits, preferred_element_type=jnp.float32)
+        return (total + (loss_BC * weights).sum(), dw_DV), dhidden
 
     chunks = _chunks(hidden_BTD, w_VD, targets_BT, weights_BT)
-    carry = (jnp.zeros((), jnp.float32), jnp.zeros(w_VD.shape, jnp.float32))
-    (total, dw_VD), dhidden = jax.lax.scan(body, carry, chunks)
+    carry = (jnp.zeros((), jnp.float32), jnp.zeros(w_VD.shape[::-1], jnp.float32))
+    (total, dw_DV), dhidden = jax.lax.scan(body, carry, chunks)
     b, t, d = hidden_BTD.shape
-    return total, (jnp.moveaxis(dhidden, 0, 1).reshape(b, -1, d)[:, :t], dw_VD)
+    return total, (jnp.moveaxis(dhidden, 0, 1).reshape(b, -1, d)[:, :t], dw_DV.T)
 
 
 def _backward(saved: Any, g: jax.Array) -> tuple[Any, ...]:

@@ -261,7 +261,7 @@ class Trainer:
 
     def _end(self, stop: StopRequest) -> None:
         """Waits for the saves, writes final_model if the run is complete, closes everything."""
-        if stop.signal is None and self.current_step == self.total_steps:
+        if stop.signal is None and self.current_step >= self.total_steps:
             self.save_model(self.folder / "final_model")
         self.checkpoints.wait()
         self.checkpoints.close()

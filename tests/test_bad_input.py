@@ -19,6 +19,7 @@ from conftest import make_config
 
 from jaxlm.config import to_dict
 
+pytestmark = pytest.mark.xdist_group("bad_input")  # one process, so that the cases are driven once
 ROOT = Path(__file__).parents[1]
 TRAIN, EVALUATE, GENERATE = (str(ROOT / "scripts" / f"{name}.py") for name in ("train", "evaluate", "generate"))
 
@@ -169,7 +170,7 @@ SIMPLE = {
     "large seed": Case([GENERATE, "--model", "x", "--seed", "99999999999999999999"], r"--seed \(9{{20}}\) must be"),
     # devices
     "world size": train(
-        r"training\.world_size \(8\) differs from the 4 device\(s\) found", "--training.world_size", "8"
+        r"training\.world_size \(8\) differs from the 1 device\(s\) found", "--training.world_size", "8"
     ),
     "several processes": train(
         r"WORLD_SIZE \(2\): several processes are not supported", environment={"WORLD_SIZE": "2"}
@@ -310,7 +311,7 @@ ON_RUN = {
 }
 
 
-ENVIRONMENT = os.environ | {"JAX_NUM_CPU_DEVICES": "4"}
+ENVIRONMENT = os.environ | {"JAX_NUM_CPU_DEVICES": "1"}
 
 
 def prepare_folder(folder: Path, corpus: Path, cache: Path) -> None:
@@ -319,7 +320,7 @@ def prepare_folder(folder: Path, corpus: Path, cache: Path) -> None:
     for name in ("train.jsonl", "validation.jsonl"):
         shutil.copy(corpus / name, folder)
     here = {"data.train_files": ("train.jsonl",), "data.validation_files": ("validation.jsonl",)}
-    config = make_config(folder, corpus, **here, **{"data.cache_dir": str(cache)})
+    config = make_config(folder, corpus, **here, **{"model.n_layers": 1, "data.cache_dir": str(cache)})
     (folder / "config.json").write_text(json.dumps(to_dict(config)))
 
 

@@ -24,7 +24,7 @@ from jaxlm.metrics import (
     model_flops_utilization,
 )
 
-ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.xdist_group("metrics")  # one process, so that the run is done once
 
 
 def read_rows(path: Path) -> list[dict]:

@@ -1,0 +1,145 @@
+"""The shape of the program: imports point down only, and everything stays small enough to read."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "jaxlm"
+
+# Rooms from the ground up. A module imports from rooms below its own; inside `data` and `model`, in the order given.
+LAYERS = [
+    ["errors"],
+    ["config"],
+    ["signals", "distributed", "sharding", "precision", "optim", "loss", "metrics", "tokenizer"],
+    ["cli"],
+    ["model.dropout"],
+    ["model.attention"],
+    ["model.layers"],
+    ["model.transformer"],
+    ["model"],
+    ["data.sources"],
+    ["data.tokens"],
+    ["data.packing"],
+    ["data.loader"],
+    ["data"],
+    ["step", "generate"],
+    ["checkpoint"],
+    ["evaluate", "memory", "export"],
+    ["trainer"],
+]
+LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+MODEL_MAY_IMPORT = {"config", "errors"}
+SOURCES = sorted(PACKAGE.rglob("*.py"))
+ALL_SOURCES = [*SOURCES, *sorted((ROOT / "scripts").glob("*.py"))]
+
+
+def module_name(path: Path) -> str:
+    """The module's name below `jaxlm`, such as "data.tokens"; "" for jaxlm/__init__.py."""
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(part for part in parts if part != "__init__")
+
+
+MODULES = {module_name(path): path for path in SOURCES}
+
+
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"), str(path))
+
+
+def imports(path: Path) -> Iterator[str]:
+    """The modules below `jaxlm` that a file imports, wherever in it the import stands."""
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{path}: relative import"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        for name in names:
+            if name.split(".")[0] == "jaxlm":
+                below = name.removeprefix("jaxlm").removeprefix(".")
+                yield below if below in MODULES else below.rpartition(".")[0]
+
+
+def test_every_module_has_its_place() -> None:
+    assert set(MODULES) - {""} <= set(LEVEL), "a new module needs a place in LAYERS"
+
+
+@pytest.mark.parametrize("name", sorted(set(MODULES) - {""}))
+def test_imports_point_down(name: str) -> None:
+    upward = [imported for imported in imports(MODULES[name]) if LEVEL.get(imported, len(LAYERS)) >= LEVEL[name]]
+    assert not upward, f"{name} imports from its own room or above"
+
+
+def test_the_package_itself_imports_nothing() -> None:
+    assert list(imports(MODULES[""])) == [], "jaxlm.config has to come without JAX"
+
+
+def test_the_model_knows_no_mesh_optimizer_or_trainer() -> None:
+    for name, path in MODULES.items():
+        if name.partition(".")[0] == "model":
+            outside = {imported for imported in imports(path) if imported.partition(".")[0] != "model"}
+            assert outside <= MODEL_MAY_IMPORT, name
+            foreign = {node.attr for node in ast.walk(tree(path)) if isinstance(node, ast.Attribute)}
+            assert not foreign & {"sharding", "Mesh", "NamedSharding", "PartitionSpec", "with_sharding_constraint"}, (
+                name
+            )
+
+
+@pytest.mark.parametrize("folder", ["scripts", "configs"])
+def test_scripts_and_configurations_are_short(folder: str) -> None:
+    limit = {"scripts": 60, "configs": 40}[folder]
+    lengths = {path.name: len(path.read_text(encoding="utf-8").splitlines()) for path in (ROOT / folder).glob("*.py")}
+    assert lengths
+    assert {name: n for name, n in lengths.items() if n > limit} == {}
+
+
+def functions(path: Path) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
+    return (node for node in ast.walk(tree(path)) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef))
+
+
+@pytest.mark.parametrize("path", ALL_SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_manners(path: Path) -> None:
+    for function in functions(path):
+        assert (function.end_lineno or 0) - function.lineno < 70, f"{function.name} is too long"
+    for node in ast.walk(tree(path)):
+        where = f"line {getattr(node, 'lineno', 0)}"
+        if isinstance(node, ast.ExceptHandler):
+            caught = node.type.elts if isinstance(node.type, ast.Tuple) else [node.type]
+            names = {getattr(kind, "id", getattr(kind, "attr", None)) for kind in caught}
+            assert not names & {None, "Exception", "BaseException"}, f"{where}: catches everything"
+        if isinstance(node, ast.Call):
+            assert not second_default(node, path), f"{where}: a second default for an option"
+
+
+def second_default(call: ast.Call, path: Path) -> bool:
+    """Whether `call` is `getattr(config, ...)` or `config.get(name, default)`; config.py itself walks over fields."""
+    if path.name == "config.py":
+        return False
+    held = {"config", "model", "training", "data"}
+    if isinstance(call.func, ast.Name) and call.func.id == "getattr":
+        return bool(held & {part for part in ast.unparse(call.args[0]).split(".")})
+    if isinstance(call.func, ast.Attribute) and call.func.attr == "get" and len(call.args) == 2:
+        return bool(held & set(ast.unparse(call.func.value).split(".")))
+    return False
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("getattr(config, 'x')", True),
+        ("getattr(self.config.model, 'x', 1)", True),
+        ("config.model.get('x', 1)", True),
+        ("getattr(module, 'x')", False),
+        ("limits.get('x', 1)", False),
+    ],
+)
+def test_second_defaults_are_recognised(text: str, found: bool) -> None:
+    (statement,) = ast.parse(text).body
+    assert isinstance(statement, ast.Expr)
+    assert isinstance(statement.value, ast.Call)
+    assert second_default(statement.value, Path("x.py")) == found
