@@ -37,7 +37,7 @@ BATCHES = 16  # of real text; the workers go round them
 WARM_UP = 3  # updates before a worker says that it is ready, compilation among them
 UNTIMED = 1  # updates at the start of each turn, after the others have had the caches
 QUIET = 0.05  # share of the CPU that other processes may take in a turn
-TRAINING = {"learning_rate": 1e-3, "weight_decay": 0.01, "max_grad_norm": 1.0}
+TRAINING = {"learning_rate": 3e-4, "weight_decay": 0.01, "max_grad_norm": 1.0}  # no warm-up, so a low rate
 WORKER_ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": "", "JAX_TRACEBACK_FILTERING": "off"}
 
 Update = Callable[[int], float]  # number of the update -> loss; everything it started is done when it returns

@@ -26,6 +26,8 @@ def build(spec: dict[str, Any]) -> tuple[Update, dict[str, Any]]:
         attn_pdrop=dropout,
         attn_implementation="sdpa",
         use_cache=False,
+        bos_token_id=None,
+        eos_token_id=None,
     )
     model = GPT2LMHeadModel(config).train()
     parameters = list(model.parameters())

@@ -47,7 +47,7 @@ def plot_speed(report: dict[str, Any]) -> Figure:
     groups = list(dict.fromkeys((result["precision"], result["dropout"]) for result in done))
     names = [name for name in CONTENDERS if any(result["contender"] == name for result in done)]
     width = 0.84 / len(names)
-    figure, axes = plt.subplots(figsize=(max(5.5, 1.2 + 2.1 * len(groups)), 4.4), layout="constrained")
+    figure, axes = plt.subplots(figsize=(max(6.5, 1.2 + 2.1 * len(groups)), 4.4), layout="constrained")
     for result in done:
         rate, (label, colour) = result["tokens_per_second"], CONTENDERS[result["contender"]]
         offset = (names.index(result["contender"]) - (len(names) - 1) / 2) * width

@@ -139,7 +139,7 @@ class JsonLines:
 
 
 class TensorBoard:
-    """Event files; what an earlier run wrote beyond `start_step` is hidden, also if it was killed before a checkpoint."""
+    """Event files; what an earlier run wrote beyond `start_step` is hidden (`start_step` 0: all of it)."""
 
     def __init__(self, folder: Path, start_step: int) -> None:
         from tensorboardX import SummaryWriter

@@ -342,7 +342,8 @@ class Trainer:
 
     def _sample(self) -> None:
         training = self.config.training
-        text = self.generate_text(training.sample_prompt, max_new_tokens=training.sample_tokens, seed=training.seed)
+        options = {"temperature": 0.7, "top_k": 40, "seed": training.seed}
+        text = self.generate_text(training.sample_prompt, max_new_tokens=training.sample_tokens, **options)
         self._progress.line("\n".join(["sample:", *("    " + line for line in text.splitlines())]))
         for sink in self._text_sinks:
             sink.write_text("sample", text, self.current_step)

@@ -122,7 +122,7 @@ def second_default(call: ast.Call, path: Path) -> bool:
         return False
     held = {"config", "model", "training", "data"}
     if isinstance(call.func, ast.Name) and call.func.id == "getattr":
-        return bool(held & {part for part in ast.unparse(call.args[0]).split(".")})
+        return bool(held & set(ast.unparse(call.args[0]).split(".")))
     if isinstance(call.func, ast.Attribute) and call.func.attr == "get" and len(call.args) == 2:
         return bool(held & set(ast.unparse(call.func.value).split(".")))
     return False

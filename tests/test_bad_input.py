@@ -245,8 +245,8 @@ ON_RUN = {
         *("--model.attention", "cudnn", "--data.pack_sequences", "false", "--training.use_amp", "true"),
     ),
     "another configuration": on_run(
-        r"{run}/checkpoint_4 was trained with another .*: model\.dropout was 0\.0, is 0\.1; training\.learning_rate was "
-        r"0\.01, is 0\.5\. Set it back.*--training\.checkpoint_dir.*--fresh",
+        r"{run}/checkpoint_4 was trained with another .*: model\.dropout was 0\.0, is 0\.1; "
+        r"training\.learning_rate was 0\.01, is 0\.5\. Set it back.*--training\.checkpoint_dir.*--fresh",
         *("--training.learning_rate", "0.5", "--model.dropout", "0.1", "--training.logging_steps", "3"),
     ),
     "other text": on_run(

@@ -19,6 +19,8 @@ from jaxlm.config import to_dict
 from jaxlm.errors import Stopped, UserError
 from jaxlm.evaluate import evaluate_model
 
+pytestmark = pytest.mark.xdist_group("trainer")  # one worker makes the reference run, once
+
 # Dropout and accumulation on; 4 devices x 2 rows x 2 micro-batches = 16 rows a step.
 HARD = {
     "model.dropout": 0.1,

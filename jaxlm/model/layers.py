@@ -57,7 +57,7 @@ def _product(spec: str, x: jax.Array, y: jax.Array) -> jax.Array:
 
 @jax.custom_vjp
 def affine(x_BTI: jax.Array, w_IO: jax.Array, b_O: jax.Array) -> jax.Array:
-    """x @ w + b, all in one dtype. Its gradient with respect to b is a product with ones: XLA's CPU reduction is slow."""
+    """x @ w + b, all in one dtype. The gradient of b is a product with ones, as XLA's CPU reduction is slow."""
     return _product("bti,io->bto", x_BTI, w_IO) + b_O[None, None]
 
 
