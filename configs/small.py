@@ -12,7 +12,7 @@ config = Config(
         logging_steps=10,
         eval_steps=50,
         save_steps=50,
-        sample_prompt="def ",
+        sample_prompt="def",
         sample_tokens=150,
     ),
     data=DataConfig(dataset_name="python-stdlib", dataset_config=None, max_length=512, packing_strategy="first_fit"),
