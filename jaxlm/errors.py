@@ -5,5 +5,5 @@ class UserError(Exception):
     """Something the user can mend: bad configuration, file, folder or checkpoint. Its text is one line; exit code 2."""
 
 
-class Stopped(Exception):
+class Stopped(BaseException):  # as KeyboardInterrupt: no library may take it for an error of its own
     """A signal asked the run to stop; its state is saved and the same command goes on. Exit code 75."""

@@ -63,7 +63,7 @@ class Trainer:
         config = validate(config)
         check_report_to(config.training.report_to)
         self.devices = training_devices(config.training)
-        self.folder = _open_folder(Path(config.training.checkpoint_dir), fresh)
+        self.folder = _open_folder(Path(config.training.checkpoint_dir).expanduser(), fresh)
         resume_from = self._find_resume(config)
         jax.config.update("jax_compilation_cache_dir", str(cache_root(config.data) / "compiled"))
 
@@ -131,7 +131,7 @@ class Trainer:
             )
         if progress.data_fingerprint != self.data_fingerprint:
             raise UserError(
-                f"data ({self.config.data.dataset_name}): the text is not the one that {resume_from} was trained on; "
+                f"data: the text is not the one that {resume_from} was trained on; "
                 "restore it, or start over with --fresh (the old folder is kept)"
             )
 

@@ -250,7 +250,7 @@ ON_RUN = {
         *("--training.learning_rate", "0.5", "--model.dropout", "0.1", "--training.logging_steps", "3"),
     ),
     "other text": on_run(
-        r"data .*: the text is not the one that {run}/checkpoint_4 was trained on",
+        r"data: the text is not the one that {run}/checkpoint_4 was trained on",
         damage=lambda run: (run.parent / "train.jsonl").write_text('{"text": "other words"}\n' * 50),
     ),
     "run for a checkpoint": train(
