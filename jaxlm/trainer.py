@@ -231,11 +231,12 @@ class Trainer:
                     self._log_metrics(float(self.step_metrics["loss"]))
                 if self._due(training.eval_steps):
                     self._log_eval_metrics(self.evaluate())
-                if self._due(training.save_steps) or self.current_step == self.last_step or stop.signal:
+                stopping = stop.signal is not None  # looked at once: a later signal waits for the next update's save
+                if self._due(training.save_steps) or self.current_step == self.last_step or stopping:
                     self.save_checkpoint()
                 self.metrics_tracker.flush(self.current_step)
                 self._progress.advance(self.current_step)
-                if stop.signal:
+                if stopping:
                     break
             self._end(stop)
 
