@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-CHUNK_BYTES = 32 * 2**20  # float32 logits alive at a time; measured on CPU, where it is about the last-level cache
+CHUNK_BYTES = 32 * 2**20  # float32 logits alive at a time; 8 to 128 MiB ran equally fast on CPU
 
 
 def _chunks(hidden_BTD: jax.Array, w_VD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array) -> Any:

@@ -18,7 +18,7 @@ from jaxlm.config import DataConfig, ModelConfig, TrainingConfig
 from jaxlm.errors import UserError
 from jaxlm.model.dropout import keep_mask
 
-BLOCK = 128  # queries a block: of 64, 128, 256 and 512, the fastest on 2 CPU cores at 512 and 1024 tokens
+BLOCK = 128  # queries a block: of 64, 128, 256 and 512, 64 and 128 were the fastest on 2 CPU cores at 512 tokens
 UNROLL = 8  # up to this many blocks are unrolled, each against its whole prefix; longer sequences loop over key blocks
 _MASKED = -1e30  # finite, so that a row of masked scores gives no NaN
 

@@ -5,7 +5,6 @@ Shapes: B rows of the batch, T positions, D channels; `...` any coordinates.
 The bits come from a counter-based hash (the 32-bit finaliser of MurmurHash3 over a Weyl sequence) rather than from
 `jax.random.bits`: every element is computed where it is used, inside whatever loop needs it, so that attention can
 make the bits of one block at a time, the same in the forward and the backward pass and however rows are grouped.
-Measured on 2 CPU cores, the small model's step takes 1.6x as long with threefry bits.
 """
 
 import jax
