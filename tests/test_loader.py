@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jaxlm.data.loader import Rows, eval_batches, steps_per_epoch, total_steps, train_batches
+from jaxlm.data.loader import Rows, eval_batches, total_steps, train_batches
 from jaxlm.data.packing import plan
 from jaxlm.data.tokens import TokenDocuments
 
@@ -189,4 +189,3 @@ def test_steps_of_a_run(epochs: float, rows: int, global_batch: int, max_steps: 
 
 
 def test_steps_of_an_epoch() -> None:
-    assert steps_per_epoch(10, 4) == 2.5

@@ -82,11 +82,6 @@ def eval_batches(rows: Rows, batch: int) -> Iterator[Batch]:
         yield {name: np.pad(array, ((0, missing), (0, 0))) for name, array in stacked.items()} if missing else stacked
 
 
-def steps_per_epoch(rows: int, global_batch: int) -> float:
-    """Updates in one pass over the rows; seldom a whole number, as a batch may straddle two epochs."""
-    return rows / global_batch
-
-
 def total_steps(num_epochs: float, rows: int, global_batch: int, max_steps: int | None) -> int:
     """Updates of a run: max_steps, else those for num_epochs passes, rounded up, and at least 1."""
     if max_steps is not None:
