@@ -186,6 +186,3 @@ def test_evaluation_sees_every_row_in_order(rows: Rows, batch: int) -> None:
 )
 def test_steps_of_a_run(epochs: float, rows: int, global_batch: int, max_steps: int | None, steps: int) -> None:
     assert total_steps(epochs, rows, global_batch, max_steps) == steps
-
-
-def test_steps_of_an_epoch() -> None:
