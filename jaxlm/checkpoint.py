@@ -23,15 +23,18 @@ from absl import logging as absl_logging
 from flax import nnx
 
 from jaxlm.config import Config, from_dict, to_dict, validate
+from jaxlm.distributed import barrier, is_leader
 from jaxlm.errors import UserError
 from jaxlm.model import Transformer
 from jaxlm.precision import compute_dtype
+from jaxlm.sharding import path_name
 from jaxlm.step import TrainState
 from jaxlm.tokenizer import Tokenizer
 
 T = TypeVar("T")
 
 PREFIX = "checkpoint"
+OPTIMIZER_ITEM = ("step", "skipped", "loss_scale", "opt_state")  # of TrainState
 JSON_ITEMS = {"config": "config.json", "tokenizer": "tokenizer.json", "progress": "progress.json"}
 
 # What goes wrong while arrays are read is wrapped in a bare `Exception` by Orbax; there is nothing narrower to name.
@@ -50,6 +53,7 @@ class Progress:
     requested_vocab_size: int  # what the BPE was asked for; config.json has what it reached
     data_fingerprint: str
     global_batch: int  # rows an update; with the step, it says where in the data the run is
+    shards: int  # devices that arrays were sharded over: an axis that it does not divide was saved padded with zeros
 
 
 def _handlers() -> dict[str, Any]:
@@ -83,7 +87,7 @@ class Checkpoints:
         """Saves atomically, in the background; a step that is there already stays as it is."""
         if progress.step in self.manager.all_steps():
             return
-        optimizer = {"step": state.step, "skipped": state.skipped, "opt_state": state.opt_state}
+        optimizer = {name: getattr(state, name) for name in OPTIMIZER_ITEM}
         items = _items(state.params, config, tokenizer, progress)
         args = ocp.args.Composite(optimizer=ocp.args.StandardSave(optimizer), **items)
         if not self.manager.save(progress.step, args=args):
@@ -162,12 +166,20 @@ def _unheard() -> Iterator[None]:
         sys.unraisablehook = hook
 
 
-def _restore(path: Path, item: str, target: Any) -> Any:
-    """One array item of a saved folder, with the shapes, dtypes and placement of `target`."""
+def _restore(path: Path, item: str, target: Any, shards: int) -> Any:
+    """One array item of a saved folder, with the shapes, dtypes and placement of `target`.
+
+    Args:
+      shards: the most devices that either side is sharded over; fewer zeros than that are cut off or added.
+    """
     with _unheard():
         try:
             with ocp.StandardCheckpointer() as checkpointer:
-                return checkpointer.restore((path / item).resolve(), target)
+                stored = checkpointer.metadata((path / item).resolve()).item_metadata.tree
+            padded = _is_padded(stored, target, shards)
+            with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
+                arguments = ocp.args.StandardRestore(target, strict=not padded)
+                return checkpointer.restore((path / item).resolve(), args=arguments)
         except _OrbaxError as error:
             if type(error) is not Exception and not isinstance(error, OSError | ValueError | KeyError):
                 raise
@@ -179,21 +191,42 @@ def _restore(path: Path, item: str, target: Any) -> Any:
     )
 
 
-def restore_state(path: Path, target: TrainState) -> TrainState:
+def _is_padded(stored: Any, target: Any, shards: int) -> bool:
+    """Whether shapes differ by padding; ValueError if they differ by more, or the trees do."""
+    shapes = [
+        {path_name(p): x.shape for p, x in jax.tree_util.tree_leaves_with_path(tree)} for tree in (stored, target)
+    ]
+    if shapes[0].keys() != shapes[1].keys():
+        raise ValueError(f"other arrays: {sorted(shapes[0].keys() ^ shapes[1].keys())[:3]}")
+    for name, shape in shapes[0].items():
+        other = shapes[1][name]
+        if len(shape) != len(other) or any(abs(a - b) >= shards for a, b in zip(shape, other, strict=True) if a != b):
+            raise ValueError(f"{name} has shape {tuple(shape)} instead of {tuple(other)}")
+    return shapes[0] != shapes[1]
+
+
+def restore_state(path: Path, target: TrainState, shards: int) -> TrainState:
     """The state saved in the checkpoint at `path`.
 
     Args:
       target: abstract state (shapes, dtypes, shardings) of the run that goes on.
+      shards: devices that its arrays are sharded over.
 
     Raises:
       UserError: damaged, or of another model.
     """
-    optimizer = {"step": target.step, "skipped": target.skipped, "opt_state": target.opt_state}
-    return TrainState(params=_restore(path, "params", target.params), **_restore(path, "optimizer", optimizer))
+    shards = max(shards, read_progress(path).shards)
+    rest = {name: getattr(target, name) for name in OPTIMIZER_ITEM}
+    return TrainState(
+        params=_restore(path, "params", target.params, shards), **_restore(path, "optimizer", rest, shards)
+    )
 
 
 def move_later_aside(folder: Path, step: int) -> list[Path]:
-    """Moves checkpoints beyond `step` into `<folder>/aside_<time>/`, so that a run can go on from `step`."""
+    """Moves checkpoints beyond `step` into `<folder>/aside_<time>/`, so that a run can go on from `step`.
+
+    For the leader alone, before any process opens the checkpoints.
+    """
     later = [path for number, path in checkpoint_steps(folder).items() if number > step]
     if later:
         aside = folder / time.strftime("aside_%Y%m%d_%H%M%S")
@@ -207,18 +240,23 @@ def save_model(path: Path, params: Any, config: Config, tokenizer: Tokenizer, pr
     """Writes a self-contained model folder, replacing the one at `path` so that a crash leaves one of the two.
 
     The new one is written beside it and swapped in; `recover_model` mends a crash between the two renames.
+    All processes call it together.
     """
     new, old = path.with_name(path.name + ".new"), path.with_name(path.name + ".old")
-    for leftover in (new, old):
-        shutil.rmtree(leftover, ignore_errors=True)
+    if is_leader():
+        for leftover in (new, old):
+            shutil.rmtree(leftover, ignore_errors=True)
+    barrier("cleared the way for a model")
     with ocp.Checkpointer(
         ocp.CompositeCheckpointHandler(**{k: v for k, v in _handlers().items() if k != "optimizer"})
     ) as c:
         c.save(new.resolve(), args=ocp.args.Composite(**_items(params, config, tokenizer, progress)))
-    if path.exists():
-        path.rename(old)
-    new.rename(path)
-    shutil.rmtree(old, ignore_errors=True)
+    if is_leader():
+        if path.exists():
+            path.rename(old)
+        new.rename(path)
+        shutil.rmtree(old, ignore_errors=True)
+    barrier("saved a model")
 
 
 def recover_model(path: Path) -> None:
@@ -258,5 +296,6 @@ def load(path: str | os.PathLike[str]) -> LoadedModel:
     graphdef, abstract = nnx.split(nnx.eval_shape(make))
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), nnx.to_pure_dict(abstract))
-    model = nnx.merge(graphdef, _restore(folder, "params", target))
-    return LoadedModel(model, read_tokenizer(folder), config, read_progress(folder))
+    progress = read_progress(folder)
+    model = nnx.merge(graphdef, _restore(folder, "params", target, progress.shards))
+    return LoadedModel(model, read_tokenizer(folder), config, progress)

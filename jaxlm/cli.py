@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from jaxlm.config import SECTIONS, Config, from_dict, nearest, replace_fields, type_name
-from jaxlm.errors import Stopped, UserError
+from jaxlm.errors import RunFailed, Stopped, UserError
 from jaxlm.signals import StopRequest
 
-EXIT_USER_ERROR, EXIT_STOPPED = 2, 75
+EXIT_FAILED, EXIT_USER_ERROR, EXIT_STOPPED = 1, 2, 75
 CONFIG_FILE_ERRORS = (  # what the user's own code in a configuration file is likely to raise
     ArithmeticError,
     AssertionError,
@@ -172,7 +172,8 @@ def _one_line(error: BaseException) -> str:
 
 
 def main(command: Callable[[], None]) -> NoReturn:
-    """Runs `command` and ends the process: 0 done, 2 the user can mend it, 75 stopped, 1 a traceback."""
+    """Runs `command` and ends the process: 0 done, 1 failed, 2 the user can mend it, 75 stopped; 1 and a traceback."""
+    sys.excepthook = _on_bug
     try:
         with StopRequest(at_once=True):
             try:
@@ -180,8 +181,9 @@ def main(command: Callable[[], None]) -> NoReturn:
             finally:
                 sys.stdout.flush()  # here, where a reader that went away can still be dealt with
     except UserError as error:
-        print(f"error: {_one_line(error)}", file=sys.stderr)
-        sys.exit(EXIT_USER_ERROR)
+        _end(f"error: {_one_line(error)}", EXIT_USER_ERROR)
+    except RunFailed as error:
+        _end(f"failed: {_one_line(error)}", EXIT_FAILED)
     except Stopped as stopped:
         print(f"stopped: {_one_line(stopped)}", file=sys.stderr)
         sys.exit(EXIT_STOPPED)
@@ -191,3 +193,23 @@ def main(command: Callable[[], None]) -> NoReturn:
             os.dup2(nowhere, stream.fileno())
         sys.exit(1)
     sys.exit(0)
+
+
+def _one_of_several() -> bool:
+    """Whether this process has joined others; asked without importing JAX."""
+    jax = sys.modules.get("jax")
+    return jax is not None and jax.distributed.is_initialized() and jax.process_count() > 1
+
+
+def _on_bug(*error: Any) -> None:
+    sys.__excepthook__(*error)
+    if _one_of_several():
+        _end("", EXIT_FAILED)
+
+
+def _end(message: str, code: int) -> NoReturn:
+    """Ends the process with an error. One of several ends at once: the others, who would wait for it, then end too."""
+    print(message, file=sys.stderr, flush=True)
+    if _one_of_several():
+        os._exit(code)
+    sys.exit(code)

@@ -93,9 +93,12 @@ class TrainingConfig(_Section):
         "cosine", "shape of the decay after warm-up", choices=("cosine", "linear", "polynomial", "constant")
     )
     warmup_steps: int = option(2000, "updates of linear warm-up; shortened to a tenth of the run", low=0)
+    warmup_shape: str = option("linear", "how warm-up rises; log is DeepSpeed's", choices=("linear", "log"))
+    warmup_min_ratio: float = option(0.0, "learning rate that warm-up starts from, of the peak", low=0, high=1)
+    schedule_steps: int | None = option(None, "updates the schedule is laid out for; none: those of the run", low=1)
     min_lr_ratio: float = option(0.1, "learning rate at the end, as a fraction of the peak", low=0, high=1)
     lr_power: float = option(2.0, "exponent of the polynomial decay", above=0)
-    optimizer: str = option("adamw", "update rule", choices=("adamw", "adam", "sgd", "lion"))
+    optimizer: str = option("adamw", "update rule", choices=("adamw", "adam", "sgd", "lion", "lamb"))
     beta1: float = option(0.9, "first-moment decay (sgd: momentum)", low=0, below=1)
     beta2: float = option(0.999, "second-moment decay (lion: momentum decay)", low=0, below=1)
     eps: float = option(1e-8, "term that keeps adam's denominator off zero", above=0)
@@ -104,6 +107,14 @@ class TrainingConfig(_Section):
     max_grad_norm: float | None = option(1.0, "clip the global gradient norm to this; none: no clipping", above=0)
     use_amp: bool = option(True, "compute in amp_dtype (parameters stay float32); false: float32 throughout")
     amp_dtype: str = option("bfloat16", "16-bit type to compute in", choices=("bfloat16", "float16"))
+    loss_scale: float = option(0, "float16: fixed factor on the loss; 0: dynamic", low=0)
+    initial_loss_scale_power: int = option(16, "float16: the dynamic loss scale starts at 2 to this", low=0, high=31)
+    loss_scale_window: int = option(1000, "float16: updates without overflow before the scale is doubled", low=1)
+    loss_scale_hysteresis: int = option(2, "float16: overflows before the scale is halved", low=1)
+    min_loss_scale: float = option(1, "float16: the run ends if it overflows at this scale", above=0)
+    accumulator_dtype: str = option(
+        "float32", "type that micro-batches' gradients are summed in", choices=("float32", "bfloat16", "float16")
+    )
     seed: int = option(42, "seed of initialisation, data order and dropout", low=0, high=2**31 - 1)
     save_steps: int = option(2000, "updates between checkpoints", low=1, resumable=True)
     eval_steps: int = option(1000, "updates between evaluations", low=1, resumable=True)
@@ -121,8 +132,22 @@ class TrainingConfig(_Section):
     distributed_backend: str | None = option(
         None, "collectives that must be in use: nccl on GPUs, gloo on CPU", choices=("nccl", "gloo"), resumable=True
     )
-    use_deepspeed: bool = option(False, "ZeRO sharding; not available yet")
-    deepspeed_config: str | None = option(None, "DeepSpeed JSON file; not available yet")
+    zero_stage: int | None = option(
+        None,
+        "shard over devices: 1 optimizer state, 2 and gradients, 3 and parameters; none: 0, or 2 with use_deepspeed",
+        low=0,
+        high=3,
+        resumable=True,
+    )
+    zero_group_size: int | None = option(
+        None, "devices that share one sharded copy, such as those of a host; none: all", low=1, resumable=True
+    )
+    tensor_parallel: int = option(1, "devices that each layer's matrices are split over", low=1, resumable=True)
+    offload_optimizer: bool = option(False, "keep the optimizer state in host memory", resumable=True)
+    use_deepspeed: bool = option(False, "ZeRO stage 2, or what deepspeed_config says", resumable=True)
+    deepspeed_config: str | None = option(
+        None, "DeepSpeed JSON file: sets the fields that it maps to (needs use_deepspeed)", resumable=True
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -258,7 +283,8 @@ def changed_fields(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
     }
 
 
-def _check_field(dotted: str, field: Any, annotation: Any, value: Any) -> None:
+def check_field(dotted: str, field: Any, annotation: Any, value: Any) -> None:
+    """Checks one value against its declared type and bounds; UserError names it `dotted`."""
     if not accepts(annotation, value):
         raise UserError(f"{dotted} ({value!r}) must be {type_name(annotation)}")
     limits = field.metadata
@@ -291,7 +317,7 @@ def validate(config: Config) -> Config:
     for name, section in SECTIONS.items():
         hints = typing.get_type_hints(section)
         for field in dataclasses.fields(section):
-            _check_field(f"{name}.{field.name}", field, hints[field.name], getattr(getattr(config, name), field.name))
+            check_field(f"{name}.{field.name}", field, hints[field.name], getattr(getattr(config, name), field.name))
     model, training, data = config.model, config.training, config.data
     if model.d_model % model.n_heads:
         raise UserError(f"model.n_heads ({model.n_heads}) must divide model.d_model ({model.d_model})")
@@ -310,13 +336,6 @@ def validate(config: Config) -> Config:
         raise UserError("data.validation_files is set but data.train_files is not; set both, or validation_split")
     if data.min_length > data.max_length:
         raise UserError(f"data.min_length ({data.min_length}) exceeds data.max_length ({data.max_length}); lower it")
-    if training.use_deepspeed or training.deepspeed_config is not None:
-        name = "training.use_deepspeed" if training.use_deepspeed else "training.deepspeed_config"
-        raise UserError(
-            f"{name}: ZeRO and DeepSpeed files are not available yet; unset it to train with plain data parallelism"
-        )
-    if training.use_amp and training.amp_dtype == "float16":
-        raise UserError("training.amp_dtype (float16) is not available yet: it needs a loss scale; use bfloat16")
     if model.attention == "cudnn" and (data.pack_sequences or model.attention_dropout or not training.use_amp):
         raise UserError(
             "model.attention (cudnn) cannot do packed documents, attention dropout or float32; "

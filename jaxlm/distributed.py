@@ -1,15 +1,128 @@
-"""Process start-up: which devices a run uses, and refusing those it can't use."""
+"""Processes and devices: start-up of several processes, who leads, what all must agree on, which devices a run uses.
 
+One process a host uses all the GPUs of its host. All processes run the same program; the first, the leader, alone
+prints and writes what is not sharded.
+"""
+
+import hashlib
 import os
+import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 from jaxlm.config import TrainingConfig
 from jaxlm.errors import UserError
 
-# Variables by which launchers tell a process how many of it there are.
-_PROCESS_COUNTS = ("WORLD_SIZE", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
+HEARTBEAT_SECONDS = 30  # a process that was silent for this long is taken for dead, and the whole job ends
+START_SECONDS = 300  # to wait for all processes to have started
+
+
+def start(address: str | None = None, num_processes: int | None = None, process_id: int | None = None) -> None:
+    """Joins the other processes of this run, if there are any; to be called before JAX finds its devices.
+
+    With no argument, JAX detects SLURM (srun), Open MPI and, with the kubernetes package, Kubernetes.
+
+    Args:
+      address: HOST:PORT of process 0.
+
+    Raises:
+      UserError: started by something that is not understood, or the processes did not find each other.
+    """
+    given = {"--coordinator_address": address, "--num_processes": num_processes, "--process_id": process_id}
+    missing = [name for name, value in given.items() if value is None]
+    if missing and len(missing) < len(given):
+        raise UserError(f"{', '.join(missing)}: missing; the three are given together, or none")
+    if jax.distributed.is_initialized() or (missing and not _launched_by_cluster()):
+        return
+    if num_processes is not None and process_id is not None and not 0 <= process_id < num_processes:
+        raise UserError(f"--process_id ({process_id}) must be from 0 to --num_processes - 1 ({num_processes - 1})")
+    if address is not None and not address.rpartition(":")[2].isdigit():
+        raise UserError(f"--coordinator_address ({address}) must be HOST:PORT")
+    try:
+        jax.distributed.initialize(
+            address,
+            num_processes,
+            process_id,
+            local_device_ids=[] if _one_process_a_host() else None,  # []: all of the host's
+            initialization_timeout=START_SECONDS,
+            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+        )
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"the processes did not find each other: {str(error).splitlines()[0]}") from error
+
+
+def _launched_by_cluster() -> bool:
+    """Whether a launcher that JAX knows started several processes.
+
+    Raises:
+      UserError: one that it doesn't know has.
+    """
+    count = lambda variable: int(os.environ.get(variable) or 1)  # noqa: E731
+    if count("SLURM_STEP_NUM_TASKS") > 1 or count("OMPI_COMM_WORLD_SIZE") > 1:
+        return True
+    if "KUBERNETES_SERVICE_HOST" in os.environ and "JOB_COMPLETION_INDEX" in os.environ and find_spec("kubernetes"):
+        return True
+    for variable in ("WORLD_SIZE", "PMI_SIZE"):  # torchrun, MPICH
+        if count(variable) > 1:
+            raise UserError(
+                f"{variable} ({os.environ[variable]}): start one process a host, without torchrun or mpiexec; it uses "
+                "all GPUs. For several hosts: srun, or --coordinator_address, --num_processes and --process_id"
+            )
+    return False
+
+
+def _one_process_a_host() -> bool:
+    """JAX takes a launcher's process for one that owns a single GPU, even if it is alone on its host."""
+    slurm = os.environ.get("SLURM_STEP_NUM_TASKS"), os.environ.get("SLURM_STEP_NUM_NODES")
+    return (slurm[0] is not None and slurm[0] == slurm[1]) or os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE", "1") == "1"
+
+
+def is_leader() -> bool:
+    """Whether this is the process that prints and writes."""
+    return jax.process_index() == 0
+
+
+def say(text: str) -> None:
+    """A line of the report on stderr, from the leader."""
+    if is_leader():
+        print(text, file=sys.stderr, flush=True)
+
+
+def barrier(name: str) -> None:
+    """Returns when all processes have come here."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+def check_same_everywhere(what: str, value: str) -> None:
+    """Raises UserError if `value` is not the same text in all processes."""
+    if jax.process_count() == 1:
+        return
+    digest = np.frombuffer(hashlib.sha256(value.encode()).digest()[:8], np.uint32)
+    digests = multihost_utils.process_allgather(digest)
+    others = [i for i in range(jax.process_count()) if (digests[i] != digests[0]).any()]
+    if others:
+        raise UserError(f"{what}: differs between process 0 and process(es) {others}; start all of them alike")
+
+
+class StopVote:
+    """Makes a signal that one process got known to all, at the same step, without waiting for anything.
+
+    A vote is dispatched after each update and read some updates later, when it is there anyway.
+    """
+
+    def __init__(self, mesh: jax.sharding.Mesh) -> None:
+        self._everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(mesh.axis_names))
+        self._any = jax.jit(lambda votes: votes.max())
+
+    def cast(self, stop: bool) -> jax.Array:
+        """The outcome (int32 scalar, 1 if any process votes to stop), to be read later."""
+        mine = np.full(len(self._everywhere.addressable_devices), stop, np.int32)
+        return self._any(jax.make_array_from_process_local_data(self._everywhere, mine))
 
 
 def _nvidia_device_visible() -> bool:
@@ -18,7 +131,7 @@ def _nvidia_device_visible() -> bool:
 
 
 def find_devices() -> list[jax.Device]:
-    """All devices of this host that JAX computes on.
+    """The devices of all processes that JAX computes on.
 
     Raises:
       UserError: an NVIDIA GPU is there but JAX has only its CPU backend.
@@ -37,17 +150,12 @@ def find_devices() -> list[jax.Device]:
 
 
 def training_devices(config: TrainingConfig) -> list[jax.Device]:
-    """`find_devices`, checked against what the configuration expects.
+    """`find_devices` after `start`, checked against what the configuration expects.
 
     Raises:
-      UserError: several processes, another number of devices, or other collectives than asked for.
+      UserError: the processes don't find each other, another number of devices, other collectives than asked for.
     """
-    for variable in _PROCESS_COUNTS:
-        if os.environ.get(variable, "1") not in ("", "1"):
-            raise UserError(
-                f"{variable} ({os.environ[variable]}): several processes are not supported yet; "
-                "start one process, it uses all GPUs of its host"
-            )
+    start()
     devices = find_devices()
     if config.world_size is not None and config.world_size != len(devices):
         raise UserError(

@@ -1,8 +1,12 @@
-"""The two ways a run ends early on purpose; everything else that raises is a bug or a later failure."""
+"""The ways a run ends early on purpose; everything else that raises is a bug."""
 
 
 class UserError(Exception):
     """Something the user can mend: bad configuration, file, folder or checkpoint. Its text is one line; exit code 2."""
+
+
+class RunFailed(Exception):
+    """Training can't go on, for a reason that is no bug and was not there at the start. Exit code 1."""
 
 
 class Stopped(BaseException):  # as KeyboardInterrupt: no library may take it for an error of its own

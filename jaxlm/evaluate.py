@@ -13,6 +13,7 @@ from jaxlm.config import DataConfig, validate
 from jaxlm.data.loader import Rows, eval_batches
 from jaxlm.data.packing import plan_cached
 from jaxlm.data.tokens import prepare
+from jaxlm.sharding import Layout, make_mesh
 from jaxlm.step import Params, make_eval_step
 
 EvalStep = Callable[[Params, Any], tuple[jax.Array, jax.Array]]
@@ -48,6 +49,7 @@ def evaluate_model(
     documents = prepare(data, config.model.vocab_size, loaded.tokenizer, report).validation
     plan = plan_cached(documents, data.max_length, data.min_length, data.packing_strategy, data.pack_sequences, report)
     graphdef, state = nnx.split(loaded.model)
-    eval_step = jax.jit(make_eval_step(graphdef, config))
+    params = nnx.to_pure_dict(state)
+    eval_step = jax.jit(make_eval_step(graphdef, config, Layout(make_mesh(jax.devices()[:1]), 0, params)))
     batches = eval_batches(Rows(documents, plan, data.max_length), batch_size)
-    return evaluate_rows(eval_step, nnx.to_pure_dict(state), batches, documents.kept_bytes(data.min_length))
+    return evaluate_rows(eval_step, params, batches, documents.kept_bytes(data.min_length))

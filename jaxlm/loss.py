@@ -80,6 +80,7 @@ def _forward(hidden_BTD: jax.Array, w_VD: jax.Array, targets_BT: jax.Array, weig
     carry = (jnp.zeros((), jnp.float32), jnp.zeros(w_VD.shape[::-1], jnp.float32))
     (total, dw_DV), dhidden = jax.lax.scan(body, carry, chunks)
     b, t, d = hidden_BTD.shape
+    dw_DV = jax.lax.optimization_barrier(dw_DV)  # XLA on CPU cannot run a 16-bit product whose result is transposed
     return total, (jnp.moveaxis(dhidden, 0, 1).reshape(b, -1, d)[:, :t], dw_DV.T)
 
 

@@ -196,12 +196,12 @@ PROGRESS_FORMATS = {
 
 
 class Progress:
-    """The progress line on stderr: a bar on a terminal, a line a row elsewhere."""
+    """The progress line on stderr: a bar on a terminal, a line a row elsewhere, nothing unless `shown`."""
 
-    def __init__(self, start_step: int, last_step: int) -> None:
+    def __init__(self, start_step: int, last_step: int, shown: bool = True) -> None:
         from tqdm import tqdm
 
-        self.last_step = last_step
+        self.last_step, self.shown = last_step, shown
         bar_format = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
         self.bar = tqdm(
             total=last_step,
@@ -209,7 +209,7 @@ class Progress:
             unit="step",
             file=sys.stderr,
             dynamic_ncols=True,
-            disable=not sys.stderr.isatty(),
+            disable=not (shown and sys.stderr.isatty()),
             bar_format=bar_format,
         )
         self._rate: tuple[int, float] = (start_step, time.monotonic())
@@ -220,7 +220,8 @@ class Progress:
 
     def line(self, text: str) -> None:
         """A line above the bar."""
-        self.bar.write(text, file=sys.stderr)
+        if self.shown:
+            self.bar.write(text, file=sys.stderr)
 
     def write(self, row: Row, step: int) -> None:
         parts = [shown.format(row[name]) for name, shown in PROGRESS_FORMATS.items() if name in row]

@@ -1,4 +1,4 @@
-"""Turning SIGINT and SIGTERM into an orderly end."""
+"""Turning SIGINT, SIGTERM and SIGUSR1 (SLURM's warning) into an orderly end."""
 
 import os
 import signal
@@ -7,7 +7,7 @@ from types import FrameType
 
 from jaxlm.errors import Stopped
 
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class StopRequest:

@@ -8,9 +8,9 @@ import dataclasses
 import json
 import math
 import os
-import sys
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,13 +19,13 @@ import jax
 import numpy as np
 from flax import nnx
 
-from jaxlm import checkpoint, sharding
+from jaxlm import checkpoint, deepspeed, sharding
 from jaxlm.config import Config, changed_fields, to_dict, validate
 from jaxlm.data.loader import Rows, eval_batches, total_steps, train_batches
 from jaxlm.data.packing import plan_cached
-from jaxlm.data.tokens import cache_root, prepare
-from jaxlm.distributed import training_devices
-from jaxlm.errors import Stopped, UserError
+from jaxlm.data.tokens import cache_root, prepare, prepared_once
+from jaxlm.distributed import StopVote, barrier, check_same_everywhere, is_leader, say, training_devices
+from jaxlm.errors import RunFailed, Stopped, UserError
 from jaxlm.evaluate import evaluate_rows
 from jaxlm.generate import generate_text
 from jaxlm.metrics import (
@@ -40,16 +40,11 @@ from jaxlm.metrics import (
 from jaxlm.model import Transformer
 from jaxlm.model.attention import choose_attention
 from jaxlm.optim import build_optimizer, build_schedule, effective_warmup
-from jaxlm.precision import compute_dtype
+from jaxlm.precision import compute_dtype, scales_loss
 from jaxlm.signals import StopRequest
-from jaxlm.step import TrainState, init_state, make_eval_step, make_train_step
+from jaxlm.step import TrainState, compile_train_step, init_state, make_eval_step, make_train_step
 
 STEPS_AHEAD = 2  # updates dispatched before the oldest is waited for: the host stays ahead, a stop signal is not late
-
-
-def say(text: str) -> None:
-    """A line of the start-up report, on stderr."""
-    print(text, file=sys.stderr, flush=True)
 
 
 class Trainer:
@@ -63,11 +58,18 @@ class Trainer:
         config = validate(config)
         check_report_to(config.training.report_to)
         self.devices = training_devices(config.training)
+        self.mesh = sharding.make_mesh(self.devices, sharding.mesh_shape(config, len(self.devices)))
+        config, self._deepspeed_lines = deepspeed.apply(config, world=sharding.row_shards(self.mesh))
+        validate(config)
         self.folder = _open_folder(Path(config.training.checkpoint_dir).expanduser(), fresh)
         resume_from = self._find_resume(config)
         jax.config.update("jax_compilation_cache_dir", str(cache_root(config.data) / "compiled"))
 
         self._prepare_data(config, resume_from)
+        self._divide_batch(resume_from)
+        check_same_everywhere(
+            "the configuration or the text", json.dumps([to_dict(self.config), self.data_fingerprint])
+        )
         if resume_from is not None:
             self._check_same_run(config, resume_from)
         self.finished = self._is_finished(resume_from)
@@ -79,8 +81,10 @@ class Trainer:
 
     def _find_resume(self, config: Config) -> Path | None:
         """The checkpoint to go on from: the one named, else the newest of the run in this folder."""
-        for name in ("best_model", "final_model"):
-            checkpoint.recover_model(self.folder / name)
+        if is_leader():
+            for name in ("best_model", "final_model"):
+                checkpoint.recover_model(self.folder / name)
+        barrier("recovered the models")
         if config.training.resume_from_checkpoint is not None:
             return checkpoint.find_checkpoint(config.training.resume_from_checkpoint, self.folder)
         steps = checkpoint.checkpoint_steps(self.folder)
@@ -88,9 +92,10 @@ class Trainer:
 
     def _prepare_data(self, config: Config, resume_from: Path | None) -> None:
         """Text -> tokenizer -> token arrays -> rows; fixes the vocabulary size in the configuration."""
-        data, training = config.data, config.training
+        data = config.data
         tokenizer = None if resume_from is None else checkpoint.read_tokenizer(resume_from)
-        prepared = prepare(data, config.model.vocab_size, tokenizer, say)
+        with prepared_once(data):
+            prepared = prepare(data, config.model.vocab_size, tokenizer, say)
         self.tokenizer, self.data_fingerprint = prepared.tokenizer, prepared.source_fingerprint
         self.requested_vocab_size = config.model.vocab_size
         self.config = dataclasses.replace(
@@ -104,13 +109,40 @@ class Trainer:
             pack=data.pack_sequences,
             report=say,
         )
-        self.rows = Rows(prepared.train, plan(prepared.train), data.max_length)
-        self.eval_rows = Rows(prepared.validation, plan(prepared.validation), data.max_length)
+        with prepared_once(data):
+            self.rows = Rows(prepared.train, plan(prepared.train), data.max_length)
+            self.eval_rows = Rows(prepared.validation, plan(prepared.validation), data.max_length)
         self.eval_bytes = prepared.validation.kept_bytes(data.min_length)
-        self.global_batch = training.batch_size * len(self.devices) * training.gradient_accumulation_steps
+
+    def _divide_batch(self, resume_from: Path | None) -> None:
+        """Rows an update, micro-batches and updates; a checkpoint's rows an update are kept on any devices."""
+        training = self.config.training
+        micro_batch = training.batch_size * sharding.row_shards(self.mesh)
+        self.global_batch = micro_batch * training.gradient_accumulation_steps
+        if resume_from is not None:
+            kept = checkpoint.read_progress(resume_from).global_batch
+            if kept % micro_batch:
+                raise UserError(
+                    f"training.batch_size ({training.batch_size}) x {sharding.row_shards(self.mesh)} device(s) must "
+                    f"divide the {kept} rows an update of {resume_from}; change it, or the number of devices"
+                )
+            if kept != self.global_batch:
+                k = kept // micro_batch
+                say(
+                    f"training.gradient_accumulation_steps: {k} instead of {training.gradient_accumulation_steps}, "
+                    f"for the {kept} rows an update of {resume_from}"
+                )
+                training = dataclasses.replace(training, gradient_accumulation_steps=k)
+                self.config, self.global_batch = dataclasses.replace(self.config, training=training), kept
         self.total_steps = total_steps(training.num_epochs, len(self.rows), self.global_batch, training.max_steps)
         stop = self.total_steps if training.stop_at_step is None else training.stop_at_step
         self.last_step = min(stop, self.total_steps)
+
+    def _check_same_processes(self) -> None:
+        """Refuses processes that were started with other options or other text; caches may be elsewhere."""
+        data = dataclasses.replace(self.config.data, cache_dir=None)
+        config = to_dict(dataclasses.replace(self.config, data=data))
+        check_same_everywhere("the configuration or the text", json.dumps([config, self.data_fingerprint]))
 
     def _check_same_run(self, config: Config, resume_from: Path) -> None:
         """Refuses to go on with another configuration or other text than the checkpoint's."""
@@ -123,11 +155,6 @@ class Trainer:
             raise UserError(
                 f"{resume_from} was trained with another configuration: {shown}. Set it back, name another "
                 "--training.checkpoint_dir, or start over with --fresh (the old folder is kept)"
-            )
-        if progress.global_batch != self.global_batch:
-            raise UserError(
-                f"training.batch_size x devices x training.gradient_accumulation_steps ({self.global_batch}) "
-                f"must stay at the {progress.global_batch} rows an update of {resume_from}; change one of the two"
             )
         if progress.data_fingerprint != self.data_fingerprint:
             raise UserError(
@@ -147,25 +174,25 @@ class Trainer:
         )
 
     def _build_model(self) -> None:
-        """Abstract model and state, their shardings, and the functions that will be compiled."""
-        config = self.config
-        self.attention = choose_attention(config.model, config.training, config.data, self.devices[0].platform)
-        self.mesh = sharding.make_mesh(self.devices)
-        self.replicated = sharding.replicated(self.mesh)
-        dtype = compute_dtype(config.training)
+        """Abstract model and state, where they live, and the functions that will be compiled."""
+        config, training = self.config, self.config.training
+        self.attention = choose_attention(config.model, training, config.data, self.devices[0].platform)
+        dtype = compute_dtype(training)
 
         def make() -> Transformer:
-            rngs = nnx.Rngs(config.training.seed)
+            rngs = nnx.Rngs(training.seed)
             return Transformer(config.model, implementation=self.attention, dtype=dtype, rngs=rngs)
 
-        self.graphdef = nnx.graphdef(nnx.eval_shape(make))
-        self._init = jax.jit(
-            lambda: init_state(make(), build_optimizer(config.training)), out_shardings=self.replicated
-        )
-        self.abstract_state = sharding.with_sharding(jax.eval_shape(self._init), self.replicated)
-        self.parameters = sum(math.prod(x.shape) for x in jax.tree.leaves(self.abstract_state.params))
-        self.schedule = build_schedule(config.training, self.total_steps)
-        self._eval_step = jax.jit(make_eval_step(self.graphdef, config))
+        self.graphdef, abstract_model = nnx.split(nnx.eval_shape(make))
+        params = nnx.to_pure_dict(abstract_model)
+        self.parameters = sum(math.prod(x.shape) for x in jax.tree.leaves(params))
+        self.layout = sharding.Layout(self.mesh, training.zero_stage or 0, params, training.offload_optimizer)
+        init = lambda: init_state(make(), build_optimizer(training), config, self.layout)  # noqa: E731
+        self.abstract_state = self.layout.place(jax.eval_shape(init))
+        self._init = jax.jit(init, out_shardings=jax.tree.map(lambda x: x.sharding, self.abstract_state))
+        self.schedule = build_schedule(training, self.total_steps)
+        self._eval_step = jax.jit(make_eval_step(self.graphdef, config, self.layout))
+        self._whole = jax.jit(self.layout.to_whole, out_shardings=sharding.replicated(self.mesh))
 
     def _build_state(self, resume_from: Path | None) -> None:
         """A fresh state, or the one saved in `resume_from`."""
@@ -173,7 +200,7 @@ class Trainer:
         if resume_from is None:
             self.state: TrainState = self._init()
         else:
-            self.state = checkpoint.restore_state(resume_from, self.abstract_state)
+            self.state = checkpoint.restore_state(resume_from, self.abstract_state, self.layout.shards)
             self.best_loss = checkpoint.read_progress(resume_from).best_loss
         self.start_step = self.current_step = int(self.state.step)
 
@@ -181,22 +208,27 @@ class Trainer:
         """What will run, in a few lines."""
         model, training = self.config.model, self.config.training
         device = f"{len(self.devices)} x {self.devices[0].device_kind} ({self.devices[0].platform})"
-        state_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(self.abstract_state))
-        gradient_bytes = 4 * self.parameters
+        processes = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
         layers = "scanned" if model.scan_layers else "unrolled"
         remat = f"recomputed ({model.remat_policy})" if model.gradient_checkpointing else "kept"
+        scaled = f", loss scale from {float(self.state.loss_scale.scale):g}" if scales_loss(training) else ""
         warmup = effective_warmup(training, self.total_steps)
+        for line in self._deepspeed_lines:
+            say(line)
         say(f"model: {self.parameters:,} parameters, vocabulary {model.vocab_size:,}")
         say(f"layers: {layers}, activations {remat}")
-        say(f"devices: {device}, data parallel, mesh {dict(self.mesh.shape)}, ZeRO stage 0 (replicated)")
-        say(f"precision: float32 parameters, {compute_dtype(training)} compute")
+        say(f"devices: {device}{processes}")
+        say(f"layout: {self.layout.describe()}")
+        say(f"precision: float32 parameters, {compute_dtype(training)} compute{scaled}")
         say(f"kernels: {self.attention} attention, chunked cross entropy")
         say(
-            f"memory: {(state_bytes + gradient_bytes) / 2**20:,.0f} MiB a device of parameters, optimizer and gradients"
+            f"memory: {self.layout.bytes_of_state(self.abstract_state) / 2**20:,.0f} MiB a device of parameters, "
+            "optimizer and gradients"
         )
         say(
-            f"batch: {training.batch_size} rows x {len(self.devices)} devices x {training.gradient_accumulation_steps} "
-            f"micro-batches = {self.global_batch} rows, {self.global_batch * self.config.data.max_length:,} tokens"
+            f"batch: {training.batch_size} rows x {sharding.row_shards(self.mesh)} devices x "
+            f"{training.gradient_accumulation_steps} micro-batches = {self.global_batch} rows, "
+            f"{self.global_batch * self.config.data.max_length:,} tokens"
         )
         say(
             f"steps: {self.total_steps:,} ({self.total_steps * self.global_batch / len(self.rows):.2f} epochs), "
@@ -222,53 +254,67 @@ class Trainer:
         if self.finished:
             return
         training = self.config.training
-        self._begin()
-        with StopRequest() as stop:
-            for batch in self._train_batches():
-                self.state, self.step_metrics = self.train_step(self.state, batch)
-                self.current_step += 1
-                if self._due(training.logging_steps) or self.current_step == 1:
-                    self._log_metrics(float(self.step_metrics["loss"]))
-                if self._due(training.eval_steps):
-                    self._log_eval_metrics(self.evaluate())
-                stopping = stop.signal is not None  # looked at once: a later signal waits for the next update's save
-                if self._due(training.save_steps) or self.current_step == self.last_step or stopping:
-                    self.save_checkpoint()
-                self.metrics_tracker.flush(self.current_step)
-                self._progress.advance(self.current_step)
-                if stopping:
-                    break
-            self._end(stop)
+        with ExitStack() as opened:
+            self._begin(opened)
+            with StopRequest() as stop:
+                stopping = False
+                for batch in self._train_batches():
+                    self.state, self.step_metrics = self.train_step(self.state, batch)
+                    self.current_step += 1
+                    if self._due(training.logging_steps) or self.current_step == 1:
+                        self._log_metrics(float(self.step_metrics["loss"]))
+                    if self._due(training.eval_steps):
+                        self._log_eval_metrics(self.evaluate())
+                    stopping = self._stop_agreed(stop)  # asked once: a later signal waits for the next update's save
+                    if self._due(training.save_steps) or self.current_step == self.last_step or stopping:
+                        self.save_checkpoint()
+                    self.metrics_tracker.flush(self.current_step)
+                    self._progress.advance(self.current_step)
+                    if stopping:
+                        break
+                if not stopping and self.current_step >= self.total_steps:
+                    self.save_model(self.folder / "final_model")
+        self._end(stop, stopping)
+
+    def _stop_agreed(self, stop: StopRequest) -> bool:
+        """Whether to stop here: as soon as a signal came, or when all processes know that one of them got one."""
+        if jax.process_count() == 1:
+            return stop.signal is not None
+        self._votes.append(self._vote.cast(stop.signal is not None))
+        return len(self._votes) > STEPS_AHEAD and bool(self._votes.pop(0))
 
     def _due(self, every: int) -> bool:
         return self.current_step % every == 0 or self.current_step == self.total_steps
 
-    def _begin(self) -> None:
-        """Writes what describes the run, opens the sinks and compiles the step."""
-        for path in checkpoint.move_later_aside(self.folder, self.current_step):
-            say(f"moved aside: {path.name}, later than step {self.current_step}")
-        self.tokenizer.save(self.folder / "tokenizer")
-        (self.folder / "config.json").write_text(json.dumps(to_dict(self.config), indent=2) + "\n", encoding="utf-8")
+    def _begin(self, opened: ExitStack) -> None:
+        """Writes what describes the run, opens the sinks and compiles the step; `opened` closes everything."""
+        if is_leader():
+            for path in checkpoint.move_later_aside(self.folder, self.current_step):
+                say(f"moved aside: {path.name}, later than step {self.current_step}")
+            self.tokenizer.save(self.folder / "tokenizer")
+            config_text = json.dumps(to_dict(self.config), indent=2) + "\n"
+            (self.folder / "config.json").write_text(config_text, encoding="utf-8")
+        barrier("prepared the folder")
         self.checkpoints = checkpoint.Checkpoints(self.folder, self.config.training.save_total_limit)
+        opened.callback(self.checkpoints.close)  # which waits for the saves
         started = time.perf_counter()
-        step = jax.jit(make_train_step(self.graphdef, self.config, self.schedule), donate_argnums=0)
-        self.train_step = step.lower(self.abstract_state, self._abstract_batch()).compile()
+        step = make_train_step(self.graphdef, self.config, self.schedule, self.layout)
+        self.train_step = compile_train_step(step, self.abstract_state, self._abstract_batch())
         say(f"compiled the step in {time.perf_counter() - started:.1f} s")
-        sinks = make_sinks(self.config, self.folder, self.current_step)
+        self._vote = StopVote(self.mesh)
+        self._votes: list[jax.Array] = []
+        sinks = make_sinks(self.config, self.folder, self.current_step) if is_leader() else []
         self._text_sinks = [sink for sink in sinks if isinstance(sink, TensorBoard)]
-        self._progress = Progress(self.current_step, self.last_step)
+        self._progress = Progress(self.current_step, self.last_step, shown=is_leader())
         self.metrics_tracker = MetricsTracker([*sinks, self._progress])
+        opened.callback(self.metrics_tracker.close)
         self._restart_clock()
 
-    def _end(self, stop: StopRequest) -> None:
-        """Waits for the saves, writes final_model if the run is complete, closes everything."""
-        if stop.signal is None and self.current_step >= self.total_steps:
-            self.save_model(self.folder / "final_model")
-        self.checkpoints.wait()
-        self.checkpoints.close()
-        self.metrics_tracker.close()
-        if stop.signal is not None:
-            raise Stopped(f"{stop.signal.name} at step {self.current_step}; it is saved, the same command goes on")
+    def _end(self, stop: StopRequest, stopping: bool) -> None:
+        """Says how it ended."""
+        if stopping:
+            name = stop.signal.name if stop.signal is not None else "a signal to another process"
+            raise Stopped(f"{name} at step {self.current_step}; it is saved, the same command goes on")
         if self.current_step < self.total_steps:
             say(f"stopped at step {self.current_step} of {self.total_steps} as asked; saved in {self.folder}")
         else:
@@ -277,24 +323,26 @@ class Trainer:
     def _abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
         k = self.config.training.gradient_accumulation_steps
         row = (k, self.global_batch // k)
-        tokens = jax.ShapeDtypeStruct((*row, self.config.data.max_length), np.int32)
-        abstract = dict.fromkeys(("tokens", "targets", "segments", "positions"), tokens)
-        abstract["rows"] = jax.ShapeDtypeStruct(row, np.int32)
-        return sharding.with_sharding(abstract, sharding.train_batch_sharding(self.mesh))
+        placement = sharding.train_batch_sharding(self.mesh)
+        of = lambda *shape: jax.ShapeDtypeStruct(shape, np.int32, sharding=placement)  # noqa: E731
+        names = ("tokens", "targets", "segments", "positions")
+        return dict.fromkeys(names, of(*row, self.config.data.max_length)) | {"rows": of(*row)}
 
     def _train_batches(self) -> Iterator[dict[str, jax.Array]]:
         """The batches from the current step to the last one, on the devices."""
-        training = self.config.training
-        host_batches = train_batches(
-            self.rows, training.seed, self.global_batch, training.gradient_accumulation_steps, self.current_step
-        )
+        k = self.config.training.gradient_accumulation_steps
+        own = sharding.own_rows(self.mesh, self.global_batch // k)
+        host_batches = train_batches(self.rows, self.config.training.seed, self.global_batch, k, self.current_step, own)
         placement = sharding.train_batch_sharding(self.mesh)
         in_flight: list[jax.Array] = []
         try:
             for _ in range(self.current_step, self.last_step):
                 batch = next(host_batches)
-                self._tokens_since_log += int(np.count_nonzero(batch["segments"]))
-                yield jax.device_put(batch, placement)
+                # Of this process; the others' rows are as full.
+                self._tokens_since_log += int(
+                    np.count_nonzero(batch["segments"]) * self.global_batch / batch["rows"].size
+                )
+                yield sharding.put(batch, placement)
                 in_flight.append(self.step_metrics["loss"])
                 if len(in_flight) > STEPS_AHEAD:
                     in_flight.pop(0).block_until_ready()
@@ -321,9 +369,15 @@ class Trainer:
                 "train/mfu": model_flops_utilization(rate, flops, self.devices[0].device_kind, len(self.devices)),
                 "train/epoch": self.current_step * self.global_batch / len(self.rows),
                 "train/skipped_steps": values["skipped"],
+                "train/loss_scale": values["loss_scale"],
             },
             self.current_step,
         )
+        if values["scale_exhausted"]:
+            raise RunFailed(
+                f"step {self.current_step}: float16 overflows at the lowest loss scale ({values['loss_scale']:g}); "
+                "lower training.learning_rate, or use training.amp_dtype bfloat16"
+            )
         self._restart_clock()
 
     def _log_eval_metrics(self, metrics: dict[str, float]) -> None:
@@ -353,9 +407,10 @@ class Trainer:
 
     def evaluate(self) -> dict[str, float]:
         """`loss` in nats a token, `perplexity`, `bits_per_byte` and `tokens` over all of the validation text."""
-        batch_size = self.config.training.batch_size * len(self.devices)
+        batch_size = self.config.training.batch_size * sharding.row_shards(self.mesh)
         placement = sharding.eval_batch_sharding(self.mesh)
-        batches = (jax.device_put(batch, placement) for batch in eval_batches(self.eval_rows, batch_size))
+        host_batches = eval_batches(self.eval_rows, batch_size, sharding.own_rows(self.mesh, batch_size))
+        batches = (sharding.put(batch, placement) for batch in host_batches)
         return evaluate_rows(self._eval_step, self.state.params, batches, self.eval_bytes)
 
     def _saved_progress(self) -> checkpoint.Progress:
@@ -366,6 +421,7 @@ class Trainer:
             requested_vocab_size=self.requested_vocab_size,
             data_fingerprint=self.data_fingerprint,
             global_batch=self.global_batch,
+            shards=self.layout.shards,
         )
 
     def save_checkpoint(self) -> None:
@@ -379,7 +435,7 @@ class Trainer:
 
     def generate_text(self, prompt: str, **options: Any) -> str:
         """`prompt` and a continuation by the current parameters; options as in `jaxlm.generate.generate_text`."""
-        model = nnx.merge(self.graphdef, self.state.params)
+        model = nnx.merge(self.graphdef, self._whole(self.state.params))
         return generate_text(model, self.tokenizer, prompt, **options)[0]
 
 
@@ -391,12 +447,13 @@ def _open_folder(folder: Path, fresh: bool) -> Path:
     """Makes sure the run's folder can be written to, after moving an old one aside if `fresh`."""
     where = f"training.checkpoint_dir ({folder})"
     try:
-        if fresh and folder.exists():
+        if fresh and folder.exists() and is_leader():
             aside = folder.with_name(f"{folder.name}.{time.strftime('%Y%m%d_%H%M%S')}")
             folder.rename(aside)
             say(f"moved aside: {folder} is now {aside}")
+        barrier("moved the old folder aside")
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".write_test_{os.getpid()}"
+        probe = folder / f".write_test_{jax.process_index()}_{os.getpid()}"
         probe.touch()
         probe.unlink()
     except OSError as error:

@@ -13,7 +13,7 @@ PACKAGE = ROOT / "jaxlm"
 LAYERS = [
     ["errors"],
     ["config"],
-    ["signals", "distributed", "sharding", "precision", "optim", "loss", "metrics", "tokenizer"],
+    ["signals", "distributed", "sharding", "precision", "optim", "loss", "metrics", "tokenizer", "deepspeed"],
     ["cli"],
     ["model.dropout"],
     ["model.attention"],

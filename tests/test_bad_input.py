@@ -107,14 +107,26 @@ SIMPLE = {
     ),
     "heads": train(r"model\.n_heads \(5\) must divide model\.d_model \(32\)", "--model.n_heads", "5"),
     "too long": train(r"data\.max_length \(64\) exceeds model\.max_seq_len \(32\)", "--data.max_length", "64"),
-    "deepspeed": train(r"training\.use_deepspeed: .* not available", "--training.use_deepspeed", "true"),
-    "deepspeed file": train(r"training\.deepspeed_config: .* not available", "--training.deepspeed_config", "ds.json"),
-    "float16": train(
-        r"training\.amp_dtype \(float16\) is not available",
-        "--training.use_amp",
+    "deepspeed file alone": train(r"training\.use_deepspeed", "--training.deepspeed_config", "ds.json"),
+    "deepspeed file missing": train(
+        r"deepspeed_config \(none\.json\)",
+        "--training.use_deepspeed",
         "true",
-        "--training.amp_dtype",
-        "float16",
+        "--training.deepspeed_config",
+        "none.json",
+    ),
+    "tensor parallel": train(
+        r"training\.tensor_parallel \(3\) must divide model\.n_heads \(2\)", "--training.tensor_parallel", "3"
+    ),
+    "zero group": train(
+        r"training\.zero_group_size \(4\) must divide the 1 device\(s\)", "--training.zero_group_size", "4"
+    ),
+    "some flags of several processes": train(r"--num_processes, --process_id: missing", "--coordinator_address", "a:1"),
+    "process id": train(
+        r"--process_id \(2\) must be from 0 to --num_processes - 1 \(1\)",
+        "--coordinator_address=a:1",
+        "--num_processes=2",
+        "--process_id=2",
     ),
     "validation alone": train(
         r"data\.validation_files is set but data\.train_files is not", "--data.train_files", "[]"
@@ -173,7 +185,7 @@ SIMPLE = {
         r"training\.world_size \(8\) differs from the 1 device\(s\) found", "--training.world_size", "8"
     ),
     "several processes": train(
-        r"WORLD_SIZE \(2\): several processes are not supported", environment={"WORLD_SIZE": "2"}
+        r"WORLD_SIZE \(2\): start one process a host, without torchrun", environment={"WORLD_SIZE": "2"}
     ),
     "nccl without GPUs": train(
         r"training\.distributed_backend \(nccl\) does not fit cpu devices", "--training.distributed_backend", "nccl"

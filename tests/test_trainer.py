@@ -1,5 +1,6 @@
 """A run as a whole: resuming bit for bit, saving, stopping, the run's folder."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -16,7 +17,7 @@ from conftest import make_config
 
 from jaxlm import Trainer, checkpoint, load
 from jaxlm.config import to_dict
-from jaxlm.errors import Stopped, UserError
+from jaxlm.errors import RunFailed, Stopped, UserError
 from jaxlm.evaluate import evaluate_model
 
 pytestmark = pytest.mark.xdist_group("trainer")  # one worker makes the reference run, once
@@ -87,24 +88,71 @@ def test_resume_notices_a_lost_optimizer_state(tmp_path, corpus, reference, monk
     Trainer(make_config(tmp_path, corpus, **HARD, **{"training.stop_at_step": 5})).train()
     again = Trainer(make_config(tmp_path, corpus, **HARD))
     fresh = again._init()
-    again.state = type(again.state)(again.state.step, again.state.skipped, again.state.params, fresh.opt_state)
+    again.state = dataclasses.replace(again.state, opt_state=fresh.opt_state)
     again.train()
     run = Path(make_config(reference, corpus, **HARD).training.checkpoint_dir)
     with pytest.raises(AssertionError):
         assert_same(arrays(again.folder / "checkpoint_9"), arrays(run / "checkpoint_9"))
 
 
-def test_another_number_of_devices_goes_on_to_rounding(tmp_path, corpus, reference, monkeypatch):
-    """A run of 4 devices resumes on 1 with the same global batch: equal losses to float32 rounding."""
+@pytest.mark.parametrize(
+    ("devices", "options", "k"),
+    [
+        (1, {}, 8),
+        (2, {"training.zero_stage": 3}, 4),
+        (4, {"training.zero_stage": 2, "training.zero_group_size": 2}, 2),
+        (4, {"training.zero_stage": 1, "training.batch_size": 4}, 1),
+        (2, {"training.tensor_parallel": 2, "training.offload_optimizer": True}, 8),
+    ],
+)
+def test_another_layout_goes_on_to_rounding(tmp_path, corpus, reference, monkeypatch, devices, options, k):
+    """A run of 4 devices goes on with other devices, stages and batch sizes: the same rows an update, equal losses."""
     Trainer(make_config(tmp_path, corpus, **HARD, **{"training.stop_at_step": 5})).train()
-    monkeypatch.setattr("jaxlm.trainer.training_devices", lambda config: jax.devices()[:1])
-    with pytest.raises(UserError, match=r"training.batch_size x devices.*\(4\) must stay at the 16 rows"):
-        Trainer(make_config(tmp_path, corpus, **HARD))
-    Trainer(make_config(tmp_path, corpus, **HARD, **{"training.batch_size": 8})).train()
+    monkeypatch.setattr("jaxlm.trainer.training_devices", lambda config: jax.devices()[:devices])
+    again = Trainer(make_config(tmp_path, corpus, **HARD, **options))
+    assert (again.config.training.gradient_accumulation_steps, again.global_batch) == (k, 16)
+    again.train()
     run = Path(make_config(reference, corpus, **HARD).training.checkpoint_dir)
     mine = rows_of(tmp_path / "run")
     for step, row in rows_of(run).items():
         assert mine[step]["train/loss"] == pytest.approx(row["train/loss"], rel=1e-5)
+    assert mine[9]["eval/loss"] == pytest.approx(rows_of(run)[9]["eval/loss"], rel=1e-5)
+
+
+def test_devices_that_do_not_divide_the_batch_are_refused(tmp_path, corpus, monkeypatch):
+    Trainer(make_config(tmp_path, corpus, **HARD, **{"training.stop_at_step": 1})).train()
+    monkeypatch.setattr("jaxlm.trainer.training_devices", lambda config: jax.devices()[:3])
+    with pytest.raises(UserError, match=r"training.batch_size \(2\) x 3 device\(s\) must divide the 16 rows"):
+        Trainer(make_config(tmp_path, corpus, **HARD))
+
+
+def test_padded_shards_resume_and_load(tmp_path, corpus, monkeypatch):
+    """3 devices divide none of the axes: what they save goes on with 2 devices, or none sharded, and loads."""
+    options = {"model.d_model": 28, "model.d_ff": 50, "training.batch_size": 2, "training.max_steps": 6}
+    one = make_config(tmp_path / "one", corpus, **options | {"training.batch_size": 6})
+    monkeypatch.setattr("jaxlm.trainer.training_devices", lambda config: jax.devices()[:1])
+    Trainer(one).train()
+    for devices, stage, stop, batch in ((3, 3, 2, 2), (2, 3, 4, 3), (1, 0, 6, 6)):
+        monkeypatch.setattr("jaxlm.trainer.training_devices", lambda config, n=devices: jax.devices()[:n])
+        changed = {"training.zero_stage": stage, "training.stop_at_step": stop, "training.batch_size": batch}
+        Trainer(make_config(tmp_path, corpus, **options | changed)).train()
+        model = load(tmp_path / "run" / f"checkpoint_{stop}").model
+        assert model.token_embedding[...].shape == (300, 28) and model.blocks.mlp.up.bias[...].shape == (2, 50)
+    expected = rows_of(tmp_path / "one" / "run")
+    for step, row in rows_of(tmp_path / "run").items():
+        assert row["train/loss"] == pytest.approx(expected[step]["train/loss"], rel=1e-5)
+
+
+def test_float16_ends_at_the_lowest_loss_scale(tmp_path, corpus):
+    """Its scale is in the checkpoint and in the log; a run that overflows whatever the scale ends with a clear line."""
+    half = {"training.use_amp": True, "training.amp_dtype": "float16", "training.loss_scale_hysteresis": 1}
+    Trainer(make_config(tmp_path, corpus, **half, **{"training.initial_loss_scale_power": 8})).train()
+    rows = rows_of(tmp_path / "run")
+    assert [row["train/loss_scale"] for row in rows.values()] == [256.0] * 4 and rows[4]["train/loss"] < 5.0
+    assert arrays(tmp_path / "run" / "checkpoint_4")["optimizer"]["loss_scale"]["scale"] == 256
+    wild = {"training.initial_loss_scale_power": 2, "training.learning_rate": 1e30, "training.max_steps": 9}
+    with pytest.raises(RunFailed, match=r"step \d: float16 overflows at the lowest loss scale \(1\)"):
+        Trainer(make_config(tmp_path / "wild", corpus, **half, **wild)).train()
 
 
 def test_run_folder(reference, corpus):

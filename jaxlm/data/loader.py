@@ -4,6 +4,7 @@ B rows of a batch, K micro-batches, G rows of a global batch, T tokens of a row.
 """
 
 import math
+import sys
 from collections.abc import Generator, Iterator, Sequence
 from fractions import Fraction
 from functools import partial
@@ -44,7 +45,25 @@ class Rows:
         return {"tokens": tokens_T, "targets": targets_T, "segments": segments_T, "positions": positions_T}
 
 
-def train_batches(rows: Rows, seed: int, global_batch: int, accumulation: int, start_step: int) -> Generator[Batch]:
+class _OwnRows:
+    """The rows of the stream that one process feeds, update after update, each with its number in the global batch."""
+
+    def __init__(self, stream: Sequence[Batch], global_batch: int, accumulation: int, own: slice) -> None:
+        numbers_KB = np.arange(global_batch, dtype=np.int32).reshape(accumulation, -1)[:, own]
+        self.stream, self.global_batch, self.numbers = stream, global_batch, numbers_KB.ravel()
+
+    def __len__(self) -> int:
+        return sys.maxsize // self.global_batch * len(self.numbers)
+
+    def __getitem__(self, index: int) -> Batch:
+        step, i = divmod(index, len(self.numbers))
+        number = self.numbers[i]
+        return self.stream[step * self.global_batch + int(number)] | {"rows": number}
+
+
+def train_batches(
+    rows: Rows, seed: int, global_batch: int, accumulation: int, start_step: int, own: slice = slice(None)
+) -> Generator[Batch]:
     """The batches of updates start_step, start_step + 1, ... without end.
 
     Epochs are permutations of the rows, each another one, laid end to end; batch s is rows [s * G, (s + 1) * G) of it.
@@ -54,9 +73,10 @@ def train_batches(rows: Rows, seed: int, global_batch: int, accumulation: int, s
       seed: of the permutations.
       global_batch: G, rows of one update; `accumulation`, K, divides it.
       start_step: updates already done.
+      own: which of the G / K rows of each micro-batch this process feeds.
 
     Yields:
-      int32 [K, G / K, T]: `tokens`, `targets`, `segments`, `positions` as in `Rows`, and [K, G / K]: `rows`, each row's
+      int32 [K, own, T]: `tokens`, `targets`, `segments`, `positions` as in `Rows`, and [K, own]: `rows`, each row's
       number in the global batch, which stays with it however the batch is divided.
     """
     import grain
@@ -66,7 +86,10 @@ def train_batches(rows: Rows, seed: int, global_batch: int, accumulation: int, s
     # grain takes seed + epoch for each epoch: unrelated first seeds, or epoch 1 of seed 0 were epoch 0 of seed 1.
     first_seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
     stream = grain.MapDataset.source(rows).shuffle(seed=first_seed).repeat()
-    batches = stream.batch(global_batch, batch_fn=partial(_micro_batches, accumulation))[start_step:]
+    own_rows = _OwnRows(stream, global_batch, accumulation, own)
+    batches = grain.MapDataset.source(own_rows).batch(
+        len(own_rows.numbers), batch_fn=partial(_micro_batches, accumulation)
+    )[start_step:]
     iterator = iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=THREADS, prefetch_buffer_size=AHEAD)))
     try:
         yield from iterator
@@ -74,12 +97,17 @@ def train_batches(rows: Rows, seed: int, global_batch: int, accumulation: int, s
         iterator.close()
 
 
-def eval_batches(rows: Rows, batch: int) -> Iterator[Batch]:
-    """Every row once, in order: `Rows`' arrays as int32 [B, T], the last batch filled up with rows of padding."""
+def eval_batches(rows: Rows, batch: int, own: slice = slice(None)) -> Iterator[Batch]:
+    """Every row once, in order: `Rows`' arrays as int32 [own, T], the last batch filled up with rows of padding.
+
+    Args:
+      batch: rows of a batch.
+      own: which of them this process feeds.
+    """
+    padding = {name: np.zeros_like(array) for name, array in rows[0].items()}
     for low in range(0, len(rows), batch):
-        stacked = _stacked([rows[i] for i in range(low, min(low + batch, len(rows)))])
-        missing = batch - len(stacked["tokens"])
-        yield {name: np.pad(array, ((0, missing), (0, 0))) for name, array in stacked.items()} if missing else stacked
+        numbers = range(low, low + batch)[own]
+        yield _stacked([rows[i] if i < len(rows) else padding for i in numbers])
 
 
 def total_steps(num_epochs: float, rows: int, global_batch: int, max_steps: int | None) -> int:
@@ -95,5 +123,4 @@ def _stacked(rows: Sequence[Batch]) -> Batch:
 
 
 def _micro_batches(accumulation: int, rows: Sequence[Batch]) -> Batch:
-    batch = _stacked(rows) | {"rows": np.arange(len(rows), dtype=np.int32)}
-    return {name: array.reshape(accumulation, -1, *array.shape[1:]) for name, array in batch.items()}
+    return {name: array.reshape(accumulation, -1, *array.shape[1:]) for name, array in _stacked(rows).items()}

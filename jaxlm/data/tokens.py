@@ -96,6 +96,15 @@ def cache_root(data: DataConfig) -> Path:
     return root
 
 
+@contextmanager
+def prepared_once(data: DataConfig) -> Iterator[None]:
+    """While entered, other processes that prepare text in the same cache wait; what they need is there then."""
+    from filelock import FileLock
+
+    with FileLock(cache_root(data) / "preparing.lock"):
+        yield
+
+
 def prepare(data: DataConfig, vocab_size: int, tokenizer: Tokenizer | None, report: Callable[[str], None]) -> Prepared:
     """Text to tokenizer and token arrays; uses the cache where it can, and says so.
 

@@ -57,8 +57,12 @@ def _product(spec: str, x: jax.Array, y: jax.Array) -> jax.Array:
 
 @jax.custom_vjp
 def affine(x_BTI: jax.Array, w_IO: jax.Array, b_O: jax.Array) -> jax.Array:
-    """x @ w + b, all in one dtype. The gradient of b is a product with ones, as XLA's CPU reduction is slow."""
-    return _product("bti,io->bto", x_BTI, w_IO) + b_O[None, None]
+    """x @ w + b, all in one dtype; O is one axis or two.
+
+    The gradient of b is a product with ones, as XLA's CPU reduction is slow.
+    """
+    o = "no"[-b_O.ndim :]
+    return _product(f"bti,i{o}->bt{o}", x_BTI, w_IO) + b_O[None, None]
 
 
 def _affine_forward(x_BTI: jax.Array, w_IO: jax.Array, b_O: jax.Array) -> tuple[jax.Array, Any]:
@@ -67,11 +71,12 @@ def _affine_forward(x_BTI: jax.Array, w_IO: jax.Array, b_O: jax.Array) -> tuple[
 
 def _affine_backward(saved: Any, g_BTO: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     x_BTI, w_IO = saved
+    o = "no"[1 - w_IO.ndim :]
     ones_BT = jnp.ones(x_BTI.shape[:2], g_BTO.dtype)
     return (
-        _product("bto,io->bti", g_BTO, w_IO),
-        _product("bti,bto->io", x_BTI, g_BTO),
-        _product("bt,bto->o", ones_BT, g_BTO),
+        _product(f"bt{o},i{o}->bti", g_BTO, w_IO),
+        _product(f"bti,bt{o}->i{o}", x_BTI, g_BTO),
+        _product(f"bt,bt{o}->{o}", ones_BT, g_BTO),
     )
 
 
@@ -81,9 +86,9 @@ affine.defvjp(_affine_forward, _affine_backward)
 class Linear(nnx.Module):
     """`affine` with GPT-2's initialisation: normal weights, zero biases; float32 parameters, computed in `dtype`."""
 
-    def __init__(self, d_in: int, d_out: int, std: float, dtype: Any, rngs: nnx.Rngs):
+    def __init__(self, d_in: int, d_out: tuple[int, ...], std: float, dtype: Any, rngs: nnx.Rngs):
         self.dtype = dtype
-        self.kernel = nnx.Param(nnx.initializers.normal(std)(rngs.params(), (d_in, d_out)))
+        self.kernel = nnx.Param(nnx.initializers.normal(std)(rngs.params(), (d_in, *d_out)))
         self.bias = nnx.Param(jnp.zeros(d_out))
 
     def __call__(self, x_BTI: jax.Array) -> jax.Array:
@@ -100,16 +105,14 @@ class Attention(nnx.Module):
     def __init__(self, config: ModelConfig, implementation: str, dtype: Any, rngs: nnx.Rngs):
         self.config, self.implementation = config, implementation
         d = config.d_model
-        self.qkv = Linear(d, 3 * d, 0.02, dtype, rngs)
-        self.out = Linear(d, d, 0.02 / (2 * config.n_layers) ** 0.5, dtype, rngs)
+        self.qkv = Linear(d, (3, d), 0.02, dtype, rngs)  # three axes, so that heads can be split over devices
+        self.out = Linear(d, (d,), 0.02 / (2 * config.n_layers) ** 0.5, dtype, rngs)
 
     def heads(self, x_BTD: jax.Array, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Queries, keys and values [B, T, H, K], rotated if positions are rotary."""
         b, t, d = x_BTD.shape
-        q, k, v = (
-            x.reshape(b, t, self.config.n_heads, d // self.config.n_heads)
-            for x in jnp.split(self.qkv(x_BTD), 3, axis=-1)
-        )
+        qkv_BT3D = self.qkv(x_BTD)
+        q, k, v = (qkv_BT3D[:, :, i].reshape(b, t, self.config.n_heads, d // self.config.n_heads) for i in range(3))
         if self.config.positions == "rotary":
             q, k = (rotate(x, positions_BT, self.config.rope_theta) for x in (q, k))
         return q, k, v
@@ -144,8 +147,8 @@ class Mlp(nnx.Module):
 
     def __init__(self, config: ModelConfig, dtype: Any, rngs: nnx.Rngs):
         self.activation = config.activation
-        self.up = Linear(config.d_model, config.d_ff, 0.02, dtype, rngs)
-        self.down = Linear(config.d_ff, config.d_model, 0.02 / (2 * config.n_layers) ** 0.5, dtype, rngs)
+        self.up = Linear(config.d_model, (config.d_ff,), 0.02, dtype, rngs)
+        self.down = Linear(config.d_ff, (config.d_model,), 0.02 / (2 * config.n_layers) ** 0.5, dtype, rngs)
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         return self.down(ACTIVATIONS[self.activation](self.up(x_BTD)))

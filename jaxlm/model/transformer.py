@@ -6,6 +6,7 @@ The blocks' parameters are stacked on a leading layer axis, one layout for both 
 fast) or the same scan unrolled (runs fast).
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -18,6 +19,15 @@ from jaxlm.model.layers import Block, Cache, layer_norm, sinusoids
 
 REMAT_POLICIES = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
 
+Fetch = Callable[[Any], Any]  # parameters of one block as they are held -> as they are computed with
+
+
+def _keep_all_but_fetched(primitive: Any, *_: Any, **params: Any) -> bool:
+    """Checkpoint policy: what `fetch` gathers from other devices is gathered again in the backward pass."""
+    if primitive.name != "custom_vjp_call":
+        return primitive.name != "all_gather"
+    return not any(equation.primitive.name == "all_gather" for equation in params["call_jaxpr"].eqns)
+
 
 class Transformer(nnx.Module):
     """GPT-2-like language model; parameters are float32, computation is in `dtype`.
@@ -25,7 +35,7 @@ class Transformer(nnx.Module):
     Args:
       config: shapes and options; `config.vocab_size` is the tokenizer's.
       implementation: attention kernel, "blockwise" or "cudnn".
-      dtype: compute dtype, float32 or bfloat16.
+      dtype: compute dtype, float32, bfloat16 or float16.
     """
 
     def __init__(
@@ -56,18 +66,20 @@ class Transformer(nnx.Module):
             x_BTD = x_BTD * self.config.d_model**0.5 + sinusoids(positions_BT, self.config.d_model)
         return x_BTD.astype(self.dtype)
 
-    def _run_blocks(self, step: Any, x: jax.Array, per_layer: Any) -> tuple[jax.Array, Any]:
+    def _run_blocks(self, step: Any, x: jax.Array, per_layer: Any, fetch: Fetch | None = None) -> tuple[jax.Array, Any]:
         """Folds `step(block, x, item) -> (x, out)` over the layers; `per_layer` leaves have a leading layer axis."""
-        graphdef, params = nnx.split(self.blocks)
+        config = self.config
+        graphdef, state = nnx.split(self.blocks)
+        params = nnx.to_pure_dict(state)
 
         def body(x: jax.Array, layer: Any) -> tuple[jax.Array, Any]:
-            return step(nnx.merge(graphdef, layer[0]), x, layer[1])
+            block = layer[0] if fetch is None else fetch(layer[0])
+            return step(nnx.merge(graphdef, block), x, layer[1])
 
-        if self.config.gradient_checkpointing:
-            body = jax.checkpoint(
-                body, policy=REMAT_POLICIES[self.config.remat_policy], prevent_cse=not self.config.scan_layers
-            )
-        return jax.lax.scan(body, x, (params, per_layer), unroll=1 if self.config.scan_layers else self.config.n_layers)
+        if config.gradient_checkpointing or fetch is not None:
+            policy = REMAT_POLICIES[config.remat_policy] if config.gradient_checkpointing else _keep_all_but_fetched
+            body = jax.checkpoint(body, policy=policy, prevent_cse=not config.scan_layers)
+        return jax.lax.scan(body, x, (params, per_layer), unroll=1 if config.scan_layers else config.n_layers)
 
     def _finish(self, x_BTD: jax.Array) -> jax.Array:
         return self.final_norm(x_BTD) if self.config.pre_norm else x_BTD
@@ -78,6 +90,7 @@ class Transformer(nnx.Module):
         segments_BT: jax.Array | None = None,
         positions_BT: jax.Array | None = None,
         keys: jax.Array | None = None,
+        fetch: Fetch | None = None,
     ) -> jax.Array:
         """Hidden states [B, T, D] before the output projection.
 
@@ -86,12 +99,20 @@ class Transformer(nnx.Module):
           segments_BT: int32, documents packed into a row; None: one document a row.
           positions_BT: int32 position in the document; None: 0, 1, 2, ...
           keys: uint32 [L + 1, 3, B, 2] from `dropout.row_keys`; None: no dropout.
+          fetch: makes a block's parameters just before it runs, again in the backward pass; None: they are there.
         """
-        hidden, _ = self._hidden_and_cache(tokens_BT, segments_BT, positions_BT, keys, keep_cache=False)
+        hidden, _ = self._hidden_and_cache(tokens_BT, segments_BT, positions_BT, keys, fetch=fetch)
         return hidden
 
     def _hidden_and_cache(
-        self, tokens_BT: jax.Array, segments_BT: Any, positions_BT: Any, keys: Any, keep_cache: bool
+        self,
+        tokens_BT: jax.Array,
+        segments_BT: Any = None,
+        positions_BT: Any = None,
+        keys: Any = None,
+        *,
+        fetch: Fetch | None = None,
+        keep_cache: bool = False,
     ) -> tuple[jax.Array, Any]:
         if positions_BT is None:
             positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32), tokens_BT.shape)
@@ -102,7 +123,7 @@ class Transformer(nnx.Module):
             x, cache = block(x, segments_BT, positions_BT, layer_keys)
             return x, cache if keep_cache else None
 
-        x_BTD, cache = self._run_blocks(step, x_BTD, None if keys is None else keys[:-1])
+        x_BTD, cache = self._run_blocks(step, x_BTD, None if keys is None else keys[:-1], fetch)
         return self._finish(x_BTD), cache
 
     def logits(self, hidden_BTD: jax.Array) -> jax.Array:
@@ -112,7 +133,7 @@ class Transformer(nnx.Module):
 
     def prefill(self, tokens_BT: jax.Array, cache_length: int) -> tuple[jax.Array, Cache]:
         """Hidden states [B, T, D] of a prompt, and its keys and values in a cache [L, B, cache_length, H, K]."""
-        hidden, (k, v) = self._hidden_and_cache(tokens_BT, None, None, None, keep_cache=True)
+        hidden, (k, v) = self._hidden_and_cache(tokens_BT, keep_cache=True)
         room = ((0, 0), (0, 0), (0, cache_length - tokens_BT.shape[1]), (0, 0), (0, 0))
         return hidden, (jnp.pad(k, room), jnp.pad(v, room))
 

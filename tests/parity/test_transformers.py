@@ -24,6 +24,7 @@ from jaxlm.generate import generate_tokens
 from jaxlm.loss import cross_entropy_sum
 from jaxlm.model import Transformer
 from jaxlm.optim import build_optimizer, build_schedule
+from jaxlm.sharding import Layout, make_mesh
 from jaxlm.step import init_state, make_train_step
 
 ROWS = 2
@@ -220,8 +221,9 @@ def test_training_gives_the_same_losses(pair: Pair) -> None:
         learning_rate=rate, weight_decay=0.1, warmup_steps=0, lr_scheduler="constant", use_amp=False
     )
     config = Config(model=pair.config, training=training, data=DataConfig(max_length=pair.config.max_seq_len))
-    state = init_state(nnx.merge(pair.graphdef, pair.params), build_optimizer(training))
-    step = jax.jit(make_train_step(pair.graphdef, config, build_schedule(training, steps)))
+    layout = Layout(make_mesh(jax.devices()[:1]), 0, pair.params)
+    state = init_state(nnx.merge(pair.graphdef, pair.params), build_optimizer(training), config, layout)
+    step = jax.jit(make_train_step(pair.graphdef, config, build_schedule(training, steps), layout))
     inputs_BT = pair.tokens_BT[None, :, :-1]
     batch = {
         "tokens": inputs_BT,

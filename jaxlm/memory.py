@@ -1,0 +1,395 @@
+"""Memory a device of a training run, computed without devices: exact for the state, an analytic model for the rest.
+
+Parameters, optimizer state and gradients are those of `sharding.Layout` over an abstract mesh. Activations are what
+JAX keeps for the backward pass (tests/test_memory.py compares with it, policy by policy); on a GPU the compiler may fuse
+some of it away, so that this is a bound. Temporaries are counted from the code that makes them. The GPU's attention
+kernel is assumed, and `model.vocab_size` as asked for. What CUDA, cuDNN and NCCL take for themselves is not counted: it
+lies outside of JAX's share of the memory (`usable`). docs/memory.md has the formulas.
+
+Letters: D model width, F feed-forward width, H heads, V vocabulary, L layers; c bytes of the compute type.
+"""
+
+import dataclasses
+import functools
+import math
+import os
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import NamedSharding
+
+from jaxlm import deepspeed, sharding
+from jaxlm.config import Config, nearest, validate
+from jaxlm.errors import UserError
+from jaxlm.loss import CHUNK_BYTES
+from jaxlm.model import Transformer
+from jaxlm.model.attention import BLOCK, UNROLL, choose_attention
+from jaxlm.optim import build_optimizer, build_schedule
+from jaxlm.precision import compute_dtype
+from jaxlm.sharding import STACKED, Layout
+from jaxlm.step import TrainState, compile_train_step, init_state, make_train_step
+
+MEM_FRACTION = 0.75  # JAX's default share of a GPU's memory
+FRACTION_VARIABLES = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
+BATCHES = 4  # on the device at a time: one computed with, the others sent ahead
+MOST_ROWS = 2**20  # where the search for the largest batch_size ends
+METHOD = (
+    "state exact, activations as JAX keeps them, temporaries counted from the code: an upper bound that XLA's fusion "
+    "may undercut; no GPU has been measured against it yet"
+)
+
+# Bytes of memory that nvidia-smi shows, in MiB. Exact names are matched first, without regard to case.
+GPUS = {
+    "T4": 15360,
+    "V100-16GB": 16384,
+    "V100-32GB": 32768,
+    "P100": 16384,
+    "A10": 23028,
+    "A10G": 23028,
+    "L4": 23034,
+    "L40S": 46068,
+    "A40": 46068,
+    "RTX A6000": 49140,
+    "A100-40GB": 40960,
+    "A100-80GB": 81920,
+    "H100": 81559,
+    "H200": 143771,
+    "B200": 183359,
+    "RTX 3080": 10240,
+    "RTX 3090": 24576,
+    "RTX 4080": 16376,
+    "RTX 4090": 24564,
+    "RTX 5090": 32607,
+}
+UNITS = {"GB": 10**9, "GIB": 2**30, "MB": 10**6, "MIB": 2**20}
+
+# What the backward pass of each activation keeps, its input and output included: bytes a channel.
+ACTIVATION_KEEPS = {"gelu": lambda c: 6 * c, "swish": lambda c: 4 * c, "relu": lambda c: c + 1}
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """Bytes a device. `parameters`, `optimizer` and `batch` are always there; the rest belongs to one of three phases."""
+
+    parameters: int
+    optimizer: int  # on the device
+    batch: int
+    gradients: int  # of one micro-batch, and the sum over micro-batches if there are several
+    activations: int  # of one micro-batch, kept for its backward pass
+    temporaries: int  # beside them
+    update: int  # gradients and copies alive while parameters are moved
+    sampling: int  # whole parameters for the samples that are printed at evaluations, where the layout splits them
+    host: int  # optimizer state in host memory, not in `total`
+
+    @property
+    def phases(self) -> dict[str, int]:
+        """Bytes that come to what is always there: in the passes over a micro-batch, the update, sampling."""
+        passes = self.gradients + self.activations + self.temporaries
+        return {"passes": passes, "update": self.update, "sampling": self.sampling}
+
+    @property
+    def total(self) -> int:
+        """The peak: what is always there and the largest phase."""
+        return self.parameters + self.optimizer + self.batch + max(self.phases.values())
+
+
+MADE_OF = {
+    "parameters": "float32, as the ZeRO stage holds them",
+    "optimizer": "the optimizer's moments, float32",
+    "batch": "tokens, targets, segments, positions of the updates in flight",
+    "gradients": "float32 of one micro-batch, and the accumulator",
+    "activations": "kept for the backward pass of one micro-batch",
+    "temporaries": "16-bit and gathered weights, a block at work, a chunk of the loss",
+    "update": "gradients and updates while parameters move; not while the three above are there",
+    "sampling": "whole parameters for samples at evaluations; not while the four above are there",
+    "host": "optimizer state in host memory; not in the total",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Sizes:
+    """What no batch changes. The first three are bytes a device, all others elements a device."""
+
+    parameters: int
+    optimizer: int
+    host: int
+    whole: int  # all parameters, split over "tensor" only
+    shard: int  # as the optimizer sees them
+    outside: int  # whole parameters outside of the blocks
+    kernels: int  # of all blocks, whole
+    unsplit: int  # all parameters, on one device
+
+
+def _resolve(config: Config, n_devices: int) -> tuple[Config, tuple[int, int, int]]:
+    """The configuration as the Trainer would use it, and its mesh."""
+    validate(config)
+    if n_devices < 1:
+        raise UserError(f"devices ({n_devices}) must be at least 1")
+    wanted = config.training.world_size
+    if wanted not in (None, n_devices):
+        raise UserError(f"training.world_size ({wanted}) differs from the {n_devices} device(s); unset it")
+    shape = sharding.mesh_shape(config, n_devices)
+    config, _ = deepspeed.apply(config, world=shape[0] * shape[1])
+    return validate(config), shape
+
+
+def _abstract_run(config: Config, mesh: Any, attention: str) -> tuple[Any, Layout, TrainState]:
+    """The model's graph, the layout and the placed abstract state, as Trainer has them."""
+    training = config.training
+
+    def make() -> Transformer:
+        rngs = nnx.Rngs(training.seed)
+        return Transformer(config.model, implementation=attention, dtype=compute_dtype(training), rngs=rngs)
+
+    graphdef, abstract_model = nnx.split(nnx.eval_shape(make))
+    layout = Layout(mesh, training.zero_stage or 0, nnx.to_pure_dict(abstract_model), training.offload_optimizer)
+    state = jax.eval_shape(lambda: init_state(make(), build_optimizer(training), config, layout))
+    return graphdef, layout, layout.place(state)
+
+
+@functools.lru_cache(maxsize=64)
+def _sizes(config: Config, shape: tuple[int, int, int]) -> _Sizes:
+    _, layout, state = _abstract_run(config, sharding.abstract_mesh(shape), "blockwise")
+
+    def elements(sharded: bool = False, start: str = "", end: str = "") -> int:
+        total = 0
+        for path, split in jax.tree_util.tree_leaves_with_path(layout.splits):
+            name = sharding.path_name(path)
+            if name.startswith(start) and name.endswith(end):
+                whole, spec = (split.shape, split.whole_spec)
+                whole, spec = (split.padded_shape, split.shard_spec) if sharded else (whole, spec)
+                total += math.prod(NamedSharding(layout.mesh, spec).shard_shape(whole))
+        return total
+
+    on_device = sharding.bytes_a_device(state.opt_state)
+    everywhere = sum(
+        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(state.opt_state)
+    )
+    return _Sizes(
+        parameters=sharding.bytes_a_device(state.params),
+        optimizer=on_device,
+        host=everywhere - on_device,
+        whole=elements(),
+        shard=elements(sharded=layout.stage > 0),
+        outside=elements() - elements(start=STACKED),
+        kernels=elements(start=STACKED, end="kernel"),
+        unsplit=sum(math.prod(split.shape) for split in jax.tree.leaves(layout.splits)),
+    )
+
+
+def block_bytes(config: Config, attention: str, policy: str = "none") -> float:
+    """Bytes a token of the activations that one block keeps for its backward pass, on a device.
+
+    Args:
+      config: the run's; `training.tensor_parallel` splits what lies between the matrices that it splits.
+      attention: "blockwise" or "cudnn".
+      policy: "none" (keep all), "full" or "dots".
+    """
+    model, c, tensor = config.model, _compute_bytes(config), config.training.tensor_parallel
+    d, f, heads = model.d_model, model.d_ff / tensor, model.n_heads / tensor
+    if policy == "full":
+        return c * d  # the block's input
+    if policy == "dots":  # and the products that the rest is made of again: qkv, out, up; down if a norm follows it
+        return c * (d + 3 * d / tensor + d + f + (0 if model.pre_norm else d))
+    length = config.data.max_length
+    blocks = -(-length // BLOCK)
+    padded = blocks * -(-length // blocks) / length if attention == "blockwise" else 1
+    norms = 2 * (3 * 4 * d + 4 * 4)
+    inputs = c * 2 * d + (c * d / tensor if attention == "blockwise" else 0)  # of qkv, up, out (cuDNN's is its output)
+    flash = padded * (4 * c * d / tensor + 4 * heads)  # q, k, v, output, log-sum-exp
+    masks = 2 * d if model.dropout else 0  # one byte an element; those of attention are made again
+    return norms + inputs + flash + masks + ACTIVATION_KEEPS[model.activation](c) * f
+
+
+def activation_bytes(config: Config, attention: str) -> float:
+    """Bytes of activations that a device keeps for the backward pass of one micro-batch."""
+    model, c = config.model, _compute_bytes(config)
+    policy = model.remat_policy if model.gradient_checkpointing else "none"
+    ends = c * model.d_model + (3 * 4 * model.d_model + 4 * 4 if model.pre_norm else 0)  # loss and final norm
+    ends += model.d_model if model.dropout else 0
+    angles = 4 * 4 * (model.d_model // model.n_heads // 2) if model.positions == "rotary" and policy == "none" else 0
+    return _tokens(config) * (model.n_layers * block_bytes(config, attention, policy) + ends + angles)
+
+
+def _compute_bytes(config: Config) -> int:
+    return jnp.dtype(compute_dtype(config.training)).itemsize
+
+
+def _tokens(config: Config) -> int:
+    return config.training.batch_size * config.data.max_length
+
+
+def _weight_copies(config: Config, sizes: _Sizes) -> float:
+    """Kernels in the compute type, and what stage 3 gathers: everything outside of the blocks, and two blocks."""
+    model, c, stage = config.model, _compute_bytes(config), config.training.zero_stage or 0
+    cast = c if c < 4 else 0
+    embedding = cast * model.vocab_size * model.d_model / config.training.tensor_parallel
+    if stage == 3:
+        one_block = (sizes.whole - sizes.outside) / model.n_layers
+        # Its gradient is whole in float32 before it is scattered, as are those outside of the blocks.
+        return embedding + 2 * c * one_block + 4 * one_block + 2 * 4 * sizes.outside
+    return embedding + cast * sizes.kernels / (model.n_layers if model.gradient_checkpointing else 1)
+
+
+def _block_at_work(config: Config, attention: str) -> float:
+    """What the backward pass of one block holds at a time, beside what was kept."""
+    model, c, tensor = config.model, _compute_bytes(config), config.training.tensor_parallel
+    tokens, d, f = _tokens(config), model.d_model, model.d_ff / tensor
+    again = block_bytes(config, attention) if model.gradient_checkpointing else 0
+    streams = 2 * c * d + 2 * c * f + 3 * 4 * d  # gradients of the residual stream, feed-forward and a norm
+    flash = 4 * c * d / tensor + 8 * d / tensor  # of output, q, k, v, and float32 sums
+    if attention == "blockwise":
+        length = config.data.max_length
+        blocks = -(-length // BLOCK)
+        size = -(-length // blocks)
+        keys = length if blocks <= UNROLL else size
+        scores = config.training.batch_size * model.n_heads / tensor * size * keys * (3 * 4 + c)
+    else:
+        scores = 0
+    return tokens * (again + streams + flash) + scores
+
+
+def _loss_at_work(config: Config) -> float:
+    """One chunk's logits (float32, twice, and their gradient) and the second of the output matrix's gradients."""
+    rows, vocabulary, tensor = config.training.batch_size, config.model.vocab_size, config.training.tensor_parallel
+    logits = max(min(CHUNK_BYTES, 4 * _tokens(config) * vocabulary), 4 * rows * vocabulary)
+    return (logits * (2 + _compute_bytes(config) / 4) + 4 * vocabulary * config.model.d_model) / tensor
+
+
+def _gradient_bytes(config: Config, sizes: _Sizes) -> tuple[int, int]:
+    """(while a micro-batch is differentiated, while parameters are updated)."""
+    training, stage = config.training, config.training.zero_stage or 0
+    live = 4 * (sizes.shard if stage == 3 else sizes.whole)
+    held = sizes.shard if stage >= 2 else sizes.whole
+    several = training.gradient_accumulation_steps > 1
+    width = jnp.dtype(training.accumulator_dtype).itemsize
+    accumulator = held * width if several else 0
+    in_float32 = accumulator if several and width == 4 else accumulator + 4 * held
+    return live + accumulator, in_float32 + (4 * sizes.shard if stage == 1 else 0)
+
+
+def _estimate(config: Config, shape: tuple[int, int, int]) -> Estimate:
+    """`config` is resolved."""
+    model, training = config.model, config.training
+    # What changes no size is left out of the key, so that a search over batch sizes computes the state once.
+    key = dataclasses.replace(
+        config,
+        model=dataclasses.replace(model, gradient_checkpointing=False, remat_policy="full"),
+        training=dataclasses.replace(training, batch_size=1, gradient_accumulation_steps=1),
+    )
+    sizes = _sizes(key, shape)
+    attention = choose_attention(model, training, config.data, "gpu")
+    gradients, in_update = _gradient_bytes(config, sizes)
+    work = _weight_copies(config, sizes) + max(_block_at_work(config, attention), _loss_at_work(config))
+    # Updates, the moved parameters before they are gathered, and the optimizer state if it comes from the host.
+    update = in_update + 4 * sizes.shard * (2 if training.zero_stage else 1) + sizes.host
+    whole_elsewhere = training.zero_stage == 3 or training.tensor_parallel > 1
+    rows = training.gradient_accumulation_steps * training.batch_size
+    return Estimate(
+        parameters=sizes.parameters,
+        optimizer=sizes.optimizer,
+        batch=BATCHES * 4 * rows * (4 * config.data.max_length + 1),
+        gradients=gradients,
+        activations=math.ceil(activation_bytes(config, attention)),
+        temporaries=math.ceil(work),
+        update=update,
+        sampling=4 * sizes.unsplit if training.sample_tokens and whole_elsewhere else 0,
+        host=sizes.host,
+    )
+
+
+def estimate(config: Config, n_devices: int) -> Estimate:
+    """Bytes that each of `n_devices` GPUs needs for training with `config`.
+
+    Raises:
+      UserError: the configuration is not valid, or does not fit the devices.
+    """
+    return _estimate(*_resolve(config, n_devices))
+
+
+def largest_batch_size(config: Config, n_devices: int, memory: int) -> int:
+    """The largest training.batch_size whose estimate fits `usable(memory)`; 0: not even one row does.
+
+    Args:
+      memory: bytes of a device, all of it.
+    """
+    resolved, shape = _resolve(config, n_devices)
+
+    def fits(rows: int) -> bool:
+        training = dataclasses.replace(resolved.training, batch_size=rows)
+        return _estimate(dataclasses.replace(resolved, training=training), shape).total <= usable(memory)
+
+    low, high = 0, 1
+    while high <= MOST_ROWS and fits(high):
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def usable(memory: int) -> int:
+    """Bytes of a device's `memory` that JAX takes: three quarters, or the share that the environment names for a run.
+
+    Raises:
+      UserError: it names none.
+    """
+    name = next((name for name in FRACTION_VARIABLES if os.environ.get(name)), None)
+    if name is None:
+        return int(memory * MEM_FRACTION)
+    try:
+        share = float(os.environ[name])
+    except ValueError:
+        share = math.nan
+    if not 0 < share <= 1:
+        raise UserError(f"{name} ({os.environ[name]}) must be a number from 0 to 1")
+    return int(memory * share)
+
+
+def memory_of(gpu: str) -> int:
+    """Bytes of memory of a GPU in `GPUS`.
+
+    Raises:
+      UserError: it is not there.
+    """
+    known = {name.upper(): mebibytes for name, mebibytes in GPUS.items()}
+    if gpu.upper() not in known:
+        near = nearest(gpu.upper(), known)
+        raise UserError(f"--gpu ({gpu}) is unknown{near}; known: {', '.join(GPUS)}; or give --memory")
+    return known[gpu.upper()] * 2**20
+
+
+def parse_memory(text: str) -> int:
+    """Bytes in "80GB" (10^9), "79.6GiB" (2^30), "500MB" or "500MiB".
+
+    Raises:
+      UserError: it is none of these.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?(GB|GIB|MB|MIB)", text.strip().upper())
+    if match is None or not float(match[1]):
+        raise UserError(f"--memory ({text}) must be a number with GB, GiB, MB or MiB, such as 80GB")
+    return int(float(match[1]) * UNITS[match[2]])
+
+
+def compiled_bytes(config: Config, devices: list[jax.Device]) -> int:
+    """Bytes a device that the compiler says the training step takes on `devices`; compiles, and allocates nothing.
+
+    Only a GPU's figure means something: on CPU it shows neither what 16 bits save nor fused kernels.
+    """
+    config, shape = _resolve(config, len(devices))
+    mesh, training = sharding.make_mesh(devices, shape), config.training
+    attention = choose_attention(config.model, training, config.data, devices[0].platform)
+    graphdef, layout, state = _abstract_run(config, mesh, attention)
+    placement = sharding.train_batch_sharding(mesh)
+    rows = (training.gradient_accumulation_steps, training.batch_size * sharding.row_shards(mesh))
+    array = lambda *shape: jax.ShapeDtypeStruct(shape, np.int32, sharding=placement)  # noqa: E731
+    names = ("tokens", "targets", "segments", "positions")
+    batch = dict.fromkeys(names, array(*rows, config.data.max_length)) | {"rows": array(*rows)}
+    step = make_train_step(graphdef, config, build_schedule(training, 1), layout)
+    use = compile_train_step(step, state, batch).memory_analysis()
+    held = use.argument_size_in_bytes + use.output_size_in_bytes - use.alias_size_in_bytes
+    return held + use.temp_size_in_bytes
