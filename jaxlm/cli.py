@@ -204,7 +204,7 @@ def _one_of_several() -> bool:
 def _on_bug(*error: Any) -> None:
     sys.__excepthook__(*error)
     if _one_of_several():
-        _end("", EXIT_FAILED)
+        _end("failed: by the error above, or because another process ended; the same command goes on", EXIT_FAILED)
 
 
 def _end(message: str, code: int) -> NoReturn:

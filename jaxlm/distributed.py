@@ -15,7 +15,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from jaxlm.config import TrainingConfig
-from jaxlm.errors import UserError
+from jaxlm.errors import RunFailed, UserError
 
 HEARTBEAT_SECONDS = 30  # a process that was silent for this long is taken for dead, and the whole job ends
 START_SECONDS = 300  # to wait for all processes to have started
@@ -30,7 +30,8 @@ def start(address: str | None = None, num_processes: int | None = None, process_
       address: HOST:PORT of process 0.
 
     Raises:
-      UserError: started by something that is not understood, or the processes did not find each other.
+      UserError: started by something that is not understood.
+      RunFailed: the processes did not find each other.
     """
     given = {"--coordinator_address": address, "--num_processes": num_processes, "--process_id": process_id}
     missing = [name for name, value in given.items() if value is None]
@@ -52,7 +53,8 @@ def start(address: str | None = None, num_processes: int | None = None, process_
             heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
         )
     except (RuntimeError, ValueError) as error:
-        raise UserError(f"the processes did not find each other: {str(error).splitlines()[0]}") from error
+        # No mistake of the user's, as far as we know: a host may be late, so that another try can succeed.
+        raise RunFailed(f"the processes did not find each other: {str(error).splitlines()[0]}") from error
 
 
 def _launched_by_cluster() -> bool:
@@ -62,23 +64,26 @@ def _launched_by_cluster() -> bool:
       UserError: one that it doesn't know has.
     """
     count = lambda variable: int(os.environ.get(variable) or 1)  # noqa: E731
-    if count("SLURM_STEP_NUM_TASKS") > 1 or count("OMPI_COMM_WORLD_SIZE") > 1:
+    if count("SLURM_STEP_NUM_TASKS") > 1 or (
+        count("OMPI_COMM_WORLD_SIZE") > 1 and "OMPI_MCA_orte_hnp_uri" in os.environ
+    ):
         return True
     if "KUBERNETES_SERVICE_HOST" in os.environ and "JOB_COMPLETION_INDEX" in os.environ and find_spec("kubernetes"):
         return True
-    for variable in ("WORLD_SIZE", "PMI_SIZE"):  # torchrun, MPICH
+    for variable in ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE"):  # torchrun, MPICH, Open MPI 5
         if count(variable) > 1:
             raise UserError(
-                f"{variable} ({os.environ[variable]}): start one process a host, without torchrun or mpiexec; it uses "
-                "all GPUs. For several hosts: srun, or --coordinator_address, --num_processes and --process_id"
+                f"{variable} ({os.environ[variable]}): start one process a host, without this launcher; it uses all "
+                "GPUs. For several hosts: srun, or --coordinator_address, --num_processes and --process_id"
             )
     return False
 
 
 def _one_process_a_host() -> bool:
     """JAX takes a launcher's process for one that owns a single GPU, even if it is alone on its host."""
-    slurm = os.environ.get("SLURM_STEP_NUM_TASKS"), os.environ.get("SLURM_STEP_NUM_NODES")
-    return (slurm[0] is not None and slurm[0] == slurm[1]) or os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE", "1") == "1"
+    if "SLURM_STEP_NUM_TASKS" in os.environ:
+        return os.environ["SLURM_STEP_NUM_TASKS"] == os.environ.get("SLURM_STEP_NUM_NODES")
+    return os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE", "1") == "1"
 
 
 def is_leader() -> bool:

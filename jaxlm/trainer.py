@@ -311,7 +311,8 @@ class Trainer:
         self._restart_clock()
 
     def _end(self, stop: StopRequest, stopping: bool) -> None:
-        """Says how it ended."""
+        """Says how it ended, when all processes have saved."""
+        barrier("saved everything")
         if stopping:
             name = stop.signal.name if stop.signal is not None else "a signal to another process"
             raise Stopped(f"{name} at step {self.current_step}; it is saved, the same command goes on")

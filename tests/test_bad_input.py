@@ -185,7 +185,7 @@ SIMPLE = {
         r"training\.world_size \(8\) differs from the 1 device\(s\) found", "--training.world_size", "8"
     ),
     "several processes": train(
-        r"WORLD_SIZE \(2\): start one process a host, without torchrun", environment={"WORLD_SIZE": "2"}
+        r"WORLD_SIZE \(2\): start one process a host, without this launcher", environment={"WORLD_SIZE": "2"}
     ),
     "nccl without GPUs": train(
         r"training\.distributed_backend \(nccl\) does not fit cpu devices", "--training.distributed_backend", "nccl"
