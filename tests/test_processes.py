@@ -1,0 +1,129 @@
+"""Several real processes on loopback, each with its own devices: what they train, save, resume and how they end."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import make_config
+
+from jaxlm import Trainer
+from jaxlm.config import to_dict
+from jaxlm.distributed import HEARTBEAT_SECONDS
+
+ROOT = Path(__file__).parents[1]
+STEPS = {"training.gradient_accumulation_steps": 2, "training.max_steps": 9, "training.save_steps": 3}
+DROPOUT = {"model.dropout": 0.1, "model.attention_dropout": 0.1, "training.eval_steps": 3}
+
+pytestmark = pytest.mark.xdist_group("processes")  # each job has as many processes as the machine can bear
+
+
+class Job:
+    """`processes` of scripts/train.py, with `devices` each, started together."""
+
+    def __init__(self, folder, config, processes, devices, each=lambda i: [], **overrides):
+        folder.mkdir(exist_ok=True)
+        (folder / "config.json").write_text(json.dumps(to_dict(config)))
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        command = [sys.executable, str(ROOT / "scripts/train.py"), "--config", str(folder / "config.json")]
+        command += [f"--{name}={value}" for name, value in overrides.items()]
+        if processes > 1:
+            command += [f"--coordinator_address=127.0.0.1:{port}", f"--num_processes={processes}"]
+        self.logs = [folder / f"{port}.{i}.log" for i in range(processes)]
+        environment = {**os.environ, "JAX_NUM_CPU_DEVICES": str(devices)}
+        self.processes = []
+        for i, log in enumerate(self.logs):
+            own = [*each(i), f"--process_id={i}"] if processes > 1 else []
+            with log.open("w") as file:
+                self.processes.append(
+                    subprocess.Popen([*command, *own], stdout=file, stderr=file, env=environment, cwd=folder)
+                )
+
+    def output(self, i):
+        return self.logs[i].read_text(errors="replace")
+
+    def wait_for(self, path):
+        """Until `path` is there."""
+        deadline = time.monotonic() + 300
+        while not path.exists():
+            assert time.monotonic() < deadline and self.processes[0].poll() is None, self.output(0)
+            time.sleep(0.1)
+
+    def codes(self):
+        """The exit codes, when all have ended."""
+        try:
+            return [process.wait(300) for process in self.processes]
+        finally:
+            for process in self.processes:
+                process.kill()
+
+
+def losses(folder):
+    """{step: (training loss, validation loss or 0)} of a run's folder."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return {row["step"]: (row["train/loss"], row.get("eval/loss", 0.0)) for row in rows}
+
+
+def test_any_number_of_processes_trains_the_same(tmp_path, corpus):
+    """2 processes x 2 devices, 4 x 1 and 1 x 1 in turn, with other stages: the losses of one process, to rounding."""
+    expected = make_config(tmp_path / "alone", corpus, **STEPS, **DROPOUT)
+    Trainer(expected).train()  # on the 4 devices of this process
+    config = make_config(tmp_path, corpus, **STEPS, **DROPOUT, **{"training.sample_tokens": 4})
+    run = tmp_path / "run"
+    stages = [(2, 2, 3, 2), (4, 1, 6, 3), (1, 1, 9, 0)]
+    for processes, devices, stop, stage in stages:
+        options = {"training.stop_at_step": stop, "training.zero_stage": stage}
+        job = Job(tmp_path, config, processes, devices, **options)
+        assert job.codes() == [0] * processes, job.output(0)
+        assert (run / f"checkpoint_{stop}").is_dir()
+        assert all("step" not in job.output(i) for i in range(1, processes)), "only the leader prints"
+    mine, theirs = losses(run), losses(Path(expected.training.checkpoint_dir))
+    assert mine.keys() == theirs.keys()
+    for step, values in theirs.items():
+        assert mine[step] == pytest.approx(values, rel=1e-5), step
+
+
+def test_a_lost_process_ends_the_job_and_the_next_goes_on(tmp_path, corpus):
+    """A signal to one stops all at one step; one that is stopped or killed ends the others; fewer go on."""
+    endless = {**STEPS, "training.max_steps": 100_000, "training.eval_steps": 100_000, "training.logging_steps": 50}
+    config = make_config(tmp_path, corpus, **endless, **{"training.save_total_limit": None})
+    run = tmp_path / "run"
+
+    job = Job(tmp_path, config, 2, 1)
+    job.wait_for(run / "checkpoint_3")
+    job.processes[1].send_signal(signal.SIGTERM)
+    assert job.codes() == [75, 75], job.output(0)
+    assert "a signal to another process at step" in job.output(0) and "SIGTERM at step" in job.output(1)
+    stopped_at = newest(run)
+
+    job = Job(tmp_path, config, 2, 1)
+    job.wait_for(run / f"checkpoint_{stopped_at - stopped_at % 3 + 6}")
+    job.processes[1].send_signal(signal.SIGSTOP)
+    start = time.monotonic()
+    assert job.processes[0].wait(300) not in (0, 75)
+    assert time.monotonic() - start < 2 * HEARTBEAT_SECONDS
+    job.processes[1].kill()
+    job.processes[1].wait()
+    assert f"at step {stopped_at}" in job.output(0)  # where it began
+    hung_at = newest(run)
+
+    job = Job(tmp_path, config, 1, 1, **{"training.stop_at_step": hung_at + 3})
+    assert job.codes() == [0], job.output(0)
+    assert f"resuming from {run / f'checkpoint_{hung_at}'} at step {hung_at}" in job.output(0)
+
+
+def newest(run):
+    return max(int(path.name.partition("_")[2]) for path in run.glob("checkpoint_*") if path.name[11:].isdigit())
+
+
+def test_processes_that_were_started_differently_are_refused(tmp_path, corpus):
+    job = Job(tmp_path, make_config(tmp_path, corpus, **STEPS), 2, 1, each=lambda i: [f"--training.seed={i}"])
+    assert job.codes() == [2, 2]
+    assert "error: the configuration or the text: differs between process 0 and process(es) [1]" in job.output(0)
