@@ -62,16 +62,24 @@ class ModelConfig(_Section):
         "gelu", "feed-forward activation; gelu is GPT-2's tanh form", choices=("gelu", "relu", "swish")
     )
     pre_norm: bool = option(True, "normalise before each sub-layer (false: after, as in the 2017 Transformer)")
-    gradient_checkpointing: bool = option(False, "recompute activations in the backward pass to save memory")
+    gradient_checkpointing: bool = option(
+        False, "recompute activations in the backward pass to save memory", resumable=True
+    )
     remat_policy: str = option(
         "full",
         "what gradient_checkpointing recomputes: everything, or all but matrix products",
         choices=("full", "dots"),
+        resumable=True,
     )
     positions: str = option("learned", "how positions enter", choices=("learned", "sinusoidal", "rotary"))
     rope_theta: float = option(10000.0, "base of the rotary frequencies (positions=rotary)", above=0)
     tie_embeddings: bool = option(True, "use the token embedding as the output projection too")
-    scan_layers: bool = option(False, "compile one block and loop over it: compiles faster, runs slower")
+    scan_layers: bool | None = option(
+        None,
+        "loop over one compiled block: compiles faster, runs slower; none: with gradient_checkpointing or stage 3, "
+        "which save no memory without it",
+        resumable=True,
+    )
     attention: str = option(
         "auto",
         "attention kernel: blockwise runs everywhere; cudnn needs a GPU, 16-bit, no packing, no attention_dropout",
@@ -270,6 +278,15 @@ def from_dict(values: Any, where: str) -> Config:
         return replace_fields(Config(), fields)
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
+
+
+def resolved(config: Config) -> Config:
+    """With what follows from other fields filled in: zero_stage and scan_layers."""
+    stage = config.training.zero_stage or 0
+    scan = config.model.scan_layers
+    if scan is None:
+        scan = config.model.gradient_checkpointing or stage == 3
+    return replace_fields(config, {"training.zero_stage": stage, "model.scan_layers": scan})
 
 
 def changed_fields(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:

@@ -1,10 +1,10 @@
 """Memory a device of a training run, computed without devices: exact for the state, an analytic model for the rest.
 
 Parameters, optimizer state and gradients are those of `sharding.Layout` over an abstract mesh. Activations are what
-JAX keeps for the backward pass (tests/test_memory.py compares with it, policy by policy); on a GPU the compiler may fuse
-some of it away, so that this is a bound. Temporaries are counted from the code that makes them. The GPU's attention
-kernel is assumed, and `model.vocab_size` as asked for. What CUDA, cuDNN and NCCL take for themselves is not counted: it
-lies outside of JAX's share of the memory (`usable`). docs/memory.md has the formulas.
+JAX keeps for the backward pass (tests/test_memory.py compares, policy by policy); on a GPU the compiler may fuse some
+of it away. Temporaries are counted from the code that makes them. The GPU's attention kernel is assumed, and
+`model.vocab_size` as asked for. What CUDA, cuDNN and NCCL take for themselves is not counted: it lies outside of JAX's
+share of the memory (`usable`). docs/memory.md has the formulas.
 
 Letters: D model width, F feed-forward width, H heads, V vocabulary, L layers; c bytes of the compute type.
 """
@@ -23,7 +23,7 @@ from flax import nnx
 from jax.sharding import NamedSharding
 
 from jaxlm import deepspeed, sharding
-from jaxlm.config import Config, nearest, validate
+from jaxlm.config import Config, nearest, resolved, validate
 from jaxlm.errors import UserError
 from jaxlm.loss import CHUNK_BYTES
 from jaxlm.model import Transformer
@@ -35,11 +35,12 @@ from jaxlm.step import TrainState, compile_train_step, init_state, make_train_st
 
 MEM_FRACTION = 0.75  # JAX's default share of a GPU's memory
 FRACTION_VARIABLES = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
+FRACTION_NOTE = f"JAX's share ({MEM_FRACTION:.0%} unless {FRACTION_VARIABLES[0]} is set)"
 BATCHES = 4  # on the device at a time: one computed with, the others sent ahead
 MOST_ROWS = 2**20  # where the search for the largest batch_size ends
 METHOD = (
-    "state exact, activations as JAX keeps them, temporaries counted from the code: an upper bound that XLA's fusion "
-    "may undercut; no GPU has been measured against it yet"
+    "method: state exact; activations are what JAX keeps; temporaries counted from the code (docs/memory.md)\n"
+    "expected error: none of the state; unknown of the rest, as no GPU run has been compared yet (XLA may keep less)"
 )
 
 # Bytes of memory that nvidia-smi shows, in MiB. Exact names are matched first, without regard to case.
@@ -73,7 +74,7 @@ ACTIVATION_KEEPS = {"gelu": lambda c: 6 * c, "swish": lambda c: 4 * c, "relu": l
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """Bytes a device. `parameters`, `optimizer` and `batch` are always there; the rest belongs to one of three phases."""
+    """Bytes a device. `parameters`, `optimizer` and `batch` are always there, the rest in one of three `phases`."""
 
     parameters: int
     optimizer: int  # on the device
@@ -134,7 +135,7 @@ def _resolve(config: Config, n_devices: int) -> tuple[Config, tuple[int, int, in
         raise UserError(f"training.world_size ({wanted}) differs from the {n_devices} device(s); unset it")
     shape = sharding.mesh_shape(config, n_devices)
     config, _ = deepspeed.apply(config, world=shape[0] * shape[1])
-    return validate(config), shape
+    return validate(resolved(config)), shape
 
 
 def _abstract_run(config: Config, mesh: Any, attention: str) -> tuple[Any, Layout, TrainState]:
@@ -160,9 +161,9 @@ def _sizes(config: Config, shape: tuple[int, int, int]) -> _Sizes:
         for path, split in jax.tree_util.tree_leaves_with_path(layout.splits):
             name = sharding.path_name(path)
             if name.startswith(start) and name.endswith(end):
-                whole, spec = (split.shape, split.whole_spec)
-                whole, spec = (split.padded_shape, split.shard_spec) if sharded else (whole, spec)
-                total += math.prod(NamedSharding(layout.mesh, spec).shard_shape(whole))
+                spec = split.shard_spec if sharded else split.whole_spec
+                of = split.padded_shape if sharded else split.shape
+                total += math.prod(NamedSharding(layout.mesh, spec).shard_shape(of))
         return total
 
     on_device = sharding.bytes_a_device(state.opt_state)
@@ -224,15 +225,17 @@ def _tokens(config: Config) -> int:
 
 
 def _weight_copies(config: Config, sizes: _Sizes) -> float:
-    """Kernels in the compute type, and what stage 3 gathers: everything outside of the blocks, and two blocks."""
+    """Kernels in the compute type; what stage 3 gathers: two blocks, all outside of them; gradients to be stacked."""
     model, c, stage = config.model, _compute_bytes(config), config.training.zero_stage or 0
     cast = c if c < 4 else 0
     embedding = cast * model.vocab_size * model.d_model / config.training.tensor_parallel
+    blocks = sizes.whole - sizes.outside
+    # Unrolled, the blocks' gradients come one by one, and are copied into one array at the end.
+    stacked = 0 if model.scan_layers else 4 * sizes.shard if stage == 3 else c * blocks
     if stage == 3:
-        one_block = (sizes.whole - sizes.outside) / model.n_layers
-        # Its gradient is whole in float32 before it is scattered, as are those outside of the blocks.
-        return embedding + 2 * c * one_block + 4 * one_block + 2 * 4 * sizes.outside
-    return embedding + cast * sizes.kernels / (model.n_layers if model.gradient_checkpointing else 1)
+        # Whole gradients, of one block and outside of the blocks, are there in float32 before they are scattered.
+        return embedding + (2 * c + 4) * blocks / model.n_layers + 2 * 4 * sizes.outside + stacked
+    return embedding + cast * sizes.kernels / (model.n_layers if model.gradient_checkpointing else 1) + stacked
 
 
 def _block_at_work(config: Config, attention: str) -> float:
@@ -393,3 +396,40 @@ def compiled_bytes(config: Config, devices: list[jax.Device]) -> int:
     use = compile_train_step(step, state, batch).memory_analysis()
     held = use.argument_size_in_bytes + use.output_size_in_bytes - use.alias_size_in_bytes
     return held + use.temp_size_in_bytes
+
+
+def compiled_on_gpus(config: Config, n_devices: int) -> int | None:
+    """`compiled_bytes` on as many GPUs, if they are here."""
+    here = jax.devices() if jax.default_backend() == "gpu" else []
+    return compiled_bytes(config, here[:n_devices]) if n_devices <= len(here) else None
+
+
+def table(result: dict[str, Any]) -> str:
+    """Lines for people: the parts, their sum, what fits, the method.
+
+    Args:
+      result: in bytes, the fields of an `Estimate` with `total`, `devices` and `compiled`, and, where the device's
+        memory is known, `memory`, `usable`, `fits` and `largest_batch_size`.
+    """
+    gibibytes = lambda size: f"{size / 2**30:10.2f}"  # noqa: E731
+    lines = [f"{'part':13}{'GiB':>10}  each of {result['devices']} device(s)"]
+    lines += [f"{part:13}{gibibytes(result[part])}  {made_of}" for part, made_of in MADE_OF.items()]
+    lines.append(f"{'total':13}{gibibytes(result['total'])}  at the peak")
+    if result["compiled"] is None:
+        lines.append(f"{'compiled':13}{'none':>10}  the compiler's own figure needs {result['devices']} GPU(s) here")
+    else:
+        lines.append(f"{'compiled':13}{gibibytes(result['compiled'])}  the compiler's own figure, on the GPUs here")
+    if "memory" in result:
+        share = result["usable"] / result["memory"]
+        lines.append(
+            f"{'usable':13}{gibibytes(result['usable'])}  {share:.0%} of the device's memory ({FRACTION_NOTE})"
+        )
+        verdict = "fits" if result["fits"] else "does not fit"
+        most = result["largest_batch_size"]
+        lines.append(f"{verdict}; largest training.batch_size: {most if most else 'none, not even 1'}")
+    return "\n".join([*lines, METHOD])
+
+
+def parameters(config: Config) -> int:
+    """How many numbers the model has."""
+    return _sizes(*_resolve(config, 1)).unsplit

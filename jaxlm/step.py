@@ -93,13 +93,14 @@ def _make_gradients(graphdef: Any, config: Config, layout: Layout) -> Callable[.
         step_key = jax.random.fold_in(jax.random.key(training.seed), step)
 
         def of_micro_batch(micro_batch: Batch) -> tuple[jax.Array, Params]:
+            held, micro_batch = jax.lax.optimization_barrier((params, micro_batch))  # no gathering ahead of the loop
             keys = row_keys(step_key, micro_batch["rows"], model.n_layers) if uses_dropout else None
 
             def scaled_loss(params: Params) -> jax.Array:
                 params, fetch = layout.gather(params, dtype)
                 return loss_sum(graphdef, params, micro_batch, keys, config.data.pack_sequences, factor, fetch)
 
-            loss, gradients = jax.value_and_grad(scaled_loss)(params)
+            loss, gradients = jax.value_and_grad(scaled_loss)(held)
             return loss, layout.reduce_micro_batch(gradients)
 
         def add(total: Any, micro_batch: Batch) -> tuple[Any, None]:

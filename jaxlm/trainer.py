@@ -20,7 +20,7 @@ import numpy as np
 from flax import nnx
 
 from jaxlm import checkpoint, deepspeed, sharding
-from jaxlm.config import Config, changed_fields, to_dict, validate
+from jaxlm.config import Config, changed_fields, resolved, to_dict, validate
 from jaxlm.data.loader import Rows, eval_batches, total_steps, train_batches
 from jaxlm.data.packing import plan_cached
 from jaxlm.data.tokens import cache_root, prepare, prepared_once
@@ -60,7 +60,7 @@ class Trainer:
         self.devices = training_devices(config.training)
         self.mesh = sharding.make_mesh(self.devices, sharding.mesh_shape(config, len(self.devices)))
         config, self._deepspeed_lines = deepspeed.apply(config, world=sharding.row_shards(self.mesh))
-        validate(config)
+        config = validate(resolved(config))
         self.folder = _open_folder(Path(config.training.checkpoint_dir).expanduser(), fresh)
         resume_from = self._find_resume(config)
         jax.config.update("jax_compilation_cache_dir", str(cache_root(config.data) / "compiled"))

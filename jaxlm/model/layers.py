@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxlm.config import ModelConfig
 from jaxlm.model.attention import cached_attention, causal_attention
@@ -20,6 +21,7 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "swish": jax.nn.swish,
 }
 NORM_EPSILON = 1e-5  # GPT-2's
+PRODUCT = "product"  # what recomputing with remat_policy dots keeps
 
 Cache = tuple[jax.Array, jax.Array]  # keys and values [B, T, H, K] of one layer
 
@@ -92,7 +94,8 @@ class Linear(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(d_out))
 
     def __call__(self, x_BTI: jax.Array) -> jax.Array:
-        return affine(x_BTI.astype(self.dtype), self.kernel[...].astype(self.dtype), self.bias[...].astype(self.dtype))
+        x_BTI, w, b = (array.astype(self.dtype) for array in (x_BTI, self.kernel[...], self.bias[...]))
+        return checkpoint_name(affine(x_BTI, w, b), PRODUCT)
 
 
 def layer_norm(d_model: int, dtype: Any, rngs: nnx.Rngs) -> nnx.LayerNorm:

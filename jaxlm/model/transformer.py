@@ -15,9 +15,9 @@ from flax import nnx
 
 from jaxlm.config import ModelConfig
 from jaxlm.model.dropout import dropout
-from jaxlm.model.layers import Block, Cache, layer_norm, sinusoids
+from jaxlm.model.layers import PRODUCT, Block, Cache, layer_norm, sinusoids
 
-REMAT_POLICIES = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
+REMAT_POLICIES = {"full": None, "dots": jax.checkpoint_policies.save_only_these_names(PRODUCT)}
 
 Fetch = Callable[[Any], Any]  # parameters of one block as they are held -> as they are computed with
 

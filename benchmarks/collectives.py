@@ -1,0 +1,238 @@
+"""What every layout of the training state holds and moves, against ZeRO's theory, on fake CPU devices.
+
+    python benchmarks/collectives.py [--devices 8] [--steps 20] [--json FILE] [--d_model 128 ...]
+
+For each ZeRO stage, hybrid ZeRO and tensor parallelism, with 1 and K micro-batches: the losses of some updates against
+those of one device, the bytes that a device holds of parameters, gradients and optimizer state (of the real arrays),
+and the bytes of each collective in the compiled update, loops counted as often as they run. Volumes are in multiples of
+the parameters' bytes in float32; an all-reduce counts twice its size, as it is a reduce-scatter and an all-gather.
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import os
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+ITEM_BYTES = {"pred": 1, "s32": 4, "u32": 4, "f32": 4, "bf16": 2, "f16": 2}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A layout: devices along (replica, data, tensor), the ZeRO stage, the micro-batches of an update."""
+
+    mesh: tuple[int, int, int]
+    stage: int
+    k: int
+    dtype: str = "float32"
+
+    @property
+    def name(self) -> str:
+        kind = "hybrid, " if self.mesh[0] > 1 else "tensor, " if self.mesh[2] > 1 else ""
+        return f"{kind}stage {self.stage}"
+
+
+def cases(n: int) -> list[Case]:
+    plain = [Case((1, n, 1), stage, k) for k in (1, 4) for stage in range(4)]
+    hybrid = [Case((2, n // 2, 1), stage, 4) for stage in (2, 3)]
+    tensor = [Case((1, n // 2, 2), stage, 4) for stage in (0, 3)]
+    return [*plain, *hybrid, *tensor, Case((1, n, 1), 3, 4, "bfloat16")]
+
+
+def theory_held(case: Case, parameters: int) -> dict[str, float]:
+    """Bytes a device: float32 parameters and gradients, two moments; what is sharded is divided by the data axis."""
+    _, data, _ = case.mesh
+    sharded = lambda stage: data if case.stage >= stage else 1  # noqa: E731
+    parts = {"parameters": 4 / sharded(3), "gradients": 4 / sharded(2), "optimizer": 8 / sharded(1)}
+    return {name: parameters * factor for name, factor in parts.items()}
+
+
+def theory_moved(case: Case) -> float:
+    """Parameters' bytes that ZeRO moves between the devices of a group, in float32 (arXiv:1910.02054, section 7).
+
+    Stages 0 and 1 reduce gradients once an update, stage 2 every micro-batch, as its shards are all that is kept;
+    stage 3 gathers parameters for the forward and the backward pass of every micro-batch too.
+    """
+    return {0: 2, 1: 2, 2: case.k + 1, 3: 3 * case.k}[case.stage]
+
+
+def shape_bytes(shapes: str) -> int:
+    """Bytes of all arrays in a piece of HLO such as "(f32[8,16]{1,0}, bf16[4])"."""
+    found = re.findall(r"(\w+)\[([\d,]*)\]", shapes)
+    return sum(ITEM_BYTES[kind] * math.prod(int(d) for d in dims.split(",") if d) for kind, dims in found)
+
+
+def moved(hlo: str) -> Counter:
+    """{collective: bytes} of one run of a compiled module, from its text."""
+    bodies: dict[str, list[str]] = {}
+    entry = lines = None
+    for line in hlo.splitlines():
+        head = re.match(r"(ENTRY )?%?([\w.-]+) .*\{$", line)
+        if head and not line.startswith(" "):
+            lines = bodies.setdefault(head[2], [])
+            entry = head[2] if head[1] else entry
+        elif lines is not None:
+            lines.append(line)
+
+    def count(name: str) -> Counter:
+        total: Counter = Counter()
+        for line in bodies[name]:
+            op = re.match(r"\s+(?:ROOT )?%?[\w.-]+ = (.*?) ([\w-]+)\(", line)
+            if op is None:
+                continue
+            kind = op[2].removesuffix("-start")
+            if kind in COLLECTIVES:
+                groups = re.search(r"replica_groups=\{\{([\d,]+)\}", line)
+                shards = len(groups[1].split(",")) if groups else iota_group(line)
+                size = shape_bytes(op[1]) * (shards if kind == "reduce-scatter" else 1)
+                if size > 64:  # the loss, the norm and such are not what this is about
+                    total[kind] += size * (2 if kind == "all-reduce" else 1)
+            trips = re.search(r'known_trip_count":\{"n":"(\d+)"', line)
+            for inner in re.findall(r"(?:body|to_apply|calls)=%?([\w.-]+)", line):
+                for kind, size in count(inner).items():
+                    total[kind] += size * (int(trips[1]) if trips else 1)
+        return total
+
+    assert entry is not None
+    return count(entry)
+
+
+def iota_group(line: str) -> int:
+    """Devices of a group in the form replica_groups=[groups,devices]<=[n]."""
+    found = re.search(r"replica_groups=\[\d+,(\d+)\]", line)
+    return int(found[1]) if found else 1
+
+
+def measure(case: Case, options: argparse.Namespace) -> dict[str, Any]:
+    import jax
+    import numpy as np
+    from flax import nnx
+
+    from jaxlm import sharding
+    from jaxlm.config import Config, DataConfig, ModelConfig, TrainingConfig
+    from jaxlm.model import Transformer
+    from jaxlm.optim import build_optimizer, build_schedule
+    from jaxlm.precision import compute_dtype
+    from jaxlm.step import compile_train_step, init_state, make_train_step
+
+    model = ModelConfig(
+        vocab_size=options.vocab_size,
+        d_model=options.d_model,
+        n_heads=4,
+        n_layers=options.n_layers,
+        d_ff=4 * options.d_model,
+        max_seq_len=32,
+        scan_layers=case.stage == 3,  # as by default: XLA on CPU merges the two gatherings of unrolled layers
+    )
+    training = TrainingConfig(use_amp=case.dtype != "float32", warmup_steps=0, learning_rate=1e-2, eps=1e-4)
+    config = Config(model=model, training=training, data=DataConfig(max_length=32))
+    make = lambda: Transformer(model, dtype=compute_dtype(training), rngs=nnx.Rngs(0))  # noqa: E731
+    graphdef, abstract = nnx.split(nnx.eval_shape(make))
+    params = nnx.to_pure_dict(abstract)
+    mesh = sharding.make_mesh(jax.devices()[: math.prod(case.mesh)], case.mesh)
+    layout = sharding.Layout(mesh, case.stage, params)
+    init = lambda: init_state(make(), build_optimizer(training), config, layout)  # noqa: E731
+    placed = layout.place(jax.eval_shape(init))
+    state = jax.jit(init, out_shardings=jax.tree.map(lambda x: x.sharding, placed))()
+    parameters = sum(math.prod(x.shape) for x in jax.tree.leaves(params))
+    held = {name: on_first_device(getattr(state, name)) for name in ("params", "opt_state")}
+    gradients = layout.bytes_of_state(placed) - sharding.bytes_a_device(placed)
+
+    rng = np.random.default_rng(0)
+    placement = sharding.train_batch_sharding(mesh)
+    step, losses = None, []
+    for _ in range(options.steps):
+        tokens, targets = rng.integers(3, model.vocab_size, (2, options.rows, 32))
+        batch = {"tokens": tokens % 7 + targets % 2, "targets": tokens % 7, "segments": tokens // tokens}
+        batch["positions"] = np.tile(np.arange(32), (options.rows, 1))
+        batch = {name: x.astype(np.int32).reshape(case.k, -1, 32) for name, x in batch.items()}
+        batch["rows"] = np.arange(options.rows, dtype=np.int32).reshape(case.k, -1)
+        batch = jax.device_put(batch, placement)
+        if step is None:
+            step = compile_train_step(
+                make_train_step(graphdef, config, build_schedule(training, 100), layout), placed, batch
+            )
+        state, metrics = step(state, batch)
+        losses.append(float(metrics["loss"]))
+    volumes = {kind: size / (4 * parameters) for kind, size in moved(step.as_text()).items()}
+    return {
+        "case": dataclasses.asdict(case) | {"name": case.name},
+        "parameters": parameters,
+        "losses": losses,
+        "held": {"parameters": held["params"], "gradients": gradients, "optimizer": held["opt_state"]},
+        "theory_held": theory_held(case, parameters),
+        "moved": volumes,
+        "theory_moved": theory_moved(case),
+    }
+
+
+def on_first_device(tree: Any) -> int:
+    """Bytes of the shards that really are on the first device."""
+    import jax
+
+    first = jax.devices()[0]
+    return sum(
+        shard.data.nbytes for x in jax.tree.leaves(tree) for shard in x.addressable_shards if shard.device == first
+    )
+
+
+def tables(results: list[dict[str, Any]], reference: list[float]) -> str:
+    """Both tables, in Markdown."""
+    lines = [
+        "| layout | K | largest difference of a loss | parameters | gradients | optimizer | of theory |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for result in results:
+        case, held, theory = result["case"], result["held"], result["theory_held"]
+        off = max(abs(a - b) / b for a, b in zip(result["losses"], reference, strict=True))
+        ratio = sum(held.values()) / sum(theory.values())
+        sizes = " | ".join(f"{size / 1024:,.0f} KiB" for size in held.values())
+        lines.append(f"| {label(case)} | {case['k']} | {off:.0e} | {sizes} | {ratio:.3f} |")
+    lines += [
+        "",
+        f"| layout | K | {' | '.join(COLLECTIVES)} | sum | theory |",
+        "|---|---:|" + "---:|" * (len(COLLECTIVES) + 2),
+    ]
+    for result in results:
+        volumes = [result["moved"].get(kind, 0.0) for kind in COLLECTIVES]
+        cells = " | ".join(f"{v:.2f}" for v in [*volumes, sum(volumes)])
+        lines.append(f"| {label(result['case'])} | {result['case']['k']} | {cells} | {result['theory_moved']} |")
+    return "\n".join(lines)
+
+
+def label(case: dict[str, Any]) -> str:
+    shape = " x ".join(str(n) for n in case["mesh"])
+    return f"{case['name']} ({shape}{'' if case['dtype'] == 'float32' else ', ' + case['dtype']})"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, default in {
+        "devices": 8,
+        "steps": 20,
+        "rows": 32,
+        "d_model": 128,
+        "n_layers": 4,
+        "vocab_size": 512,
+    }.items():
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    import jax
+
+    jax.config.update("jax_num_cpu_devices", options.devices)
+    reference = measure(Case((1, 1, 1), 0, 1), options)["losses"]
+    results = [measure(case, options) for case in cases(options.devices)]
+    print(tables(results, reference))
+    if options.json:
+        options.json.write_text(json.dumps({"reference": reference, "results": results}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
