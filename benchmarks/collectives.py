@@ -29,7 +29,6 @@ class Case:
     mesh: tuple[int, int, int]
     stage: int
     k: int
-    dtype: str = "float32"
 
     @property
     def name(self) -> str:
@@ -41,24 +40,28 @@ def cases(n: int) -> list[Case]:
     plain = [Case((1, n, 1), stage, k) for k in (1, 4) for stage in range(4)]
     hybrid = [Case((2, n // 2, 1), stage, 4) for stage in (2, 3)]
     tensor = [Case((1, n // 2, 2), stage, 4) for stage in (0, 3)]
-    return [*plain, *hybrid, *tensor, Case((1, n, 1), 3, 4, "bfloat16")]
+    return [*plain, *hybrid, *tensor]
 
 
 def theory_held(case: Case, parameters: int) -> dict[str, float]:
-    """Bytes a device: float32 parameters and gradients, two moments; what is sharded is divided by the data axis."""
-    _, data, _ = case.mesh
+    """Bytes a device: float32 parameters, gradients, two moments; shards are divided by "data", all by "tensor"."""
+    _, data, tensor = case.mesh
     sharded = lambda stage: data if case.stage >= stage else 1  # noqa: E731
     parts = {"parameters": 4 / sharded(3), "gradients": 4 / sharded(2), "optimizer": 8 / sharded(1)}
-    return {name: parameters * factor for name, factor in parts.items()}
+    return {name: parameters / tensor * factor for name, factor in parts.items()}
 
 
-def theory_moved(case: Case) -> float:
+def theory_moved(case: Case) -> float | None:
     """Parameters' bytes that ZeRO moves between the devices of a group, in float32 (arXiv:1910.02054, section 7).
 
     Stages 0 and 1 reduce gradients once an update, stage 2 every micro-batch, as its shards are all that is kept;
-    stage 3 gathers parameters for the forward and the backward pass of every micro-batch too.
+    stage 3 gathers parameters for the forward and the backward pass of every micro-batch too. Replicas then sum their
+    shards. None: tensor parallelism moves activations, which have nothing to do with parameters.
     """
-    return {0: 2, 1: 2, 2: case.k + 1, 3: 3 * case.k}[case.stage]
+    replicas, data, tensor = case.mesh
+    if tensor > 1:
+        return None
+    return {0: 2, 1: 2, 2: case.k + 1, 3: 3 * case.k}[case.stage] + (2 / data if replicas > 1 else 0)
 
 
 def shape_bytes(shapes: str) -> int:
@@ -129,7 +132,7 @@ def measure(case: Case, options: argparse.Namespace) -> dict[str, Any]:
         max_seq_len=32,
         scan_layers=case.stage == 3,  # as by default: XLA on CPU merges the two gatherings of unrolled layers
     )
-    training = TrainingConfig(use_amp=case.dtype != "float32", warmup_steps=0, learning_rate=1e-2, eps=1e-4)
+    training = TrainingConfig(use_amp=False, warmup_steps=0, learning_rate=1e-2, eps=1e-4)
     config = Config(model=model, training=training, data=DataConfig(max_length=32))
     make = lambda: Transformer(model, dtype=compute_dtype(training), rngs=nnx.Rngs(0))  # noqa: E731
     graphdef, abstract = nnx.split(nnx.eval_shape(make))
@@ -201,13 +204,18 @@ def tables(results: list[dict[str, Any]], reference: list[float]) -> str:
     for result in results:
         volumes = [result["moved"].get(kind, 0.0) for kind in COLLECTIVES]
         cells = " | ".join(f"{v:.2f}" for v in [*volumes, sum(volumes)])
-        lines.append(f"| {label(result['case'])} | {result['case']['k']} | {cells} | {result['theory_moved']} |")
+        lines.append(f"| {label(result['case'])} | {result['case']['k']} | {cells} | {result['theory_moved'] or ''} |")
     return "\n".join(lines)
 
 
 def label(case: dict[str, Any]) -> str:
     shape = " x ".join(str(n) for n in case["mesh"])
-    return f"{case['name']} ({shape}{'' if case['dtype'] == 'float32' else ', ' + case['dtype']})"
+    return f"{case['name']} ({shape})"
+
+
+def cases_named(text: str, n: int) -> list[Case]:
+    """The cases in whose name the regular expression `text` is found."""
+    return [case for case in cases(n) if re.search(text, f"{case.name}, K={case.k}")]
 
 
 def main() -> None:
@@ -221,6 +229,7 @@ def main() -> None:
         "vocab_size": 512,
     }.items():
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--only", default="", help="regular expression for names such as 'hybrid, stage 2, K=4'")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     os.environ["JAX_PLATFORMS"] = "cpu"
@@ -228,7 +237,7 @@ def main() -> None:
 
     jax.config.update("jax_num_cpu_devices", options.devices)
     reference = measure(Case((1, 1, 1), 0, 1), options)["losses"]
-    results = [measure(case, options) for case in cases(options.devices)]
+    results = [measure(case, options) for case in cases_named(options.only, options.devices)]
     print(tables(results, reference))
     if options.json:
         options.json.write_text(json.dumps({"reference": reference, "results": results}, indent=1))
