@@ -17,17 +17,15 @@ from jaxlm import sharding
 from jaxlm.sharding import Layout, Split
 
 ROOT = Path(__file__).parents[1]
-EVEN = dataclasses.replace(MODEL, scan_layers=True)
-UNEVEN = dataclasses.replace(EVEN, d_model=36, d_ff=50, n_heads=2)  # 4 divides few of its axes
+UNROLLED = dataclasses.replace(MODEL, scan_layers=False)
+UNEVEN = dataclasses.replace(MODEL, d_model=36, d_ff=50, n_heads=2)  # 4 divides few of its axes
 BATCHES = [regroup(make_batch(seed=s), 2) for s in range(3)]
 LAYOUTS = [
-    (EVEN, (1, 4, 1), 0),
-    (EVEN, (1, 4, 1), 1),
-    (EVEN, (1, 4, 1), 2, True),  # optimizer state in host memory
-    (EVEN, (2, 2, 1), 2),
-    (EVEN, (1, 2, 2), 0),
-    (EVEN, (1, 2, 2), 3),
-    (MODEL, (1, 4, 1), 3),
+    (MODEL, (1, 4, 1), 0),
+    (MODEL, (1, 4, 1), 2, True),  # optimizer state in host memory
+    (MODEL, (2, 2, 1), 2),
+    (MODEL, (1, 2, 2), 3),
+    (UNROLLED, (1, 4, 1), 3),
     (UNEVEN, (1, 4, 1), 1),
     (UNEVEN, (2, 2, 1), 3),
 ]
@@ -69,7 +67,7 @@ def test_a_missing_reduction_is_noticed(monkeypatch, stage, fault):
     """The fault that the test above is for: each device going on with the gradients of its own rows."""
     monkeypatch.setattr(Layout, *fault)
     shape = (2, 2, 1) if stage == 3 else (1, 4, 1)
-    config = config_of(EVEN)
+    config = config_of(MODEL)
     step, state = start.__wrapped__(config, shape, stage)  # nobody else may get this one
     losses = []
     for batch in on_mesh(BATCHES, shape):
@@ -93,11 +91,11 @@ def bytes_on_first_device(tree):
 
 @pytest.mark.parametrize(("stage", "parts"), [(0, (1, 1)), (1, (1, 4)), (2, (1, 4)), (3, (4, 4))])
 def test_bytes_a_device_are_those_of_theory(stage, parts):
-    state = start(config_of(EVEN), (1, 4, 1), stage)[1]
-    parameters = sum(x.size for x in jax.tree.leaves(start(config_of(EVEN))[1].params))
+    state = start(config_of(MODEL), (1, 4, 1), stage)[1]
+    parameters = sum(x.size for x in jax.tree.leaves(start(config_of(MODEL))[1].params))
     assert bytes_on_first_device(state.params) == pytest.approx(4 * parameters / parts[0], rel=0.02)
     assert bytes_on_first_device(state.opt_state) == pytest.approx(8 * parameters / parts[1], rel=0.02)
-    after, _, _ = run(config_of(EVEN), on_mesh(BATCHES[:1], (1, 4, 1)), (1, 4, 1), stage)
+    after, _, _ = run(config_of(MODEL), on_mesh(BATCHES[:1], (1, 4, 1)), (1, 4, 1), stage)
     for held, moved in zip(jax.tree.leaves(state), jax.tree.leaves(after), strict=True):
         assert moved.sharding.is_equivalent_to(held.sharding, held.ndim), "the layout is that of the next update"
 
@@ -112,13 +110,13 @@ def test_an_unsharded_leaf_is_noticed(monkeypatch):
         return jax.tree_util.tree_map_with_path(forget, place(self, abstract))
 
     monkeypatch.setattr(Layout, "place", forgetful)
-    state = start.__wrapped__(config_of(EVEN), (1, 4, 1), 3)[1]
-    parameters = sum(x.size for x in jax.tree.leaves(start(config_of(EVEN))[1].params))
+    state = start.__wrapped__(config_of(MODEL), (1, 4, 1), 3)[1]
+    parameters = sum(x.size for x in jax.tree.leaves(start(config_of(MODEL))[1].params))
     assert bytes_on_first_device(state.params) > 1.02 * 4 * parameters / 4
 
 
 def test_offloaded_state_stays_in_host_memory():
-    state, _, _ = run(config_of(EVEN), on_mesh(BATCHES[:1], (1, 4, 1)), (1, 4, 1), 2, True)
+    state, _, _ = run(config_of(MODEL), on_mesh(BATCHES[:1], (1, 4, 1)), (1, 4, 1), 2, True)
     moments = [x for x in jax.tree.leaves(state.opt_state) if x.ndim]
     assert moments and {x.sharding.memory_kind for x in moments} == {sharding.HOST_MEMORY}
 

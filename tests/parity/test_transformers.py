@@ -80,11 +80,15 @@ def ours_from(tensors: Mapping[str, torch.Tensor], n_layers: int) -> Any:
     def linear(name: str) -> dict[str, jax.Array]:
         return {"kernel": stacked(f"{name}.weight"), "bias": stacked(f"{name}.bias")}
 
+    def in_three(layer: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        """Queries, keys and values on an axis of their own."""
+        return {name: x.reshape(*x.shape[:-1], 3, x.shape[-1] // 3) for name, x in layer.items()}
+
     def norm(name: str) -> dict[str, jax.Array]:
         return {"scale": stacked(f"{name}.weight"), "bias": stacked(f"{name}.bias")}
 
     blocks = {
-        "attention": {"qkv": linear("attn.c_attn"), "out": linear("attn.c_proj")},
+        "attention": {"qkv": in_three(linear("attn.c_attn")), "out": linear("attn.c_proj")},
         "mlp": {"up": linear("mlp.c_fc"), "down": linear("mlp.c_proj")},
         "norm1": norm("ln_1"),
         "norm2": norm("ln_2"),
