@@ -67,9 +67,7 @@ class Trainer:
 
         self._prepare_data(config, resume_from)
         self._divide_batch(resume_from)
-        check_same_everywhere(
-            "the configuration or the text", json.dumps([to_dict(self.config), self.data_fingerprint])
-        )
+        self._check_same_processes()
         if resume_from is not None:
             self._check_same_run(config, resume_from)
         self.finished = self._is_finished(resume_from)

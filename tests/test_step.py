@@ -1,4 +1,4 @@
-"""The update: accumulation, dropout, skipping, schedules, decay, devices."""
+"""The update: accumulation, dropout, skipping, clipping, compute types."""
 
 import dataclasses
 import functools
@@ -14,7 +14,7 @@ from flax import nnx
 from jaxlm import sharding
 from jaxlm.config import Config, DataConfig, ModelConfig, TrainingConfig
 from jaxlm.model import Transformer
-from jaxlm.optim import SCHEDULES, build_optimizer, build_schedule, decay_mask, effective_warmup
+from jaxlm.optim import build_optimizer, build_schedule
 from jaxlm.precision import compute_dtype
 from jaxlm.sharding import Layout
 from jaxlm.step import init_state, make_train_step
@@ -136,40 +136,14 @@ def test_a_non_finite_update_changes_nothing(k, bad):
     assert not np.array_equal(recovered.params["token_embedding"], state.params["token_embedding"])
 
 
-@pytest.mark.parametrize(("optimizer", "rate"), [("adamw", 1e-2), ("adam", 1e-2), ("sgd", 1.0), ("lion", 2e-3)])
+@pytest.mark.parametrize(
+    ("optimizer", "rate"), [("adamw", 1e-2), ("adam", 1e-2), ("sgd", 1.0), ("lion", 2e-3), ("lamb", 3e-2)]
+)
 def test_the_loss_falls(optimizer, rate):
     batch = make_batch()
     still = dataclasses.replace(MODEL, dropout=0.0, attention_dropout=0.0)
     _, losses, _ = run(config_of(still, optimizer=optimizer, learning_rate=rate), [batch] * 40)
     assert losses[0] == pytest.approx(np.log(VOCAB), rel=0.05) and losses[-1] < 0.7 * losses[0]
-
-
-def test_adamw_is_optax_adamw():
-    config = config_of(weight_decay=0.1, max_grad_norm=None, decay_embeddings=True)
-    params = nnx.to_pure_dict(nnx.state(Transformer(MODEL, rngs=nnx.Rngs(0))))
-    grads = jax.tree.map(lambda p: jnp.cos(7 * p), params)
-    theirs = optax.adamw(1e-2, 0.9, 0.999, 1e-4, weight_decay=0.1, mask=decay_mask(params, True))
-    expected, _ = theirs.update(grads, theirs.init(params), params)
-    ours = build_optimizer(config.training)
-    updates, _ = ours.update(grads, ours.init(params), params)
-    assert_close(jax.tree.map(lambda u: -1e-2 * u, updates), expected, 1e-7)
-
-
-def test_decay_leaves_out_biases_and_norms():
-    params = nnx.to_pure_dict(nnx.state(Transformer(MODEL, rngs=nnx.Rngs(0))))
-    flat = {
-        jax.tree_util.keystr(path): value
-        for path, value in jax.tree_util.tree_leaves_with_path(decay_mask(params, True))
-    }
-    assert {name for name, decays in flat.items() if decays} == {
-        "['blocks']['attention']['qkv']['kernel']",
-        "['blocks']['attention']['out']['kernel']",
-        "['blocks']['mlp']['up']['kernel']",
-        "['blocks']['mlp']['down']['kernel']",
-        "['token_embedding']",
-        "['position_embedding']",
-    }
-    assert not decay_mask(params, False)["token_embedding"]
 
 
 def test_clipping_is_global():
@@ -181,22 +155,12 @@ def test_clipping_is_global():
     assert float(moved) == pytest.approx(0.01 * TRAINING.learning_rate, rel=1e-4)
 
 
-@pytest.mark.parametrize("name", sorted(SCHEDULES))
-def test_schedule_shape(name):
-    config = dataclasses.replace(TRAINING, lr_scheduler=name, warmup_steps=10, learning_rate=2.0, min_lr_ratio=0.1)
-    schedule = build_schedule(config, 200)
-    rates = np.array([float(schedule(jnp.asarray(s))) for s in range(200)])
-    assert np.all(np.diff(rates[:10]) > 0) and rates[0] > 0
-    assert rates[10] == pytest.approx(2.0)
-    assert np.all(np.diff(rates[10:]) <= 1e-7)
-    assert rates[-1] == pytest.approx(2.0 if name == "constant" else 0.2)
-    if name == "cosine":
-        assert rates[10 + 189 // 2] == pytest.approx(1.1, abs=0.02)
-
-
-@pytest.mark.parametrize(("asked", "steps", "warmup"), [(2000, 100, 10), (5, 100, 5), (10, 1, 0), (0, 50, 0)])
-def test_warmup_is_at_most_a_tenth(asked, steps, warmup):
-    config = dataclasses.replace(TRAINING, warmup_steps=asked)
-    assert effective_warmup(config, steps) == warmup
-    rates = [float(build_schedule(config, steps)(jnp.asarray(s))) for s in range(steps)]
-    assert max(rates) == pytest.approx(TRAINING.learning_rate)
+@pytest.mark.parametrize("amp_dtype", ["bfloat16", "float16"])
+def test_16_bit_computation_stays_near_float32(amp_dtype):
+    """Tiny as it is: XLA on CPU fails on some 16-bit products of small matrices, which the step must not contain."""
+    batches = [make_batch(seed=s) for s in range(3)]
+    _, expected, _ = run(config_of(), batches)
+    _, losses, metrics = run(config_of(use_amp=True, amp_dtype=amp_dtype), batches)
+    assert losses != expected
+    np.testing.assert_allclose(losses, expected, rtol=1e-2)
+    assert float(metrics["loss_scale"]) == (2.0**16 if amp_dtype == "float16" else 1)
