@@ -13,6 +13,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,8 +24,9 @@ from absl import logging as absl_logging
 from flax import nnx
 
 from jaxlm.config import Config, from_dict, to_dict, validate
-from jaxlm.distributed import barrier, is_leader
+from jaxlm.distributed import is_leader, told_by_any
 from jaxlm.errors import UserError
+from jaxlm.manifest import damage, is_sealed, seal
 from jaxlm.model import Transformer
 from jaxlm.precision import compute_dtype
 from jaxlm.sharding import path_name
@@ -34,8 +36,11 @@ from jaxlm.tokenizer import Tokenizer
 T = TypeVar("T")
 
 PREFIX = "checkpoint"
+MODELS = ("best_model", "final_model")
 OPTIMIZER_ITEM = ("step", "skipped", "loss_scale", "opt_state")  # of TrainState
 JSON_ITEMS = {"config": "config.json", "tokenizer": "tokenizer.json", "progress": "progress.json"}
+
+SAVE_ERRORS = (OSError, ValueError, RuntimeError)  # of files; of tensorstore; of the other processes, as JAX puts it
 
 # What goes wrong while arrays are read is wrapped in a bare `Exception` by Orbax; there is nothing narrower to name.
 _OrbaxError = Exception
@@ -71,58 +76,155 @@ def _items(params: Any, config: Config, tokenizer: Tokenizer, progress: Progress
 
 
 class Checkpoints:
-    """The `checkpoint_<step>` folders of a run, the newest `limit` of them (None: all), written in the background."""
+    """The `checkpoint_<step>` folders of a run, the newest `limit` of them (None: all), written in the background.
 
-    def __init__(self, folder: Path, limit: int | None) -> None:
-        self.folder = folder.resolve()
-        self.manager = ocp.CheckpointManager(
-            self.folder,
-            item_handlers=_handlers(),
-            options=ocp.CheckpointManagerOptions(
-                max_to_keep=limit or None, step_prefix=PREFIX, cleanup_tmp_directories=True, create=True
-            ),
-        )
+    A save that fails, on a full disk for one, is reported and given up; those before it stay.
+    """
+
+    def __init__(self, folder: Path, limit: int | None, report: Callable[[str], None]) -> None:
+        self.folder, self.limit, self.report = folder.resolve(), limit, report
+        self.failed: str | None = None  # why the last save failed, if it did
+        self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(**_handlers()))
+        self._saving: tuple[int, Future[None]] | None = None
+        self._thread = ThreadPoolExecutor(1, "save")
 
     def save(self, state: TrainState, config: Config, tokenizer: Tokenizer, progress: Progress) -> None:
         """Saves atomically, in the background; a step that is there already stays as it is."""
-        if progress.step in self.manager.all_steps():
+        self.wait()
+        final = self.folder / f"{PREFIX}_{progress.step}"
+        if final.exists():
             return
         optimizer = {name: getattr(state, name) for name in OPTIMIZER_ITEM}
         items = _items(state.params, config, tokenizer, progress)
         args = ocp.args.Composite(optimizer=ocp.args.StandardSave(optimizer), **items)
-        if not self.manager.save(progress.step, args=args):
-            raise RuntimeError(f"Orbax declined to save step {progress.step} in {self.folder}")
+        new = _new(final)
+        try:
+            self._orbax.save(new, args=args, force=True)
+        except SAVE_ERRORS as error:
+            self._give_up(progress.step, error)
+            return
+        self._saving = progress.step, self._thread.submit(self._finish, new, final)
+
+    def _finish(self, new: Path, final: Path) -> None:
+        """Makes a checkpoint of what Orbax has written, and only then deletes old ones."""
+        self._orbax.wait_until_finished()
+        if is_leader():
+            seal(new, final)
+            if self.limit:
+                for old in list(checkpoint_steps(self.folder).values())[: -self.limit]:
+                    _delete(old)
 
     def wait(self) -> None:
-        """Returns when what was saved is on disk; raises what went wrong."""
-        self.manager.wait_until_finished()
+        """Returns when the last save is on disk, or was given up."""
+        if self._saving is not None:
+            step, future = self._saving
+            self._saving = None
+            try:
+                future.result()
+                self.failed = None
+            except SAVE_ERRORS as error:
+                self._give_up(step, error)
+
+    def _give_up(self, step: int, error: Exception) -> None:
+        self.failed = reason_of(error)
+        self.report(f"checkpoint_{step} was NOT saved: {self.failed}; the checkpoints before it stay")
+        if is_leader():
+            clean(self.folder)
 
     def close(self) -> None:
-        self.manager.close()
+        self.wait()
+        self._thread.shutdown()
+        self._orbax.close()
+
+
+def reason_of(error: Exception) -> str:
+    """An error of a file in one short line; tensorstore's are long, and name the disk that is full in their middle."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    lines = str(error).splitlines() or [type(error).__name__]
+    known = next((text for text in ("No space left on device", "Permission denied") if text in lines[0]), None)
+    return known or lines[0][:200]
+
+
+def _new(path: Path) -> Path:
+    """Where what will be `path` is written; `clean` removes what a crash left of it."""
+    return path.with_name(path.name + ".new")
+
+
+def _delete(path: Path) -> None:
+    """Deletes a folder, such that a crash leaves no part of it under its name."""
+    old = path.with_name(path.name + ".old")
+    path.rename(old)
+    shutil.rmtree(old)
+
+
+def clean(folder: Path) -> None:
+    """Puts a run's folder in order after a crash: a model between two renames is put back, unfinished saves go.
+
+    For the leader alone, while nothing is being saved.
+    """
+    for name in MODELS:
+        old = folder / f"{name}.old"
+        if is_sealed(old) and not (folder / name).exists():
+            old.rename(folder / name)
+    for name in (f"{PREFIX}_*", *MODELS):
+        for leftover in (*folder.glob(f"{name}.new*"), *folder.glob(f"{name}.old")):
+            shutil.rmtree(leftover, ignore_errors=True)
 
 
 def checkpoint_steps(folder: Path) -> dict[int, Path]:
     """{step: path} of the complete checkpoints in a run's folder, in order."""
+    return {step: path for step, path in _numbered(folder).items() if is_sealed(path)}
+
+
+def _numbered(folder: Path) -> dict[int, Path]:
     found = {}
     for path in folder.glob(f"{PREFIX}_*"):
         step = re.fullmatch(rf"{PREFIX}_(\d+)", path.name)
-        if step and (path / "_CHECKPOINT_METADATA").exists():
+        if step:
             found[int(step[1])] = path
     return dict(sorted(found.items()))
 
 
-def find_checkpoint(path: str, folder: Path) -> Path:
+def _damage(path: Path) -> str | None:
+    """As `manifest.damage`; all processes call it together, and each looks into its part."""
+    return told_by_any(damage(path, part=jax.process_index(), parts=jax.process_count()))
+
+
+def is_intact(path: Path) -> bool:
+    """Whether there is a complete folder at `path`, as it was saved."""
+    return is_sealed(path) and _damage(path) is None
+
+
+def newest_intact(folder: Path, report: Callable[[str], None]) -> Path | None:
+    """The newest checkpoint that is as it was saved, if there is any; damaged ones are reported and left out.
+
+    Raises:
+      UserError: there are checkpoints, but all are damaged.
+    """
+    steps = list(checkpoint_steps(folder).values())
+    for path in reversed(steps):
+        wrong = _damage(path)
+        if wrong is None:
+            return path
+        report(f"{path} is damaged: {wrong}; the checkpoint before it is tried")
+    if steps:
+        raise UserError(f"{folder}: all of its checkpoints ({len(steps)}) are damaged; --fresh starts over")
+    return None
+
+
+def find_checkpoint(path: str, folder: Path, report: Callable[[str], None]) -> Path:
     """The checkpoint that `training.resume_from_checkpoint` names: a folder, or "latest" of the run in `folder`.
 
     Raises:
-      UserError: there is none.
+      UserError: there is none, or it is damaged.
     """
     where = f"training.resume_from_checkpoint ({path})"
     if path == "latest":
-        steps = checkpoint_steps(folder)
-        if not steps:
+        newest = newest_intact(folder, report)
+        if newest is None:
             raise UserError(f"{where}: no checkpoint in {folder}; leave it out to start there")
-        return steps[max(steps)]
+        return newest
     chosen = Path(path)
     if not chosen.is_dir():
         raise UserError(f"{where}: no such folder; name a {PREFIX}_<step> folder, or latest")
@@ -130,6 +232,9 @@ def find_checkpoint(path: str, folder: Path) -> Path:
         inside = checkpoint_steps(chosen)
         hint = f"one of its checkpoints, such as {inside[max(inside)]}" if inside else f"a {PREFIX}_<step> folder"
         raise UserError(f"{where}: is not a checkpoint folder; name {hint}")
+    wrong = _damage(chosen)
+    if wrong is not None:
+        raise UserError(f"{where}: is damaged: {wrong}; name another")
     return chosen
 
 
@@ -227,10 +332,10 @@ def move_later_aside(folder: Path, step: int) -> list[Path]:
 
     For the leader alone, before any process opens the checkpoints.
     """
-    later = [path for number, path in checkpoint_steps(folder).items() if number > step]
+    later = [path for number, path in _numbered(folder).items() if number > step]
     if later:
         aside = folder / time.strftime("aside_%Y%m%d_%H%M%S")
-        aside.mkdir()
+        aside.mkdir(exist_ok=True)
         for path in later:
             path.rename(aside / path.name)
     return later
@@ -239,31 +344,35 @@ def move_later_aside(folder: Path, step: int) -> list[Path]:
 def save_model(path: Path, params: Any, config: Config, tokenizer: Tokenizer, progress: Progress) -> None:
     """Writes a self-contained model folder, replacing the one at `path` so that a crash leaves one of the two.
 
-    The new one is written beside it and swapped in; `recover_model` mends a crash between the two renames.
+    The new one is written beside it and swapped in; `clean` mends a crash between the two renames.
     All processes call it together.
+
+    Raises:
+      one of SAVE_ERRORS: it could not be written; the old one stays.
     """
-    new, old = path.with_name(path.name + ".new"), path.with_name(path.name + ".old")
+    new = _new(path)
+    handlers = {name: handler for name, handler in _handlers().items() if name != "optimizer"}
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler(**handlers)) as orbax:
+        orbax.save(new.resolve(), args=ocp.args.Composite(**_items(params, config, tokenizer, progress)), force=True)
+    failed = None
     if is_leader():
-        for leftover in (new, old):
-            shutil.rmtree(leftover, ignore_errors=True)
-    barrier("cleared the way for a model")
-    with ocp.Checkpointer(
-        ocp.CompositeCheckpointHandler(**{k: v for k, v in _handlers().items() if k != "optimizer"})
-    ) as c:
-        c.save(new.resolve(), args=ocp.args.Composite(**_items(params, config, tokenizer, progress)))
-    if is_leader():
-        if path.exists():
-            path.rename(old)
-        new.rename(path)
-        shutil.rmtree(old, ignore_errors=True)
-    barrier("saved a model")
+        try:
+            _swap(new, path)
+        except OSError as error:
+            failed = reason_of(error)
+    failed = told_by_any(failed)
+    if failed is not None:
+        raise OSError(failed)
 
 
-def recover_model(path: Path) -> None:
-    """Puts back the old model if a crash came between the two renames of `save_model`."""
-    old = path.with_name(path.name + ".old")
-    if old.exists() and not path.exists():
-        old.rename(path)
+def _swap(new: Path, path: Path) -> None:
+    """Seals the model in `new` and puts it in the place of the one at `path`, if there is one."""
+    ready, old = path.with_name(path.name + ".new.ready"), path.with_name(path.name + ".old")
+    seal(new, ready)
+    if path.exists():
+        path.rename(old)
+    ready.rename(path)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -291,6 +400,9 @@ def load(path: str | os.PathLike[str]) -> LoadedModel:
         inside = [name for name in ("best_model", "final_model") if (folder / name).is_dir()]
         hint = f", such as {folder / inside[0]}" if inside else ""
         raise UserError(f"{folder}: holds no model; name a best_model, final_model or checkpoint_<step> folder{hint}")
+    wrong = damage(folder, ("params", *JSON_ITEMS))
+    if wrong is not None:
+        raise UserError(f"{folder} is damaged: {wrong}; name another")
     config = validate(read_config(folder))
     make = lambda: Transformer(config.model, dtype=compute_dtype(config.training), rngs=nnx.Rngs(0))  # noqa: E731
     graphdef, abstract = nnx.split(nnx.eval_shape(make))

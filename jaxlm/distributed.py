@@ -114,6 +114,15 @@ def check_same_everywhere(what: str, value: str) -> None:
         raise UserError(f"{what}: differs between process 0 and process(es) {others}; start all of them alike")
 
 
+def told_by_any(text: str | None) -> str | None:
+    """What the first process that says anything says (its first 500 bytes), known to all; None if none does."""
+    if jax.process_count() == 1:
+        return text
+    mine = np.frombuffer((text or "").encode()[:500].ljust(500, b"\0"), np.uint8)
+    texts = [bytes(row).rstrip(b"\0").decode(errors="ignore") for row in multihost_utils.process_allgather(mine)]
+    return next((said for said in texts if said), None)
+
+
 class StopVote:
     """Makes a signal that one process got known to all, at the same step, without waiting for anything.
 

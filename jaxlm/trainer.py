@@ -24,7 +24,15 @@ from jaxlm.config import Config, changed_fields, resolved, to_dict, validate
 from jaxlm.data.loader import Rows, eval_batches, total_steps, train_batches
 from jaxlm.data.packing import plan_cached
 from jaxlm.data.tokens import cache_root, prepare, prepared_once
-from jaxlm.distributed import StopVote, barrier, check_same_everywhere, is_leader, say, training_devices
+from jaxlm.distributed import (
+    StopVote,
+    barrier,
+    check_same_everywhere,
+    is_leader,
+    say,
+    told_by_any,
+    training_devices,
+)
 from jaxlm.errors import RunFailed, Stopped, UserError
 from jaxlm.evaluate import evaluate_rows
 from jaxlm.generate import generate_text
@@ -80,13 +88,12 @@ class Trainer:
     def _find_resume(self, config: Config) -> Path | None:
         """The checkpoint to go on from: the one named, else the newest of the run in this folder."""
         if is_leader():
-            for name in ("best_model", "final_model"):
-                checkpoint.recover_model(self.folder / name)
-        barrier("recovered the models")
-        if config.training.resume_from_checkpoint is not None:
-            return checkpoint.find_checkpoint(config.training.resume_from_checkpoint, self.folder)
-        steps = checkpoint.checkpoint_steps(self.folder)
-        return steps[max(steps)] if steps else None
+            checkpoint.clean(self.folder)
+        barrier("put the folder in order")
+        named = config.training.resume_from_checkpoint
+        if named is not None:
+            return checkpoint.find_checkpoint(named, self.folder, say)
+        return checkpoint.newest_intact(self.folder, say)
 
     def _prepare_data(self, config: Config, resume_from: Path | None) -> None:
         """Text -> tokenizer -> token arrays -> rows; fixes the vocabulary size in the configuration."""
@@ -167,7 +174,7 @@ class Trainer:
             resume_from is not None
             and self.config.training.resume_from_checkpoint in (None, "latest")
             and checkpoint.read_progress(resume_from).step >= self.total_steps
-            and final.is_dir()
+            and checkpoint.is_intact(final)
             and checkpoint.read_progress(final).step >= self.total_steps
         )
 
@@ -271,7 +278,7 @@ class Trainer:
                     if stopping:
                         break
                 if not stopping and self.current_step >= self.total_steps:
-                    self.save_model(self.folder / "final_model")
+                    self._save_final_model()
         self._end(stop, stopping)
 
     def _stop_agreed(self, stop: StopRequest) -> bool:
@@ -293,7 +300,7 @@ class Trainer:
             config_text = json.dumps(to_dict(self.config), indent=2) + "\n"
             (self.folder / "config.json").write_text(config_text, encoding="utf-8")
         barrier("prepared the folder")
-        self.checkpoints = checkpoint.Checkpoints(self.folder, self.config.training.save_total_limit)
+        self.checkpoints = checkpoint.Checkpoints(self.folder, self.config.training.save_total_limit, say)
         opened.callback(self.checkpoints.close)  # which waits for the saves
         started = time.perf_counter()
         step = make_train_step(self.graphdef, self.config, self.schedule, self.layout)
@@ -310,10 +317,15 @@ class Trainer:
 
     def _end(self, stop: StopRequest, stopping: bool) -> None:
         """Says how it ended, when all processes have saved."""
-        barrier("saved everything")
+        failed = told_by_any(self.checkpoints.failed)
         if stopping:
             name = stop.signal.name if stop.signal is not None else "a signal to another process"
-            raise Stopped(f"{name} at step {self.current_step}; it is saved, the same command goes on")
+            saved = "it is saved" if failed is None else f"that step was not saved ({failed})"
+            raise Stopped(f"{name} at step {self.current_step}; {saved}, the same command goes on")
+        if failed is not None:
+            raise RunFailed(
+                f"checkpoint_{self.current_step} was not saved: {failed}; mend that, and start the same command again"
+            )
         if self.current_step < self.total_steps:
             say(f"stopped at step {self.current_step} of {self.total_steps} as asked; saved in {self.folder}")
         else:
@@ -388,11 +400,27 @@ class Trainer:
             f"{metrics['bits_per_byte']:.4f} bits per byte"
         )
         if self.best_loss is None or metrics["loss"] < self.best_loss:
-            self.best_loss = metrics["loss"]
-            self.save_model(self.folder / "best_model")
+            self._save_best_model(metrics["loss"])
         if self.config.training.sample_tokens:
             self._sample()
         self._restart_clock()
+
+    def _save_best_model(self, loss: float) -> None:
+        before, self.best_loss = self.best_loss, loss
+        try:
+            self.save_model(self.folder / "best_model")
+        except checkpoint.SAVE_ERRORS as error:
+            self.best_loss = before  # the next one that is better is saved
+            self._progress.line(f"best_model was NOT saved: {checkpoint.reason_of(error)}; the one before it stays")
+
+    def _save_final_model(self) -> None:
+        try:
+            self.save_model(self.folder / "final_model")
+        except checkpoint.SAVE_ERRORS as error:
+            reason = checkpoint.reason_of(error)
+            raise RunFailed(
+                f"final_model was not saved: {reason}; mend that, and start the same command again"
+            ) from error
 
     def _sample(self) -> None:
         training = self.config.training

@@ -13,7 +13,8 @@ PACKAGE = ROOT / "jaxlm"
 LAYERS = [
     ["errors"],
     ["config"],
-    ["signals", "distributed", "sharding", "precision", "optim", "loss", "metrics", "tokenizer", "deepspeed"],
+    ["manifest", "signals", "distributed", "sharding", "precision", "optim", "loss", "metrics"],
+    ["tokenizer", "deepspeed"],
     ["cli"],
     ["model.dropout"],
     ["model.attention"],
