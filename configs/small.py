@@ -2,8 +2,8 @@
 
     python scripts/train.py --config configs/small.py
 
-12 minutes on 2 CPU cores (measured; 0.8 epochs, so that it stays under 15), validation loss 4.73, 2.00 bits per byte.
-The guide's values but for the learning rate (5e-4) and the epochs (3).
+12 to 14 minutes on 2 CPU cores (measured), validation loss 4.59, 1.94 bits per byte.
+The guide's values but for the learning rate (5e-4), the epochs (3) and the packing (greedy).
 """
 
 from jaxlm.config import Config, DataConfig, ModelConfig, TrainingConfig

@@ -120,6 +120,18 @@ class TrainingConfig(_Section):
     loss_scale_window: int = option(1000, "float16: updates without overflow before the scale is doubled", low=1)
     loss_scale_hysteresis: int = option(2, "float16: overflows before the scale is halved", low=1)
     min_loss_scale: float = option(1, "float16: the run ends if it overflows at this scale", above=0)
+    max_skipped_steps: int = option(
+        20,
+        "the run ends after more updates in a row that were not finite (float16: see min_loss_scale)",
+        low=0,
+        resumable=True,
+    )
+    watchdog_seconds: float | None = option(
+        None,
+        "end a run that shows no sign of life for so long; none: from the updates' own time; 0: never",
+        low=0,
+        resumable=True,
+    )
     accumulator_dtype: str = option(
         "float32", "type that micro-batches' gradients are summed in", choices=("float32", "bfloat16", "float16")
     )

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from jax._src import distributed as jax_distributed
 from jax.experimental import multihost_utils
 
 from jaxlm.config import TrainingConfig
@@ -137,6 +138,31 @@ class StopVote:
         """The outcome (int32 scalar, 1 if any process votes to stop), to be read later."""
         mine = np.full(len(self._everywhere.addressable_devices), stop, np.int32)
         return self._any(jax.make_array_from_process_local_data(self._everywhere, mine))
+
+
+class StepBoard:
+    """The last update that each process has seen done, posted where all can read it even when one hangs."""
+
+    KEY = "jaxlm/step"
+
+    def __init__(self) -> None:
+        # JAX's public functions exchange values by collectives only, which is what hangs.
+        self._client = jax_distributed.global_state.client
+
+    def publish(self, step: int) -> None:
+        """Posts this process's `step`."""
+        if self._client is not None:
+            self._client.key_value_set(f"{self.KEY}/{jax.process_index()}", str(step), allow_overwrite=True)
+
+    def lagging(self) -> str:
+        """A clause for an error message: which processes are behind the others, and where; empty if none is."""
+        if self._client is None:
+            return ""
+        posted = self._client.key_value_dir_get(self.KEY)
+        steps = {int(key.rpartition("/")[2]): int(step) for key, step in posted}
+        last = max(steps.values(), default=0)
+        behind = [f"{process} (step {step})" for process, step in sorted(steps.items()) if step < last]
+        return f"; behind the others (step {last}): process {', '.join(behind)}" if behind else ""
 
 
 def _nvidia_device_visible() -> bool:

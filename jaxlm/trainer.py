@@ -17,14 +17,16 @@ from typing import Any
 
 import jax
 import numpy as np
+from filelock import FileLock, Timeout
 from flax import nnx
 
 from jaxlm import checkpoint, deepspeed, sharding
 from jaxlm.config import Config, changed_fields, resolved, to_dict, validate
-from jaxlm.data.loader import Rows, eval_batches, total_steps, train_batches
+from jaxlm.data.loader import Rows, documents_of_step, eval_batches, total_steps, train_batches
 from jaxlm.data.packing import plan_cached
 from jaxlm.data.tokens import cache_root, prepare, prepared_once
 from jaxlm.distributed import (
+    StepBoard,
     StopVote,
     barrier,
     check_same_everywhere,
@@ -36,6 +38,7 @@ from jaxlm.distributed import (
 from jaxlm.errors import RunFailed, Stopped, UserError
 from jaxlm.evaluate import evaluate_rows
 from jaxlm.generate import generate_text
+from jaxlm.health import LossSpikes, SkippedUpdates
 from jaxlm.metrics import (
     MetricsTracker,
     Progress,
@@ -51,7 +54,9 @@ from jaxlm.optim import build_optimizer, build_schedule, effective_warmup
 from jaxlm.precision import compute_dtype, scales_loss
 from jaxlm.signals import StopRequest
 from jaxlm.step import TrainState, compile_train_step, init_state, make_eval_step, make_train_step
+from jaxlm.watchdog import Watchdog
 
+SHOWN_DOCUMENTS = 12  # of a skipped update
 STEPS_AHEAD = 2  # updates dispatched before the oldest is waited for: the host stays ahead, a stop signal is not late
 
 
@@ -69,7 +74,8 @@ class Trainer:
         self.mesh = sharding.make_mesh(self.devices, sharding.mesh_shape(config, len(self.devices)))
         config, self._deepspeed_lines = deepspeed.apply(config, world=sharding.row_shards(self.mesh))
         config = validate(resolved(config))
-        self.folder = _open_folder(Path(config.training.checkpoint_dir).expanduser(), fresh)
+        self.folder = Path(config.training.checkpoint_dir).expanduser()
+        self._lock = _open_folder(self.folder, fresh)
         resume_from = self._find_resume(config)
         jax.config.update("jax_compilation_cache_dir", str(cache_root(config.data) / "compiled"))
 
@@ -79,6 +85,7 @@ class Trainer:
         if resume_from is not None:
             self._check_same_run(config, resume_from)
         self.finished = self._is_finished(resume_from)
+        self._watchdog = Watchdog(self.config.training.watchdog_seconds, StepBoard())
         self._build_model()
         self._build_state(resume_from)
         self._start_report(resume_from)
@@ -257,15 +264,18 @@ class Trainer:
           Stopped: a signal asked for it; the state is saved.
         """
         if self.finished:
+            self._lock.release(force=True)
             return
         training = self.config.training
         with ExitStack() as opened:
+            opened.callback(self._lock.release, force=True)
             self._begin(opened)
             with StopRequest() as stop:
                 stopping = False
                 for batch in self._train_batches():
                     self.state, self.step_metrics = self.train_step(self.state, batch)
                     self.current_step += 1
+                    self._skipped.note(self.current_step, self.step_metrics["skipped"])
                     if self._due(training.logging_steps) or self.current_step == 1:
                         self._log_metrics(float(self.step_metrics["loss"]))
                     if self._due(training.eval_steps):
@@ -302,10 +312,13 @@ class Trainer:
         barrier("prepared the folder")
         self.checkpoints = checkpoint.Checkpoints(self.folder, self.config.training.save_total_limit, say)
         opened.callback(self.checkpoints.close)  # which waits for the saves
+        opened.enter_context(self._watchdog)
         started = time.perf_counter()
         step = make_train_step(self.graphdef, self.config, self.schedule, self.layout)
         self.train_step = compile_train_step(step, self.abstract_state, self._abstract_batch())
         say(f"compiled the step in {time.perf_counter() - started:.1f} s")
+        self._skipped = SkippedUpdates(int(self.state.skipped))
+        self._spikes = LossSpikes()
         self._vote = StopVote(self.mesh)
         self._votes: list[jax.Array] = []
         sinks = make_sinks(self.config, self.folder, self.current_step) if is_leader() else []
@@ -357,6 +370,7 @@ class Trainer:
                 in_flight.append(self.step_metrics["loss"])
                 if len(in_flight) > STEPS_AHEAD:
                     in_flight.pop(0).block_until_ready()
+                    self._watchdog.updated(self.current_step - STEPS_AHEAD)
         finally:
             host_batches.close()
 
@@ -384,12 +398,37 @@ class Trainer:
             },
             self.current_step,
         )
+        self._check_numbers(values)
+        self._restart_clock()
+
+    def _check_numbers(self, values: dict[str, float]) -> None:
+        """Says what is wrong with the updates since the last log, and ends a run that only skips.
+
+        Raises:
+          RunFailed: float16 has no smaller scale to try, or too many updates in a row were skipped.
+        """
+        training = self.config.training
+        spike = self._spikes.look(values["loss"])
+        if spike is not None:
+            self._progress.line(f"step {self.current_step}: {spike}")
+        for step in self._skipped.read():
+            documents = documents_of_step(self.rows, training.seed, self.global_batch, step - 1)
+            shown = ", ".join(map(str, documents[:SHOWN_DOCUMENTS])) + ", ..." * (len(documents) > SHOWN_DOCUMENTS)
+            self._progress.line(
+                f"step {step}: skipped, its loss or gradient is not finite; it was to learn from documents {shown} "
+                f"({len(documents)}, numbered from 0) of the training text"
+            )
+        good = f"the last good checkpoint is in {self.folder}, lower training.learning_rate"
         if values["scale_exhausted"]:
             raise RunFailed(
                 f"step {self.current_step}: float16 overflows at the lowest loss scale ({values['loss_scale']:g}); "
-                "lower training.learning_rate, or use training.amp_dtype bfloat16"
+                f"{good}, or use training.amp_dtype bfloat16"
             )
-        self._restart_clock()
+        if self._skipped.in_a_row > training.max_skipped_steps and not scales_loss(training):
+            raise RunFailed(
+                f"step {self.current_step}: {self._skipped.in_a_row} updates in a row were not finite "
+                f"(training.max_skipped_steps {training.max_skipped_steps}); {good}"
+            )
 
     def _log_eval_metrics(self, metrics: dict[str, float]) -> None:
         """Adds the evaluation to the current step's row, keeps the best model, prints a sample."""
@@ -437,8 +476,14 @@ class Trainer:
         batch_size = self.config.training.batch_size * sharding.row_shards(self.mesh)
         placement = sharding.eval_batch_sharding(self.mesh)
         host_batches = eval_batches(self.eval_rows, batch_size, sharding.own_rows(self.mesh, batch_size))
-        batches = (sharding.put(batch, placement) for batch in host_batches)
-        return evaluate_rows(self._eval_step, self.state.params, batches, self.eval_bytes)
+
+        def batches() -> Iterator[dict[str, jax.Array]]:
+            for batch in host_batches:
+                yield sharding.put(batch, placement)
+                self._watchdog.alive()
+
+        with self._watchdog.during("evaluating"):
+            return evaluate_rows(self._eval_step, self.state.params, batches(), self.eval_bytes)
 
     def _saved_progress(self) -> checkpoint.Progress:
         return checkpoint.Progress(
@@ -453,36 +498,52 @@ class Trainer:
 
     def save_checkpoint(self) -> None:
         """Saves everything needed to go on from the current step, in the background."""
-        self.checkpoints.save(self.state, self.config, self.tokenizer, self._saved_progress())
+        with self._watchdog.during("saving a checkpoint"):
+            self.checkpoints.save(self.state, self.config, self.tokenizer, self._saved_progress())
         self._restart_clock()
 
     def save_model(self, path: str | os.PathLike[str]) -> None:
         """Writes a self-contained model folder that `load`, evaluate.py and generate.py open."""
-        checkpoint.save_model(Path(path), self.state.params, self.config, self.tokenizer, self._saved_progress())
+        with self._watchdog.during("saving a model"):
+            checkpoint.save_model(Path(path), self.state.params, self.config, self.tokenizer, self._saved_progress())
 
     def generate_text(self, prompt: str, **options: Any) -> str:
         """`prompt` and a continuation by the current parameters; options as in `jaxlm.generate.generate_text`."""
-        model = nnx.merge(self.graphdef, self._whole(self.state.params))
-        return generate_text(model, self.tokenizer, prompt, **options)[0]
+        with self._watchdog.during("generating text"):
+            model = nnx.merge(self.graphdef, self._whole(self.state.params))
+            return generate_text(model, self.tokenizer, prompt, **options)[0]
 
 
 def _shown(value: Any) -> str:
     return json.dumps(value)
 
 
-def _open_folder(folder: Path, fresh: bool) -> Path:
-    """Makes sure the run's folder can be written to, after moving an old one aside if `fresh`."""
+def _open_folder(folder: Path, fresh: bool) -> FileLock:
+    """Makes the run's folder this run's own, after moving an old one aside if `fresh`.
+
+    Returns:
+      the lock that keeps other runs out, held by the leader; within one process it can be taken again.
+
+    Raises:
+      UserError: it cannot be written to, or another run is using it.
+    """
     where = f"training.checkpoint_dir ({folder})"
+    lock = FileLock(folder / ".lock", timeout=0, is_singleton=True)
     try:
         if fresh and folder.exists() and is_leader():
-            aside = folder.with_name(f"{folder.name}.{time.strftime('%Y%m%d_%H%M%S')}")
-            folder.rename(aside)
+            with lock:
+                aside = folder.with_name(f"{folder.name}.{time.strftime('%Y%m%d_%H%M%S')}")
+                folder.rename(aside)
             say(f"moved aside: {folder} is now {aside}")
         barrier("moved the old folder aside")
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / f".write_test_{jax.process_index()}_{os.getpid()}"
         probe.touch()
         probe.unlink()
+        if is_leader():
+            lock.acquire()
+    except Timeout as error:
+        raise UserError(f"{where}: another run is using it; wait for its end, or name another folder") from error
     except OSError as error:
         raise UserError(f"{where}: cannot be written to ({error.strerror}); name another folder") from error
-    return folder
+    return lock

@@ -13,8 +13,8 @@ PACKAGE = ROOT / "jaxlm"
 LAYERS = [
     ["errors"],
     ["config"],
-    ["manifest", "signals", "distributed", "sharding", "precision", "optim", "loss", "metrics"],
-    ["tokenizer", "deepspeed"],
+    ["manifest", "health", "signals", "distributed", "sharding", "precision", "optim", "loss", "metrics"],
+    ["tokenizer", "deepspeed", "watchdog"],
     ["cli"],
     ["model.dropout"],
     ["model.attention"],

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Generator, Iterator, Sequence
 from fractions import Fraction
 from functools import partial
+from typing import Any
 
 import numpy as np
 
@@ -24,6 +25,7 @@ class Rows:
 
     def __init__(self, documents: TokenDocuments, plan: Plan, max_length: int) -> None:
         self.tokens, self.plan, self.max_length = np.asarray(documents.tokens), plan, max_length
+        self.document_offsets = documents.offsets
 
     def __len__(self) -> int:
         return len(self.plan)
@@ -44,6 +46,12 @@ class Rows:
         targets_T[:pairs] = self.tokens[source_T + 1]
         return {"tokens": tokens_T, "targets": targets_T, "segments": segments_T, "positions": positions_T}
 
+    def documents(self, index: int) -> list[int]:
+        """The documents that row `index` has pieces of, numbered from 0 in the order of the text."""
+        low, high = self.plan.row_offsets[index : index + 2]
+        found = np.searchsorted(self.document_offsets, self.plan.piece_start[low:high], side="right") - 1
+        return sorted({int(document) for document in found})
+
 
 class _OwnRows:
     """The rows of the stream that one process feeds, update after update, each with its number in the global batch."""
@@ -59,6 +67,22 @@ class _OwnRows:
         step, i = divmod(index, len(self.numbers))
         number = self.numbers[i]
         return self.stream[step * self.global_batch + int(number)] | {"rows": number}
+
+
+def _shuffled(rows: Any, seed: int) -> Any:
+    """`rows` in the order of the epochs, without end."""
+    import grain
+
+    # grain takes seed + epoch for each epoch: unrelated first seeds, or epoch 1 of seed 0 were epoch 0 of seed 1.
+    first_seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
+    return grain.MapDataset.source(rows).shuffle(seed=first_seed).repeat()
+
+
+def documents_of_step(rows: Rows, seed: int, global_batch: int, step: int) -> list[int]:
+    """The documents that update `step` (from 0) learns from, numbered from 0 in the order of the text."""
+    indices = _shuffled(range(len(rows)), seed)
+    places = range(step * global_batch, (step + 1) * global_batch)
+    return sorted({document for place in places for document in rows.documents(indices[place])})
 
 
 def train_batches(
@@ -83,9 +107,7 @@ def train_batches(
 
     if global_batch % accumulation:
         raise ValueError(f"accumulation ({accumulation}) must divide global_batch ({global_batch})")
-    # grain takes seed + epoch for each epoch: unrelated first seeds, or epoch 1 of seed 0 were epoch 0 of seed 1.
-    first_seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
-    stream = grain.MapDataset.source(rows).shuffle(seed=first_seed).repeat()
+    stream = _shuffled(rows, seed)
     own_rows = _OwnRows(stream, global_batch, accumulation, own)
     batches = grain.MapDataset.source(own_rows).batch(
         len(own_rows.numbers), batch_fn=partial(_micro_batches, accumulation)

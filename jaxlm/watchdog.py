@@ -1,0 +1,101 @@
+"""Ends a process that makes no progress: a device, a disk or another process that hangs would hold it forever."""
+
+import contextlib
+import faulthandler
+import os
+import statistics
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator
+
+from jaxlm.distributed import StepBoard
+
+EXIT_FAILED = 1
+TICK = 1.0  # seconds between looks
+SHORTEST = 60.0  # seconds; no limit that is derived is under it
+TIMES_A_STEP = 20
+UNMEASURED = 1800.0  # seconds for what has no measured time: compiling, evaluating, saving, the first updates
+
+
+class Watchdog:
+    """A thread that ends the process with 1 when the training loop has shown no sign of life for too long.
+
+    The limit is `limit` seconds, or, if that is None, TIMES_A_STEP times the median time of the last updates.
+    Only time in which this thread itself runs is counted: a suspended process or a sleeping laptop is not a hang.
+
+    Args:
+      limit: seconds; 0: never.
+      board: tells the other processes how far this one is, and which of them are behind.
+    """
+
+    def __init__(self, limit: float | None, board: StepBoard) -> None:
+        self.limit, self.board = limit, board
+        self._step = 0  # last one seen
+        self._phase: str | None = "starting"  # None: updates
+        self._times: deque[float] = deque(maxlen=50)
+        self._last_update = time.monotonic()
+        self._silent = 0.0
+        self._ended = threading.Event()
+
+    def __enter__(self) -> "Watchdog":
+        if self.limit != 0:
+            threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+
+    def updated(self, step: int) -> None:
+        """Update `step` is done on the device."""
+        now = time.monotonic()
+        if self._phase is None:
+            self._times.append(now - self._last_update)
+        self._phase, self._last_update, self._step = None, now, step
+        self.alive()
+
+    def alive(self) -> None:
+        """A part of what is being done is done."""
+        self._silent = 0.0
+
+    @contextlib.contextmanager
+    def during(self, phase: str) -> Iterator[None]:
+        """While entered, `phase` goes on instead of updates."""
+        before, self._phase = self._phase, phase
+        self.alive()
+        try:
+            yield
+        finally:
+            self._phase, self._last_update = before, time.monotonic()
+            self.alive()
+
+    def allowed(self) -> float:
+        """Seconds of silence allowed now."""
+        if self.limit is not None:
+            return self.limit
+        if self._phase is not None or len(self._times) < 5:
+            return UNMEASURED
+        return max(SHORTEST, TIMES_A_STEP * statistics.median(self._times))
+
+    def _watch(self) -> None:
+        last = time.monotonic()
+        while not self._ended.wait(TICK):
+            now = time.monotonic()
+            self._silent += min(now - last, 2 * TICK)
+            last = now
+            self.board.publish(self._step)
+            if self._silent > self.allowed():
+                self._end()
+
+    def _end(self) -> None:
+        """Says what every thread was at, and ends the process: nothing in it can be trusted to clean up."""
+        faulthandler.dump_traceback(sys.stderr, all_threads=True)
+        what = self._phase or f"the update after step {self._step}"
+        print(
+            f"failed: {what}: no sign of life for {self.allowed():.0f} s (training.watchdog_seconds)"
+            f"{self.board.lagging()}; all threads' stacks are above; the same command goes on from the last checkpoint",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(EXIT_FAILED)
