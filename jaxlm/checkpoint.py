@@ -5,16 +5,13 @@ Every saved folder holds the same items: `params` (Orbax), `config/config.json`,
 """
 
 import dataclasses
-import gc
 import json
 import os
 import re
 import shutil
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -41,9 +38,6 @@ OPTIMIZER_ITEM = ("step", "skipped", "loss_scale", "opt_state")  # of TrainState
 JSON_ITEMS = {"config": "config.json", "tokenizer": "tokenizer.json", "progress": "progress.json"}
 
 SAVE_ERRORS = (OSError, ValueError, RuntimeError)  # of files; of tensorstore; of the other processes, as JAX puts it
-
-# What goes wrong while arrays are read is wrapped in a bare `Exception` by Orbax; there is nothing narrower to name.
-_OrbaxError = Exception
 
 absl_logging.set_verbosity(absl_logging.ERROR)  # Orbax reports every save in several lines
 
@@ -207,9 +201,11 @@ def newest_intact(folder: Path, report: Callable[[str], None]) -> Path | None:
         wrong = _damage(path)
         if wrong is None:
             return path
+        if path == steps[0]:
+            raise UserError(
+                f"{folder}: all of its checkpoints ({len(steps)}) are damaged, the last: {wrong}; --fresh starts over"
+            )
         report(f"{path} is damaged: {wrong}; the checkpoint before it is tried")
-    if steps:
-        raise UserError(f"{folder}: all of its checkpoints ({len(steps)}) are damaged; --fresh starts over")
     return None
 
 
@@ -243,7 +239,7 @@ def _read_json(path: Path, item: str, build: Callable[[Any], T]) -> T:
     try:
         return build(json.loads(file.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{file}: not readable ({error}); {path} is damaged: name another, or delete it") from error
+        raise UserError(f"{file}: not readable ({error}); it is of another version: name another") from error
 
 
 def read_progress(path: Path) -> Progress:
@@ -261,39 +257,21 @@ def read_tokenizer(path: Path) -> Tokenizer:
     return Tokenizer.load(path / "tokenizer", name=str(path))
 
 
-@contextmanager
-def _unheard() -> Iterator[None]:
-    """Drops the tracebacks of reads that Orbax leaves to themselves when another one has failed."""
-    hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
-    try:
-        yield
-    finally:
-        sys.unraisablehook = hook
-
-
 def _restore(path: Path, item: str, target: Any, shards: int) -> Any:
     """One array item of a saved folder, with the shapes, dtypes and placement of `target`.
 
     Args:
       shards: the most devices that either side is sharded over; fewer zeros than that are cut off or added.
     """
-    with _unheard():
-        try:
-            with ocp.StandardCheckpointer() as checkpointer:
-                stored = checkpointer.metadata((path / item).resolve()).item_metadata.tree
-            padded = _is_padded(stored, target, shards)
-            with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
-                arguments = ocp.args.StandardRestore(target, strict=not padded)
-                return checkpointer.restore((path / item).resolve(), args=arguments)
-        except _OrbaxError as error:
-            if type(error) is not Exception and not isinstance(error, OSError | ValueError | KeyError):
-                raise
-            reason = str(error.__cause__ or error).strip().splitlines()[0][:300]
-        time.sleep(0.2)  # for the other reads to end, all within `_unheard`
-        gc.collect()
-    raise UserError(
-        f"{path / item}: cannot be restored ({reason}); it is damaged or of another model: name another, or delete it"
-    )
+    with ocp.StandardCheckpointer() as checkpointer:
+        stored = checkpointer.metadata((path / item).resolve()).item_metadata.tree
+    try:
+        padded = _is_padded(stored, target, shards)
+    except ValueError as error:
+        raise UserError(f"{path / item}: is of another model ({error}); name another") from error
+    with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
+        arguments = ocp.args.StandardRestore(target, strict=not padded)
+        return checkpointer.restore((path / item).resolve(), args=arguments)
 
 
 def _is_padded(stored: Any, target: Any, shards: int) -> bool:

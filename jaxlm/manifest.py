@@ -72,6 +72,8 @@ def damage(folder: Path, items: Iterable[str] | None = None, part: int = 0, part
     """
     try:
         listed = _read(folder / MANIFEST)
+    except FileNotFoundError:
+        return f"{MANIFEST} is missing, so it was not saved to its end"
     except (OSError, ValueError) as error:
         return f"{MANIFEST} is not readable ({error})"
     if items is not None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 import sys
 import time
@@ -15,6 +16,7 @@ from jaxlm.config import Config, to_dict
 from jaxlm.errors import UserError
 
 Row = dict[str, float]
+LONGEST_ROW = 2**20  # bytes of metrics.jsonl
 
 # Dense 16-bit peak of one device in FLOP/s, by words of its name, the more specific names first (makers' datasheets).
 PEAK_FLOPS = {
@@ -68,6 +70,7 @@ class MetricsTracker:
 
     def __init__(self, sinks: Sequence[Sink] = ()) -> None:
         self.sinks = list(sinks)
+        self._failing: set[int] = set()  # indices of sinks
         self.history: dict[str, list[tuple[int, float]]] = {}
         self._pending: dict[int, Row] = {}
 
@@ -83,8 +86,11 @@ class MetricsTracker:
             row = self._pending.pop(ready)
             for name, value in row.items():
                 self.history.setdefault(name, []).append((ready, value))
-            for sink in self.sinks:
-                sink.write(row, ready)
+            self._each(lambda sink, row=row, step=ready: sink.write(row, step))  # type: ignore[misc]
+
+    def write_text(self, name: str, text: str, step: int) -> None:
+        """Writes `text` at once, to the sinks that show texts."""
+        self._each(lambda sink: sink.write_text(name, text, step) if isinstance(sink, TensorBoard) else None)
 
     def get_latest(self, name: str) -> float | None:
         """The last value of `name`, flushed or not; None if there is none."""
@@ -117,8 +123,18 @@ class MetricsTracker:
     def close(self) -> None:
         """Writes what is left and closes the sinks."""
         self.flush(max(self._pending, default=0))
-        for sink in self.sinks:
-            sink.close()
+        self._each(lambda sink: sink.close())
+
+    def _each(self, act: Callable[[Sink], None]) -> None:
+        """Does `act` with every sink; a disk that is full costs rows of a log, said once, and not the run."""
+        for i, sink in enumerate(self.sinks):
+            try:
+                act(sink)
+                self._failing.discard(i)
+            except OSError as error:
+                if i not in self._failing:
+                    print(f"{type(sink).__name__}: not written: {error.strerror}", file=sys.stderr, flush=True)
+                self._failing.add(i)
 
 
 def _finite(value: float) -> float | None:
@@ -129,6 +145,7 @@ class JsonLines:
     """metrics.jsonl: one object a row, appended; what JSON can't say (NaN, infinity) is null."""
 
     def __init__(self, path: Path) -> None:
+        _cut_unfinished_line(path)
         self.file = path.open("a", encoding="utf-8", buffering=1)
 
     def write(self, row: Row, step: int) -> None:
@@ -138,25 +155,51 @@ class JsonLines:
         self.file.close()
 
 
+def _cut_unfinished_line(path: Path) -> None:
+    """Removes what a process that was killed while it wrote has left at the end of `path`."""
+    if not path.exists():
+        return
+    with path.open("r+b") as file:
+        end = file.seek(0, os.SEEK_END)
+        file.seek(max(0, end - LONGEST_ROW))
+        tail = file.read()
+        file.truncate(end - len(tail) + tail.rfind(b"\n") + 1)
+
+
 class TensorBoard:
-    """Event files; what an earlier run wrote beyond `start_step` is hidden (`start_step` 0: all of it)."""
+    """Event files; what an earlier run wrote beyond `start_step` is hidden (`start_step` 0: all of it).
+
+    Written by tensorboardX's parts rather than its SummaryWriter, whose thread dies of a full disk and takes the run
+    with it.
+    """
 
     def __init__(self, folder: Path, start_step: int) -> None:
-        from tensorboardX import SummaryWriter
+        from tensorboardX import summary
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto import event_pb2
 
-        self.writer = SummaryWriter(str(folder), purge_step=start_step + 1, flush_secs=10)
+        folder.mkdir(parents=True, exist_ok=True)
+        self._summary, self._proto = summary, event_pb2
+        self._file = EventsWriter(str(folder / "events"))
+        start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+        self._add(start_step + 1, session_log=start)
+
+    def _add(self, step: int, **content: Any) -> None:
+        self._file.write_event(self._proto.Event(wall_time=time.time(), step=step, **content))
 
     def write(self, row: Row, step: int) -> None:
         for name, value in row.items():
             if math.isfinite(value):  # TensorBoard can't draw the others
-                self.writer.add_scalar(name, value, step)
+                self._add(step, summary=self._summary.scalar(name, value))
+        self._file.flush()
 
     def write_text(self, name: str, text: str, step: int) -> None:
         """Text as it is, indentation kept."""
-        self.writer.add_text(name, "\n".join("    " + line for line in text.splitlines()), step)
+        indented = "\n".join("    " + line for line in text.splitlines())
+        self._add(step, summary=self._summary.text(name, indented))
 
     def close(self) -> None:
-        self.writer.close()
+        self._file.close()
 
 
 class WeightsAndBiases:

@@ -42,7 +42,7 @@ from jaxlm.health import LossSpikes, SkippedUpdates
 from jaxlm.metrics import (
     MetricsTracker,
     Progress,
-    TensorBoard,
+    Sink,
     check_report_to,
     flops_per_token,
     make_sinks,
@@ -269,6 +269,7 @@ class Trainer:
         training = self.config.training
         with ExitStack() as opened:
             opened.callback(self._lock.release, force=True)
+            opened.enter_context(self._watchdog)
             self._begin(opened)
             with StopRequest() as stop:
                 stopping = False
@@ -303,16 +304,10 @@ class Trainer:
 
     def _begin(self, opened: ExitStack) -> None:
         """Writes what describes the run, opens the sinks and compiles the step; `opened` closes everything."""
-        if is_leader():
-            for path in checkpoint.move_later_aside(self.folder, self.current_step):
-                say(f"moved aside: {path.name}, later than step {self.current_step}")
-            self.tokenizer.save(self.folder / "tokenizer")
-            config_text = json.dumps(to_dict(self.config), indent=2) + "\n"
-            (self.folder / "config.json").write_text(config_text, encoding="utf-8")
+        sinks = self._open_log() if is_leader() else []
         barrier("prepared the folder")
         self.checkpoints = checkpoint.Checkpoints(self.folder, self.config.training.save_total_limit, say)
         opened.callback(self.checkpoints.close)  # which waits for the saves
-        opened.enter_context(self._watchdog)
         started = time.perf_counter()
         step = make_train_step(self.graphdef, self.config, self.schedule, self.layout)
         self.train_step = compile_train_step(step, self.abstract_state, self._abstract_batch())
@@ -321,12 +316,22 @@ class Trainer:
         self._spikes = LossSpikes()
         self._vote = StopVote(self.mesh)
         self._votes: list[jax.Array] = []
-        sinks = make_sinks(self.config, self.folder, self.current_step) if is_leader() else []
-        self._text_sinks = [sink for sink in sinks if isinstance(sink, TensorBoard)]
         self._progress = Progress(self.current_step, self.last_step, shown=is_leader())
         self.metrics_tracker = MetricsTracker([*sinks, self._progress])
         opened.callback(self.metrics_tracker.close)
         self._restart_clock()
+
+    def _open_log(self) -> list[Sink]:
+        """Puts the run's folder into the state of the current step, and opens what is written on the way."""
+        try:
+            for path in checkpoint.move_later_aside(self.folder, self.current_step):
+                say(f"moved aside: {path.name}, later than step {self.current_step}")
+            self.tokenizer.save(self.folder / "tokenizer")
+            config_text = json.dumps(to_dict(self.config), indent=2) + "\n"
+            (self.folder / "config.json").write_text(config_text, encoding="utf-8")
+            return make_sinks(self.config, self.folder, self.current_step)
+        except OSError as error:
+            raise _not_writable(self.folder, error) from error
 
     def _end(self, stop: StopRequest, stopping: bool) -> None:
         """Says how it ended, when all processes have saved."""
@@ -466,8 +471,7 @@ class Trainer:
         options = {"temperature": 0.7, "top_k": 40, "seed": training.seed}
         text = self.generate_text(training.sample_prompt, max_new_tokens=training.sample_tokens, **options)
         self._progress.line("\n".join(["sample:", *("    " + line for line in text.splitlines())]))
-        for sink in self._text_sinks:
-            sink.write_text("sample", text, self.current_step)
+        self.metrics_tracker.write_text("sample", text, self.current_step)
 
     # ---------------------------------------------------------------- what users call
 
@@ -545,5 +549,11 @@ def _open_folder(folder: Path, fresh: bool) -> FileLock:
     except Timeout as error:
         raise UserError(f"{where}: another run is using it; wait for its end, or name another folder") from error
     except OSError as error:
-        raise UserError(f"{where}: cannot be written to ({error.strerror}); name another folder") from error
+        raise _not_writable(folder, error) from error
     return lock
+
+
+def _not_writable(folder: Path, error: OSError) -> UserError:
+    return UserError(
+        f"training.checkpoint_dir ({folder}): cannot be written to ({error.strerror}); mend that or name another folder"
+    )

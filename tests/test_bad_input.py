@@ -18,6 +18,7 @@ import pytest
 from conftest import make_config
 
 from jaxlm.config import to_dict
+from jaxlm.manifest import MANIFEST, seal
 
 pytestmark = pytest.mark.xdist_group("bad_input")  # one process, so that the cases are driven once
 ROOT = Path(__file__).parents[1]
@@ -80,6 +81,13 @@ def text(file: str, content: str | bytes, message: str, *arguments: str) -> Case
 
 def on_run(message: str, *arguments: str, damage: Callable[[Path], object] = lambda run: None) -> Case:
     return train(message, "--training.checkpoint_dir", "{run}", *arguments, damage=damage)
+
+
+def edit_model(folder: Path, name: str, text: str) -> None:
+    """Changes a file of a saved folder, and its manifest accordingly."""
+    (folder / name).write_text(text)
+    (folder / MANIFEST).unlink()
+    seal(folder, folder)
 
 
 def largest_file(folder: Path) -> Path:
@@ -274,43 +282,62 @@ ON_RUN = {
         r"\({run}/best_model\): is not a checkpoint", "--resume_from_checkpoint", "{run}/best_model"
     ),
     "damaged parameters": on_run(
-        r"{run}/checkpoint_4/params: cannot be restored .* damaged",
+        r"{run}: all of its checkpoints \(1\) are damaged, the last: params/\S+ is missing",
         damage=lambda run: largest_file(run / "checkpoint_4" / "params").unlink(),
     ),
     "parameters cut short": on_run(
-        r"{run}/checkpoint_4/params: cannot be restored .* damaged",
+        r"damaged, the last: params/\S+ is not as it was saved",
         damage=lambda run: os.truncate(largest_file(run / "checkpoint_4" / "params"), 100),
     ),
     "damaged optimizer": on_run(
-        r"{run}/checkpoint_4/optimizer: cannot be restored .* damaged",
+        r"damaged, the last: optimizer/\S+ is missing",
         damage=lambda run: largest_file(run / "checkpoint_4" / "optimizer").unlink(),
     ),
     "no progress": on_run(
-        r"{run}/checkpoint_4/progress/progress\.json: not readable .* {run}/checkpoint_4 is damaged",
+        r"damaged, the last: progress/progress\.json is missing",
         damage=lambda run: (run / "checkpoint_4" / "progress" / "progress.json").unlink(),
     ),
     "other progress": on_run(
-        r"{run}/checkpoint_4/progress/progress\.json: .* damaged",
+        r"damaged, the last: progress/progress\.json is not as it was saved",
         damage=lambda run: (run / "checkpoint_4" / "progress" / "progress.json").write_text('{"step": 4}'),
     ),
     "config cut short": on_run(
-        r"{run}/checkpoint_4/config/config\.json: not readable .* damaged",
+        r"damaged, the last: config/config\.json is not as",
         damage=lambda run: os.truncate(run / "checkpoint_4" / "config" / "config.json", 50),
     ),
     "tokenizer gone": on_run(
-        r"{run}/checkpoint_4",
+        r"damaged, the last: tokenizer/tokenizer\.json is missing",
         damage=lambda run: (run / "checkpoint_4" / "tokenizer" / "tokenizer.json").unlink(),
     ),
     "run for a model": Case([EVALUATE, "--model", "{run}"], r"{run}: holds no model; .* such as {run}/best_model$"),
     "damaged model": Case(
         [GENERATE, "--model", "{run}/best_model"],
-        r"{run}/best_model/params: cannot be restored .* damaged",
+        r"{run}/best_model is damaged: params/\S+ is missing; name another",
         damage=lambda run: largest_file(run / "best_model" / "params").unlink(),
     ),
     "config of a later version": Case(
         [GENERATE, "--model", "{run}/best_model"],
         r"{run}/best_model: model\.new_field: unknown field",
-        damage=lambda run: (run / "best_model/config/config.json").write_text('{"model": {"new_field": 1}}'),
+        damage=lambda run: edit_model(run / "best_model", "config/config.json", '{"model": {"new_field": 1}}'),
+    ),
+    "progress of a later version": Case(
+        [GENERATE, "--model", "{run}/best_model"],
+        r"{run}/best_model/progress/progress\.json: not readable .* another version",
+        damage=lambda run: edit_model(run / "best_model", "progress/progress.json", '{"step": 4}'),
+    ),
+    "parameters of another model": Case(
+        [GENERATE, "--model", "{run}/best_model"],
+        r"{run}/best_model/params: is of another model",
+        damage=lambda run: edit_model(
+            run / "best_model",
+            "config/config.json",
+            (run / "best_model/config/config.json").read_text().replace('"d_model": 32', '"d_model": 64'),
+        ),
+    ),
+    "model that was not saved to its end": Case(
+        [GENERATE, "--model", "{run}/best_model"],
+        r"{run}/best_model is damaged: manifest\.json is missing",
+        damage=lambda run: (run / "best_model" / MANIFEST).unlink(),
     ),
     "rows longer than the model": Case(
         [EVALUATE, "--model", "{run}/best_model", "--data.max_length", "64"],
