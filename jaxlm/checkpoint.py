@@ -1,4 +1,4 @@
-"""A run's folder: its checkpoints (Orbax), its best and final model, and loading any of them.
+"""Saving checkpoints and models with Orbax, and loading them.
 
 Every saved folder holds the same items: `params` (Orbax), `config/config.json`, `tokenizer/tokenizer.json` and
 `progress/progress.json`; a checkpoint also holds `optimizer` (Orbax).
@@ -7,9 +7,7 @@ Every saved folder holds the same items: `params` (Orbax), `config/config.json`,
 import dataclasses
 import json
 import os
-import re
 import shutil
-import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -23,7 +21,8 @@ from flax import nnx
 from jaxlm.config import Config, from_dict, to_dict, validate
 from jaxlm.distributed import is_leader, told_by_any
 from jaxlm.errors import UserError
-from jaxlm.manifest import damage, is_sealed, seal
+from jaxlm.folder import PREFIX, checkpoint_steps, clean, delete, new_name
+from jaxlm.manifest import damage, seal
 from jaxlm.model import Transformer
 from jaxlm.precision import compute_dtype
 from jaxlm.sharding import path_name
@@ -32,8 +31,6 @@ from jaxlm.tokenizer import Tokenizer
 
 T = TypeVar("T")
 
-PREFIX = "checkpoint"
-MODELS = ("best_model", "final_model")
 OPTIMIZER_ITEM = ("step", "skipped", "loss_scale", "opt_state")  # of TrainState
 JSON_ITEMS = {"config": "config.json", "tokenizer": "tokenizer.json", "progress": "progress.json"}
 
@@ -91,7 +88,7 @@ class Checkpoints:
         optimizer = {name: getattr(state, name) for name in OPTIMIZER_ITEM}
         items = _items(state.params, config, tokenizer, progress)
         args = ocp.args.Composite(optimizer=ocp.args.StandardSave(optimizer), **items)
-        new = _new(final)
+        new = new_name(final)
         try:
             self._orbax.save(new, args=args, force=True)
         except SAVE_ERRORS as error:
@@ -106,7 +103,7 @@ class Checkpoints:
             seal(new, final)
             if self.limit:
                 for old in list(checkpoint_steps(self.folder).values())[: -self.limit]:
-                    _delete(old)
+                    delete(old)
 
     def wait(self) -> None:
         """Returns when the last save is on disk, or was given up."""
@@ -138,100 +135,6 @@ def reason_of(error: Exception) -> str:
     lines = str(error).splitlines() or [type(error).__name__]
     known = next((text for text in ("No space left on device", "Permission denied") if text in lines[0]), None)
     return known or lines[0][:200]
-
-
-def _new(path: Path) -> Path:
-    """Where what will be `path` is written; `clean` removes what a crash left of it."""
-    return path.with_name(path.name + ".new")
-
-
-def _delete(path: Path) -> None:
-    """Deletes a folder, such that a crash leaves no part of it under its name."""
-    old = path.with_name(path.name + ".old")
-    path.rename(old)
-    shutil.rmtree(old)
-
-
-def clean(folder: Path) -> None:
-    """Puts a run's folder in order after a crash: a model between two renames is put back, unfinished saves go.
-
-    For the leader alone, while nothing is being saved.
-    """
-    for name in MODELS:
-        old = folder / f"{name}.old"
-        if is_sealed(old) and not (folder / name).exists():
-            old.rename(folder / name)
-    for name in (f"{PREFIX}_*", *MODELS):
-        for leftover in (*folder.glob(f"{name}.new*"), *folder.glob(f"{name}.old")):
-            shutil.rmtree(leftover, ignore_errors=True)
-
-
-def checkpoint_steps(folder: Path) -> dict[int, Path]:
-    """{step: path} of the complete checkpoints in a run's folder, in order."""
-    return {step: path for step, path in _numbered(folder).items() if is_sealed(path)}
-
-
-def _numbered(folder: Path) -> dict[int, Path]:
-    found = {}
-    for path in folder.glob(f"{PREFIX}_*"):
-        step = re.fullmatch(rf"{PREFIX}_(\d+)", path.name)
-        if step:
-            found[int(step[1])] = path
-    return dict(sorted(found.items()))
-
-
-def _damage(path: Path) -> str | None:
-    """As `manifest.damage`; all processes call it together, and each looks into its part."""
-    return told_by_any(damage(path, part=jax.process_index(), parts=jax.process_count()))
-
-
-def is_intact(path: Path) -> bool:
-    """Whether there is a complete folder at `path`, as it was saved."""
-    return is_sealed(path) and _damage(path) is None
-
-
-def newest_intact(folder: Path, report: Callable[[str], None]) -> Path | None:
-    """The newest checkpoint that is as it was saved, if there is any; damaged ones are reported and left out.
-
-    Raises:
-      UserError: there are checkpoints, but all are damaged.
-    """
-    steps = list(checkpoint_steps(folder).values())
-    for path in reversed(steps):
-        wrong = _damage(path)
-        if wrong is None:
-            return path
-        if path == steps[0]:
-            raise UserError(
-                f"{folder}: all of its checkpoints ({len(steps)}) are damaged, the last: {wrong}; --fresh starts over"
-            )
-        report(f"{path} is damaged: {wrong}; the checkpoint before it is tried")
-    return None
-
-
-def find_checkpoint(path: str, folder: Path, report: Callable[[str], None]) -> Path:
-    """The checkpoint that `training.resume_from_checkpoint` names: a folder, or "latest" of the run in `folder`.
-
-    Raises:
-      UserError: there is none, or it is damaged.
-    """
-    where = f"training.resume_from_checkpoint ({path})"
-    if path == "latest":
-        newest = newest_intact(folder, report)
-        if newest is None:
-            raise UserError(f"{where}: no checkpoint in {folder}; leave it out to start there")
-        return newest
-    chosen = Path(path)
-    if not chosen.is_dir():
-        raise UserError(f"{where}: no such folder; name a {PREFIX}_<step> folder, or latest")
-    if not (chosen / "optimizer").is_dir() or not (chosen / "params").is_dir():
-        inside = checkpoint_steps(chosen)
-        hint = f"one of its checkpoints, such as {inside[max(inside)]}" if inside else f"a {PREFIX}_<step> folder"
-        raise UserError(f"{where}: is not a checkpoint folder; name {hint}")
-    wrong = _damage(chosen)
-    if wrong is not None:
-        raise UserError(f"{where}: is damaged: {wrong}; name another")
-    return chosen
 
 
 def _read_json(path: Path, item: str, build: Callable[[Any], T]) -> T:
@@ -305,20 +208,6 @@ def restore_state(path: Path, target: TrainState, shards: int) -> TrainState:
     )
 
 
-def move_later_aside(folder: Path, step: int) -> list[Path]:
-    """Moves checkpoints beyond `step` into `<folder>/aside_<time>/`, so that a run can go on from `step`.
-
-    For the leader alone, before any process opens the checkpoints.
-    """
-    later = [path for number, path in _numbered(folder).items() if number > step]
-    if later:
-        aside = folder / time.strftime("aside_%Y%m%d_%H%M%S")
-        aside.mkdir(exist_ok=True)
-        for path in later:
-            path.rename(aside / path.name)
-    return later
-
-
 def save_model(path: Path, params: Any, config: Config, tokenizer: Tokenizer, progress: Progress) -> None:
     """Writes a self-contained model folder, replacing the one at `path` so that a crash leaves one of the two.
 
@@ -328,7 +217,7 @@ def save_model(path: Path, params: Any, config: Config, tokenizer: Tokenizer, pr
     Raises:
       one of SAVE_ERRORS: it could not be written; the old one stays.
     """
-    new = _new(path)
+    new = new_name(path)
     handlers = {name: handler for name, handler in _handlers().items() if name != "optimizer"}
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler(**handlers)) as orbax:
         orbax.save(new.resolve(), args=ocp.args.Composite(**_items(params, config, tokenizer, progress)), force=True)

@@ -17,10 +17,9 @@ from typing import Any
 
 import jax
 import numpy as np
-from filelock import FileLock, Timeout
 from flax import nnx
 
-from jaxlm import checkpoint, deepspeed, sharding
+from jaxlm import checkpoint, deepspeed, folder, sharding
 from jaxlm.config import Config, changed_fields, resolved, to_dict, validate
 from jaxlm.data.loader import Rows, documents_of_step, eval_batches, total_steps, train_batches
 from jaxlm.data.packing import plan_cached
@@ -75,7 +74,7 @@ class Trainer:
         config, self._deepspeed_lines = deepspeed.apply(config, world=sharding.row_shards(self.mesh))
         config = validate(resolved(config))
         self.folder = Path(config.training.checkpoint_dir).expanduser()
-        self._lock = _open_folder(self.folder, fresh)
+        self._lock = folder.open_folder(self.folder, fresh)
         resume_from = self._find_resume(config)
         jax.config.update("jax_compilation_cache_dir", str(cache_root(config.data) / "compiled"))
 
@@ -95,12 +94,12 @@ class Trainer:
     def _find_resume(self, config: Config) -> Path | None:
         """The checkpoint to go on from: the one named, else the newest of the run in this folder."""
         if is_leader():
-            checkpoint.clean(self.folder)
+            folder.clean(self.folder)
         barrier("put the folder in order")
         named = config.training.resume_from_checkpoint
         if named is not None:
-            return checkpoint.find_checkpoint(named, self.folder, say)
-        return checkpoint.newest_intact(self.folder, say)
+            return folder.find_checkpoint(named, self.folder, say)
+        return folder.newest_intact(self.folder, say)
 
     def _prepare_data(self, config: Config, resume_from: Path | None) -> None:
         """Text -> tokenizer -> token arrays -> rows; fixes the vocabulary size in the configuration."""
@@ -181,7 +180,7 @@ class Trainer:
             resume_from is not None
             and self.config.training.resume_from_checkpoint in (None, "latest")
             and checkpoint.read_progress(resume_from).step >= self.total_steps
-            and checkpoint.is_intact(final)
+            and folder.is_intact(final)
             and checkpoint.read_progress(final).step >= self.total_steps
         )
 
@@ -324,14 +323,14 @@ class Trainer:
     def _open_log(self) -> list[Sink]:
         """Puts the run's folder into the state of the current step, and opens what is written on the way."""
         try:
-            for path in checkpoint.move_later_aside(self.folder, self.current_step):
+            for path in folder.move_later_aside(self.folder, self.current_step):
                 say(f"moved aside: {path.name}, later than step {self.current_step}")
             self.tokenizer.save(self.folder / "tokenizer")
             config_text = json.dumps(to_dict(self.config), indent=2) + "\n"
             (self.folder / "config.json").write_text(config_text, encoding="utf-8")
             return make_sinks(self.config, self.folder, self.current_step)
         except OSError as error:
-            raise _not_writable(self.folder, error) from error
+            raise folder.not_writable(self.folder, error) from error
 
     def _end(self, stop: StopRequest, stopping: bool) -> None:
         """Says how it ended, when all processes have saved."""
@@ -520,40 +519,3 @@ class Trainer:
 
 def _shown(value: Any) -> str:
     return json.dumps(value)
-
-
-def _open_folder(folder: Path, fresh: bool) -> FileLock:
-    """Makes the run's folder this run's own, after moving an old one aside if `fresh`.
-
-    Returns:
-      the lock that keeps other runs out, held by the leader; within one process it can be taken again.
-
-    Raises:
-      UserError: it cannot be written to, or another run is using it.
-    """
-    where = f"training.checkpoint_dir ({folder})"
-    lock = FileLock(folder / ".lock", timeout=0, is_singleton=True)
-    try:
-        if fresh and folder.exists() and is_leader():
-            with lock:
-                aside = folder.with_name(f"{folder.name}.{time.strftime('%Y%m%d_%H%M%S')}")
-                folder.rename(aside)
-            say(f"moved aside: {folder} is now {aside}")
-        barrier("moved the old folder aside")
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".write_test_{jax.process_index()}_{os.getpid()}"
-        probe.touch()
-        probe.unlink()
-        if is_leader():
-            lock.acquire()
-    except Timeout as error:
-        raise UserError(f"{where}: another run is using it; wait for its end, or name another folder") from error
-    except OSError as error:
-        raise _not_writable(folder, error) from error
-    return lock
-
-
-def _not_writable(folder: Path, error: OSError) -> UserError:
-    return UserError(
-        f"training.checkpoint_dir ({folder}): cannot be written to ({error.strerror}); mend that or name another folder"
-    )

@@ -14,7 +14,7 @@ LAYERS = [
     ["errors"],
     ["config"],
     ["manifest", "health", "signals", "distributed", "sharding", "precision", "optim", "loss", "metrics"],
-    ["tokenizer", "deepspeed", "watchdog"],
+    ["tokenizer", "deepspeed", "watchdog", "folder"],
     ["cli"],
     ["model.dropout"],
     ["model.attention"],

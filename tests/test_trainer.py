@@ -19,6 +19,7 @@ from jaxlm import Trainer, checkpoint, load
 from jaxlm.config import resolved, to_dict
 from jaxlm.errors import RunFailed, Stopped, UserError
 from jaxlm.evaluate import evaluate_model
+from jaxlm.folder import checkpoint_steps
 
 pytestmark = pytest.mark.xdist_group("trainer")  # one worker makes the reference run, once
 
@@ -222,9 +223,9 @@ def test_save_total_limit_and_longer_run(tmp_path, corpus):
     short = {**HARD, "training.save_steps": 1, "training.save_total_limit": 2, "training.max_steps": 4}
     Trainer(make_config(tmp_path, corpus, **short)).train()
     folder = tmp_path / "run"
-    assert set(checkpoint.checkpoint_steps(folder)) == {3, 4}
+    assert set(checkpoint_steps(folder)) == {3, 4}
     Trainer(make_config(tmp_path, corpus, **short | {"training.max_steps": 6})).train()  # max_steps may grow
-    assert set(checkpoint.checkpoint_steps(folder)) == {5, 6}
+    assert set(checkpoint_steps(folder)) == {5, 6}
     assert checkpoint.read_progress(folder / "final_model").step == 6
 
 
@@ -234,7 +235,7 @@ def test_resume_at_an_earlier_checkpoint(tmp_path, corpus, reference):
     folder = tmp_path / "run"
     earlier = str(folder / "checkpoint_4")
     Trainer(make_config(tmp_path, corpus, **HARD, **{"training.resume_from_checkpoint": earlier})).train()
-    assert set(checkpoint.checkpoint_steps(folder)) == {2, 4, 6, 8, 9}
+    assert set(checkpoint_steps(folder)) == {2, 4, 6, 8, 9}
     (aside,) = folder.glob("aside_*")
     assert {path.name for path in aside.iterdir()} == {"checkpoint_6", "checkpoint_8", "checkpoint_9"}
     assert_same(arrays(folder / "checkpoint_9"), arrays(aside / "checkpoint_9"))
@@ -280,7 +281,7 @@ def test_signal_saves_and_raises_stopped(tmp_path, corpus, reference):
     trainer._log_metrics = interrupt
     with pytest.raises(Stopped, match="SIGINT at step 3"):
         trainer.train()
-    assert max(checkpoint.checkpoint_steps(tmp_path / "run")) == 3
+    assert max(checkpoint_steps(tmp_path / "run")) == 3
     Trainer(config).train()
     run = Path(make_config(reference, corpus, **HARD).training.checkpoint_dir)
     assert_same(arrays(tmp_path / "run" / "checkpoint_9"), arrays(run / "checkpoint_9"))
