@@ -4,6 +4,7 @@ What is being saved has a name that ends in ".new"; what is being deleted, one t
 complete.
 """
 
+import itertools
 import os
 import re
 import shutil
@@ -36,7 +37,7 @@ def open_folder(folder: Path, fresh: bool) -> FileLock:
     try:
         if fresh and folder.exists() and is_leader():
             with lock:
-                aside = folder.with_name(f"{folder.name}.{time.strftime('%Y%m%d_%H%M%S')}")
+                aside = _unused(folder.with_name(f"{folder.name}.{time.strftime('%Y%m%d_%H%M%S')}"))
                 folder.rename(aside)
             say(f"moved aside: {folder} is now {aside}")
         barrier("moved the old folder aside")
@@ -51,6 +52,12 @@ def open_folder(folder: Path, fresh: bool) -> FileLock:
     except OSError as error:
         raise not_writable(folder, error) from error
     return lock
+
+
+def _unused(path: Path) -> Path:
+    """`path`, or that name with a number where clocks have jumped or somebody was quick."""
+    numbered = (path.with_name(f"{path.name}_{i}") for i in itertools.count(2))
+    return path if not path.exists() else next(name for name in numbered if not name.exists())
 
 
 def not_writable(folder: Path, error: OSError) -> UserError:
@@ -160,8 +167,8 @@ def move_later_aside(folder: Path, step: int) -> list[Path]:
     """
     later = [path for number, path in _numbered(folder).items() if number > step]
     if later:
-        aside = folder / time.strftime("aside_%Y%m%d_%H%M%S")
-        aside.mkdir(exist_ok=True)
+        aside = _unused(folder / time.strftime("aside_%Y%m%d_%H%M%S"))
+        aside.mkdir()
         for path in later:
             path.rename(aside / path.name)
     return later

@@ -1,5 +1,6 @@
 """Whether the numbers of a run are well: updates that were skipped, losses that jump."""
 
+import math
 import statistics
 from collections import deque
 
@@ -51,6 +52,8 @@ class LossSpikes:
 
     def look(self, loss: float) -> str | None:
         """What is unusual about `loss`, if anything; a loss that is not finite is not a spike."""
+        if not math.isfinite(loss):
+            return None
         before = list(self._recent)
         self._recent.append(loss)
         if len(before) < SPIKE_WINDOW // 5:

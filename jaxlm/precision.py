@@ -59,7 +59,7 @@ def next_loss_scale(now: LossScale, finite: jax.Array, config: TrainingConfig) -
         return dataclasses.replace(now, exhausted=now.exhausted + jnp.where(finite, 0, 1))
     grows = finite & (now.good_steps + 1 >= config.loss_scale_window)
     shrinks = ~finite & (now.tolerance <= 1)
-    at_floor = now.scale <= config.min_loss_scale
+    at_floor = ~(now.scale > config.min_loss_scale)  # or not a number
     scale = jnp.where(grows, jnp.minimum(now.scale * 2, MAX_LOSS_SCALE), now.scale)
     return LossScale(
         scale=jnp.where(shrinks, jnp.maximum(scale / 2, config.min_loss_scale), scale),

@@ -303,21 +303,22 @@ class Trainer:
 
     def _begin(self, opened: ExitStack) -> None:
         """Writes what describes the run, opens the sinks and compiles the step; `opened` closes everything."""
-        sinks = self._open_log() if is_leader() else []
+        self._progress = Progress(self.current_step, self.last_step, shown=is_leader())
+        self.metrics_tracker = MetricsTracker([*(self._open_log() if is_leader() else []), self._progress])
+        opened.callback(self.metrics_tracker.close)
         barrier("prepared the folder")
         self.checkpoints = checkpoint.Checkpoints(self.folder, self.config.training.save_total_limit, say)
         opened.callback(self.checkpoints.close)  # which waits for the saves
-        started = time.perf_counter()
-        step = make_train_step(self.graphdef, self.config, self.schedule, self.layout)
-        self.train_step = compile_train_step(step, self.abstract_state, self._abstract_batch())
-        say(f"compiled the step in {time.perf_counter() - started:.1f} s")
+        with self._watchdog.during("compiling the step"):
+            started = time.perf_counter()
+            step = make_train_step(self.graphdef, self.config, self.schedule, self.layout)
+            self.train_step = compile_train_step(step, self.abstract_state, self._abstract_batch())
+            say(f"compiled the step in {time.perf_counter() - started:.1f} s")
+        self._watchdog.updated(self.current_step)
         self._skipped = SkippedUpdates(int(self.state.skipped))
         self._spikes = LossSpikes()
         self._vote = StopVote(self.mesh)
         self._votes: list[jax.Array] = []
-        self._progress = Progress(self.current_step, self.last_step, shown=is_leader())
-        self.metrics_tracker = MetricsTracker([*sinks, self._progress])
-        opened.callback(self.metrics_tracker.close)
         self._restart_clock()
 
     def _open_log(self) -> list[Sink]:

@@ -1,0 +1,102 @@
+"""A stop signal at any moment of a run, and a hang: how the process ends, and that the same command goes on."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+from conftest import make_config
+
+import jaxlm.trainer
+from jaxlm import Trainer, checkpoint, cli
+from jaxlm.config import to_dict
+from jaxlm.folder import checkpoint_steps
+
+STEPS = {"training.max_steps": 6, "training.save_steps": 2, "training.eval_steps": 3}
+
+# What is under way when SIGTERM comes: who does it, and how the process ends.
+MOMENTS = {
+    "looking for devices": (jaxlm.trainer, "training_devices", 75),
+    "tokenizing": (jaxlm.trainer, "prepare", 75),
+    "packing": (jaxlm.trainer, "plan_cached", 75),
+    "building the model": (jaxlm.trainer, "init_state", 75),
+    "compiling": (jaxlm.trainer, "compile_train_step", 75),
+    "logging": (Trainer, "_log_metrics", 75),
+    "evaluating": (jaxlm.trainer, "evaluate_rows", 75),
+    "saving a checkpoint": (checkpoint.Checkpoints, "save", 75),
+    "sealing a checkpoint": (checkpoint, "seal", 75),
+    "saving the best model": (Trainer, "_save_best_model", 75),
+    "saving the final model": (Trainer, "_save_final_model", 0),
+}
+
+
+def exit_code(config):
+    """Of `scripts/train.py` with this configuration."""
+    with pytest.raises(SystemExit) as ended:
+        cli.main(lambda: Trainer(config).train())
+    return ended.value.code or 0
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_sigterm_at_any_moment(tmp_path, corpus, monkeypatch, capsys, moment):
+    owner, name, code = MOMENTS[moment]
+    original, calls = getattr(owner, name), []
+
+    def interrupted(*arguments, **options):
+        calls.append(name)
+        if len(calls) == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(*arguments, **options)
+
+    config = make_config(tmp_path, corpus, **STEPS)
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, interrupted)
+        assert exit_code(config) == code
+    assert calls
+    said = capsys.readouterr().err
+    assert code == 0 or re.search(r"^stopped: SIGTERM.*the same command (goes on|starts again)$", said, re.MULTILINE)
+    assert exit_code(config) == 0
+    assert Trainer(config).finished and max(checkpoint_steps(tmp_path / "run")) == 6
+
+
+HANG = """
+    import sys, threading
+    from jaxlm import Trainer, cli, distributed
+    from jaxlm.config import replace_fields
+
+    class Hanging(Trainer):
+        def _log_metrics(self, loss):
+            super()._log_metrics(loss)
+            if self.current_step == 3 and (len(sys.argv) < 4 or sys.argv[3] == "1"):
+                threading.Event().wait()
+
+    def run():
+        if len(sys.argv) > 3:
+            distributed.start(f"127.0.0.1:{sys.argv[2]}", 2, int(sys.argv[3]))
+        config = replace_fields(cli.load_config(sys.argv[1]), {"training.watchdog_seconds": 5})
+        Hanging(config).train()
+
+    cli.main(run)
+"""
+
+
+def start(tmp_path, config, *arguments):
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(to_dict(config)))
+    command = [sys.executable, "-c", textwrap.dedent(HANG), str(file), *arguments]
+    environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "1"}
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment, cwd=Path(__file__).parents[2])
+
+
+def test_a_hang_ends_the_run_with_all_stacks(tmp_path, corpus):
+    process = start(tmp_path, make_config(tmp_path, corpus, **STEPS))
+    said = process.communicate(timeout=120)[1]
+    assert process.returncode == 1
+    assert "failed: the update after step 0: " in said and "no sign of life for 5 s (training.watchdog_seconds)" in said
+    assert "in _log_metrics" in said, "the stack shows where it hung"
+    assert set(checkpoint_steps(tmp_path / "run")) == {2}
