@@ -36,7 +36,7 @@ JSON_ITEMS = {"config": "config.json", "tokenizer": "tokenizer.json", "progress"
 
 SAVE_ERRORS = (OSError, ValueError, RuntimeError)  # of files; of tensorstore; of the other processes, as JAX puts it
 
-absl_logging.set_verbosity(absl_logging.ERROR)  # Orbax reports every save in several lines
+absl_logging.set_verbosity(absl_logging.FATAL)  # Orbax reports every save, and errors that we report ourselves
 
 
 @dataclasses.dataclass(frozen=True)
