@@ -5,7 +5,9 @@ Every saved folder holds the same items: `params` (Orbax), `config/config.json`,
 """
 
 import dataclasses
+import errno
 import json
+import logging
 import os
 import shutil
 from collections.abc import Callable
@@ -36,6 +38,7 @@ JSON_ITEMS = {"config": "config.json", "tokenizer": "tokenizer.json", "progress"
 
 SAVE_ERRORS = (OSError, ValueError, RuntimeError)  # of files; of tensorstore; of the other processes, as JAX puts it
 
+logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # it repeats every error of a save that failed
 absl_logging.set_verbosity(absl_logging.FATAL)  # Orbax reports every save, and errors that we report ourselves
 
 
@@ -90,6 +93,7 @@ class Checkpoints:
         args = ocp.args.Composite(optimizer=ocp.args.StandardSave(optimizer), **items)
         new = new_name(final)
         try:
+            _check_room(self.folder, state)
             self._orbax.save(new, args=args, force=True)
         except SAVE_ERRORS as error:
             self._give_up(progress.step, error)
@@ -126,6 +130,15 @@ class Checkpoints:
         self.wait()
         self._thread.shutdown()
         self._orbax.close()
+
+
+def _check_room(folder: Path, arrays: Any) -> None:
+    """Raises OSError if `arrays` don't fit on the disk; Orbax would find out too, but only after some hundred lines."""
+    needed, free = sum(x.nbytes for x in jax.tree.leaves(arrays)), shutil.disk_usage(folder).free
+    lacking = f"{os.strerror(errno.ENOSPC)}, {needed / 2**20:,.1f} MiB needed and {free / 2**20:,.1f} MiB free"
+    said = told_by_any(lacking if free < needed else None)
+    if said is not None:
+        raise OSError(errno.ENOSPC, said)
 
 
 def reason_of(error: Exception) -> str:
@@ -217,6 +230,7 @@ def save_model(path: Path, params: Any, config: Config, tokenizer: Tokenizer, pr
     Raises:
       one of SAVE_ERRORS: it could not be written; the old one stays.
     """
+    _check_room(path.parent, params)
     new = new_name(path)
     handlers = {name: handler for name, handler in _handlers().items() if name != "optimizer"}
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler(**handlers)) as orbax:
