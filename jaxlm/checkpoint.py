@@ -10,8 +10,10 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -69,6 +71,17 @@ def _items(params: Any, config: Config, tokenizer: Tokenizer, progress: Progress
     }
 
 
+@contextmanager
+def _without_echo() -> Iterator[None]:
+    """Drops what the other writes of a save say after one has failed: it is one error, and it is raised."""
+    hook = sys.unraisablehook
+    sys.unraisablehook = lambda raised: None if "Event loop is closed" in str(raised.exc_value) else hook(raised)
+    try:
+        yield
+    finally:
+        sys.unraisablehook = hook
+
+
 class Checkpoints:
     """The `checkpoint_<step>` folders of a run, the newest `limit` of them (None: all), written in the background.
 
@@ -81,6 +94,8 @@ class Checkpoints:
         self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(**_handlers()))
         self._saving: tuple[int, Future[None]] | None = None
         self._thread = ThreadPoolExecutor(1, "save")
+        self._open = ExitStack()
+        self._open.enter_context(_without_echo())
 
     def save(self, state: TrainState, config: Config, tokenizer: Tokenizer, progress: Progress) -> None:
         """Saves atomically, in the background; a step that is there already stays as it is."""
@@ -130,6 +145,7 @@ class Checkpoints:
         self.wait()
         self._thread.shutdown()
         self._orbax.close()
+        self._open.close()
 
 
 def _check_room(folder: Path, arrays: Any) -> None:
@@ -233,7 +249,7 @@ def save_model(path: Path, params: Any, config: Config, tokenizer: Tokenizer, pr
     _check_room(path.parent, params)
     new = new_name(path)
     handlers = {name: handler for name, handler in _handlers().items() if name != "optimizer"}
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler(**handlers)) as orbax:
+    with _without_echo(), ocp.Checkpointer(ocp.CompositeCheckpointHandler(**handlers)) as orbax:
         orbax.save(new.resolve(), args=ocp.args.Composite(**_items(params, config, tokenizer, progress)), force=True)
     failed = None
     if is_leader():
