@@ -6,7 +6,9 @@ prints and writes what is not sharded.
 
 import hashlib
 import os
+import socket
 import sys
+import time
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -40,10 +42,8 @@ def start(address: str | None = None, num_processes: int | None = None, process_
         raise UserError(f"{', '.join(missing)}: missing; the three are given together, or none")
     if jax.distributed.is_initialized() or (missing and not _launched_by_cluster()):
         return
-    if num_processes is not None and process_id is not None and not 0 <= process_id < num_processes:
-        raise UserError(f"--process_id ({process_id}) must be from 0 to --num_processes - 1 ({num_processes - 1})")
-    if address is not None and not address.rpartition(":")[2].isdigit():
-        raise UserError(f"--coordinator_address ({address}) must be HOST:PORT")
+    if address is not None and num_processes is not None and process_id is not None:
+        _check_reachable(address, num_processes, process_id)
     try:
         jax.distributed.initialize(
             address,
@@ -58,13 +58,55 @@ def start(address: str | None = None, num_processes: int | None = None, process_
         raise RunFailed(f"the processes did not find each other: {str(error).splitlines()[0]}") from error
 
 
+def _check_reachable(address: str, num_processes: int, process_id: int) -> None:
+    """Waits for process 0 here, since JAX would end this process with a core dump if it didn't come.
+
+    Raises:
+      UserError: numbers or an address that can't be.
+      RunFailed: nobody answers at the address.
+    """
+    where = f"--coordinator_address ({address})"
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit() or not 0 < int(port) < 2**16:
+        raise UserError(f"{where} must be HOST:PORT")
+    if num_processes < 1:
+        raise UserError(f"--num_processes ({num_processes}) must be at least 1")
+    if not 0 <= process_id < num_processes:
+        raise UserError(f"--process_id ({process_id}) must be from 0 to {num_processes - 1}, of {num_processes}")
+    try:
+        socket.getaddrinfo(host.strip("[]"), int(port))
+    except (OSError, UnicodeError) as error:
+        raise UserError(f"{where}: no host of that name; name the host of process 0") from error
+    waits = (
+        f"waiting for {num_processes - 1} other process(es)"
+        if process_id == 0
+        else f"looking for process 0 at {address}"
+    )
+    print(f"{waits}, for up to {START_SECONDS} s", file=sys.stderr, flush=True)
+    deadline = time.monotonic() + START_SECONDS
+    while process_id > 0:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+            return
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise RunFailed(f"{where}: no process 0 there within {START_SECONDS} s ({error.strerror})") from error
+            time.sleep(0.5)
+
+
 def _launched_by_cluster() -> bool:
     """Whether a launcher that JAX knows started several processes.
 
     Raises:
       UserError: one that it doesn't know has.
     """
-    count = lambda variable: int(os.environ.get(variable) or 1)  # noqa: E731
+
+    def count(variable: str) -> int:
+        text = os.environ.get(variable) or "1"
+        if not text.isdigit():
+            raise UserError(f"{variable} ({text}): must be a number; unset it")
+        return int(text)
+
     if count("SLURM_STEP_NUM_TASKS") > 1 or (
         count("OMPI_COMM_WORLD_SIZE") > 1 and "OMPI_MCA_orte_hnp_uri" in os.environ
     ):
@@ -178,8 +220,12 @@ def find_devices() -> list[jax.Device]:
     """
     try:
         devices = jax.devices()
-    except RuntimeError as error:  # JAX_PLATFORMS names a backend that can't start
-        raise UserError(f"JAX found no device: {str(error).splitlines()[0]}") from error
+    except (RuntimeError, AssertionError) as error:  # JAX_PLATFORMS names a backend that can't start, or is not here
+        asked = f"JAX_PLATFORMS ({os.environ.get('JAX_PLATFORMS', '')})"
+        reason = f": {str(error).splitlines()[0]}" if str(error) else ""
+        raise UserError(
+            f'{asked}: JAX found no device{reason}; unset it, or for a GPU: pip install -e ".[cuda12]" (or cuda13)'
+        ) from error
     cpu_is_meant = os.environ.get("JAX_PLATFORMS", "") == "cpu"
     if devices[0].platform == "cpu" and _nvidia_device_visible() and not cpu_is_meant:
         raise UserError(
@@ -199,7 +245,8 @@ def training_devices(config: TrainingConfig) -> list[jax.Device]:
     devices = find_devices()
     if config.world_size is not None and config.world_size != len(devices):
         raise UserError(
-            f"training.world_size ({config.world_size}) differs from the {len(devices)} device(s) found; unset it"
+            f"training.world_size ({config.world_size}) differs from the {len(devices)} device(s) found; "
+            "start it where there are as many, or unset it"
         )
     backend = "gloo" if devices[0].platform == "cpu" else "nccl"
     if config.distributed_backend is not None and config.distributed_backend != backend:

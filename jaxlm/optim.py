@@ -42,9 +42,14 @@ SCHEDULES: dict[str, Callable[[TrainingConfig], Callable[[jax.Array], jax.Array]
 }
 
 
+def schedule_end(config: TrainingConfig, total_steps: int) -> int:
+    """The update at which the learning rate reaches its last value."""
+    return config.schedule_steps if config.schedule_steps is not None else total_steps
+
+
 def effective_warmup(config: TrainingConfig, total_steps: int) -> int:
-    """warmup_steps, but at most a tenth of the run."""
-    return min(config.warmup_steps, total_steps // 10)
+    """warmup_steps, but at most a tenth of the run and of the schedule."""
+    return min(config.warmup_steps, min(total_steps, schedule_end(config, total_steps)) // 10)
 
 
 def build_schedule(config: TrainingConfig, total_steps: int) -> Schedule:
@@ -53,7 +58,7 @@ def build_schedule(config: TrainingConfig, total_steps: int) -> Schedule:
     Update number s (from 0) uses `schedule(s)`: the first already moves, the last one uses the end value. The end is
     at `schedule_steps`, or at `total_steps`.
     """
-    end = config.schedule_steps if config.schedule_steps is not None else total_steps
+    end = schedule_end(config, total_steps)
     warmup = effective_warmup(config, total_steps)
     decay = SCHEDULES[config.lr_scheduler](config)
     peak, floor, start = config.learning_rate, config.min_lr_ratio, config.warmup_min_ratio

@@ -21,6 +21,11 @@ def scales_loss(config: TrainingConfig) -> bool:
     return compute_dtype(config) == jnp.float16
 
 
+def scales_loss_dynamically(config: TrainingConfig) -> bool:
+    """Whether the scale follows the gradients."""
+    return scales_loss(config) and not config.loss_scale
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LossScale:
@@ -51,12 +56,10 @@ def next_loss_scale(now: LossScale, finite: jax.Array, config: TrainingConfig) -
     """The scale after an update whose gradients were finite or not, by DeepSpeed's rule.
 
     Halved (not below min_loss_scale) by the last of loss_scale_hysteresis overflows; doubled, with the hysteresis
-    renewed, after loss_scale_window updates without one.
+    renewed, after loss_scale_window updates without one. A fixed scale stays.
     """
-    if not scales_loss(config):
+    if not scales_loss_dynamically(config):
         return now
-    if config.loss_scale:
-        return dataclasses.replace(now, exhausted=now.exhausted + jnp.where(finite, 0, 1))
     grows = finite & (now.good_steps + 1 >= config.loss_scale_window)
     shrinks = ~finite & (now.tolerance <= 1)
     at_floor = ~(now.scale > config.min_loss_scale)  # or not a number

@@ -49,8 +49,8 @@ from jaxlm.metrics import (
 )
 from jaxlm.model import Transformer
 from jaxlm.model.attention import choose_attention
-from jaxlm.optim import build_optimizer, build_schedule, effective_warmup
-from jaxlm.precision import compute_dtype, scales_loss
+from jaxlm.optim import build_optimizer, build_schedule, effective_warmup, schedule_end
+from jaxlm.precision import compute_dtype, scales_loss, scales_loss_dynamically
 from jaxlm.signals import StopRequest
 from jaxlm.step import TrainState, compile_train_step, init_state, make_eval_step, make_train_step
 from jaxlm.watchdog import Watchdog
@@ -68,11 +68,11 @@ class Trainer:
 
     def __init__(self, config: Config, *, fresh: bool = False) -> None:
         config = validate(config)
-        check_report_to(config.training.report_to)
         self.devices = training_devices(config.training)
         self.mesh = sharding.make_mesh(self.devices, sharding.mesh_shape(config, len(self.devices)))
         config, self._deepspeed_lines = deepspeed.apply(config, world=sharding.row_shards(self.mesh))
         config = validate(resolved(config))
+        check_report_to(config.training.report_to)
         self.folder = Path(config.training.checkpoint_dir).expanduser()
         self._lock = folder.open_folder(self.folder, fresh)
         resume_from = self._find_resume(config)
@@ -134,7 +134,7 @@ class Trainer:
             kept = checkpoint.read_progress(resume_from).global_batch
             if kept % micro_batch:
                 raise UserError(
-                    f"training.batch_size ({training.batch_size}) x {sharding.row_shards(self.mesh)} device(s) must "
+                    f"training.batch_size ({training.batch_size}) x {self._shown_shards()} must "
                     f"divide the {kept} rows an update of {resume_from}; change it, or the number of devices"
                 )
             if kept != self.global_batch:
@@ -148,6 +148,12 @@ class Trainer:
         self.total_steps = total_steps(training.num_epochs, len(self.rows), self.global_batch, training.max_steps)
         stop = self.total_steps if training.stop_at_step is None else training.stop_at_step
         self.last_step = min(stop, self.total_steps)
+
+    def _shown_shards(self) -> str:
+        """What a micro-batch's rows are split over."""
+        tensor = self.config.training.tensor_parallel
+        groups = sharding.row_shards(self.mesh)
+        return f"{groups} groups of {tensor} devices" if tensor > 1 else f"{groups} device(s)"
 
     def _check_same_processes(self) -> None:
         """Refuses processes that were started with other options or other text; caches may be elsewhere."""
@@ -237,7 +243,7 @@ class Trainer:
             "optimizer and gradients"
         )
         say(
-            f"batch: {training.batch_size} rows x {sharding.row_shards(self.mesh)} devices x "
+            f"batch: {training.batch_size} rows x {self._shown_shards()} x "
             f"{training.gradient_accumulation_steps} micro-batches = {self.global_batch} rows, "
             f"{self.global_batch * self.config.data.max_length:,} tokens"
         )
@@ -245,6 +251,10 @@ class Trainer:
             f"steps: {self.total_steps:,} ({self.total_steps * self.global_batch / len(self.rows):.2f} epochs), "
             f"{training.lr_scheduler} schedule, {warmup} of warm-up"
         )
+        end = schedule_end(training, self.total_steps)
+        if end != self.total_steps:
+            last = float(self.schedule(jax.numpy.int32(end)))
+            say(f"the schedule ends at step {end:,}: the learning rate is {last:.3g} from there on")
         if warmup < training.warmup_steps:
             say(f"training.warmup_steps ({training.warmup_steps}) exceeds a tenth of the run: shortened to {warmup}")
         if self.config.training.stop_at_step is not None:
@@ -316,6 +326,7 @@ class Trainer:
             say(f"compiled the step in {time.perf_counter() - started:.1f} s")
         self._watchdog.updated(self.current_step)
         self._skipped = SkippedUpdates(int(self.state.skipped))
+        self._exhausted = int(self.state.loss_scale.exhausted)
         self._spikes = LossSpikes()
         self._vote = StopVote(self.mesh)
         self._votes: list[jax.Array] = []
@@ -423,17 +434,25 @@ class Trainer:
                 f"step {step}: skipped, its loss or gradient is not finite; it was to learn from documents {shown} "
                 f"({len(documents)}, numbered from 0) of the training text"
             )
-        good = f"the last good checkpoint is in {self.folder}, lower training.learning_rate"
-        if values["scale_exhausted"]:
-            raise RunFailed(
-                f"step {self.current_step}: float16 overflows at the lowest loss scale ({values['loss_scale']:g}); "
-                f"{good}, or use training.amp_dtype bfloat16"
-            )
-        if self._skipped.in_a_row > training.max_skipped_steps and not scales_loss(training):
-            raise RunFailed(
-                f"step {self.current_step}: {self._skipped.in_a_row} updates in a row were not finite "
-                f"(training.max_skipped_steps {training.max_skipped_steps}); {good}"
-            )
+        self._check_skips(values)
+
+    def _check_skips(self, values: dict[str, float]) -> None:
+        training = self.config.training
+        if scales_loss_dynamically(training):
+            if values["scale_exhausted"] <= self._exhausted:
+                return
+            what = f"float16 overflows at the lowest loss scale ({values['loss_scale']:g})"
+            cure = "training.amp_dtype bfloat16, or a lower training.learning_rate"
+        else:
+            if self._skipped.in_a_row <= training.max_skipped_steps:
+                return
+            limit = f"training.max_skipped_steps {training.max_skipped_steps}"
+            what = f"{self._skipped.in_a_row} updates in a row were not finite ({limit})"
+            cure = "a lower training.loss_scale, or 0" if scales_loss(training) else "a lower training.learning_rate"
+        self.checkpoints.wait()
+        saved = list(folder.checkpoint_steps(self.folder).values())
+        last = f"the last checkpoint is {saved[-1]}" if saved else "nothing was saved yet"
+        raise RunFailed(f"step {self.current_step}: {what}; {last}. Start over with {cure}, and --fresh")
 
     def _log_eval_metrics(self, metrics: dict[str, float]) -> None:
         """Adds the evaluation to the current step's row, keeps the best model, prints a sample."""

@@ -64,7 +64,9 @@ def test_the_named_documents_are_those_of_the_batch(tmp_path, corpus):
 def test_too_many_skipped_updates_end_the_run(tmp_path, corpus, monkeypatch):
     poison_gradients(monkeypatch, range(3, 100))
     options = {"training.max_steps": 100, "training.save_steps": 2, "training.max_skipped_steps": 4}
-    with pytest.raises(RunFailed, match=r"step 7: 5 updates in a row .*max_skipped_steps 4.*last good .*run"):
+    with pytest.raises(
+        RunFailed, match=r"step 7: 5 updates in a row .*max_skipped_steps 4.*last checkpoint is .*checkpoint_6\."
+    ):
         Trainer(make_config(tmp_path, corpus, **options)).train()
 
 
@@ -74,6 +76,17 @@ def test_a_loss_scale_that_is_no_number_ends_the_run(tmp_path, corpus):
     trainer.state = dataclasses.replace(trainer.state, loss_scale=scale)
     with pytest.raises(RunFailed, match="overflows at the lowest loss scale"):
         trainer.train()
+
+
+def test_an_overflow_at_a_fixed_loss_scale_is_skipped(tmp_path, corpus, capsys):
+    """It does not end the run; too many of them do, with the way out."""
+    float16 = {"training.use_amp": True, "training.amp_dtype": "float16", "training.loss_scale": 1e30}
+    config = make_config(tmp_path, corpus, **float16, **{"training.max_skipped_steps": 2})
+    with pytest.raises(
+        RunFailed, match=r"3 updates in a row .* nothing was saved yet.*lower training\.loss_scale, or 0"
+    ):
+        Trainer(config).train()
+    assert capsys.readouterr().err.count(": skipped") == 3
 
 
 def test_spikes_are_flagged_and_noise_is_not():
