@@ -182,29 +182,34 @@ class StopVote:
         return self._any(jax.make_array_from_process_local_data(self._everywhere, mine))
 
 
-class StepBoard:
-    """The last update that each process has seen done, posted where all can read it even when one hangs."""
+class StatusBoard:
+    """How far each process is, posted where all can read it even when one hangs."""
 
-    KEY = "jaxlm/step"
+    KEY = "jaxlm/status"
 
     def __init__(self) -> None:
         # JAX's public functions exchange values by collectives only, which is what hangs.
         self._client = jax_distributed.global_state.client
 
-    def publish(self, step: int) -> None:
-        """Posts this process's `step`."""
+    def post(self, signs: int, doing: str) -> None:
+        """Posts this process's number of signs of life so far, and what it is at; all run the same program."""
         if self._client is not None:
-            self._client.key_value_set(f"{self.KEY}/{jax.process_index()}", str(step), allow_overwrite=True)
+            self._client.key_value_set(f"{self.KEY}/{jax.process_index()}", f"{signs} {doing}", allow_overwrite=True)
 
     def lagging(self) -> str:
-        """A clause for an error message: which processes are behind the others, and where; empty if none is."""
+        """A clause for an error message: which processes are behind the others, and at what; empty if none is."""
         if self._client is None:
             return ""
-        posted = self._client.key_value_dir_get(self.KEY)
-        steps = {int(key.rpartition("/")[2]): int(step) for key, step in posted}
-        last = max(steps.values(), default=0)
-        behind = [f"{process} (step {step})" for process, step in sorted(steps.items()) if step < last]
-        return f"; behind the others (step {last}): process {', '.join(behind)}" if behind else ""
+        posted = sorted(
+            (int(key.rpartition("/")[2]), status) for key, status in self._client.key_value_dir_get(self.KEY)
+        )
+        signs = {process: int(status.partition(" ")[0]) for process, status in posted}
+        behind = [
+            f"process {process} at: {status.partition(' ')[2]}"
+            for process, status in posted
+            if signs[process] == min(signs.values()) < max(signs.values())
+        ]
+        return f"; behind the others is {', '.join(behind)}" if behind else ""
 
 
 def _nvidia_device_visible() -> bool:

@@ -25,7 +25,7 @@ from jaxlm.data.loader import Rows, documents_of_step, eval_batches, total_steps
 from jaxlm.data.packing import plan_cached
 from jaxlm.data.tokens import cache_root, prepare, prepared_once
 from jaxlm.distributed import (
-    StepBoard,
+    StatusBoard,
     StopVote,
     barrier,
     check_same_everywhere,
@@ -84,7 +84,7 @@ class Trainer:
         if resume_from is not None:
             self._check_same_run(config, resume_from)
         self.finished = self._is_finished(resume_from)
-        self._watchdog = Watchdog(self.config.training.watchdog_seconds, StepBoard())
+        self._watchdog = Watchdog(self.config.training.watchdog_seconds, StatusBoard())
         self._build_model()
         self._build_state(resume_from)
         self._start_report(resume_from)
@@ -305,6 +305,7 @@ class Trainer:
         """Whether to stop here: as soon as a signal came, or when all processes know that one of them got one."""
         if jax.process_count() == 1:
             return stop.signal is not None
+        self._watchdog.alive()  # before this waits for a process that never comes here
         self._votes.append(self._vote.cast(stop.signal is not None))
         return len(self._votes) > STEPS_AHEAD and bool(self._votes.pop(0))
 

@@ -10,7 +10,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 
-from jaxlm.distributed import StepBoard
+from jaxlm.distributed import StatusBoard
 
 EXIT_FAILED = 1
 TICK = 1.0  # seconds between looks
@@ -22,7 +22,8 @@ UNMEASURED = 1800.0  # seconds for what has no measured time: compiling, evaluat
 class Watchdog:
     """A thread that ends the process with 1 when the training loop has shown no sign of life for too long.
 
-    The limit is `limit` seconds, or, if that is None, TIMES_A_STEP times the median time of the last updates.
+    The limit is `limit` seconds for an update, or, if that is None, TIMES_A_STEP times the median of the last updates;
+    all else, such as compiling, has UNMEASURED seconds if that is more.
     Only time in which this thread itself runs is counted: a suspended process or a sleeping laptop is not a hang.
 
     Args:
@@ -30,13 +31,13 @@ class Watchdog:
       board: tells the other processes how far this one is, and which of them are behind.
     """
 
-    def __init__(self, limit: float | None, board: StepBoard) -> None:
+    def __init__(self, limit: float | None, board: StatusBoard) -> None:
         self.limit, self.board = limit, board
         self._step = 0  # last one seen
         self._phase: str | None = "starting"  # None: updates
         self._times: deque[float] = deque(maxlen=50)
         self._last_update = time.monotonic()
-        self._silent = 0.0
+        self._silent, self._signs = 0.0, 0
         self._ended = threading.Event()
 
     def __enter__(self) -> "Watchdog":
@@ -58,6 +59,7 @@ class Watchdog:
     def alive(self) -> None:
         """A part of what is being done is done."""
         self._silent = 0.0
+        self._signs += 1
 
     @contextlib.contextmanager
     def during(self, phase: str) -> Iterator[None]:
@@ -72,11 +74,16 @@ class Watchdog:
 
     def allowed(self) -> float:
         """Seconds of silence allowed now."""
+        if self._phase is not None:
+            return max(self.limit or 0, UNMEASURED)
         if self.limit is not None:
             return self.limit
-        if self._phase is not None or len(self._times) < 5:
+        if len(self._times) < 5:
             return UNMEASURED
         return max(SHORTEST, TIMES_A_STEP * statistics.median(self._times))
+
+    def _doing(self) -> str:
+        return self._phase or f"the update after step {self._step}"
 
     def _watch(self) -> None:
         last = time.monotonic()
@@ -84,16 +91,16 @@ class Watchdog:
             now = time.monotonic()
             self._silent += min(now - last, 2 * TICK)
             last = now
-            self.board.publish(self._step)
+            self.board.post(self._signs, self._doing())
             if self._silent > self.allowed():
                 self._end()
 
     def _end(self) -> None:
         """Says what every thread was at, and ends the process: nothing in it can be trusted to clean up."""
         faulthandler.dump_traceback(sys.stderr, all_threads=True)
-        what = self._phase or f"the update after step {self._step}"
+        self.board.post(self._signs, self._doing())
         print(
-            f"failed: {what}: no sign of life for {self.allowed():.0f} s (training.watchdog_seconds)"
+            f"failed: {self._doing()}: no sign of life for {self.allowed():.0f} s (training.watchdog_seconds)"
             f"{self.board.lagging()}; all threads' stacks are above; the same command goes on from the last checkpoint",
             file=sys.stderr,
             flush=True,

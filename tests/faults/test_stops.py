@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -100,3 +101,16 @@ def test_a_hang_ends_the_run_with_all_stacks(tmp_path, corpus):
     assert "failed: the update after step 0: " in said and "no sign of life for 5 s (training.watchdog_seconds)" in said
     assert "in _log_metrics" in said, "the stack shows where it hung"
     assert set(checkpoint_steps(tmp_path / "run")) == {2}
+
+
+@pytest.mark.xdist_group("processes")
+def test_a_process_that_hangs_is_named(tmp_path, corpus):
+    """One of two stops computing while its heartbeat goes on: both end, and the other one says which it was."""
+    config = make_config(tmp_path, corpus, **STEPS | {"training.max_steps": 1000, "training.eval_steps": 1000})
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    processes = [start(tmp_path, config, port, str(i)) for i in range(2)]
+    said = [process.communicate(timeout=200)[1] for process in processes]
+    assert all(process.returncode for process in processes)
+    assert re.search(r"no sign of life for 5 s .*; behind the others is process 1 at: the update after ", said[0]), said
