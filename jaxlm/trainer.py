@@ -463,7 +463,7 @@ class Trainer:
             f"step {self.current_step}: validation loss {metrics['loss']:.4f}, perplexity {metrics['perplexity']:.2f}, "
             f"{metrics['bits_per_byte']:.4f} bits per byte"
         )
-        if self.best_loss is None or metrics["loss"] < self.best_loss:
+        if math.isfinite(metrics["loss"]) and (self.best_loss is None or metrics["loss"] < self.best_loss):
             self._save_best_model(metrics["loss"])
         if self.config.training.sample_tokens:
             self._sample()

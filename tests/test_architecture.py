@@ -144,3 +144,17 @@ def test_second_defaults_are_recognised(text: str, found: bool) -> None:
     assert isinstance(statement, ast.Expr)
     assert isinstance(statement.value, ast.Call)
     assert second_default(statement.value, Path("x.py")) == found
+
+
+@pytest.mark.parametrize("path", ALL_SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_file_of_a_stranger_is_run_as_code(path):
+    """Checkpoints, tokenizers and JSON configurations are data; a configuration in Python is the user's own program."""
+    names = {node.id for node in ast.walk(tree(path)) if isinstance(node, ast.Name)}
+    attributes = {node.attr for node in ast.walk(tree(path)) if isinstance(node, ast.Attribute)}
+    keywords = {node.arg for node in ast.walk(tree(path)) if isinstance(node, ast.keyword)}
+    modules = {alias.name for node in ast.walk(tree(path)) if isinstance(node, ast.Import) for alias in node.names}
+    modules |= {node.module for node in ast.walk(tree(path)) if isinstance(node, ast.ImportFrom)}
+    assert not (names & {"eval", "exec", "compile"} or modules & {"pickle", "marshal", "shelve", "dill"})
+    assert not keywords & {"allow_pickle", "shell", "trust_remote_code"}
+    if path.name != "cli.py":
+        assert "run_path" not in attributes and "runpy" not in modules
