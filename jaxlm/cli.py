@@ -14,20 +14,25 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from jaxlm.config import SECTIONS, Config, from_dict, nearest, replace_fields, type_name
+from jaxlm.config import SECTIONS, Config, excerpt, from_dict, nearest, replace_fields, type_name
 from jaxlm.errors import RunFailed, Stopped, UserError
 from jaxlm.signals import StopRequest
 
 EXIT_FAILED, EXIT_USER_ERROR, EXIT_STOPPED = 1, 2, 75
+LONGEST_MESSAGE = 2000  # characters
 CONFIG_FILE_ERRORS = (  # what the user's own code in a configuration file is likely to raise
     ArithmeticError,
     AssertionError,
     AttributeError,
+    EOFError,
     ImportError,
     LookupError,
+    MemoryError,
     NameError,
     OSError,
     RuntimeError,
+    StopIteration,
+    SystemExit,
     TypeError,
     ValueError,
 )
@@ -40,6 +45,13 @@ class Parser(argparse.ArgumentParser):
         super().__init__(
             description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
         )
+
+    def parse_known_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def]
+        found, rest = super().parse_known_args(args, namespace)
+        for name, value in vars(found).items():
+            if value == []:  # what Python before 3.13 makes of --name=--
+                raise UserError(f"--{name} (--): is no value; --help lists all options")
+        return found, rest
 
     def error(self, message: str) -> NoReturn:
         known = [name for action in self._actions for name in action.option_strings]
@@ -116,7 +128,7 @@ def convert(dotted: str, text: str, annotation: Any) -> Any:
                 continue
         if kind is str:
             return text
-    raise UserError(f"{dotted} ({text!r}) must be {type_name(annotation)}")
+    raise UserError(f"{dotted} ({excerpt(text)}) must be {type_name(annotation)}")
 
 
 def _convert_list(dotted: str, text: str) -> tuple[str, ...]:
@@ -124,10 +136,10 @@ def _convert_list(dotted: str, text: str) -> tuple[str, ...]:
         return tuple(part.strip() for part in text.split(",") if part.strip())
     try:
         values = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f'{dotted} ({text!r}) is not a JSON list ({error}); write ["a", "b"] or a,b') from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f'{dotted} ({excerpt(text)}) is not a JSON list ({error}); write ["a", "b"] or a,b') from error
     if not all(isinstance(value, str) for value in values):
-        raise UserError(f'{dotted} ({text!r}) holds something else than text; write ["a", "b"] or a,b')
+        raise UserError(f'{dotted} ({excerpt(text)}) holds something else than text; write ["a", "b"] or a,b')
     return tuple(values)
 
 
@@ -138,14 +150,13 @@ def load_config(path: str) -> Config:
       UserError: missing, unreadable, not valid, or without a configuration.
     """
     file = Path(path)
-    if file.is_dir() or not file.exists():
-        raise UserError(
-            f"--config ({path}): {'is a folder' if file.is_dir() else 'no such file'}; name a .py or .json file"
-        )
+    if not os.path.isfile(file):  # Path's own would raise where a name is too long, or a folder is closed to us
+        reason = "is a folder" if os.path.isdir(file) else "no such file"
+        raise UserError(f"--config ({path}): {reason}; name a .py or .json file")
     if file.suffix == ".json":
         try:
             return from_dict(json.loads(file.read_text(encoding="utf-8")), f"--config ({path})")
-        except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
+        except (ValueError, RecursionError, OSError) as error:
             raise UserError(f"--config ({path}): not readable as JSON: {error}") from error
     if file.suffix != ".py":
         raise UserError(f"--config ({path}): must end in .py or .json")
@@ -168,7 +179,12 @@ def config_from(arguments: argparse.Namespace) -> Config:
 
 
 def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())
+    """Its text on one line, harmless to a terminal; what a file or an argument put into it may be long."""
+    text = " ".join(str(error).split())
+    text = "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text)
+    return (
+        text if len(text) <= LONGEST_MESSAGE else f"{text[: LONGEST_MESSAGE // 2]} ... {text[-LONGEST_MESSAGE // 2 :]}"
+    )
 
 
 def main(command: Callable[[], None]) -> NoReturn:

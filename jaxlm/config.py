@@ -9,13 +9,15 @@ import difflib
 import json
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 from jaxlm.errors import UserError
 
 T = TypeVar("T")
+LARGEST_INT, LARGEST_FLOAT = 2**31 - 1, 3.4e38  # what JAX computes with: int32, float32
+SHOWN = 200  # characters of a wrong value that a message repeats
 
 
 def option(
@@ -50,12 +52,14 @@ class _Section:
 class ModelConfig(_Section):
     """The Transformer. Defaults are those of GPT-2 small."""
 
-    vocab_size: int = option(50000, "BPE vocabulary to train; the model's is the size the tokenizer reached", low=1)
+    vocab_size: int = option(
+        50000, "BPE vocabulary to train; the model's is the size the tokenizer reached", low=1, high=2**24
+    )
     d_model: int = option(768, "width of the residual stream", low=1)
     n_heads: int = option(12, "attention heads; must divide d_model", low=1)
     n_layers: int = option(12, "Transformer blocks", low=1)
     d_ff: int = option(3072, "width of the feed-forward layer", low=1)
-    max_seq_len: int = option(1024, "longest sequence the model can take, in tokens", low=2)
+    max_seq_len: int = option(1024, "longest sequence the model can take, in tokens", low=2, high=2**24)
     dropout: float = option(0.1, "dropout of embeddings and of each block's two outputs", low=0, below=1)
     attention_dropout: float = option(0.1, "dropout of the attention weights", low=0, below=1)
     activation: str = option(
@@ -128,7 +132,7 @@ class TrainingConfig(_Section):
     )
     watchdog_seconds: float | None = option(
         None,
-        "end a run that shows no sign of life for so long; none: from the updates' own time; 0: never",
+        "end a run whose update takes so long; none: 20 times the usual, at least 60; 0: never",
         low=0,
         resumable=True,
     )
@@ -184,6 +188,12 @@ class DataConfig(_Section):
         0.05, "share of the text held out where there is no validation split", above=0, below=1
     )
     text_column: str = option("text", "column or key that holds the text")
+    on_bad_document: str = option(
+        "stop",
+        "what a document does that is not UTF-8, not text, bad JSON, bad CSV, or that cannot be tokenized: "
+        "stop before the run, or skip: it is left out, and that is said",
+        choices=("stop", "skip"),
+    )
     tokenizer_path: str | None = option(None, "a tokenizer.json of your own, instead of training one")
     max_length: int = option(1024, "tokens a row; longer documents are cut into pieces", low=2)
     min_length: int = option(10, "documents of fewer tokens (with <bos> and <eos>) are dropped", low=0)
@@ -312,21 +322,32 @@ def changed_fields(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
     }
 
 
+def excerpt(value: Any) -> str:
+    """`value` for a message, cut where it is long."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python refuses to write out an int of thousands of digits
+        return f"{type(value).__name__} too large to show"
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
+
+
 def check_field(dotted: str, field: Any, annotation: Any, value: Any) -> None:
     """Checks one value against its declared type and bounds; UserError names it `dotted`."""
     if not accepts(annotation, value):
-        raise UserError(f"{dotted} ({value!r}) must be {type_name(annotation)}")
+        raise UserError(f"{dotted} ({excerpt(value)}) must be {type_name(annotation)}")
     limits = field.metadata
     if value is None:
         return
     for item in value if isinstance(value, tuple) else (value,):
         if limits["choices"] and item not in limits["choices"]:
-            raise UserError(
-                f"{dotted} ({item}) is not one of {', '.join(limits['choices'])}{nearest(item, limits['choices'])}"
-            )
+            hint = nearest(item, limits["choices"])
+            raise UserError(f"{dotted} ({item[:SHOWN]}) is not one of {', '.join(limits['choices'])}{hint}")
+        if isinstance(item, str) and "\0" in item:
+            raise UserError(f"{dotted} ({excerpt(item)}) holds a NUL character; remove it")
     if isinstance(value, int | float):
-        if value != value or value in (float("inf"), float("-inf")):
-            raise UserError(f"{dotted} ({value}) must be a finite number")
+        largest = LARGEST_FLOAT if accepts(annotation, 0.5) else LARGEST_INT
+        if not abs(value) <= largest:  # NaN compares with nothing
+            raise UserError(f"{dotted} ({excerpt(value)}) must be a finite number, at most {largest}")
         if limits["low"] is not None and value < limits["low"]:
             raise UserError(f"{dotted} ({value}) must be at least {limits['low']}")
         if limits["above"] is not None and value <= limits["above"]:
@@ -335,6 +356,25 @@ def check_field(dotted: str, field: Any, annotation: Any, value: Any) -> None:
             raise UserError(f"{dotted} ({value}) must be at most {limits['high']}")
         if limits["below"] is not None and value >= limits["below"]:
             raise UserError(f"{dotted} ({value}) must be less than {limits['below']}")
+
+
+def _check_home_folders(config: Config) -> None:
+    """Refuses paths such as ~nobody/text, where there is no user of that name."""
+    training, data = config.training, config.data
+    paths: dict[str, Iterable[str | None]] = {
+        "training.checkpoint_dir": [training.checkpoint_dir],
+        "training.resume_from_checkpoint": [training.resume_from_checkpoint],
+        "data.train_files": data.train_files,
+        "data.validation_files": data.validation_files,
+        "data.tokenizer_path": [data.tokenizer_path],
+        "data.cache_dir": [data.cache_dir],
+    }
+    for dotted, named in paths.items():
+        for path in named:
+            try:
+                Path(path or "").expanduser()
+            except RuntimeError as error:
+                raise UserError(f"{dotted} ({path}): there is no such user; write the path in full") from error
 
 
 def validate(config: Config) -> Config:
@@ -370,6 +410,7 @@ def validate(config: Config) -> Config:
             "model.attention (cudnn) cannot do packed documents, attention dropout or float32; "
             "set data.pack_sequences false, model.attention_dropout 0 and training.use_amp true, or use blockwise"
         )
+    _check_home_folders(config)
     if training.checkpoint_dir == "":
         raise UserError("training.checkpoint_dir is empty; name a folder")
     resume = training.resume_from_checkpoint

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from jaxlm.config import SECTIONS, Config, accepts, check_field, nearest, replace_fields, type_name
+from jaxlm.config import SECTIONS, SHOWN, Config, accepts, check_field, nearest, replace_fields, type_name
 from jaxlm.errors import UserError
 
 PAIR = "two numbers"  # a kind, beside Python's types
@@ -33,6 +33,7 @@ class Rule:
     default: Any = MISSING  # DeepSpeed's, for keys that mean something by being left out
     note: str = ""  # for the documentation
     auto: bool = True  # whether "auto" is taken
+    hint: str = ""  # what to do about a value of another type
 
     def parts(self, value: Any) -> Iterable[tuple[str, Any]]:
         """The fields with what each gets of `value`."""
@@ -115,7 +116,7 @@ ZERO: Table = {
 
 FP16: Table = {
     "enabled": Rule(bool, note="`training.use_amp`, `training.amp_dtype` float16; without fp16 and bf16: float32"),
-    "loss_scale": _to(float, "training.loss_scale"),
+    "loss_scale": _to(float, "training.loss_scale", note="0: dynamic", hint="use 0, which is dynamic"),
     "initial_scale_power": _to(int, "training.initial_loss_scale_power"),
     "loss_scale_window": _to(int, "training.loss_scale_window"),
     "hysteresis": _to(int, "training.loss_scale_hysteresis"),
@@ -139,7 +140,7 @@ ACTIVATIONS: Table = {
     **_refuse("recomputed activations are neither split nor moved; set it false", "partition_activations"),
     **_refuse("recomputed activations are neither split nor moved; set it false", "cpu_checkpointing"),
     **_accept(bool, XLA, "contiguous_memory_optimization synchronize_checkpoint_boundary profile"),
-    **_accept(int | None, XLA, "number_checkpoints"),
+    **_accept(int | bool | None, XLA, "number_checkpoints"),  # false, which many files have, is DeepSpeed's null
 }
 
 EVENTS = "event files go to logs/ in training.checkpoint_dir"
@@ -322,7 +323,7 @@ def load(path: str) -> dict[str, Any]:
     Raises:
       UserError: it can't be read, is no JSON object, or has a key twice, which DeepSpeed refuses too.
     """
-    where = f"deepspeed_config ({path})"
+    where = f"training.deepspeed_config ({path})"
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         keys = [key for key, _ in pairs]
@@ -338,6 +339,8 @@ def load(path: str) -> dict[str, Any]:
         values = json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=unique, parse_constant=constant)
     except OSError as error:
         raise UserError(f"{where}: {error.strerror}; name a DeepSpeed JSON file") from error
+    except RecursionError as error:
+        raise UserError(f"{where}: its brackets are nested too deeply; name a DeepSpeed JSON file") from error
     except ValueError as error:  # bad JSON, bad UTF-8
         raise UserError(f"{where}: not JSON ({error}); comments are not taken") from error
     if not isinstance(values, dict):
@@ -358,6 +361,8 @@ def apply(config: Config, world: int | None) -> tuple[Config, list[str]]:
     if training.deepspeed_config is None:
         default = training.use_deepspeed and training.zero_stage is None
         return (replace_fields(config, {"training.zero_stage": 2}) if default else config), []
+    if not training.deepspeed_config:
+        raise UserError("training.deepspeed_config is empty; name a DeepSpeed JSON file, or none")
     if not training.use_deepspeed:
         raise UserError(f"training.deepspeed_config ({training.deepspeed_config}): set training.use_deepspeed true too")
     file = _File(config, training.deepspeed_config)
@@ -393,14 +398,42 @@ DEFAULTS = _fields(Config())
 
 
 def _shown(value: Any) -> str:
+    """A value of Config for a message, as on the command line."""
     return value if isinstance(value, str) else "none" if value is None else json.dumps(value)
+
+
+def _json(value: Any) -> str:
+    """A value of the file for a message, as it stands there: the quotes of "2" may be what is wrong with it."""
+    try:
+        text = json.dumps(value)
+    except RecursionError:  # reading stopped just short of this
+        text = "..."
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
+
+
+def _typed(kind: Any, value: Any) -> Any:
+    """`value`, if it is of this kind, or MISSING; sizes are often written as 5e8."""
+    if kind == PAIR:
+        fits = isinstance(value, list) and len(value) == 2 and all(accepts(float, item) for item in value)
+        return value if fits else MISSING
+    if isinstance(value, float) and value.is_integer() and not accepts(kind, value):
+        value = int(value)
+    return value if kind is object or accepts(kind, value) else MISSING
+
+
+def _only_quoted(kind: Any, value: Any) -> bool:
+    """Whether `value` would be of this kind without its quotes."""
+    try:
+        return isinstance(value, str) and _typed(kind, json.loads(value)) is not MISSING
+    except (ValueError, RecursionError):
+        return False
 
 
 class _File:
     """A file as it is read: first its keys are checked and collected, then they become fields and lines."""
 
     def __init__(self, config: Config, path: str) -> None:
-        self.name = f"deepspeed_config ({path})"
+        self.name = f"training.deepspeed_config ({path})"
         self.own = _fields(config)
         self.rules: dict[str, Rule] = {}  # by dotted key: those that are there, in sections that are not switched off
         self.values: dict[str, Any] = {}  # the same, and the sections themselves
@@ -431,7 +464,7 @@ class _File:
                     self.rules[dotted], self.values[dotted] = rule, value
             elif value is not None:
                 if not isinstance(value, dict):
-                    raise self.error(f"{dotted} ({_shown(value)}) must be an object")
+                    raise self.error(f"{dotted} ({_json(value)}) must be an object")
                 self.values[dotted] = value
                 self.read(rule, value, f"{dotted}.", active and value.get("enabled") is not False)
 
@@ -439,16 +472,13 @@ class _File:
         """`value`, if it has the rule's type."""
         if value == "auto" and rule.auto:
             return value
-        if isinstance(value, float) and value.is_integer() and not accepts(rule.kind, value):
-            value = int(value)  # sizes are often written as 5e8
-        if rule.kind == PAIR:
-            fits = isinstance(value, list) and len(value) == 2 and all(accepts(float, item) for item in value)
-        else:
-            fits = accepts(rule.kind, value)
-        if not fits and rule.kind is not object:
-            kind = rule.kind if rule.kind == PAIR else type_name(rule.kind).replace("dict", "an object")
-            raise self.error(f"{key} ({_shown(value)}) must be {kind}")
-        return value
+        typed = _typed(rule.kind, value)
+        if typed is MISSING:
+            kind = rule.kind if rule.kind == PAIR else type_name(rule.kind)
+            kind = kind.replace("dict", "an object").replace("none", "null")
+            hint = "write it without quotes" if _only_quoted(rule.kind, value) else rule.hint
+            raise self.error(f"{key} ({_json(value)}) must be {kind}{hint and '; '}{hint}")
+        return typed
 
     def read_params(self, section: str, table: Table) -> None:
         """Checks a section's `params`, and notes DeepSpeed's defaults for those that are left out."""
@@ -457,7 +487,7 @@ class _File:
         for name, rule in table.items():
             if rule.default is not MISSING and prefix + name not in self.values:
                 for field, value in rule.parts(rule.default):
-                    self.implied[field] = value, f"{prefix}{name} {_shown(value)}"
+                    self.implied[field] = value, f"{prefix}{name} {_json(value)}"
 
     def chosen(self, section: str, known: Iterable[str], others: list[str]) -> str:
         """A section's type, as it is spelt in `known`; DeepSpeed's own optimizers may be in any case."""
@@ -468,9 +498,9 @@ class _File:
         for name in [*known, *others]:
             if said == name or (name in ANY_CASE and said.lower() == name.lower()):
                 if name in others:
-                    raise self.error(f"{section}.type ({said}) is not supported; {use}")
+                    raise self.error(f"{section}.type ({_json(said)}) is not supported; {use}")
                 return name
-        raise self.error(f"{section}.type ({said}) is unknown{nearest(said, known)}; {use}")
+        raise self.error(f"{section}.type ({_json(said)}) is unknown{nearest(said, known)}; {use}")
 
     def read_optimizer(self) -> None:
         if "optimizer" not in self.values:
@@ -502,7 +532,11 @@ class _File:
         section, name = field.split(".")
         declared = {f.name: f for f in dataclasses.fields(SECTIONS[section])}[name]
         check_field(f"{self.name}: {key}", declared, typing.get_type_hints(SECTIONS[section])[name], value)
-        self.stated[field] = value, f"{key} is {_shown(said)}"
+        words = f"{key} is {_json(said)}"
+        before, other = self.stated.get(field, (value, words))
+        if before != value and field != "training.learning_rate":  # for which settle_learning_rates has a rule
+            self.conflicts.append(f"{other}, {words}")
+        self.stated[field] = value, words
 
     def result(self, field: str) -> Any:
         """What `field` will be: the file wins, then what Config sets, then DeepSpeed's default, then Config's."""
@@ -520,10 +554,10 @@ class _File:
             if off or value in rule.harmless or (value == "auto" and rule.auto):
                 continue
             if rule.refused and (rule.values is None or value not in rule.values):
-                said = key if isinstance(value, dict | list) else f"{key} ({_shown(value)})"
+                said = key if isinstance(value, dict | list) else f"{key} ({_json(value)})"
                 raise self.error(f"{said} is not supported: {rule.refused}")
             if rule.values is not None and value not in rule.values:
-                raise self.error(f"{key} ({value}) must be one of {', '.join(rule.values)}")
+                raise self.error(f"{key} ({_json(value)}) must be one of {', '.join(rule.values)}")
             if rule.accepted:
                 name = key.removeprefix("zero_optimization.").removesuffix(".enabled")
                 self.accepted.setdefault(rule.accepted, []).append(name)
@@ -583,12 +617,14 @@ class _File:
             self.state("model.gradient_checkpointing", True, "activation_checkpointing", "there")
 
     def settle_reports(self) -> None:
-        names = list(self.own["training.report_to"])
+        names, said = list(self.own["training.report_to"]), ("", None)
         for name in ("tensorboard", "wandb"):
             wanted = self.given(f"{name}.enabled")
             if wanted is not None and wanted != (name in names):
                 names = [*names, name] if wanted else [other for other in names if other != name]
-                self.state("training.report_to", tuple(names), f"{name}.enabled", wanted)
+                said = f"{name}.enabled", wanted
+        if said[0]:
+            self.state("training.report_to", tuple(names), *said)
 
     def settle_batch(self, world: int | None) -> None:
         """Two of the three sizes give the third; of one alone, accumulation is 1."""
@@ -662,4 +698,4 @@ class _File:
         if left:
             kept = ", ".join(f"{key} ({field} {_shown(self.own[field])})" for key, field in left.items())
             lines.append(f"left out of the file, so as TrainingConfig has it: {kept}")
-        return [f"deepspeed_config: {line}" for line in lines]
+        return [f"training.deepspeed_config: {line}" for line in lines]

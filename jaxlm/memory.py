@@ -35,15 +35,15 @@ from jaxlm.step import TrainState, compile_train_step, init_state, make_train_st
 
 MEM_FRACTION = 0.75  # JAX's default share of a GPU's memory
 FRACTION_VARIABLES = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
-FRACTION_NOTE = f"JAX's share ({MEM_FRACTION:.0%} unless {FRACTION_VARIABLES[0]} is set)"
 BATCHES = 4  # on the device at a time: one computed with, the others sent ahead
 MOST_ROWS = 2**20  # where the search for the largest batch_size ends
+MOST_DEVICES = 2**20  # of all hosts together
 METHOD = (
     "method: state exact; activations are what JAX keeps; temporaries counted from the code (docs/memory.md)\n"
     "expected error: none of the state; unknown of the rest, as no GPU run has been compared yet (XLA may keep less)"
 )
 
-# Bytes of memory that nvidia-smi shows, in MiB. Exact names are matched first, without regard to case.
+# Bytes of memory that nvidia-smi shows, in MiB; names in upper case.
 GPUS = {
     "T4": 15360,
     "V100-16GB": 16384,
@@ -66,7 +66,8 @@ GPUS = {
     "RTX 4090": 24564,
     "RTX 5090": 32607,
 }
-UNITS = {"GB": 10**9, "GIB": 2**30, "MB": 10**6, "MIB": 2**20}
+UNITS = {"G": 10**9, "GB": 10**9, "GIB": 2**30, "M": 10**6, "MB": 10**6, "MIB": 2**20}
+SMALLEST, LARGEST = 2**20, 2**50  # memory of a device
 
 # What the backward pass of each activation keeps, its input and output included: bytes a channel.
 ACTIVATION_KEEPS = {"gelu": lambda c: 6 * c, "swish": lambda c: 4 * c, "relu": lambda c: c + 1}
@@ -128,11 +129,11 @@ class _Sizes:
 def _resolve(config: Config, n_devices: int) -> tuple[Config, tuple[int, int, int]]:
     """The configuration as the Trainer would use it, and its mesh."""
     validate(config)
-    if n_devices < 1:
-        raise UserError(f"devices ({n_devices}) must be at least 1")
+    if not 1 <= n_devices <= MOST_DEVICES:
+        raise UserError(f"--devices ({n_devices}) must be from 1 to {MOST_DEVICES}")
     wanted = config.training.world_size
     if wanted not in (None, n_devices):
-        raise UserError(f"training.world_size ({wanted}) differs from the {n_devices} device(s); unset it")
+        raise UserError(f"--devices ({n_devices}) differs from training.world_size ({wanted}); give --devices {wanted}")
     shape = sharding.mesh_shape(config, n_devices)
     config, _ = deepspeed.apply(config, world=shape[0] * shape[1])
     return validate(resolved(config)), shape
@@ -354,28 +355,33 @@ def usable(memory: int) -> int:
 
 
 def memory_of(gpu: str) -> int:
-    """Bytes of memory of a GPU in `GPUS`.
+    """Bytes of memory of a GPU in `GPUS`, in any case.
 
     Raises:
-      UserError: it is not there.
+      UserError: it is not there; names those that it may stand for.
     """
-    known = {name.upper(): mebibytes for name, mebibytes in GPUS.items()}
-    if gpu.upper() not in known:
-        near = nearest(gpu.upper(), known)
+    asked = gpu.strip().upper()
+    if asked not in GPUS:
+        longer = [name for name in GPUS if asked and name.startswith(asked)]
+        shorter = [name for name in GPUS if asked.startswith((f"{name}-", f"{name} "))]
+        near = f" (did you mean {' or '.join(longer or shorter)}?)" if longer or shorter else nearest(asked, GPUS)
         raise UserError(f"--gpu ({gpu}) is unknown{near}; known: {', '.join(GPUS)}; or give --memory")
-    return known[gpu.upper()] * 2**20
+    return GPUS[asked] * 2**20
 
 
 def parse_memory(text: str) -> int:
-    """Bytes in "80GB" (10^9), "79.6GiB" (2^30), "500MB" or "500MiB".
+    """Bytes in "80GB" or "80G" (10^9), "79.6GiB" (2^30), "500MB", "500M" or "500MiB", in any case.
 
     Raises:
-      UserError: it is none of these.
+      UserError: it is none of these, or no size that a device has.
     """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?(GB|GIB|MB|MIB)", text.strip().upper())
-    if match is None or not float(match[1]):
-        raise UserError(f"--memory ({text}) must be a number with GB, GiB, MB or MiB, such as 80GB")
-    return int(float(match[1]) * UNITS[match[2]])
+    match = re.fullmatch(rf"(\d+(?:\.\d+)?) ?({'|'.join(UNITS)})", text.strip().upper())
+    if match is None:
+        raise UserError(f"--memory ({text}) must be a number with G, GB, GiB, M, MB or MiB, such as 80GB")
+    size = float(match[1]) * UNITS[match[2]]
+    if not SMALLEST <= size <= LARGEST:
+        raise UserError(f"--memory ({text}) must be from {SMALLEST // 2**20}MiB to {LARGEST // 2**30}GiB")
+    return int(size)
 
 
 def compiled_bytes(config: Config, devices: list[jax.Device]) -> int:
@@ -400,30 +406,33 @@ def compiled_bytes(config: Config, devices: list[jax.Device]) -> int:
 
 def compiled_on_gpus(config: Config, n_devices: int) -> int | None:
     """`compiled_bytes` on as many GPUs, if they are here."""
-    here = jax.devices() if jax.default_backend() == "gpu" else []
+    try:
+        here = jax.devices("gpu")
+    except (RuntimeError, AssertionError):  # none; the latter where JAX_PLATFORMS allows no platform that is here
+        here = []
     return compiled_bytes(config, here[:n_devices]) if n_devices <= len(here) else None
 
 
 def table(result: dict[str, Any]) -> str:
-    """Lines for people: the parts, their sum, what fits, the method.
+    """Lines for people: the parts, their sum, what fits, the method; below one GiB in MiB.
 
     Args:
       result: in bytes, the fields of an `Estimate` with `total`, `devices` and `compiled`, and, where the device's
         memory is known, `memory`, `usable`, `fits` and `largest_batch_size`.
     """
-    gibibytes = lambda size: f"{size / 2**30:10.2f}"  # noqa: E731
-    lines = [f"{'part':13}{'GiB':>10}  each of {result['devices']} device(s)"]
-    lines += [f"{part:13}{gibibytes(result[part])}  {made_of}" for part, made_of in MADE_OF.items()]
-    lines.append(f"{'total':13}{gibibytes(result['total'])}  at the peak")
-    if result["compiled"] is None:
-        lines.append(f"{'compiled':13}{'none':>10}  the compiler's own figure needs {result['devices']} GPU(s) here")
-    else:
-        lines.append(f"{'compiled':13}{gibibytes(result['compiled'])}  the compiler's own figure, on the GPUs here")
+
+    def line(part: str, size: int | None, said: str) -> str:
+        unit, name = (2**30, "GiB") if size is None or size >= 2**30 else (2**20, "MiB")
+        return f"{part:13}{'none' if size is None else f'{size / unit:.2f} {name}':>12}  {said}"
+
+    lines = [f"{'part':13}{'memory':>12}  each of {result['devices']} device(s)"]
+    lines += [line(part, result[part], made_of) for part, made_of in MADE_OF.items()]
+    lines.append(line("total", result["total"], "at the peak"))
+    where = f"needs {result['devices']} GPU(s) here" if result["compiled"] is None else "on the GPUs here"
+    lines.append(line("compiled", result["compiled"], f"the compiler's own figure {where}"))
     if "memory" in result:
-        share = result["usable"] / result["memory"]
-        lines.append(
-            f"{'usable':13}{gibibytes(result['usable'])}  {share:.0%} of the device's memory ({FRACTION_NOTE})"
-        )
+        share = f"{result['usable'] / result['memory']:.0%} of the device's memory"
+        lines.append(line("usable", result["usable"], f"{share}, which JAX takes ({FRACTION_VARIABLES[0]} sets it)"))
         verdict = "fits" if result["fits"] else "does not fit"
         most = result["largest_batch_size"]
         lines.append(f"{verdict}; largest training.batch_size: {most if most else 'none, not even 1'}")

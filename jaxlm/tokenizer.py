@@ -89,10 +89,11 @@ class Tokenizer:
             message begins with `name`, the option that the path came from.
         """
         where, path = f"{name} ({path})", Path(path).expanduser()
-        candidates = [path / "tokenizer.json", path / "tokenizer" / "tokenizer.json"] if path.is_dir() else [path]
-        file = next((candidate for candidate in candidates if candidate.is_file()), None)
+        folder = os.path.isdir(path)  # Path's own would raise where a name is too long, or a folder is closed to us
+        candidates = [path / "tokenizer.json", path / "tokenizer" / "tokenizer.json"] if folder else [path]
+        file = next((candidate for candidate in candidates if os.path.isfile(candidate)), None)
         if file is None:
-            raise UserError(f"{where}: " + ("holds no tokenizer.json" if path.is_dir() else "no such file"))
+            raise UserError(f"{where}: " + ("holds no tokenizer.json" if folder else "no such file"))
         try:
             text = file.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
@@ -133,16 +134,24 @@ class Tokenizer:
         return self._backend.encode(text, add_special_tokens=False).ids
 
     def encode_documents(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """For each text its ids as <bos> text <eos>, `dtype` [tokens]; runs on the library's own threads."""
+        """For each text its ids as <bos> text <eos>, `dtype` [tokens]; runs on the library's own threads.
+
+        Raises:
+          UserError: one of them cannot be tokenized; it says why, not which.
+        """
         parts = [split_safely(text) if self._splits_safely else [text] for text in texts]
-        encodings = iter(
-            self._backend.encode_batch_fast([part for each in parts for part in each], add_special_tokens=False)
-        )
+        flat = [part for each in parts for part in each]
+        try:
+            encodings = iter(self._backend.encode_batch_fast(flat, add_special_tokens=False))
+        except _LibraryError as error:
+            raise UserError(f"cannot be tokenized: {_line(error)}") from error
         documents = []
-        for each in parts:
+        for text, each in zip(texts, parts, strict=True):
             ids = [self.bos_id]
             for _ in each:
                 ids += next(encodings).ids
+            if len(ids) == 1 and text.strip():  # as a vocabulary without a token for what is unknown has it
+                raise UserError("cannot be tokenized: the tokenizer has no token for anything in it")
             documents.append(np.array([*ids, self.eos_id], self.dtype))
         return documents
 

@@ -113,6 +113,15 @@ SIMPLE = {
     "list of numbers": train(
         r"data\.train_files \('\[1\]'\) holds something else than text", "--data.train_files", "[1]"
     ),
+    "number beyond int32": train(
+        r"training\.max_steps \(9{{20}}\) must be .* at most 2147483647", "--training.max_steps", "9" * 20
+    ),
+    "lists in lists": train(r"data\.train_files \('\[\[\[.*is not a JSON list", "--data.train_files", "[" * 100_000),
+    "nobody's folder": train(
+        r"training\.checkpoint_dir \(~no_such_user/run\): there is no such user",
+        "--training.checkpoint_dir",
+        "~no_such_user/run",
+    ),
     "heads": train(r"model\.n_heads \(5\) must divide model\.d_model \(32\)", "--model.n_heads", "5"),
     "too long": train(r"data\.max_length \(64\) exceeds model\.max_seq_len \(32\)", "--data.max_length", "64"),
     "deepspeed file alone": train(r"training\.use_deepspeed", "--training.deepspeed_config", "ds.json"),
@@ -131,7 +140,7 @@ SIMPLE = {
     ),
     "some flags of several processes": train(r"--num_processes, --process_id: missing", "--coordinator_address", "a:1"),
     "process id": train(
-        r"--process_id \(2\) must be from 0 to --num_processes - 1 \(1\)",
+        r"--process_id \(2\) must be from 0 to 1, of 2",
         "--coordinator_address=a:1",
         "--num_processes=2",
         "--process_id=2",
@@ -173,6 +182,20 @@ SIMPLE = {
     ),
     "field of another section": configured(
         "c.json", '{"model": {"max_length": 3}}', r"unknown field \(did you mean data\.max_length\?\)"
+    ),
+    "JSON without end": configured("c.json", "[" * 100_000, r"c\.json\): not readable as JSON: .*recursion"),
+    "number of 5000 digits": configured("c.json", "9" * 5000, r"c\.json\): not readable as JSON: .*4300 digits"),
+    "NUL in a path": configured(
+        "c.json",
+        '{"training": {"checkpoint_dir": "a\\u0000b"}}',
+        r"training\.checkpoint_dir \('a\\x00b'\) holds a NUL character",
+    ),
+    "a name too long": Case([TRAIN, "--config", "c" * 5000 + ".py"], r"c\.py\): no such file"),
+    "config exits": configured("c.py", "import sys\nsys.exit()\n", r"c\.py\): line 2: SystemExit"),
+    "number too long to show": configured(
+        "c.py",
+        "from jaxlm.config import *\nconfig = Config(model=ModelConfig(d_model=10**5000))",
+        r"model\.d_model \(int too large to show\) must be a finite number, at most 2147483647",
     ),
     # other commands' options
     "temperature": Case(
@@ -227,8 +250,18 @@ SIMPLE = {
     "no such file": train(r"data\.train_files \(none\.txt\) does not exist", "--data.train_files", "none.txt"),
     "glob without match": train(r"data\.train_files \(no\*\.txt\) matches no file", "--data.train_files", "no*.txt"),
     "empty file": text("a.txt", "", r"data\.train_files \({folder}/a\.txt\) is empty"),
-    "not UTF-8": text("a.txt", b"caf\xe9", r"a\.txt\) is not UTF-8: bad byte at offset 3"),
-    "bad line": text("a.jsonl", '{"text": "a"}\n{"text": \n', r"a\.jsonl\): bad JSON at line 2"),
+    "not UTF-8": text("a.txt", b"caf\xe9", r"a\.txt\): line 1 is not UTF-8 \(byte 0xe9.*data\.on_bad_document skip"),
+    "bad line": text(
+        "a.jsonl",
+        '{"text": "a"}\n{"text": \n',
+        r"a\.jsonl\): line 2: bad JSON at column 11: .*data\.on_bad_document skip",
+    ),
+    "nothing but bad lines": text(
+        "a.jsonl",
+        '{"text": \n',
+        r"holds no text; 1 bad document\(s\) left out: .*line 1",
+        "--data.on_bad_document=skip",
+    ),
     "no such column": text("a.csv", "body,n\nx,1\n", r"data\.text_column \(text\): not in .*a\.csv\).*: body, n"),
     "documents too short": text("a.jsonl", '{"text": "a"}\n' * 40, r"data\.min_length \(10\)"),
     "unknown data set": train(
@@ -268,6 +301,9 @@ ON_RUN = {
         r"{run}/checkpoint_4 was trained with another .*: model\.dropout was 0\.0, is 0\.1; "
         r"training\.learning_rate was 0\.01, is 0\.5\. Set it back.*--training\.checkpoint_dir.*--fresh",
         *("--training.learning_rate", "0.5", "--model.dropout", "0.1", "--training.logging_steps", "3"),
+    ),
+    "bad documents skipped from now on": on_run(
+        r'data\.on_bad_document was "stop", is "skip"', "--data.on_bad_document", "skip"
     ),
     "other text": on_run(
         r"data: the text is not the one that {run}/checkpoint_4 was trained on",
@@ -470,6 +506,21 @@ def test_in_a_process_of_its_own(tmp_path: Path, corpus: Path, arguments: list[s
     done = run(["-W", "error", TRAIN, *arguments], tmp_path / "here")
     check(done.returncode, done.stdout, done.stderr, message)
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_skipped_documents_are_reported(tmp_path: Path, corpus: Path) -> None:
+    prepare_folder(tmp_path / "here", corpus, tmp_path / "cache")
+    with (tmp_path / "here" / "train.jsonl").open("ab") as file:
+        file.write(b'{"text": ""}\n{"text": "caf\xe9"}\n{"text": "a')
+    command = [TRAIN, "--config", "config.json", "--training.max_steps", "1", "--data.on_bad_document", "skip"]
+    for _ in range(2):  # the second one finds the tokens in the cache
+        done = run([*command, "--fresh"], tmp_path / "here")
+        assert done.returncode == 0, done.stderr
+        assert "training text: 1 empty document(s) left out\n" in done.stderr
+        expected = (
+            r"training text: 2 bad document\(s\) left out: .*\(train\.jsonl\): line 122 is not UTF-8 .*line 123: bad"
+        )
+        assert re.search(expected, done.stderr), done.stderr
 
 
 def test_hub_out_of_reach(tmp_path: Path, corpus: Path) -> None:

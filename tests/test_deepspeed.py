@@ -62,7 +62,7 @@ def refused(run: Callable[..., tuple[Config, list[str]]]) -> Callable[..., str]:
             run(file, **rest)
         text = str(error.value)
         assert "\n" not in text
-        assert re.match(r"deepspeed_config \(.*ds\.json\): ", text)
+        assert re.match(r"training\.deepspeed_config \(.*ds\.json\): ", text)
         return text.partition("ds.json): ")[2]
 
     return refused
@@ -92,8 +92,10 @@ def test_without_a_file() -> None:
 
 
 def test_a_file_needs_use_deepspeed() -> None:
-    with pytest.raises(UserError, match=r"deepspeed_config \(ds.json\): set training.use_deepspeed true"):
+    with pytest.raises(UserError, match=r"^training\.deepspeed_config \(ds.json\): set training.use_deepspeed true"):
         apply(Config(training=TrainingConfig(deepspeed_config="ds.json")), 1)
+    with pytest.raises(UserError, match=r"^training\.deepspeed_config is empty; name a DeepSpeed JSON file, or none"):
+        apply(Config(training=TrainingConfig(deepspeed_config="", use_deepspeed=True)), 1)
 
 
 @pytest.mark.parametrize(
@@ -107,13 +109,14 @@ def test_a_file_needs_use_deepspeed() -> None:
         ('{"gradient_clipping": NaN}', "NaN is not a JSON number"),
         ('{"fp16": {"enabled": true, "enabled": false}}', "enabled is there twice"),
         ('{"bf16": {}, "bf16": {}}', "bf16 is there twice"),
+        ("[" * 100_000, "nested too deeply"),
     ],
 )
 def test_files_that_cannot_be_read(tmp_path: Path, text: str | bytes | None, message: str) -> None:
     path = tmp_path / "ds.json"
     if text is not None:
         path.write_bytes(text.encode() if isinstance(text, str) else text)
-    with pytest.raises(UserError, match=re.escape(str(path))) as error:
+    with pytest.raises(UserError, match=re.escape(f"training.deepspeed_config ({path}): ")) as error:
         load(str(path))
     assert message in str(error.value)
 
@@ -249,7 +252,15 @@ def test_applying_twice_changes_nothing_more(
     assert apply(once, 1)[0] == once
 
 
-@pytest.mark.parametrize("section", [{}, {"partition_activations": False, "number_checkpoints": 4, "profile": True}])
+@pytest.mark.parametrize(
+    "section",
+    [
+        {},
+        {"partition_activations": False, "number_checkpoints": 4, "profile": True},
+        {"number_checkpoints": None},
+        {"number_checkpoints": False},  # which many files have
+    ],
+)
 def test_activation_checkpointing(changed: Applied, section: dict[str, Any]) -> None:
     assert changed({"activation_checkpointing": section}) == {"model.gradient_checkpointing": True}
 
@@ -446,10 +457,10 @@ def test_a_file_for_hugging_face(run: Callable[..., tuple[Config, list[str]]]) -
         name: values[name] for name in ("training.use_deepspeed", "training.deepspeed_config")
     }
     assert lines == [
-        "deepspeed_config: offload_optimizer.pin_memory, overlap_comm, contiguous_gradients, sub_group_size, "
+        "training.deepspeed_config: offload_optimizer.pin_memory, overlap_comm, contiguous_gradients, sub_group_size, "
         "stage3_max_live_parameters, stage3_max_reuse_distance accepted: XLA decides these",
-        "deepspeed_config: stage3_gather_16bit_weights_on_model_save accepted: checkpoints are jaxlm's own, and load "
-        "on any number of devices",
+        "training.deepspeed_config: stage3_gather_16bit_weights_on_model_save accepted: checkpoints are jaxlm's own, "
+        "and load on any number of devices",
     ]
 
 
@@ -469,7 +480,7 @@ def test_all_contradictions_in_one_error(refused: Callable[..., str]) -> None:
     parts = refused(file, batch=False, **own).split("; ")
     assert set(parts[:-1]) == {
         "training.learning_rate is 0.001, optimizer.params.lr is 0.0001",
-        "training.optimizer is sgd, optimizer.type is AdamW",
+        'training.optimizer is sgd, optimizer.type is "AdamW"',
         "training.amp_dtype is float16, bf16.enabled is true",
         "training.batch_size is 16, train_micro_batch_size_per_gpu is 4",
         'training.report_to is ["wandb"], tensorboard.enabled is true',
@@ -488,7 +499,7 @@ def test_all_contradictions_in_one_error(refused: Callable[..., str]) -> None:
         (
             scheduler("WarmupDecayLR", total_num_steps=9, warmup_max_lr=1e-4),
             {"min_lr_ratio": 0.5},
-            "min_lr_ratio is 0.5, scheduler.type is WarmupDecayLR",
+            'min_lr_ratio is 0.5, scheduler.type is "WarmupDecayLR"',
         ),
         ({TRAIN: 64, MICRO: 8, STEPS: "auto"}, {STEPS: 2}, "(64) is not"),
         ({TRAIN: 64, STEPS: 4}, {"batch_size": 4}, "batch_size is 4, train_batch_size (64) / (gradient"),
@@ -500,6 +511,22 @@ def test_contradictions(refused: Callable[..., str], file: dict[str, Any], own: 
         file, batch=not {TRAIN, MICRO, STEPS} & set(file), **{f"training.{name}": value for name, value in own.items()}
     )
     assert part in text
+
+
+def test_contradictions_inside_a_file(refused: Callable[..., str]) -> None:
+    file = zero(offload_optimizer={"device": "none"}, cpu_offload=True) | {"gradient_clipping": 1}
+    parts = refused(file, **{"training.max_grad_norm": 2.0}).split("; ")
+    assert set(parts[:-1]) == {
+        'zero_optimization.offload_optimizer.device is "none", zero_optimization.cpu_offload is true',
+        "training.max_grad_norm is 2.0, gradient_clipping is 1",
+    }
+
+
+def test_agreement_inside_a_file(changed: Applied) -> None:
+    file = zero(offload_optimizer={"device": "cpu"}, cpu_offload=True)
+    assert changed(file) == {"training.offload_optimizer": True}
+    both = {"tensorboard": {"enabled": False}, "wandb": {"enabled": True}}  # one field, of which each key says a part
+    assert changed(both) == {"training.report_to": ("wandb",)}
 
 
 def test_agreement_is_no_contradiction(changed: Applied) -> None:
@@ -532,37 +559,46 @@ def test_unknown_keys(refused: Callable[..., str], file: dict[str, Any], part: s
 @pytest.mark.parametrize(
     ("file", "part"),
     [
-        ({"gradient_clipping": "0.5"}, "gradient_clipping (0.5) must be float"),
+        ({"gradient_clipping": "0.5"}, 'gradient_clipping ("0.5") must be float; write it without quotes'),
         ({"gradient_clipping": True}, "gradient_clipping (true) must be float"),
         ({"gradient_clipping": -1}, "gradient_clipping (-1) must be greater than 0"),
         ({"fp16": True}, "fp16 (true) must be an object"),
-        ({"fp16": {"enabled": "yes"}}, "fp16.enabled (yes) must be true or false"),
+        ({"fp16": {"enabled": "yes"}}, 'fp16.enabled ("yes") must be true or false'),
         ({"fp16": {"enabled": True, "initial_scale_power": 1.5}}, "fp16.initial_scale_power (1.5) must be int"),
         ({"fp16": {"enabled": True}, "bf16": {"enabled": True}}, "fp16.enabled and bf16.enabled are both true"),
         ({"bf16": {}, "bfloat16": {}}, "bf16 and bfloat16 are the same section"),
         (zero(stage=5), "zero_optimization.stage (5) must be at most 3"),
-        (zero(stage="2"), "zero_optimization.stage (2) must be int"),
-        (zero(overlap_comm="yes"), "zero_optimization.overlap_comm (yes) must be true or false"),
+        (zero(stage="2"), 'zero_optimization.stage ("2") must be int; write it without quotes'),
+        (zero(stage=None), "zero_optimization.stage (null) must be int"),
+        (zero(overlap_comm="true"), 'overlap_comm ("true") must be true or false; write it without quotes'),
+        (zero(reduce_bucket_size="5e8"), 'reduce_bucket_size ("5e8") must be int; write it without quotes'),
+        (optimizer("AdamW", lr="1e-4"), 'optimizer.params.lr ("1e-4") must be float; write it without quotes'),
+        (optimizer("AdamW", betas=0.9), "optimizer.params.betas (0.9) must be two numbers"),
+        (optimizer("AdamW", betas=1.0), "optimizer.params.betas (1.0) must be two numbers"),
+        ({TRAIN: "64"}, 'train_batch_size ("64") must be int or null; write it without quotes'),
+        ({"fp16": {"loss_scale": "dynamic"}}, 'fp16.loss_scale ("dynamic") must be float; use 0, which is dynamic'),
+        ({"fp16": {"loss_scale": "128"}}, 'fp16.loss_scale ("128") must be float; write it without quotes'),
+        ({"gradient_clipping": [0] * 10_000}, "...) must be float"),
         (zero(reduce_bucket_size=0.5), "zero_optimization.reduce_bucket_size (0.5) must be int"),
         (zero(offload_optimizer={"device": 1}), "zero_optimization.offload_optimizer.device (1) must be text"),
-        ({TRAIN: 1.5}, "train_batch_size (1.5) must be int or none"),
+        ({TRAIN: 1.5}, "train_batch_size (1.5) must be int or null"),
         ({"optimizer": {"type": 3}}, "optimizer.type (3) must be text"),
         ({"optimizer": {"type": "AdamW", "params": []}}, "optimizer.params ([]) must be an object"),
-        ({"optimizer": {"type": "AdamW", "params": "auto"}}, "optimizer.params (auto) must be an object"),
+        ({"optimizer": {"type": "AdamW", "params": "auto"}}, 'optimizer.params ("auto") must be an object'),
         ({"optimizer": {}}, "optimizer.type is missing; use one of Adam, AdamW"),
         (optimizer("AdamW", lr=0), "optimizer.params.lr (0) must be greater than 0"),
         (optimizer("AdamW", betas=[0.9]), "optimizer.params.betas ([0.9]) must be two numbers"),
         (optimizer("AdamW", betas=[0.9, 2]), "optimizer.params.betas (2) must be less than 1"),
-        (optimizer("AdmaW"), "optimizer.type (AdmaW) is unknown (did you mean AdamW?)"),
-        (optimizer("sgd"), "optimizer.type (sgd) is unknown"),  # DeepSpeed takes torch's by their exact name
+        (optimizer("AdmaW"), 'optimizer.type ("AdmaW") is unknown (did you mean AdamW?)'),
+        (optimizer("sgd"), 'optimizer.type ("sgd") is unknown'),  # DeepSpeed takes torch's by their exact name
         ({"scheduler": {"params": {}}}, "scheduler.type is missing"),
-        (scheduler("StepLR"), "scheduler.type (StepLR) is unknown"),
+        (scheduler("StepLR"), 'scheduler.type ("StepLR") is unknown'),
         (scheduler("WarmupDecayLR"), "scheduler.params.total_num_steps is missing"),
         (scheduler("WarmupCosineLR"), "scheduler.params.total_num_steps is missing"),
         (scheduler("WarmupLR", warmup_type="cubic"), "scheduler.params.warmup_type (cubic) is not one of linear, log"),
         (scheduler("WarmupLR", warmup_min_lr=1), "warmup_min_lr (1) must be from 0 to the peak learning rate (0.0001)"),
         (scheduler("WarmupLR", warmup_max_lr=0), "scheduler.params.warmup_max_lr (0) must be greater than 0"),
-        ({"data_types": {"grad_accum_dtype": "int8"}}, "grad_accum_dtype (int8) must be one of fp32, bf16, fp16"),
+        ({"data_types": {"grad_accum_dtype": "int8"}}, 'grad_accum_dtype ("int8") must be one of fp32, bf16, fp16'),
         ({"steps_per_print": 0}, "steps_per_print (0) must be at least 1"),
     ],
     ids=str,
@@ -573,17 +609,17 @@ def test_bad_values(refused: Callable[..., str], file: dict[str, Any], part: str
 
 @pytest.mark.parametrize("name", OTHER_OPTIMIZERS)
 def test_other_optimizers_are_refused_by_name(refused: Callable[..., str], name: str) -> None:
-    assert f"optimizer.type ({name}) is not supported; use one of" in refused(optimizer(name))
+    assert f'optimizer.type ("{name}") is not supported; use one of' in refused(optimizer(name))
 
 
 @pytest.mark.parametrize("name", ["LRRangeTest", "OneCycle"])
 def test_other_schedulers_are_refused_by_name(refused: Callable[..., str], name: str) -> None:
-    assert f"scheduler.type ({name}) is not supported; use one of WarmupLR" in refused(scheduler(name))
+    assert f'scheduler.type ("{name}") is not supported; use one of WarmupLR' in refused(scheduler(name))
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
     (zero(offload_optimizer={"device": "nvme", "nvme_path": "/nvme"}), "zero_optimization.offload_optimizer.device"),
-    (zero(offload_param={"device": "cpu"}), "zero_optimization.offload_param.device (cpu)"),
+    (zero(offload_param={"device": "cpu"}), 'zero_optimization.offload_param.device ("cpu")'),
     (zero(offload_param={"device": "nvme"}), "only the optimizer state can be offloaded"),
     (zero(cpu_offload_param=True), "zero_optimization.cpu_offload_param (true)"),
     (zero(mics_shard_size=8), "zero_optimization.mics_shard_size (8) is not supported: set training.zero_group_size"),
@@ -608,7 +644,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"amp": {"enabled": True, "opt_level": "O1"}}, "amp is not supported: use bf16 or fp16"),
     ({"sparse_attention": {"mode": "fixed"}}, "sparse_attention is not supported"),
     ({"tensor_parallel": {"autotp_size": 4}}, "training.tensor_parallel"),
-    ({"gradient_allreduce_op": "sum"}, "gradient_allreduce_op (sum)"),
+    ({"gradient_allreduce_op": "sum"}, 'gradient_allreduce_op ("sum")'),
     ({"sequence_parallel_size": 2}, "sequence_parallel_size (2)"),
 ]
 
@@ -681,7 +717,7 @@ ACCEPTED: list[tuple[dict[str, Any], str]] = [
 @pytest.mark.parametrize(("file", "part"), ACCEPTED, ids=str)
 def test_accepted_with_a_line(run: Callable[..., tuple[Config, list[str]]], file: dict[str, Any], part: str) -> None:
     (line,) = (line for line in run(file)[1] if "accepted" in line)
-    assert line.startswith(f"deepspeed_config: {part}")
+    assert line.startswith(f"training.deepspeed_config: {part}")
 
 
 # --- the tables -------------------------------------------------------------------------------------------------------
@@ -731,7 +767,7 @@ def test_auto(
         for field in rule.fields:
             assert values[field] == (2 if field == "training.zero_stage" else DEFAULTS[field])
     else:
-        assert f"{name} (auto)" in refused(value)
+        assert f'{name} ("auto")' in refused(value)
 
 
 def verdict(rule: Rule) -> str:

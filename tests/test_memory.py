@@ -6,6 +6,7 @@ python tests/test_memory.py rewrites the table in docs/memory.md.
 import dataclasses
 import itertools
 import json
+import os
 import re
 import runpy
 import subprocess
@@ -263,23 +264,27 @@ def test_the_configuration_is_validated():
     for fields, devices, message in [
         ({"data.max_length": 2000}, 1, "exceeds model.max_seq_len"),
         ({"training.tensor_parallel": 2}, 3, "must divide the 3 device"),
-        ({"training.world_size": 2}, 4, "training.world_size"),
+        ({"training.world_size": 2}, 4, r"--devices \(4\) differs from training.world_size \(2\); give --devices 2"),
         ({"training.deepspeed_config": "nowhere.json", "training.use_deepspeed": True}, 1, "nowhere.json"),
-        ({}, 0, "at least 1"),
+        ({}, 0, r"--devices \(0\) must be from 1"),
+        ({}, 10**11, r"--devices \(100000000000\) must be from 1"),
     ]:
         with pytest.raises(UserError, match=message):
             estimate(replace_fields(CONFIG, fields), devices)
 
 
-@pytest.mark.parametrize("text", ["80", "GB", "0GB", "-1GB", "80TB", "1e3GB", ""])
+@pytest.mark.parametrize(
+    "text", ["80", "GB", "0GB", "-1GB", "80TB", "1e3GB", "", "0.0000000001MB", "0.9MiB", "9" * 400 + "G"]
+)
 def test_sizes_need_a_number_and_a_unit(text):
     with pytest.raises(UserError, match="--memory"):
         memory.parse_memory(text)
 
 
 def test_sizes_and_shares(monkeypatch):
-    assert memory.parse_memory("80GB") == 80 * 10**9
-    assert memory.parse_memory("1.5 gib") == 3 * 2**29
+    assert memory.parse_memory("80GB") == memory.parse_memory("80g") == memory.parse_memory("80000M") == 80 * 10**9
+    assert memory.parse_memory("1.5 gib") == memory.parse_memory("1536MiB") == 3 * 2**29
+    assert memory.parse_memory("1MiB") == 2**20
     monkeypatch.setenv(memory.FRACTION_VARIABLES[0], "much")
     with pytest.raises(UserError, match=memory.FRACTION_VARIABLES[0]):
         memory.usable(1)
@@ -302,8 +307,19 @@ def test_the_scripts_table(monkeypatch, capsys):
     assert re.search(r"^compiled +none .*needs 8 GPU", out, re.M)
     assert re.search(r"^fits; largest training.batch_size: \d+$", out, re.M)
     assert all(re.search(rf"^{part} +\d", out, re.M) for part in memory.MADE_OF)
+    assert re.search(r"^batch +4\.00 MiB ", out, re.M)
+    assert out.count("%") == 1  # JAX's share
     assert "does not fit" in script(monkeypatch, capsys, "--memory", "2GB")
-    assert "fit" not in script(monkeypatch, capsys)
+    out = script(monkeypatch, capsys, "--training.world_size", "8", "--zero_stage", "2", "--training.zero_stage", "2")
+    assert "fit" not in out and "each of 8 device(s)" in out and f"{total / GIB:.2f} GiB" in out
+
+
+def test_the_scripts_help_lists_the_gpus(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "1000")  # no line breaks inside names
+    with pytest.raises(SystemExit):
+        script(monkeypatch, capsys, "--help")
+    shown = " ".join(capsys.readouterr().out.split())
+    assert ", ".join(memory.GPUS) in shown and "default: training.world_size, or 1" in shown
 
 
 def test_the_scripts_json(monkeypatch, capsys):
@@ -317,6 +333,10 @@ def test_the_scripts_json(monkeypatch, capsys):
     ("arguments", "message"),
     [
         (["--gpu", "A100-90GB"], r"A100-90GB.*did you mean A100-80GB"),
+        (["--gpu", "a100"], r"\(a100\) is unknown \(did you mean A100-40GB or A100-80GB\?\)"),
+        (["--gpu", "H100-80GB"], r"did you mean H100\?"),
+        (["--zero_stage", "1", "--training.zero_stage", "3"], r"--zero_stage \(1\) and --training.zero_stage \(3\)"),
+        (["--devices", "4", "--training.world_size", "8"], "give --devices 8"),
         (["--gpu", "A10", "--memory", "1GB"], "give one"),
         (["--memory", "lots"], "must be a number"),
         (["--gpu", ""], "known: T4"),
@@ -331,14 +351,16 @@ def test_the_scripts_errors(monkeypatch, capsys, arguments, message):
 
 
 def test_an_estimate_starts_no_backend():
-    """So that it can be made where the GPUs are busy, and of models that fit nowhere."""
+    """So that it can be made where the GPUs are busy, or JAX can't use them, and of models that fit nowhere."""
     program = f"""if True:
         from jaxlm import cli, memory
         from jax._src import xla_bridge
         config = cli.load_config({str(GPT2["6700m"])!r})
         assert memory.largest_batch_size(config, 64, 2**36) > 0
-        assert not xla_bridge._backends, xla_bridge._backends"""
-    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
+        assert not xla_bridge._backends, xla_bridge._backends
+        assert memory.compiled_on_gpus(config, 64) is None"""
+    environment = os.environ | {"JAX_PLATFORMS": "cuda"}
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=120, env=environment)
 
 
 # ------------------------------------------------------------ configurations and documentation

@@ -11,7 +11,7 @@ import sysconfig
 import threading
 import time
 import urllib.parse
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -20,8 +20,8 @@ import pytest
 from pyarrow import parquet
 
 from jaxlm.config import DataConfig
-from jaxlm.data import tokens
-from jaxlm.data.sources import HeldOut, open_source
+from jaxlm.data import sources, tokens
+from jaxlm.data.sources import Document, HeldOut, Source, open_source
 from jaxlm.data.tokens import SPLITS, cache_root, prepare
 from jaxlm.errors import UserError
 from jaxlm.tokenizer import Tokenizer
@@ -38,61 +38,100 @@ def write_jsonl(path: Path, texts: list[str]) -> Path:
     return path
 
 
+def whole(data: DataConfig) -> Source:
+    """The source of `data`, with validation_files equal to train_files so that nothing is held out."""
+    return open_source(DataConfig(**{**vars(data), "validation_files": data.train_files}))
+
+
+def texts(documents: Iterable[Document]) -> list[str]:
+    return [document.text for document in documents]
+
+
 def texts_of(data: DataConfig) -> list[str]:
-    """All training text of `data`, with validation_files equal to train_files so that nothing is held out."""
-    return list(open_source(DataConfig(**{**vars(data), "validation_files": data.train_files})).train())
+    return texts(whole(data).train())
+
+
+def held_out(documents: Iterable[str], fraction: float, where: str = "x") -> HeldOut:
+    """The split of documents whose places are their numbers."""
+    numbered = [Document(text, str(i)) for i, text in enumerate(documents)]
+    return HeldOut(lambda: iter(numbered), fraction, where)
+
+
+def table(texts: list[str | None]) -> bytes:
+    buffer = io.BytesIO()
+    parquet.write_table(
+        pyarrow.table({"text": texts, "number": list(range(len(texts)))}),
+        buffer,
+        use_dictionary=False,
+        compression="none",
+    )
+    return buffer.getvalue()
 
 
 # ---- Held-out text
 
 
 def test_held_out_documents_follow_their_hash() -> None:
-    split = HeldOut(lambda: iter(LINES), 0.1, "x")
+    split = held_out(LINES, 0.1)
     by_hash = sorted(LINES, key=lambda text: hashlib.sha256(text.encode()).digest())
-    assert set(split.validation()) == set(by_hash[:4])
-    assert [text for text in LINES if text in set(by_hash[4:])] == list(split.train()) == list(split.train())
-    backwards = HeldOut(lambda: iter(LINES[::-1]), 0.1, "x")
-    assert sorted(backwards.validation()) == sorted(split.validation()), "the order of the documents changed the split"
+    assert set(texts(split.validation())) == set(by_hash[:4])
+    assert [text for text in LINES if text in set(by_hash[4:])] == texts(split.train()) == texts(split.train())
+    backwards = held_out(LINES[::-1], 0.1)
+    assert sorted(texts(backwards.validation())) == sorted(texts(split.validation())), (
+        "the order of the documents changed the split"
+    )
 
 
-@pytest.mark.parametrize(("n", "fraction", "held_out"), [(10, 0.25, 3), (30, 0.05, 2), (29, 0.05, 1), (20, 0.05, 1)])
-def test_number_of_held_out_documents(n: int, fraction: float, held_out: int) -> None:
-    split = HeldOut(lambda: iter(LINES[:n]), fraction, "x")
-    assert (len(list(split.validation())), len(list(split.train()))) == (held_out, n - held_out)
+@pytest.mark.parametrize(("n", "fraction", "number"), [(10, 0.25, 3), (30, 0.05, 2), (29, 0.05, 1), (20, 0.05, 1)])
+def test_number_of_held_out_documents(n: int, fraction: float, number: int) -> None:
+    split = held_out(LINES[:n], fraction)
+    assert (len(list(split.validation())), len(list(split.train()))) == (number, n - number)
 
 
 def test_duplicates_stay_together() -> None:
     by_hash = sorted(LINES, key=lambda text: hashlib.sha256(text.encode()).digest())
-    texts = [by_hash[0], *by_hash[5:], by_hash[0]]
-    assert list(HeldOut(lambda: iter(texts), 2 / len(texts), "x").validation()) == [by_hash[0]] * 2
+    twice = [by_hash[0], *by_hash[5:], by_hash[0]]
+    assert texts(held_out(twice, 2 / len(twice)).validation()) == [by_hash[0]] * 2
 
 
 @pytest.mark.parametrize("fraction", [0.05, 0.3, 0.7])
 def test_few_documents_hold_out_the_end_of_the_text(fraction: float) -> None:
     text = "".join(f"line {i} of a single document\n" for i in range(200))
-    split = HeldOut(lambda: iter([text]), fraction, "x")
-    (train,), (validation,) = split.train(), split.validation()
+    split = held_out([text], fraction)
+    (train,), (validation,) = texts(split.train()), texts(split.validation())
     assert train + validation == text
     assert train.endswith("\n")
     assert abs(len(validation) - fraction * len(text)) < 20
 
 
 def test_cut_falls_into_the_right_one_of_few_documents() -> None:
-    texts = ["a" * 500, "", "b " * 100, "c" * 20]
-    split = HeldOut(lambda: iter(texts), 0.1, "x")
-    assert list(split.train()) == ["a" * 500, "b " * 74]
-    assert list(split.validation()) == ["b " * 26, "c" * 20]
+    split = held_out(["a" * 500, "", "b " * 100, "c" * 20], 0.1)
+    assert list(split.train()) == [("a" * 500, "0"), ("b " * 74, "2")]
+    assert list(split.validation()) == [("b " * 26, "2"), ("c" * 20, "3")]
 
 
 def test_text_without_white_space_is_cut_all_the_same() -> None:
-    split = HeldOut(lambda: iter(["x" * 100]), 0.05, "x")
-    assert (list(split.train()), list(split.validation())) == (["x" * 95], ["x" * 5])
+    split = held_out(["x" * 100], 0.05)
+    assert (texts(split.train()), texts(split.validation())) == (["x" * 95], ["x" * 5])
 
 
-@pytest.mark.parametrize("texts", [[], [""], ["a"], [""] * 50, ["a"] + [""] * 50])
-def test_too_little_text_to_split(texts: list[str]) -> None:
+@pytest.mark.parametrize("documents", [[], [""], ["a"], [""] * 50, ["a"] + [""] * 50])
+def test_too_little_text_to_split(documents: list[str]) -> None:
     with pytest.raises(UserError, match=r"^data\.train_files: \d+ documents .* data\.validation_fraction \(0\.05\)"):
-        list(HeldOut(lambda: iter(texts), 0.05, "data.train_files").train())
+        list(held_out(documents, 0.05, "data.train_files").train())
+
+
+@pytest.mark.parametrize("later", [LINES[:-1], [*LINES, "more"], [LINES[0][:5], *LINES[1:]], []])
+@pytest.mark.parametrize("fraction", [0.001, 0.1])
+def test_text_that_changes_while_it_is_read(later: list[str], fraction: float) -> None:
+    passes = iter([LINES, later, later])
+
+    def documents() -> Iterator[Document]:
+        yield from (Document(text, "") for text in next(passes))
+
+    split = HeldOut(documents, fraction, "data.train_files")
+    with pytest.raises(UserError, match=r"^data\.train_files: the text changed while it was read"):
+        list(split.train())
 
 
 # ---- The standard library
@@ -103,7 +142,7 @@ def test_standard_library() -> None:
     source, again = open_source(data), open_source(data)
     assert source.name.startswith("python-stdlib 3.")
     assert source.fingerprint == again.fingerprint
-    train, validation = list(source.train()), list(source.validation())
+    train, validation = texts(source.train()), texts(source.validation())
     assert 0.04 < len(validation) / len(train) < 0.06
     assert not set(train) & set(validation)
     library = Path(sysconfig.get_path("stdlib"))
@@ -118,15 +157,15 @@ def test_standard_library() -> None:
 
 
 def test_formats_give_the_same_documents(tmp_path) -> None:
-    texts = ["plain", 'with "quotes", commas\r\nand lines\n', "", "é 漢 🙂", "x" * 200_000, "<bos> \0"]
-    write_jsonl(tmp_path / "a.jsonl", texts)
-    quoted = ['"' + text.replace('"', '""') + '"' for text in texts]
+    given = ["plain", 'with "quotes", commas\r\nand lines\n', "é 漢 🙂", "x" * 200_000, "<bos> \0"]
+    write_jsonl(tmp_path / "a.jsonl", given)
+    quoted = ['"' + text.replace('"', '""') + '"' for text in given]
     (tmp_path / "a.csv").write_bytes(("id,text\r\n" + "".join(f"{i},{q}\r\n" for i, q in enumerate(quoted))).encode())
-    parquet.write_table(pyarrow.table({"id": range(len(texts)), "text": texts}), tmp_path / "a.parquet")
+    parquet.write_table(pyarrow.table({"id": range(len(given)), "text": given}), tmp_path / "a.parquet")
     for name in ("a.jsonl", "a.csv", "a.parquet"):
-        assert texts_of(files(tmp_path / name)) == texts, name
-    (tmp_path / "a.TXT").write_bytes(texts[1].encode())
-    assert texts_of(files(tmp_path / "a.TXT")) == [texts[1]]
+        assert texts_of(files(tmp_path / name)) == given, name
+    (tmp_path / "a.TXT").write_bytes(given[1].encode())
+    assert texts_of(files(tmp_path / "a.TXT")) == [given[1]]
 
 
 def test_byte_order_marks_are_no_text(tmp_path) -> None:
@@ -156,32 +195,21 @@ def test_own_validation_files(tmp_path) -> None:
     train = write_jsonl(tmp_path / "train.jsonl", LINES)
     validation = write_jsonl(tmp_path / "held.jsonl", ["held out"])
     source = open_source(files(train, validation_files=(str(validation),)))
-    assert (list(source.train()), list(source.validation())) == (LINES, ["held out"])
+    assert (texts(source.train()), texts(source.validation())) == (LINES, ["held out"])
 
 
 WRONG = {
     "none.txt": (None, r"none\.txt\) does not exist"),
     "*.nothing": (None, r"\*\.nothing\) matches no file"),
+    "a" * 300 + ".txt": (None, r"aaa\.txt\) does not exist, or is out of reach"),
     "": (None, r"is a folder; name its files"),
     "a.md": (b"x", r"a\.md\) has an unknown extension \(\.md\); use one of \.txt, \.jsonl, \.csv, \.parquet"),
-    "empty.txt": (b"", r"empty\.txt\) is empty"),
     "blank.jsonl": (b"\n\n", r"blank\.jsonl\) holds no text"),
-    "latin.txt": ("abc é".encode("latin-1"), r"latin\.txt\) is not UTF-8: bad byte at offset 4"),
-    "latin.jsonl": (b'{"text": "a"}\n{"text": "\xe9"}\n', r"latin\.jsonl\) is not UTF-8: bad byte at offset 24"),
-    "latin.csv": (b"text\nabc\n\xe9\n", r"latin\.csv\) is not UTF-8: bad byte at offset 9"),
-    "bad.jsonl": (b'{"text": "a"}\n\n{"text": \n', r"bad\.jsonl\): bad JSON at line 3"),
-    "list.jsonl": (b'["a"]\n', r"list\.jsonl\): line 1 is not a JSON object"),
-    "key.jsonl": (
-        b'{"texts": "a", "n": 1}\n',
-        r"^data\.text_column \(text\): .*line 1 \(did you mean texts\?\).*: texts, n",
-    ),
-    "key.csv": (b"body,n\n1,2\n", r"^data\.text_column \(text\): .*key\.csv\).*: body, n"),
-    "number.jsonl": (b'{"text": "a"}\n{"text": 3}\n', r"^data\.text_column \(text\): .*line 2 holds int, not text"),
-    "half.jsonl": (b'{"text": "\\ud800"}\n', r"half\.jsonl\): line 1: '\\ud800' is half a surrogate pair"),
-    "short.csv": (b"n,text\n1\n", r"short\.csv\): line 2 holds NoneType, not text"),
-    "long.csv": (b"text\na,b\n", r"long\.csv\): line 2 has more fields than the header"),
-    "quote.csv": (b'text\nb\n"a\n', r"quote\.csv\): bad CSV at line 2: unexpected end"),
-    "bad.parquet": (b"PAR1 not really", r"bad\.parquet\) is not a readable Parquet file"),
+    "nothing.jsonl": (b'{"text": ""}\n' * 3, r"nothing\.jsonl\) holds no text"),
+    "key.csv": (b"body,n\n1,2\n", r"^data\.text_column \(text\): not in line 1 of .*key\.csv\).*: body, n"),
+    "latin_header.csv": (b"text,\xe9\nb,c\n", r"header\.csv\): line 1 is not UTF-8 \(byte 0xe9 at character 5\)"),
+    "wide.csv": ("text\nabc\n".encode("utf-16"), r"wide\.csv\): line 1 is not UTF-8"),
+    "quote_header.csv": (b'text,"a\nb', r"quote_header\.csv\): line 1: bad CSV: unexpected end of data"),
 }
 
 
@@ -207,6 +235,110 @@ def test_wrong_parquet_column(tmp_path) -> None:
         texts_of(files(tmp_path / "a.parquet"))
 
 
+GOOD = '{"text": "good words"}\n'
+# A file with one good document or none, what is said of the bad one, and what is left without it.
+BAD: dict[str, tuple[bytes, str, list[str]]] = {
+    "empty.txt": (b"", r"empty\.txt\) is empty", []),
+    "latin.txt": ("abc\ndé\n".encode("latin-1"), r"latin\.txt\): line 2 is not UTF-8 \(byte 0xe9 at offset 5\)", []),
+    "cut.txt": ("漢".encode()[:-1], r"cut\.txt\): line 1 is not UTF-8", []),
+    "latin.jsonl": (
+        GOOD.encode() + b'{"text": "\xe9"}\n',
+        r"latin\.jsonl\): line 2 is not UTF-8 \(byte 0xe9 at character 11\)",
+        ["good words"],
+    ),
+    "half_character.jsonl": (GOOD.encode() + b'{"text": "\xc3', r"line 2 is not UTF-8 \(byte 0xc3", ["good words"]),
+    "cut.jsonl": (b"\n" + GOOD.encode() + b'{"text": ', r"cut\.jsonl\): line 3: bad JSON at column 10", ["good words"]),
+    "list.jsonl": (b'["a"]\n' + GOOD.encode(), r"list\.jsonl\): line 1 is not a JSON object", ["good words"]),
+    "deep.jsonl": (b"[" * 100_000 + b"\n" + GOOD.encode(), r"line 1: JSON out of bounds: .*recursion", ["good words"]),
+    "digits.jsonl": (b"1" * 5000 + b"\n" + GOOD.encode(), r"line 1: JSON out of bounds: .*4300", ["good words"]),
+    "long.jsonl": (b"x" * 1001 + b"\r\n" + GOOD.encode(), r"line 1 is longer than 1,000 characters", ["good words"]),
+    "key.jsonl": (
+        b'{"texts": "a", "n": 1}\n' + GOOD.encode(),
+        r"^data\.text_column \(text\): .*line 1 \(did you mean texts\?\).*: texts, n",
+        ["good words"],
+    ),
+    "number.jsonl": (
+        GOOD.encode() + b'{"text": 3}\n',
+        r"^data\.text_column \(text\): .*line 2 holds int, not text",
+        ["good words"],
+    ),
+    "half.jsonl": (
+        b'{"text": "\\ud800"}\n' + GOOD.encode(),
+        r"half\.jsonl\): line 1: '\\ud800' is half a surrogate pair",
+        ["good words"],
+    ),
+    "latin.csv": (b"text\nabc\n\xe9\nd\n", r"latin\.csv\): line 3 is not UTF-8 \(byte 0xe9", ["abc", "d"]),
+    "short.csv": (b"n,text\n1\n2,b\n", r"short\.csv\): line 2 holds NoneType, not text", ["b"]),
+    "wide.csv": (b'text\n"a\nb",\nc\n', r"wide\.csv\): line 2 has more fields than the header", ["c"]),
+    "quote.csv": (b'text\nb\n"a\nc\n', r"quote\.csv\): line 3 and all after it: bad CSV: unexpected end", ["b"]),
+    "mark.csv": (b'text\n"a"b\nc\n', r"mark\.csv\): line 2: bad CSV: ',' expected after '\"'", ["c"]),
+    "long.csv": (b"text\n" + b"x" * 1001 + b"\nc\n", r"line 2 is longer than 1,000 characters", ["c"]),
+    "long_field.csv": (b'text\n"' + b"x\n" * 501 + b'"\nc\n', r"line 2 and all after it: bad CSV: field larger", []),
+    "bad.parquet": (b"PAR1 not really", r"bad\.parquet\) is not a readable Parquet file", []),
+    "null.parquet": (table(["a", None]), r"\(text\): .*null\.parquet\): row 2 holds NoneType, not text", ["a"]),
+    "cut.parquet": (table(["a", "b"])[:-20], r"cut\.parquet\) is not a readable Parquet file", []),
+    "damaged.parquet": (
+        table(["a" * 1500, *map(str, range(3000))]).replace(b"1999", b"19\xff9"),
+        r"damaged\.parquet\): row 2001 is not UTF-8 \(byte 0xff",
+        ["a" * 1500, *(str(i) for i in range(3000) if i != 1999)],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_document_stops_or_is_skipped(tmp_path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    content, message, rest = BAD[name]
+    monkeypatch.setattr(sources, "LONGEST_LINE", 1000 if name.startswith("long") else sources.LONGEST_LINE)
+    (tmp_path / name).write_bytes(content)
+    (tmp_path / "other.txt").write_text("other words")
+    both = files(tmp_path / name, tmp_path / "other.txt")
+    with pytest.raises(UserError, match=message) as caught:
+        texts_of(both)
+    assert str(caught.value).startswith("data.")
+    assert str(caught.value).endswith("; mend it, or set data.on_bad_document skip to leave out bad documents")
+    assert "\n" not in str(caught.value)
+
+    skipping = whole(DataConfig(**{**vars(both), "on_bad_document": "skip"}))
+    for _ in range(2):  # what was left out is counted anew in each pass
+        assert texts(skipping.train()) == [*rest, "other words"]
+        (line,) = skipping.left_out["training text"].lines("training text")
+        assert re.match(r"training text: 1 bad document\(s\) left out: .", line)
+        assert re.search(message.removeprefix("^"), line)
+
+
+def test_of_many_bad_documents_the_first_are_named(tmp_path) -> None:
+    (tmp_path / "a.jsonl").write_text(GOOD + '{"text": 1}\n{"text": ""}\n' * 1200 + GOOD)
+    source = whole(files(tmp_path / "a.jsonl", on_bad_document="skip"))
+    assert texts(source.train()) == ["good words"] * 2
+    empty, bad = source.left_out["training text"].lines("training text")
+    assert empty == "training text: 1,200 empty document(s) left out"
+    assert re.search(r"^training text: 1,200 bad .* line 2 holds int.* line 4 .* line 6 .*; and 1,197 more$", bad)
+
+
+def test_nothing_but_bad_documents(tmp_path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": 1}\n' * 4)
+    message = r"a\.jsonl\) holds no text; 4 bad document\(s\) left out: .*line 1 holds int"
+    with pytest.raises(UserError, match=message):
+        texts_of(files(tmp_path / "a.jsonl", on_bad_document="skip"))
+
+
+def test_places_are_lines_and_rows(tmp_path) -> None:
+    for name, content, places in (
+        ("a.jsonl", b'{"text": "a"}\r\n\r\n{"text": "b"}', ["line 1", "line 3"]),
+        ("a.csv", b'text\r\n"a\r\na"\r\n\r\nb', ["line 2", "line 5"]),
+        ("a.parquet", table(["a", "b"]), ["row 1", "row 2"]),
+    ):
+        (tmp_path / name).write_bytes(content)
+        found = [document.place for document in whole(files(tmp_path / name)).train()]
+        assert found == [f"data.train_files ({tmp_path / name}): {place}" for place in places]
+
+
+def test_old_line_ends(tmp_path) -> None:
+    (tmp_path / "a.csv").write_bytes(b"text\ra\rb\r")
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "a"}\r{"text": "b"}\r')
+    assert texts_of(files(tmp_path / "a.csv")) == texts_of(files(tmp_path / "a.jsonl")) == ["a", "b"]
+
+
 # ---- Tokens on disk
 
 
@@ -219,18 +351,21 @@ def test_prepared_tokens_are_the_text(data: DataConfig) -> None:
     lines: list[str] = []
     prepared = prepare(data, 300, None, lines.append)
     source = open_source(data)
-    for documents, texts in ((prepared.train, list(source.train())), (prepared.validation, list(source.validation()))):
-        assert len(documents) == len(texts)
+    for documents, given in (
+        (prepared.train, texts(source.train())),
+        (prepared.validation, texts(source.validation())),
+    ):
+        assert len(documents) == len(given)
         assert documents.tokens.dtype == "uint16"
         assert documents.offsets.dtype == documents.document_bytes.dtype == "int64"
-        for i, text in enumerate(texts):
+        for i, text in enumerate(given):
             ids = documents.tokens[documents.offsets[i] : documents.offsets[i + 1]]
             assert (ids[0], ids[-1]) == (1, 2)
             assert prepared.tokenizer.decode(ids) == text
             assert documents.document_bytes[i] == len(text.encode())
-        assert documents.utf8_bytes == documents.kept_bytes(0) == sum(len(text.encode()) for text in texts)
-        sizes = [len(prepared.tokenizer.encode(text)) + 2 for text in texts]
-        kept = [len(text.encode()) for text, size in zip(texts, sizes, strict=True) if size >= 40]
+        assert documents.utf8_bytes == documents.kept_bytes(0) == sum(len(text.encode()) for text in given)
+        sizes = [len(prepared.tokenizer.encode(text)) + 2 for text in given]
+        kept = [len(text.encode()) for text, size in zip(given, sizes, strict=True) if size >= 40]
         assert documents.kept_bytes(40) == sum(kept)
     assert prepared.source_fingerprint == source.fingerprint
     assert any("trained 300 tokens" in line for line in lines)
@@ -248,7 +383,10 @@ def test_second_start_uses_the_cache(data: DataConfig, monkeypatch: pytest.Monke
     assert resumed.train.folder == first.train.folder, "a resumed run tokenizes again"
 
 
-@pytest.mark.parametrize("change", [{"validation_fraction": 0.2}, {"text_column": "body"}, {"vocab_size": 290}])
+@pytest.mark.parametrize(
+    "change",
+    [{"validation_fraction": 0.2}, {"text_column": "body"}, {"vocab_size": 290}, {"on_bad_document": "skip"}],
+)
 def test_settings_that_matter_make_new_tokens(data: DataConfig, tmp_path, change: dict) -> None:
     rows = [json.dumps({"text": text, "body": text.upper()}) for text in LINES]
     (tmp_path / "a.jsonl").write_text("\n".join(rows))
@@ -279,7 +417,7 @@ def test_killed_preparation_leaves_nothing_half_made(data: DataConfig, monkeypat
 def test_two_at_once_both_succeed(data: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     original, inner = tokens._tokenize, []
 
-    def slow(folder, source, tokenizer):
+    def slow(folder, *_):
         monkeypatch.setattr(tokens, "_tokenize", original)
         with tokens._complete_or_absent(folder) as part:  # another process comes and finishes while we are at work
             inner.append(prepare(data, 300, None, print))
@@ -300,6 +438,52 @@ def test_damaged_cache_is_named(data: DataConfig) -> None:
         with pytest.raises(UserError, match=rf"{folder.name}\) are damaged; delete that folder"):
             prepare(data, 300, None, print)
         path.write_bytes(whole)
+
+
+WORDS_ONLY = {
+    "version": "1.0",
+    "added_tokens": [],
+    "pre_tokenizer": {"type": "Whitespace"},
+    "model": {"type": "WordLevel", "vocab": {"<bos>": 0, "<eos>": 1, "some": 2, "words": 3}, "unk_token": "<unk>"},
+}
+
+
+def test_document_that_cannot_be_tokenized(tmp_path) -> None:
+    (tmp_path / "words.json").write_text(json.dumps(WORDS_ONLY))
+    text = write_jsonl(tmp_path / "a.jsonl", ["some words", "other", "", "words", "more"] * 3)
+    known = write_jsonl(tmp_path / "b.jsonl", ["words"])
+    here = {
+        "validation_files": (str(known),),
+        "cache_dir": str(tmp_path),
+        "tokenizer_path": str(tmp_path / "words.json"),
+    }
+    message = (
+        r"^data\.train_files \(.*a\.jsonl\): line 2 cannot be tokenized: .*UNK.*; mend it, or set data\.on_bad_doc"
+    )
+    with pytest.raises(UserError, match=message):
+        prepare(files(text, **here), 300, None, print)
+    for _ in range(2):  # read, and cached
+        lines: list[str] = []
+        prepared = prepare(files(text, **here, on_bad_document="skip"), 300, None, lines.append)
+        assert prepared.train.tokens.tolist() == [0, 2, 3, 1, 0, 3, 1] * 3
+        assert prepared.train.document_bytes.tolist() == [10, 5] * 3
+        empty, bad = lines[-2:]
+        assert empty == "training text: 3 empty document(s) left out"
+        assert re.match(
+            r"tokenizing train: 6 bad document\(s\) left out: .* line 2 .* line 5 .* line 7 .*; and 3 more$", bad
+        )
+    other = here | {"validation_files": (str(write_jsonl(tmp_path / "c.jsonl", ["other"])),)}
+    with pytest.raises(UserError, match=r"^no document of the validation text can be tokenized: .*line 1 cannot"):
+        prepare(files(text, **other, on_bad_document="skip"), 300, None, print)
+
+
+def test_text_of_which_the_tokenizer_knows_nothing(tmp_path) -> None:
+    model = {"type": "BPE", "vocab": {"<bos>": 0, "<eos>": 1, "a": 2}, "merges": []}
+    (tmp_path / "a.json").write_text(json.dumps(WORDS_ONLY | {"model": model}))
+    tokenizer = Tokenizer.load(tmp_path / "a.json")
+    assert [ids.tolist() for ids in tokenizer.encode_documents(["a", " \n"])] == [[0, 2, 1], [0, 1]]
+    with pytest.raises(UserError, match=r"^cannot be tokenized: the tokenizer has no token"):
+        tokenizer.encode_documents(["a", "漢"])
 
 
 def test_own_tokenizer(data: DataConfig, tmp_path) -> None:
@@ -335,12 +519,6 @@ def test_name_that_no_hub_takes(name: str, message: str, tmp_path, monkeypatch: 
 def test_local_folder_is_no_hub_name(tmp_path) -> None:
     with pytest.raises(UserError, match=r"is a local path; use data\.train_files"):
         open_source(DataConfig(dataset_name=str(tmp_path)))
-
-
-def table(texts: list[str]) -> bytes:
-    buffer = io.BytesIO()
-    parquet.write_table(pyarrow.table({"text": texts, "number": list(range(len(texts)))}), buffer)
-    return buffer.getvalue()
 
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -425,7 +603,8 @@ from jaxlm.errors import UserError
 for options in json.loads(sys.argv[1]):
     try:
         source = open_source(DataConfig(**{"dataset_name": "test/tiny", "dataset_config": "plain", **options}))
-        print(json.dumps([source.name, source.fingerprint, list(source.train()), list(source.validation())]))
+        parts = [[document.text for document in part()] for part in (source.train, source.validation)]
+        print(json.dumps([source.name, source.fingerprint, *parts]))
     except UserError as error:
         print(json.dumps(str(error)))
 """
@@ -448,7 +627,7 @@ def test_hub(hub: str, hub_home: Path) -> None:
         ({"dataset_split": "tain"}, r"^data\.dataset_split \(tain\): .*\['train', 'validation'\]"),
         ({"validation_split": "dev"}, r"^data\.validation_split \(dev\): .* none: hold out data\.validation_fraction"),
         ({"text_column": "txt"}, r"^data\.text_column \(txt\): .*did you mean text\?.*: text, number"),
-        ({"text_column": "number"}, r"^data\.text_column \(number\): .*test/tiny\): row 1 holds int, not text"),
+        ({"text_column": "number"}, r"^data\.text_column \(number\): .*test/tiny\) train: row 1 holds int, not text"),
         ({"dataset_name": "test/none"}, r"^data\.dataset_name \(test/none\) is not on the Hub.*--data\.train_files"),
     ]
     good: list[dict] = [{}, {"validation_split": None}, {"dataset_config": "bare", "validation_split": None}]

@@ -4,7 +4,6 @@ B rows of a batch, K micro-batches, G rows of a global batch, T tokens of a row.
 """
 
 import math
-import sys
 from collections.abc import Generator, Iterator, Sequence
 from fractions import Fraction
 from functools import partial
@@ -12,12 +11,15 @@ from typing import Any
 
 import numpy as np
 
+from jaxlm.config import LARGEST_INT
 from jaxlm.data.packing import Plan
 from jaxlm.data.tokens import TokenDocuments
+from jaxlm.errors import UserError
 
 Batch = dict[str, np.ndarray]
 THREADS = 2  # that build batches ahead of the training loop
 AHEAD = 4  # batches
+ENDLESS = 2**62  # rows; grain counts batches in floating point, so that of 2**63 - 1 rows it would take one too many
 
 
 class Rows:
@@ -61,7 +63,7 @@ class _OwnRows:
         self.stream, self.global_batch, self.numbers = stream, global_batch, numbers_KB.ravel()
 
     def __len__(self) -> int:
-        return sys.maxsize // self.global_batch * len(self.numbers)
+        return ENDLESS // self.global_batch * len(self.numbers)
 
     def __getitem__(self, index: int) -> Batch:
         step, i = divmod(index, len(self.numbers))
@@ -133,11 +135,18 @@ def eval_batches(rows: Rows, batch: int, own: slice = slice(None)) -> Iterator[B
 
 
 def total_steps(num_epochs: float, rows: int, global_batch: int, max_steps: int | None) -> int:
-    """Updates of a run: max_steps, else those for num_epochs passes, rounded up, and at least 1."""
+    """Updates of a run: max_steps, else those for num_epochs passes, rounded up, and at least 1.
+
+    Raises:
+      UserError: more than an int32 holds.
+    """
     if max_steps is not None:
         return max_steps
     # Exactly what was written: in binary, 2.2 epochs of 25 rows are a little more than 55 rows.
-    return max(1, math.ceil(Fraction(str(num_epochs)) * rows / global_batch))
+    steps = max(1, math.ceil(Fraction(str(num_epochs)) * rows / global_batch))
+    if steps > LARGEST_INT:
+        raise UserError(f"training.num_epochs ({num_epochs}) is more than {LARGEST_INT} updates; lower it")
+    return steps
 
 
 def _stacked(rows: Sequence[Batch]) -> Batch:

@@ -3,7 +3,6 @@
 Nothing here keeps the text in memory: a source is read again, from the start, each time that its text is asked for.
 """
 
-import codecs
 import csv
 import glob
 import hashlib
@@ -11,9 +10,9 @@ import itertools
 import json
 import logging
 import math
+import os
 import platform
 import re
-import sys
 import sysconfig
 import threading
 from array import array
@@ -21,7 +20,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
 import numpy as np
 
@@ -44,8 +43,46 @@ HUB_NAMES = {
 }
 HUB_WAY_OUT = f"use --data.train_files with own text, or --data.dataset_name {STDLIB}"
 HUB_SECONDS = 10  # the Hub has to answer a first request within this time
+LONGEST_LINE = 2**28  # characters; a longer one, or a longer CSV field, is a damaged file: a closing quote is missing
+SHOWN = 3  # bad documents that are named, of those left out
 
-Documents = Callable[[], Iterator[str]]
+
+class Document(NamedTuple):
+    """A text, and where it is: the file and the line or row of it."""
+
+    text: str
+    place: str
+
+
+class LeftOut:
+    """The documents that the latest pass over a text left out: empty ones, and bad ones if they are to be skipped."""
+
+    def __init__(self, data: DataConfig) -> None:
+        self._skip = data.on_bad_document == "skip"
+        self.begin()
+
+    def begin(self) -> None:
+        """A new pass begins."""
+        self.empty, self.bad, self.first = 0, 0, list[str]()
+
+    def add(self, what: str) -> None:
+        """`what` says where a bad document is, and what is wrong with it. Raises UserError if that is to stop."""
+        if not self._skip:
+            raise UserError(f"{what}; mend it, or set data.on_bad_document skip to leave out bad documents")
+        self.bad += 1
+        if self.bad <= SHOWN:
+            self.first.append(what)
+
+    def lines(self, part: str) -> list[str]:
+        """What was left out of `part`, in words."""
+        lines = [f"{part}: {self.empty:,} empty document(s) left out"] if self.empty else []
+        if self.bad:
+            more = f"; and {self.bad - SHOWN:,} more" if self.bad > SHOWN else ""
+            lines.append(f"{part}: {self.bad:,} bad document(s) left out: {'; '.join(self.first)}{more}")
+        return lines
+
+
+Documents = Callable[[], Iterator[Document]]
 
 
 @dataclass(frozen=True)
@@ -55,12 +92,14 @@ class Source:
     Attributes:
       name: what the text is, for people.
       fingerprint: changes with the content (not with the names or dates of files).
+      left_out: {part of the text: what the latest pass over it left out}.
     """
 
     name: str
     fingerprint: str
     train: Documents
     validation: Documents
+    left_out: dict[str, LeftOut]
 
 
 def open_source(data: DataConfig) -> Source:
@@ -91,19 +130,28 @@ class HeldOut:
         """`where` begins the message of the UserError for text that is too short to be split."""
         self._documents, self._fraction, self._where = documents, fraction, where
 
-    def train(self) -> Iterator[str]:
+    def train(self) -> Iterator[Document]:
         """The training text; empty documents belong to neither part."""
-        return (text[:cut] for text, cut in zip(self._documents(), self._cuts, strict=True) if cut)
+        return (Document(text[:cut], place) for text, place, cut in self._with_cuts() if cut)
 
-    def validation(self) -> Iterator[str]:
+    def validation(self) -> Iterator[Document]:
         """The held-out text."""
-        return (text[cut:] for text, cut in zip(self._documents(), self._cuts, strict=True) if cut < len(text))
+        return (Document(text[cut:], place) for text, place, cut in self._with_cuts() if cut < len(text))
+
+    def _with_cuts(self) -> Iterator[tuple[str, str, int]]:
+        for document, cut in itertools.zip_longest(self._documents(), self._cuts.tolist()):
+            if document is None or cut is None or cut > len(document.text):
+                raise self._changed()
+            yield *document, cut
+
+    def _changed(self) -> UserError:
+        return UserError(f"{self._where}: the text changed while it was read; start again when it is complete")
 
     @cached_property
     def _cuts(self) -> np.ndarray:
         """int64 [documents]: the characters of each document that are training text; the rest is held out."""
         hashes, sizes = array("Q"), array("q")
-        for text in self._documents():
+        for text, _ in self._documents():
             hashes.append(int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big"))
             sizes.append(len(text))
         lengths = np.array(sizes, np.int64)
@@ -117,8 +165,11 @@ class HeldOut:
             held_out = max(1, math.floor(total * self._fraction + 0.5))
             index = int(np.searchsorted(ends, total - held_out, side="right"))
             cuts[index + 1 :] = 0
-            text = next(itertools.islice(self._documents(), index, None))
-            cuts[index] = _break_near(text, total - held_out - int(ends[index] - lengths[index]), held_out // 2)
+            document = next(itertools.islice(self._documents(), index, None), None)
+            if document is None:
+                raise self._changed()
+            begin = int(ends[index] - lengths[index])
+            cuts[index] = _break_near(document.text, total - held_out - begin, held_out // 2)
         if not 0 < int(cuts.sum()) < total:
             raise UserError(
                 f"{self._where}: {len(lengths)} documents with {total} characters are too little "
@@ -144,24 +195,26 @@ def _stdlib(data: DataConfig) -> Source:
     root = Path(sysconfig.get_path("stdlib"))
     paths = {path.relative_to(root).as_posix(): path for path in root.rglob("*.py")}
     names = sorted(name for name in paths if not _NOT_STDLIB.intersection(name.split("/")))
-    documents, left_out, digest = [], 0, hashlib.sha256()
+    documents, not_utf8, digest = [], 0, hashlib.sha256()
     for name in names:
         content = _read(paths[name], f"data.dataset_name ({STDLIB})")
         if _is_utf8(content):
             documents.append(paths[name])
             _add_to(digest, content)
         else:
-            left_out += 1
+            not_utf8 += 1
     if not documents:
         raise UserError(f"data.dataset_name ({STDLIB}): no Python source files in {root}; use data.train_files")
 
-    def texts() -> Iterator[str]:
-        return (path.read_bytes().decode() for path in documents)
+    def read() -> Iterator[Document]:
+        where = f"data.dataset_name ({STDLIB})"
+        return (Document(path.read_bytes().decode(), f"{where}: {path}") for path in documents)
 
-    split = HeldOut(texts, data.validation_fraction, f"data.dataset_name ({STDLIB})")
-    note = f"; {left_out} left out: not UTF-8" if left_out else ""
+    note = f"; {not_utf8} left out: not UTF-8" if not_utf8 else ""
     name = f"{STDLIB} {platform.python_version()} ({len(documents)} files{note})"
-    return Source(name, digest.hexdigest(), split.train, split.validation)
+    left_out = LeftOut(data)
+    split = HeldOut(partial(_not_empty, read, left_out), data.validation_fraction, f"data.dataset_name ({STDLIB})")
+    return Source(name, digest.hexdigest(), split.train, split.validation, {"text": left_out})
 
 
 def _is_utf8(content: bytes) -> bool:
@@ -178,18 +231,19 @@ def _is_utf8(content: bytes) -> bool:
 def _files(data: DataConfig) -> Source:
     train = _find_files(data.train_files, "data.train_files")
     digest = _hash_files(train, "data.train_files")
-    name = _names(train)
+    name, left_out = _names(train), LeftOut(data)
+    read_train = partial(_read_files, train, data, "data.train_files", left_out)
     if not data.validation_files:
-        split = HeldOut(
-            partial(_read_files, train, data, "data.train_files"), data.validation_fraction, "data.train_files"
-        )
-        return Source(name, digest, split.train, split.validation)
-    validation = _find_files(data.validation_files, "data.validation_files")
+        split = HeldOut(partial(_not_empty, read_train, left_out), data.validation_fraction, "data.train_files")
+        return Source(name, digest, split.train, split.validation, {"text": left_out})
+    validation, held_out = _find_files(data.validation_files, "data.validation_files"), LeftOut(data)
+    read_validation = partial(_read_files, validation, data, "data.validation_files", held_out)
     return Source(
         f"{name}, held out: {_names(validation)}",
         f"{digest}-{_hash_files(validation, 'data.validation_files')}",
-        partial(_read_files, train, data, "data.train_files"),
-        partial(_read_files, validation, data, "data.validation_files"),
+        partial(_not_empty, read_train, left_out),
+        partial(_not_empty, read_validation, held_out),
+        {"training text": left_out, "held-out text": held_out},
     )
 
 
@@ -202,15 +256,15 @@ def _find_files(patterns: Iterable[str], field: str) -> list[Path]:
     found = []
     for pattern in patterns:
         path = Path(pattern).expanduser()
-        globbed = not path.exists() and glob.has_magic(pattern)
+        globbed = not os.path.exists(path) and glob.has_magic(pattern)
         paths = [Path(match) for match in sorted(glob.glob(str(path), recursive=True))] if globbed else [path]
         if not paths:
             raise UserError(f"{field} ({pattern}) matches no file")
         for path in paths:
-            if path.is_dir():
+            if os.path.isdir(path):
                 raise UserError(f"{field} ({path}) is a folder; name its files, such as {path}/*.txt")
-            if not path.exists():
-                raise UserError(f"{field} ({path}) does not exist")
+            if not os.path.exists(path):  # as in Path.exists, but also no for a name too long, a folder not ours
+                raise UserError(f"{field} ({path}) does not exist, or is out of reach")
             if path.suffix.lower() not in READERS:
                 known = ", ".join(READERS)
                 raise UserError(
@@ -227,89 +281,168 @@ def _hash_files(paths: list[Path], field: str) -> str:
         try:
             with path.open("rb") as file:
                 content = hashlib.file_digest(file, "sha256").digest()
-                size = file.tell()
         except OSError as error:
             raise UserError(f"{where} cannot be read: {error.strerror}") from error
-        if not size:
-            raise UserError(f"{where} is empty")
         digest.update(path.suffix.lower().encode() + content)
     return digest.hexdigest()
 
 
-def _read_files(paths: list[Path], data: DataConfig, field: str) -> Iterator[str]:
+def _read_files(paths: list[Path], data: DataConfig, field: str, left_out: LeftOut) -> Iterator[Document]:
     """The documents of all `paths`; a UserError names the file and the line."""
     characters = 0
     for path in paths:
         where = f"{field} ({path})"
         try:
-            for text in READERS[path.suffix.lower()](path, data.text_column, where):
-                characters += len(text)
-                yield text
+            if not path.stat().st_size:
+                left_out.add(f"{where} is empty")
+                continue
+            for document in READERS[path.suffix.lower()](path, data.text_column, where, left_out):
+                characters += len(document.text)
+                yield document
         except OSError as error:
             raise UserError(f"{where} cannot be read: {_line(error)}") from error
     if not characters:
-        raise UserError(f"{field} ({_names(paths)}) holds no text")
+        bad = f"; {left_out.bad:,} bad document(s) left out: {left_out.first[0]}" if left_out.bad else ""
+        raise UserError(f"{field} ({_names(paths)}) holds no text{bad}")
 
 
-def _read_txt(path: Path, column: str, where: str) -> Iterator[str]:
-    yield _decode(path.read_bytes(), where)
+def _not_empty(read: Documents, left_out: LeftOut) -> Iterator[Document]:
+    """A pass over what `read` gives, without the empty documents."""
+    left_out.begin()
+    for document in read():
+        if document.text:
+            yield document
+        else:
+            left_out.empty += 1
 
 
-def _read_jsonl(path: Path, column: str, where: str) -> Iterator[str]:
-    offset = 0
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            text, offset = _decode(line, where, offset), offset + len(line)
-            if not text.strip():
-                continue
-            try:
-                row = json.loads(text)
-            except json.JSONDecodeError as error:
-                raise UserError(f"{where}: bad JSON at line {number}, column {error.colno}: {error.msg}") from error
-            if not isinstance(row, dict):
-                raise UserError(f"{where}: line {number} is not a JSON object")
-            if column not in row:
-                raise _no_column(column, row, f"{where}: line {number}")
-            yield _checked(row[column], column, f"{where}: line {number}")
-
-
-def _read_csv(path: Path, column: str, where: str) -> Iterator[str]:
-    limit = csv.field_size_limit(sys.maxsize)  # the 128 kB that csv takes by default is less than many documents
+def _read_txt(path: Path, column: str, where: str, left_out: LeftOut) -> Iterator[Document]:
+    content = path.read_bytes()
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            rows = csv.DictReader(file, strict=True)
-            if column not in (rows.fieldnames or ()):
-                raise _no_column(column, rows.fieldnames or (), where)
-            for row in rows:
-                if None in row:
-                    raise UserError(f"{where}: line {rows.line_num} has more fields than the header; quote its commas")
-                yield _checked(row[column], column, f"{where}: line {rows.line_num}")
-    except UnicodeDecodeError:
-        _decode(path.read_bytes(), where)  # raises, with the place in the file
-        raise
-    except csv.Error as error:
-        raise UserError(f"{where}: bad CSV at line {rows.line_num}: {error}") from error
+        yield Document(content.decode().removeprefix("\ufeff"), where)
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        left_out.add(f"{where}: line {line} is not UTF-8 (byte {content[error.start]:#x} at offset {error.start})")
+
+
+def _open_text(path: Path) -> TextIO:
+    """Bytes that are not UTF-8 become halves of surrogate pairs, so that only their line is lost; see `_bad_utf8`."""
+    return path.open(encoding="utf-8-sig", errors="surrogateescape", newline="")
+
+
+def _lines(file: TextIO, where: str, left_out: LeftOut) -> Iterator[str]:
+    """The lines of `file`, a blank one in place of each that is too long."""
+    number = 0
+    while line := file.readline(LONGEST_LINE + 1):
+        number += 1
+        if len(line) > LONGEST_LINE:
+            left_out.add(f"{where}: line {number} is longer than {LONGEST_LINE:,} characters")
+            while line and not line.endswith(("\n", "\r")):
+                line = file.readline(LONGEST_LINE)
+            line = "\n"
+        yield line
+
+
+def _read_jsonl(path: Path, column: str, where: str, left_out: LeftOut) -> Iterator[Document]:
+    with _open_text(path) as file:
+        for number, line in enumerate(_lines(file, where, left_out), 1):
+            if line.isspace():
+                continue
+            place = f"{where}: line {number}"
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                left_out.add(_bad_utf8(line, place) or f"{place}: bad JSON at column {error.pos + 1}: {error.msg}")
+            except (ValueError, RecursionError) as error:  # a number of thousands of digits; lists in lists in lists
+                left_out.add(f"{place}: JSON out of bounds: {_line(error)}")
+            else:
+                if not isinstance(row, dict):
+                    left_out.add(f"{place} is not a JSON object")
+                elif column not in row:
+                    left_out.add(_no_column(column, row, place))
+                elif fault := _bad_utf8(line, place) or _not_text(row[column], column, place):
+                    left_out.add(fault)
+                else:
+                    yield Document(row[column], place)
+
+
+def _read_csv(path: Path, column: str, where: str, left_out: LeftOut) -> Iterator[Document]:
+    limit = csv.field_size_limit(LONGEST_LINE)  # the 128 kB that csv takes by default is less than many documents
+    try:
+        with _open_text(path) as file:
+            rows = csv.reader(_lines(file, where, left_out), strict=True)
+            header = _header(rows, where)
+            if column not in header:
+                raise UserError(_no_column(column, header, f"line 1 of {where}"))
+            yield from _csv_rows(rows, header.index(column), header, where, left_out)
     finally:
         csv.field_size_limit(limit)
 
 
-def _read_parquet(path: Path, column: str, where: str) -> Iterator[str]:
+def _header(rows: Any, where: str) -> list[str]:
+    try:
+        header: list[str] = next(rows, [])
+    except csv.Error as error:
+        raise UserError(f"{where}: line 1: bad CSV: {error}") from error
+    if fault := _bad_utf8("".join(header), f"{where}: line 1"):
+        raise UserError(f"{fault}; convert it")
+    return header
+
+
+def _csv_rows(rows: Any, at: int, header: list[str], where: str, left_out: LeftOut) -> Iterator[Document]:
+    while True:
+        begin = rows.line_num + 1
+        place = f"{where}: line {begin}"
+        try:
+            row = next(rows, None)
+        except csv.Error as error:
+            if rows.line_num > begin:  # in quotes over several lines: where they should have ended is unknown
+                left_out.add(f"{place} and all after it: bad CSV: {error}")
+                return
+            left_out.add(f"{place}: bad CSV: {error}")
+            continue
+        if row is None:
+            return
+        if not row:
+            continue
+        if len(row) > len(header):
+            left_out.add(f"{place} has more fields than the header; quote its commas")
+        elif fault := _not_text(row[at] if at < len(row) else None, header[at], place):
+            left_out.add(fault)
+        else:
+            yield Document(row[at], place)
+
+
+def _read_parquet(path: Path, column: str, where: str, left_out: LeftOut) -> Iterator[Document]:
     import pyarrow
     from pyarrow import parquet
 
+    row = 0
     try:
         with parquet.ParquetFile(path) as file:
             if column not in file.schema_arrow.names:
-                raise _no_column(column, file.schema_arrow.names, where)
-            batches = file.iter_batches(batch_size=1024, columns=[column])
-            values = itertools.chain.from_iterable(batch.column(0).to_pylist() for batch in batches)
-            for row, value in enumerate(values, 1):
-                yield _checked(value, column, f"{where}: row {row}")
-    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
-        raise UserError(f"{where} is not a readable Parquet file: {_line(error)}") from error
+                raise UserError(_no_column(column, file.schema_arrow.names, where))
+            for batch in file.iter_batches(batch_size=1024, columns=[column]):
+                for value in batch.column(0):
+                    row += 1
+                    place = f"{where}: row {row}"
+                    try:
+                        text = value.as_py()
+                    except UnicodeDecodeError as error:
+                        left_out.add(f"{place} is not UTF-8 (byte {error.object[error.start]:#x})")
+                        continue
+                    if fault := _not_text(text, column, place):
+                        left_out.add(fault)
+                    else:
+                        yield Document(text, place)
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # the disk's fault, not the content's
+            raise
+        rest = f", from row {row + 1} on," if row else ""
+        left_out.add(f"{where}{rest} is not a readable Parquet file: {_line(error)}")
 
 
-READERS: dict[str, Callable[[Path, str, str], Iterator[str]]] = {
+READERS: dict[str, Callable[[Path, str, str, LeftOut], Iterator[Document]]] = {
     ".txt": _read_txt,
     ".jsonl": _read_jsonl,
     ".csv": _read_csv,
@@ -324,33 +457,29 @@ def _read(path: Path, where: str) -> bytes:
         raise UserError(f"{where}: {path} cannot be read: {error.strerror}") from error
 
 
-def _decode(content: bytes, where: str, offset: int = 0) -> str:
-    """`content` as text, without a byte order mark; `offset` is where it begins in its file."""
-    try:
-        text = content.decode()
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{where} is not UTF-8: bad byte at offset {offset + error.start}; convert it to UTF-8"
-        ) from error
-    return text if offset else text.removeprefix(codecs.BOM_UTF8.decode())
-
-
-def _no_column(column: str, there: Iterable[str], where: str) -> UserError:
+def _no_column(column: str, there: Iterable[str], where: str) -> str:
     names = list(there)
     listed = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
-    return UserError(
-        f"data.text_column ({column}): not in {where}{nearest(column, names)}; there is: {listed or 'nothing'}"
-    )
+    return f"data.text_column ({column}): not in {where}{nearest(column, names)}; there is: {listed or 'nothing'}"
 
 
-def _checked(value: Any, column: str, where: str) -> str:
+def _not_text(value: Any, column: str, place: str) -> str | None:
+    """What to say of a value that is no text; None: it is."""
     if not isinstance(value, str):
-        raise UserError(f"data.text_column ({column}): {where} holds {type(value).__name__}, not text")
+        return f"data.text_column ({column}): {place} holds {type(value).__name__}, not text"
+    return _bad_utf8(value, place)
+
+
+def _bad_utf8(text: str, place: str) -> str | None:
+    """What to say of a text that cannot be written as UTF-8; None: it can."""
     try:
-        value.encode()
+        text.encode()
     except UnicodeEncodeError as error:
-        raise UserError(f"{where}: {value[error.start]!r} is half a surrogate pair, not text") from error
-    return value
+        code = ord(text[error.start])
+        if 0xDC80 <= code <= 0xDCFF:  # what `_open_text` makes of such bytes
+            return f"{place} is not UTF-8 (byte {code - 0xDC00:#x} at character {error.start + 1})"
+        return f"{place}: {text[error.start]!r} is half a surrogate pair, not text"
+    return None
 
 
 def _add_to(digest: Any, content: bytes) -> None:
@@ -376,16 +505,20 @@ def _hub(data: DataConfig) -> Source:
         raise UserError(f"{where} is not a Hub name of the form namespace/name{hint}; {HUB_WAY_OUT}")
     builder, note = _prepare_hub(name, data.dataset_config, where)
     train = _hub_split(builder, data.dataset_split, data.text_column, "data.dataset_split")
-    label = " ".join(part for part in (name, data.dataset_config, note) if part)
+    label, left_out = " ".join(part for part in (name, data.dataset_config, note) if part), LeftOut(data)
+    read_train = partial(_rows, train, data.text_column, f"{where} {data.dataset_split}", left_out)
     if data.validation_split is None:
-        split = HeldOut(partial(_rows, train, data.text_column, where), data.validation_fraction, where)
-        return Source(label, train._fingerprint, split.train, split.validation)
+        split = HeldOut(partial(_not_empty, read_train, left_out), data.validation_fraction, where)
+        return Source(label, train._fingerprint, split.train, split.validation, {"text": left_out})
     validation = _hub_split(builder, data.validation_split, data.text_column, "data.validation_split")
+    held_out = LeftOut(data)
+    read_validation = partial(_rows, validation, data.text_column, f"{where} {data.validation_split}", held_out)
     return Source(
         label,
         f"{train._fingerprint}-{validation._fingerprint}",
-        partial(_rows, train, data.text_column, where),
-        partial(_rows, validation, data.text_column, where),
+        partial(_not_empty, read_train, left_out),
+        partial(_not_empty, read_validation, held_out),
+        {"training text": left_out, "held-out text": held_out},
     )
 
 
@@ -453,13 +586,17 @@ def _hub_split(builder: "datasets.DatasetBuilder", split: str, column: str, fiel
         hint = "; none: hold out data.validation_fraction" if field == "data.validation_split" else ""
         raise UserError(f"{field} ({split}): {_line(error).rstrip('.')}{hint}") from error
     if column not in dataset.column_names:
-        raise _no_column(column, dataset.column_names, f"split {split}")
+        raise UserError(_no_column(column, dataset.column_names, f"split {split}"))
     if not len(dataset):
         raise UserError(f"{field} ({split}) is empty")
     return dataset
 
 
-def _rows(dataset: "datasets.Dataset", column: str, where: str) -> Iterator[str]:
+def _rows(dataset: "datasets.Dataset", column: str, where: str, left_out: LeftOut) -> Iterator[Document]:
     batches = dataset.select_columns([column]).iter(batch_size=1024)
     for row, value in enumerate(itertools.chain.from_iterable(batch[column] for batch in batches), 1):
-        yield _checked(value, column, f"{where}: row {row}")
+        place = f"{where}: row {row}"
+        if fault := _not_text(value, column, place):
+            left_out.add(fault)
+        else:
+            yield Document(value, place)

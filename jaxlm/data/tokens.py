@@ -5,6 +5,7 @@
     <cache>/tokens/<key>/<split>.offsets.npy   int64 [documents + 1], where in it each document begins
     <cache>/tokens/<key>/<split>.bytes.npy     int64 [documents], the length of each document's text in UTF-8
     <cache>/tokens/<key>/<split>.plan-*.npz    packing plans (packing.py)
+    <cache>/tokens/<key>/left_out.json         what was left out of the text, in words
 
 A folder is made under another name and renamed when it is complete, so what is found is always whole.
 """
@@ -25,11 +26,11 @@ from pathlib import Path
 import numpy as np
 
 from jaxlm.config import DataConfig
-from jaxlm.data.sources import Source, open_source
+from jaxlm.data.sources import Document, LeftOut, Source, open_source
 from jaxlm.errors import UserError
 from jaxlm.tokenizer import Tokenizer
 
-FORMAT = 1  # raise it when what is stored, or how text becomes tokens, changes
+FORMAT = 2  # raise it when what is stored, or how text becomes tokens, changes
 SPLITS = ("train", "validation")
 BATCH_CHARACTERS = 2**21  # text tokenized at once: enough for every thread, little enough for memory
 
@@ -135,18 +136,19 @@ def prepare(data: DataConfig, vocab_size: int, tokenizer: Tokenizer | None, repo
         report(f"tokenized text: cached ({folder})")
     else:
         start = time.perf_counter()
-        _tokenize(folder, source, tokenizer)
+        _tokenize(folder, source, tokenizer, data)
         report(f"tokenized text: {time.perf_counter() - start:.1f} s ({folder})")
+    for line in _left_out(folder):
+        report(line)
     train, validation = (_open(folder, name, tokenizer.dtype) for name in SPLITS)
     return Prepared(tokenizer, train, validation, source.name, source.fingerprint)
 
 
 def _split_settings(data: DataConfig) -> list[str | float | None]:
     """What decides, beside the content of the source, which text is in which split."""
-    if data.train_files or data.dataset_name == "python-stdlib":
-        held_out = not data.validation_files
-        return [data.text_column, data.validation_fraction if held_out else None]
-    return [data.text_column, data.validation_fraction if data.validation_split is None else None]
+    own = data.train_files or data.dataset_name == "python-stdlib"
+    held_out = not data.validation_files if own else data.validation_split is None
+    return [data.text_column, data.on_bad_document, data.validation_fraction if held_out else None]
 
 
 def _key(*parts: object) -> str:
@@ -159,7 +161,8 @@ def _trained(folder: Path, source: Source, vocab_size: int, report: Callable[[st
         report(f"tokenizer: cached ({folder})")
         return Tokenizer.load(folder, "cached tokenizer")
     start = time.perf_counter()
-    tokenizer = Tokenizer.train(_with_progress(source.train(), "training BPE"), vocab_size)
+    texts = (document.text for document in _with_progress(source.train(), "training BPE"))
+    tokenizer = Tokenizer.train(texts, vocab_size)
     with _writing_to(folder), _complete_or_absent(folder) as part:
         tokenizer.save(part)
     fewer = f" (asked for {vocab_size}; there is too little text)" if tokenizer.vocab_size < vocab_size else ""
@@ -167,18 +170,44 @@ def _trained(folder: Path, source: Source, vocab_size: int, report: Callable[[st
     return tokenizer
 
 
-def _tokenize(folder: Path, source: Source, tokenizer: Tokenizer) -> None:
+def _tokenize(folder: Path, source: Source, tokenizer: Tokenizer, data: DataConfig) -> None:
+    parts = dict(source.left_out)
     with _writing_to(folder), _complete_or_absent(folder) as part:
-        for name, texts in zip(SPLITS, (source.train(), source.validation()), strict=True):
+        for name, documents in zip(SPLITS, (source.train(), source.validation()), strict=True):
+            untokenizable = parts[f"tokenizing {name}"] = LeftOut(data)
             offsets, document_bytes = array("q", [0]), array("q")
             with (part / f"{name}.tokens").open("wb") as file:
-                for batch in _batches(_with_progress(texts, f"tokenizing {name}")):
-                    document_bytes.extend(len(text.encode()) for text in batch)
-                    for ids in tokenizer.encode_documents(batch):
+                for batch in _batches(_with_progress(documents, f"tokenizing {name}")):
+                    for document, ids in _encoded(tokenizer, batch, untokenizable):
                         ids.tofile(file)
                         offsets.append(offsets[-1] + len(ids))
+                        document_bytes.append(len(document.text.encode()))
+            if not document_bytes:
+                raise UserError(f"no document of the {name} text can be tokenized: {untokenizable.first[0]}")
             np.save(part / f"{name}.offsets.npy", np.array(offsets, np.int64))
             np.save(part / f"{name}.bytes.npy", np.array(document_bytes, np.int64))
+        lines = [line for name, left_out in parts.items() for line in left_out.lines(name)]
+        (part / "left_out.json").write_text(json.dumps(lines))
+
+
+def _encoded(
+    tokenizer: Tokenizer, batch: list[Document], untokenizable: LeftOut
+) -> Iterable[tuple[Document, np.ndarray]]:
+    """Each document with its ids; those that cannot be tokenized are found by trying one by one, and left out."""
+    try:
+        return zip(batch, tokenizer.encode_documents([document.text for document in batch]), strict=True)
+    except UserError as error:
+        if len(batch) > 1:
+            return [pair for document in batch for pair in _encoded(tokenizer, [document], untokenizable)]
+        untokenizable.add(f"{batch[0].place} {error}")
+        return []
+
+
+def _left_out(folder: Path) -> list[str]:
+    try:
+        return json.loads((folder / "left_out.json").read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"cached tokens ({folder}) cannot be read ({error}); delete that folder") from error
 
 
 def _open(folder: Path, split: str, dtype: np.dtype) -> TokenDocuments:
@@ -192,12 +221,12 @@ def _open(folder: Path, split: str, dtype: np.dtype) -> TokenDocuments:
     return documents
 
 
-def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
-    batch: list[str] = []
+def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    batch: list[Document] = []
     characters = 0
-    for text in texts:
-        batch.append(text)
-        characters += len(text) + 16  # so that a batch of empty texts ends too
+    for document in documents:
+        batch.append(document)
+        characters += len(document.text) + 16  # so that a batch of tiny texts ends too
         if characters >= BATCH_CHARACTERS:
             yield batch
             batch, characters = [], 0
@@ -205,14 +234,14 @@ def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
         yield batch
 
 
-def _with_progress(texts: Iterable[str], what: str) -> Iterator[str]:
-    """`texts`, with a bar on stderr if that is a terminal."""
+def _with_progress(documents: Iterable[Document], what: str) -> Iterator[Document]:
+    """`documents`, with a bar on stderr if that is a terminal."""
     from tqdm import tqdm
 
     with tqdm(desc=what, unit="char", unit_scale=True, disable=None, leave=False) as bar:
-        for text in texts:
-            yield text
-            bar.update(len(text))
+        for document in documents:
+            yield document
+            bar.update(len(document.text))
 
 
 @contextmanager
