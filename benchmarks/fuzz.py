@@ -37,9 +37,11 @@ from pyarrow import parquet
 
 from jaxlm import cli, deepspeed
 from jaxlm.config import SECTIONS, Config, DataConfig, from_dict, replace_fields, resolved, to_dict, validate
+from jaxlm.data.documents import Document, LeftOut
+from jaxlm.data.files import READERS
 from jaxlm.data.loader import Rows
 from jaxlm.data.packing import plan_cached
-from jaxlm.data.sources import READERS, Document, LeftOut, open_source
+from jaxlm.data.sources import open_source
 from jaxlm.data.tokens import prepare
 from jaxlm.errors import UserError
 
@@ -429,7 +431,7 @@ def outcome(kind: str, rng: random.Random, folder: Path) -> tuple[str, str]:
             KINDS[kind](rng, folder)
         return "loaded", ""
     except UserError as error:
-        said = cli._one_line(error)
+        said = cli._printable(error)
         return ("refused", said) if said else ("defect", "a message without words")
     except (KeyboardInterrupt, GeneratorExit):
         raise

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from jaxlm.config import SECTIONS, Config, excerpt, from_dict, nearest, replace_fields, type_name
-from jaxlm.errors import RunFailed, Stopped, UserError
+from jaxlm.errors import RunFailed, Stopped, UserError, one_line
 from jaxlm.signals import StopRequest
 
 EXIT_FAILED, EXIT_USER_ERROR, EXIT_STOPPED = 1, 2, 75
@@ -167,7 +167,7 @@ def load_config(path: str) -> Config:
     except CONFIG_FILE_ERRORS as error:
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
         where = f"--config ({path})" + (f": line {lines[-1]}" if lines else "")
-        raise UserError(f"{where}: {type(error).__name__}: {_one_line(error)}") from error
+        raise UserError(f"{where}: {type(error).__name__}: {_printable(error)}") from error
     if not isinstance(found.get("config"), Config):
         raise UserError(f"--config ({path}): must define `config = Config(...)` (from jaxlm.config import Config)")
     return found["config"]
@@ -178,10 +178,9 @@ def config_from(arguments: argparse.Namespace) -> Config:
     return replace_fields(load_config(arguments.config), overrides(arguments))
 
 
-def _one_line(error: BaseException) -> str:
+def _printable(error: BaseException) -> str:
     """Its text on one line, harmless to a terminal; what a file or an argument put into it may be long."""
-    text = " ".join(str(error).split())
-    text = "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text)
+    text = "".join(character if character.isprintable() else ascii(character)[1:-1] for character in one_line(error))
     return (
         text if len(text) <= LONGEST_MESSAGE else f"{text[: LONGEST_MESSAGE // 2]} ... {text[-LONGEST_MESSAGE // 2 :]}"
     )
@@ -197,11 +196,11 @@ def main(command: Callable[[], None]) -> NoReturn:
             finally:
                 sys.stdout.flush()  # here, where a reader that went away can still be dealt with
     except UserError as error:
-        _end(f"error: {_one_line(error)}", EXIT_USER_ERROR)
+        _end(f"error: {_printable(error)}", EXIT_USER_ERROR)
     except RunFailed as error:
-        _end(f"failed: {_one_line(error)}", EXIT_FAILED)
+        _end(f"failed: {_printable(error)}", EXIT_FAILED)
     except Stopped as stopped:
-        print(f"stopped: {_one_line(stopped)}", file=sys.stderr)
+        print(f"stopped: {_printable(stopped)}", file=sys.stderr)
         sys.exit(EXIT_STOPPED)
     except BrokenPipeError:  # the reader of what we print went away, as with `| head`: nobody to tell, so end quietly
         nowhere = os.open(os.devnull, os.O_WRONLY)

@@ -11,3 +11,8 @@ class RunFailed(Exception):
 
 class Stopped(BaseException):  # as KeyboardInterrupt: no library may take it for an error of its own
     """A signal asked the run to stop; its state is saved and the same command goes on. Exit code 75."""
+
+
+def one_line(error: BaseException) -> str:
+    """What an error says, on one line."""
+    return " ".join(str(error).split())

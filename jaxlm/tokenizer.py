@@ -12,7 +12,7 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from jaxlm.errors import UserError
+from jaxlm.errors import UserError, one_line
 
 PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"  # ids 0, 1, 2 of every tokenizer trained here
 BOS_NAMES = (BOS, "<s>", "<|begin_of_text|>", "<|startoftext|>", "<|bos|>", "[BOS]", "<|endoftext|>")
@@ -78,7 +78,7 @@ class Tokenizer:
         except UserError:
             raise
         except _LibraryError as error:
-            raise UserError(f"{where} is not a tokenizer.json of the tokenizers library: {_line(error)}") from error
+            raise UserError(f"{where} is not a tokenizer.json of the tokenizers library: {one_line(error)}") from error
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], name: str = "data.tokenizer_path") -> "Tokenizer":
@@ -97,7 +97,7 @@ class Tokenizer:
         try:
             text = file.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{where} cannot be read: {_line(error)}") from error
+            raise UserError(f"{where} cannot be read: {one_line(error)}") from error
         return cls.from_json(text, where)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
@@ -144,7 +144,7 @@ class Tokenizer:
         try:
             encodings = iter(self._backend.encode_batch_fast(flat, add_special_tokens=False))
         except _LibraryError as error:
-            raise UserError(f"cannot be tokenized: {_line(error)}") from error
+            raise UserError(f"cannot be tokenized: {one_line(error)}") from error
         documents = []
         for text, each in zip(texts, parts, strict=True):
             ids = [self.bos_id]
@@ -178,7 +178,3 @@ def split_safely(text: str, size: int = PART_CHARACTERS) -> list[str]:
         parts.append(text[start : cut.start()])
         start = cut.start()
     return [*parts, text[start:]]
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())

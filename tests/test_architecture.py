@@ -21,6 +21,8 @@ LAYERS = [
     ["model.layers"],
     ["model.transformer"],
     ["model"],
+    ["data.documents"],
+    ["data.held_out", "data.files", "data.hub"],
     ["data.sources"],
     ["data.tokens"],
     ["data.packing"],

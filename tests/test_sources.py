@@ -20,8 +20,11 @@ import pytest
 from pyarrow import parquet
 
 from jaxlm.config import DataConfig
-from jaxlm.data import sources, tokens
-from jaxlm.data.sources import Document, HeldOut, Source, open_source
+from jaxlm.data import files as readers
+from jaxlm.data import tokens
+from jaxlm.data.documents import Document
+from jaxlm.data.held_out import HeldOut
+from jaxlm.data.sources import Source, open_source
 from jaxlm.data.tokens import SPLITS, cache_root, prepare
 from jaxlm.errors import UserError
 from jaxlm.tokenizer import Tokenizer
@@ -288,7 +291,7 @@ BAD: dict[str, tuple[bytes, str, list[str]]] = {
 @pytest.mark.parametrize("name", BAD)
 def test_bad_document_stops_or_is_skipped(tmp_path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     content, message, rest = BAD[name]
-    monkeypatch.setattr(sources, "LONGEST_LINE", 1000 if name.startswith("long") else sources.LONGEST_LINE)
+    monkeypatch.setattr(readers, "LONGEST_LINE", 1000 if name.startswith("long") else readers.LONGEST_LINE)
     (tmp_path / name).write_bytes(content)
     (tmp_path / "other.txt").write_text("other words")
     both = files(tmp_path / name, tmp_path / "other.txt")

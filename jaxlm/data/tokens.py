@@ -26,7 +26,8 @@ from pathlib import Path
 import numpy as np
 
 from jaxlm.config import DataConfig
-from jaxlm.data.sources import Document, LeftOut, Source, open_source
+from jaxlm.data.documents import Document, LeftOut
+from jaxlm.data.sources import Source, open_source
 from jaxlm.errors import UserError
 from jaxlm.tokenizer import Tokenizer
 

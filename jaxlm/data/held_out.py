@@ -1,0 +1,87 @@
+"""What of a text is held out for validation.
+
+The text is not kept in memory: it is read again, from the start, for each pass.
+"""
+
+import hashlib
+import itertools
+import math
+import re
+from array import array
+from collections.abc import Iterator
+from functools import cached_property
+
+import numpy as np
+
+from jaxlm.data.documents import Document, Documents
+from jaxlm.errors import UserError
+
+
+class HeldOut:
+    """Splits documents into training and held-out text, the same way in every run and for every seed.
+
+    Of n documents, round(n * fraction) are held out: those whose text has the smallest SHA-256. Where that would be
+    less than one, the end of the text is held out instead: `fraction` of its characters, from a line end or other white
+    space near that point if there is one.
+    """
+
+    def __init__(self, documents: Documents, fraction: float, where: str) -> None:
+        """`where` begins the message of the UserError for text that is too short to be split."""
+        self._documents, self._fraction, self._where = documents, fraction, where
+
+    def train(self) -> Iterator[Document]:
+        """The training text; empty documents belong to neither part."""
+        return (Document(text[:cut], place) for text, place, cut in self._with_cuts() if cut)
+
+    def validation(self) -> Iterator[Document]:
+        """The held-out text."""
+        return (Document(text[cut:], place) for text, place, cut in self._with_cuts() if cut < len(text))
+
+    def _with_cuts(self) -> Iterator[tuple[str, str, int]]:
+        for document, cut in itertools.zip_longest(self._documents(), self._cuts.tolist()):
+            if document is None or cut is None or cut > len(document.text):
+                raise self._changed()
+            yield *document, cut
+
+    def _changed(self) -> UserError:
+        return UserError(f"{self._where}: the text changed while it was read; start again when it is complete")
+
+    @cached_property
+    def _cuts(self) -> np.ndarray:
+        """int64 [documents]: the characters of each document that are training text; the rest is held out."""
+        hashes, sizes = array("Q"), array("q")
+        for text, _ in self._documents():
+            hashes.append(int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big"))
+            sizes.append(len(text))
+        lengths = np.array(sizes, np.int64)
+        total = int(lengths.sum())
+        cuts = lengths.copy()
+        if len(lengths) * self._fraction >= 1:
+            held_out = math.floor(len(lengths) * self._fraction + 0.5)
+            cuts[np.argsort(np.array(hashes, np.uint64), kind="stable")[:held_out]] = 0
+        elif total:
+            ends = np.cumsum(lengths)
+            held_out = max(1, math.floor(total * self._fraction + 0.5))
+            index = int(np.searchsorted(ends, total - held_out, side="right"))
+            cuts[index + 1 :] = 0
+            document = next(itertools.islice(self._documents(), index, None), None)
+            if document is None:
+                raise self._changed()
+            begin = int(ends[index] - lengths[index])
+            cuts[index] = _break_near(document.text, total - held_out - begin, held_out // 2)
+        if not 0 < int(cuts.sum()) < total:
+            raise UserError(
+                f"{self._where}: {len(lengths)} documents with {total} characters are too little "
+                f"to hold out data.validation_fraction ({self._fraction}) of them; give more text"
+            )
+        return cuts
+
+
+def _break_near(text: str, point: int, reach: int) -> int:
+    """The place nearest to `point` just after a line end, else after other white space, else `point` itself."""
+    low, high = max(point - min(reach, 1000), 0), min(point + min(reach, 1000), len(text))
+    for blank in (r"\n", r"\s"):
+        places = [low + found.end() for found in re.finditer(blank, text[low:high])]
+        if inside := [place for place in places if 0 < place < len(text)]:
+            return min(inside, key=lambda place: abs(place - point))
+    return point

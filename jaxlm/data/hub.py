@@ -1,0 +1,128 @@
+"""Data sets of the Hugging Face Hub."""
+
+import itertools
+import logging
+import os
+import re
+import threading
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from jaxlm.config import nearest
+from jaxlm.data.documents import Document, LeftOut, no_column, not_text
+from jaxlm.errors import UserError, one_line
+
+if TYPE_CHECKING:
+    import datasets
+
+# The Hub wants "namespace/name"; these are the bare names that guides use.
+NAMES = {
+    "wikitext": "Salesforce/wikitext",
+    "openwebtext": "Skylion007/openwebtext",
+    "tiny_shakespeare": "karpathy/tiny_shakespeare",
+    "c4": "allenai/c4",
+    "imdb": "stanfordnlp/imdb",
+}
+WAY_OUT = "use --data.train_files with own text, or --data.dataset_name python-stdlib"
+SECONDS = 10  # the Hub has to answer a first request within this time
+
+
+def prepare(name: str, configuration: str | None, where: str) -> tuple[str, "datasets.DatasetBuilder"]:
+    """Downloads a data set into the cache of `datasets`, or finds it there.
+
+    Args:
+      name: on the Hub, or one of `NAMES`.
+      configuration: of the data set; None: its only one.
+      where: begins the messages of errors.
+
+    Returns:
+      What it is, for people, and the data set.
+
+    Raises:
+      UserError: there is none, or none of it is here and the Hub is out of reach.
+    """
+    if name and os.path.exists(name) and name not in NAMES:
+        raise UserError(f"{where} is a local path; use data.train_files for own text")
+    name = NAMES.get(name, name)
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        hint = nearest(name, [*NAMES, "python-stdlib"])
+        raise UserError(f"{where} is not a Hub name of the form namespace/name{hint}; {WAY_OUT}")
+    label = " ".join(part for part in (name, configuration) if part)
+    reason = _why_unreachable(name)
+    import datasets
+    import huggingface_hub
+    from huggingface_hub.errors import HTTPError
+
+    for library in ("datasets", "huggingface_hub"):
+        logging.getLogger(library).setLevel(logging.ERROR)  # one error is one line, ours
+    if reason:
+        # What was downloaded before can still be used; told to be offline, the library looks there at once.
+        datasets.config.HF_HUB_OFFLINE = huggingface_hub.constants.HF_HUB_OFFLINE = True
+    try:
+        builder = datasets.load_dataset_builder(name, configuration)
+        builder.download_and_prepare()
+    except datasets.exceptions.DatasetNotFoundError as error:
+        raise UserError(f"{where} is not on the Hub, or is not public; {WAY_OUT}") from error
+    except ValueError as error:
+        said = one_line(error).partition(" Example of usage")[0]
+        raise UserError(
+            f"data.dataset_config ({configuration}) of {name}: {said}; set it to one that there is"
+        ) from error
+    except (OSError, HTTPError) as error:
+        raise UserError(
+            f"{where}: the Hugging Face Hub is out of reach ({reason or one_line(error)}); {WAY_OUT}"
+        ) from error
+    except datasets.exceptions.DatasetsError as error:
+        raise UserError(f"{where} cannot be loaded: {one_line(error)}") from error
+    return label + (f" (downloaded before; the Hub is out of reach: {reason})" if reason else ""), builder
+
+
+def _why_unreachable(name: str) -> str | None:
+    """None if the Hub answers in time, else why not. The library alone would retry for minutes."""
+    answer: list[str | None] = []
+
+    def ask() -> None:
+        from huggingface_hub import HfApi
+        from huggingface_hub.errors import HfHubHTTPError, HTTPError, RepositoryNotFoundError
+
+        try:
+            HfApi().dataset_info(name, timeout=SECONDS)
+            answer.append(None)
+        except RepositoryNotFoundError:
+            answer.append(None)  # the Hub is there, and says no; loading will say it too
+        except HfHubHTTPError as error:
+            answer.append(f"HTTP status {error.response.status_code}")
+        except (OSError, HTTPError) as error:
+            answer.append(one_line(error))
+        except (ValueError, KeyError, TypeError):
+            answer.append("what answers is not the Hub")  # such as the sign-in page of a hotel
+
+    thread = threading.Thread(target=ask, daemon=True)  # a name server that is silent cannot be timed out otherwise
+    thread.start()
+    thread.join(2 * SECONDS)
+    return answer[0] if answer else f"no answer within {2 * SECONDS} s"
+
+
+def load_split(builder: "datasets.DatasetBuilder", split: str, column: str, field: str) -> "datasets.Dataset":
+    """A split that has text in `column`; UserError, naming the option `field`, if there is none."""
+    try:
+        dataset = builder.as_dataset(split=split)
+    except ValueError as error:
+        hint = "; none: hold out data.validation_fraction" if field == "data.validation_split" else ""
+        raise UserError(f"{field} ({split}): {one_line(error).rstrip('.')}{hint}") from error
+    if column not in dataset.column_names:
+        raise UserError(no_column(column, dataset.column_names, f"split {split}"))
+    if not len(dataset):
+        raise UserError(f"{field} ({split}) is empty")
+    return dataset
+
+
+def read(dataset: "datasets.Dataset", column: str, where: str, left_out: LeftOut) -> Iterator[Document]:
+    """The documents of a split; `where` begins their places."""
+    batches = dataset.select_columns([column]).iter(batch_size=1024)
+    for row, value in enumerate(itertools.chain.from_iterable(batch[column] for batch in batches), 1):
+        place = f"{where}: row {row}"
+        if fault := not_text(value, column, place):
+            left_out.add(fault)
+        else:
+            yield Document(value, place)
