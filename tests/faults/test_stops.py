@@ -80,7 +80,10 @@ HANG = """
         if len(sys.argv) > 3:
             distributed.start(f"127.0.0.1:{sys.argv[2]}", 2, int(sys.argv[3]))
         config = replace_fields(cli.load_config(sys.argv[1]), {"training.watchdog_seconds": 5})
-        Hanging(config).train()
+        trainer = Hanging(config)
+        if sys.argv[3:] == ["1"]:
+            trainer._watchdog.limit = 100  # the one that waits shall speak first
+        trainer.train()
 
     cli.main(run)
 """
