@@ -146,6 +146,8 @@ class Checkpoints:
         self._thread.shutdown()
         self._orbax.close()
         self._open.close()
+        if is_leader():
+            clean(self.folder)  # what threads of a save that was given up still wrote
 
 
 def _check_room(folder: Path, arrays: Any) -> None:

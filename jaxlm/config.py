@@ -104,7 +104,7 @@ class TrainingConfig(_Section):
     lr_scheduler: str = option(
         "cosine", "shape of the decay after warm-up", choices=("cosine", "linear", "polynomial", "constant")
     )
-    warmup_steps: int = option(2000, "updates of linear warm-up; shortened to a tenth of the run", low=0)
+    warmup_steps: int = option(2000, "updates of warm-up (see warmup_shape); shortened to a tenth of the run", low=0)
     warmup_shape: str = option("linear", "how warm-up rises; log is DeepSpeed's", choices=("linear", "log"))
     warmup_min_ratio: float = option(0.0, "learning rate that warm-up starts from, of the peak", low=0, high=1)
     schedule_steps: int | None = option(None, "updates the schedule is laid out for; none: those of the run", low=1)
@@ -114,7 +114,7 @@ class TrainingConfig(_Section):
     beta1: float = option(0.9, "first-moment decay (sgd: momentum)", low=0, below=1)
     beta2: float = option(0.999, "second-moment decay (lion: momentum decay)", low=0, below=1)
     eps: float = option(1e-8, "term that keeps adam's denominator off zero", above=0)
-    weight_decay: float = option(0.01, "decoupled weight decay; biases and norms are left out", low=0)
+    weight_decay: float = option(0.01, "decoupled weight decay (adam, sgd: L2); biases and norms are left out", low=0)
     decay_embeddings: bool = option(True, "apply weight_decay to the embeddings too")
     max_grad_norm: float | None = option(1.0, "clip the global gradient norm to this; none: no clipping", above=0)
     use_amp: bool = option(True, "compute in amp_dtype (parameters stay float32); false: float32 throughout")
@@ -123,7 +123,7 @@ class TrainingConfig(_Section):
     initial_loss_scale_power: int = option(16, "float16: the dynamic loss scale starts at 2 to this", low=0, high=31)
     loss_scale_window: int = option(1000, "float16: updates without overflow before the scale is doubled", low=1)
     loss_scale_hysteresis: int = option(2, "float16: overflows before the scale is halved", low=1)
-    min_loss_scale: float = option(1, "float16: the run ends if it overflows at this scale", above=0)
+    min_loss_scale: float = option(1, "float16: the run ends if it overflows at this dynamic scale", above=0)
     max_skipped_steps: int = option(
         20,
         "the run ends after more updates in a row that were not finite (float16: see min_loss_scale)",
@@ -168,7 +168,7 @@ class TrainingConfig(_Section):
     )
     tensor_parallel: int = option(1, "devices that each layer's matrices are split over", low=1, resumable=True)
     offload_optimizer: bool = option(False, "keep the optimizer state in host memory", resumable=True)
-    use_deepspeed: bool = option(False, "ZeRO stage 2, or what deepspeed_config says", resumable=True)
+    use_deepspeed: bool = option(False, "ZeRO stage 2, or what deepspeed_config says; zero_stage wins", resumable=True)
     deepspeed_config: str | None = option(
         None, "DeepSpeed JSON file: sets the fields that it maps to (needs use_deepspeed)", resumable=True
     )
@@ -409,6 +409,11 @@ def validate(config: Config) -> Config:
         raise UserError(
             "model.attention (cudnn) cannot do packed documents, attention dropout or float32; "
             "set data.pack_sequences false, model.attention_dropout 0 and training.use_amp true, or use blockwise"
+        )
+    if not training.loss_scale and training.min_loss_scale > 2**training.initial_loss_scale_power:
+        raise UserError(
+            f"training.min_loss_scale ({training.min_loss_scale:g}) exceeds what the dynamic loss scale starts at, 2 "
+            f"to training.initial_loss_scale_power ({training.initial_loss_scale_power}); lower it"
         )
     _check_home_folders(config)
     if training.checkpoint_dir == "":

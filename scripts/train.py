@@ -10,7 +10,9 @@ def train() -> None:
     parser.add_argument("--resume_from_checkpoint", metavar="PATH", help="checkpoint folder to start from, or latest")
     parser.add_argument("--fresh", action="store_true", help="start over; the old folder is moved aside, not deleted")
     several = parser.add_argument_group(
-        "several processes", "one a host; not needed with SLURM's srun, Open MPI, or JAX's Kubernetes support"
+        "several processes",
+        "one a host; give all three, to each process; not needed with SLURM's srun, Open MPI 4, or Kubernetes jobs "
+        "(needs the kubernetes package)",
     )
     several.add_argument("--coordinator_address", metavar="HOST:PORT", help="a free port of process 0's host")
     several.add_argument("--num_processes", type=int, metavar="N", help="how many there are")

@@ -3,11 +3,16 @@
 import json
 import os
 import random
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # also for the processes that tests start, and where a GPU is
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")  # compiles three times as fast
+os.environ.setdefault(
+    "XLA_FLAGS",  # compiles three times as fast, and with the second, which only jaxlib 0.10 knows, again half as much
+    "--xla_backend_optimization_level=0"
+    + " --xla_cpu_use_fusion_emitters=false" * version("jaxlib").startswith("0.10."),
+)
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")  # what one test compiled, others load
 
 import jax

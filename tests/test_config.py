@@ -216,6 +216,10 @@ def test_values_at_the_bounds_are_valid(dotted: str) -> None:
     [
         ({"model.n_heads": 7}, "model.n_heads (7) must divide model.d_model (768)"),
         ({"data.max_length": 1025}, "data.max_length (1025) exceeds model.max_seq_len (1024)"),
+        (
+            {"training.min_loss_scale": 32.0, "training.initial_loss_scale_power": 4},
+            "training.min_loss_scale (32) exceeds what the dynamic loss scale starts at",
+        ),
         ({"data.min_length": 1025}, "data.min_length (1025) exceeds data.max_length (1024)"),
         ({"model.vocab_size": 258}, "model.vocab_size (258) must be at least 259"),
         ({"model.positions": "rotary", "model.d_model": 36}, "model.positions (rotary) needs an even head size"),
