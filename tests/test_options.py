@@ -1,4 +1,4 @@
-"""The README's table of options is the declarations in config.py."""
+"""docs/options.md is the declarations in config.py; `python tests/test_options.py` rewrites it."""
 
 import dataclasses
 import typing
@@ -6,6 +6,8 @@ from pathlib import Path
 
 from jaxlm.cli import _shown
 from jaxlm.config import SECTIONS, type_name
+
+PAGE = Path(__file__).parents[1] / "docs" / "options.md"
 
 
 def option_rows():
@@ -17,11 +19,16 @@ def option_rows():
             yield f"| `{name}.{field.name}` | {kind} | `{default}` | {field.metadata['help']}{choices} |"
 
 
-def test_the_readmes_table_is_current():
-    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
-    table = [line for line in readme.splitlines() if line.startswith(tuple(f"| `{name}." for name in SECTIONS))]
-    assert table == list(option_rows())
+def page(text: str) -> str:
+    """`text` with the table's rows replaced by those of the declarations."""
+    head, _, _ = text.partition("| `model.")
+    return head + "\n".join(option_rows()) + "\n"
 
 
-if __name__ == "__main__":  # prints the table, to be pasted
-    print("\n".join(option_rows()))
+def test_the_page_of_options_is_current():
+    text = PAGE.read_text(encoding="utf-8")
+    assert text == page(text)
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
