@@ -57,14 +57,23 @@ class ModelConfig(_Section):
     )
     d_model: int = option(768, "width of the residual stream", low=1)
     n_heads: int = option(12, "attention heads; must divide d_model", low=1)
+    n_kv_heads: int | None = option(
+        None, "heads of keys and values, each shared by n_heads / n_kv_heads query heads; none: n_heads", low=1
+    )
     n_layers: int = option(12, "Transformer blocks", low=1)
     d_ff: int = option(3072, "width of the feed-forward layer", low=1)
     max_seq_len: int = option(1024, "longest sequence the model can take, in tokens", low=2, high=2**24)
     dropout: float = option(0.1, "dropout of embeddings and of each block's two outputs", low=0, below=1)
     attention_dropout: float = option(0.1, "dropout of the attention weights", low=0, below=1)
     activation: str = option(
-        "gelu", "feed-forward activation; gelu is GPT-2's tanh form", choices=("gelu", "relu", "swish")
+        "gelu",
+        "feed-forward activation; gelu is GPT-2's tanh form, gelu_exact the one with erf; swiglu and geglu (tanh form) "
+        "are gated: a third matrix, all of width d_ff",
+        choices=("gelu", "gelu_exact", "relu", "swish", "swiglu", "geglu"),
     )
+    norm: str = option("layernorm", "normalisation of the residual stream", choices=("layernorm", "rmsnorm"))
+    norm_epsilon: float = option(1e-5, "term that keeps a norm's denominator off zero", above=0)
+    use_bias: bool = option(True, "biases in linear layers and in layernorm (rmsnorm never has one)")
     pre_norm: bool = option(True, "normalise before each sub-layer (false: after, as in the 2017 Transformer)")
     gradient_checkpointing: bool = option(
         False, "recompute activations in the backward pass to save memory", resumable=True
@@ -77,6 +86,26 @@ class ModelConfig(_Section):
     )
     positions: str = option("learned", "how positions enter", choices=("learned", "sinusoidal", "rotary"))
     rope_theta: float = option(10000.0, "base of the rotary frequencies (positions=rotary)", above=0)
+    rope_scaling: str | None = option(
+        None,
+        "stretch rotary positions to a longer context: linear for all frequencies, llama3 and yarn for low ones; "
+        "none: as they are",
+        choices=("linear", "llama3", "yarn"),
+    )
+    rope_scaling_factor: float = option(1.0, "how many times longer rope_scaling makes the context", low=1)
+    rope_original_length: int | None = option(
+        None, "tokens of the context before it was stretched (needed by rope_scaling llama3 and yarn)", low=1
+    )
+    rope_low_freq_factor: float = option(
+        1.0, "llama3: frequencies that turn fewer times than this in the original length are stretched", above=0
+    )
+    rope_high_freq_factor: float = option(
+        4.0, "llama3: frequencies that turn more times than this in the original length stay", above=0
+    )
+    qk_norm: bool = option(False, "rmsnorm with a learned scale over each head's queries and keys (as in Qwen3)")
+    logit_softcap: float | None = option(
+        None, "squash output logits to this: cap * tanh(logits / cap) (as in Gemma 2); none: as they are", above=0
+    )
     tie_embeddings: bool = option(True, "use the token embedding as the output projection too")
     scan_layers: bool | None = option(
         None,
@@ -89,6 +118,11 @@ class ModelConfig(_Section):
         "attention kernel: blockwise runs everywhere; cudnn needs a GPU, 16-bit, no packing, no attention_dropout",
         choices=("auto", "blockwise", "cudnn"),
     )
+
+    @property
+    def kv_heads(self) -> int:
+        """Heads of keys and values."""
+        return self.n_heads if self.n_kv_heads is None else self.n_kv_heads
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,6 +150,12 @@ class TrainingConfig(_Section):
     eps: float = option(1e-8, "term that keeps adam's denominator off zero", above=0)
     weight_decay: float = option(0.01, "decoupled weight decay (adam, sgd: L2); biases and norms are left out", low=0)
     decay_embeddings: bool = option(True, "apply weight_decay to the embeddings too")
+    z_loss: float = option(
+        0.0,
+        "weight of the squared log of the softmax's denominator, added to what is minimised (1e-4 in PaLM); reported "
+        "losses are without it",
+        low=0,
+    )
     max_grad_norm: float | None = option(1.0, "clip the global gradient norm to this; none: no clipping", above=0)
     use_amp: bool = option(True, "compute in amp_dtype (parameters stay float32); false: float32 throughout")
     amp_dtype: str = option("bfloat16", "16-bit type to compute in", choices=("bfloat16", "float16"))
@@ -377,6 +417,33 @@ def _check_home_folders(config: Config) -> None:
                 raise UserError(f"{dotted} ({path}): there is no such user; write the path in full") from error
 
 
+def _check_model(model: ModelConfig) -> None:
+    """What has to fit together in the model."""
+    if model.d_model % model.n_heads:
+        raise UserError(f"model.n_heads ({model.n_heads}) must divide model.d_model ({model.d_model})")
+    if model.n_heads % model.kv_heads:
+        raise UserError(f"model.n_kv_heads ({model.n_kv_heads}) must divide model.n_heads ({model.n_heads})")
+    if model.positions != "learned" and model.d_model // model.n_heads % 2:
+        raise UserError(
+            f"model.positions ({model.positions}) needs an even head size; "
+            f"model.d_model / model.n_heads is {model.d_model // model.n_heads}"
+        )
+    if model.rope_scaling is None:
+        return
+    named = f"model.rope_scaling ({model.rope_scaling})"
+    if model.positions != "rotary":
+        raise UserError(f"{named} needs model.positions rotary, not {model.positions}")
+    if model.rope_scaling != "linear" and model.rope_original_length is None:
+        raise UserError(f"{named} needs model.rope_original_length, the context in tokens before it was stretched")
+    if model.rope_scaling == "llama3" and model.rope_high_freq_factor <= model.rope_low_freq_factor:
+        raise UserError(
+            f"model.rope_high_freq_factor ({model.rope_high_freq_factor}) must be greater than "
+            f"model.rope_low_freq_factor ({model.rope_low_freq_factor})"
+        )
+    if model.rope_scaling == "yarn" and model.rope_theta <= 1:
+        raise UserError(f"{named} needs model.rope_theta ({model.rope_theta}) greater than 1")
+
+
 def validate(config: Config) -> Config:
     """Checks everything that can be known without touching files or devices; returns `config`.
 
@@ -388,13 +455,7 @@ def validate(config: Config) -> Config:
         for field in dataclasses.fields(section):
             check_field(f"{name}.{field.name}", field, hints[field.name], getattr(getattr(config, name), field.name))
     model, training, data = config.model, config.training, config.data
-    if model.d_model % model.n_heads:
-        raise UserError(f"model.n_heads ({model.n_heads}) must divide model.d_model ({model.d_model})")
-    if model.positions != "learned" and model.d_model // model.n_heads % 2:
-        raise UserError(
-            f"model.positions ({model.positions}) needs an even head size; "
-            f"model.d_model / model.n_heads is {model.d_model // model.n_heads}"
-        )
+    _check_model(model)
     if data.max_length > model.max_seq_len:
         raise UserError(
             f"data.max_length ({data.max_length}) exceeds model.max_seq_len ({model.max_seq_len}); lower it"

@@ -3,11 +3,14 @@
 Shapes: B rows, T positions, C positions of a chunk, D model width, V vocabulary.
 """
 
+import dataclasses
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+Sums = tuple[jax.Array, jax.Array]  # the objective and the cross entropy, float32 scalars
 CHUNK_BYTES = 32 * 2**20  # float32 logits alive at a time; 8 to 128 MiB ran equally fast on CPU
 
 
@@ -25,68 +28,112 @@ def _chunks(hidden_BTD: jax.Array, w_VD: jax.Array, targets_BT: jax.Array, weigh
     return split(hidden_BTD), split(targets_BT), split(weights_BT)
 
 
-def _chunk_terms(hidden_BCD: jax.Array, w_VD: jax.Array, targets_BC: jax.Array) -> tuple[jax.Array, ...]:
-    """Per-token loss [B, C], exp(logits - max), its sum [B, C, 1] and the targets' one-hot mask, in float32."""
+@dataclasses.dataclass(frozen=True)
+class _Chunk:
+    """What the loss of one chunk and its gradient are made of, float32."""
+
+    cross_entropy_BC: jax.Array
+    log_total_BC: jax.Array  # log of the sum over the vocabulary of exp(logits)
+    exp_BCV: jax.Array  # exp(logits - max)
+    total_BC1: jax.Array  # its sum
+    is_target_BCV: jax.Array
+    slope_BCV: jax.Array | None  # d logits / d raw logits, where they are capped
+
+
+def _chunk(hidden_BCD: jax.Array, w_VD: jax.Array, targets_BC: jax.Array, softcap: float | None) -> _Chunk:
     logits_BCV = jnp.einsum("bcd,vd->bcv", hidden_BCD, w_VD, preferred_element_type=jnp.float32)
+    slope_BCV = None
+    if softcap is not None:
+        tanh_BCV = jnp.tanh(logits_BCV / softcap)
+        logits_BCV, slope_BCV = softcap * tanh_BCV, 1 - tanh_BCV * tanh_BCV
     is_target_BCV = targets_BC[..., None] == jnp.arange(w_VD.shape[0], dtype=targets_BC.dtype)[None, None]
-    shifted_BCV = logits_BCV - logits_BCV.max(-1, keepdims=True)
+    max_BC1 = logits_BCV.max(-1, keepdims=True)
+    shifted_BCV = logits_BCV - max_BC1
     exp_BCV = jnp.exp(shifted_BCV)
     total_BC1 = exp_BCV.sum(-1, keepdims=True)
     target_BC = jnp.where(is_target_BCV, shifted_BCV, 0.0).sum(-1)
-    return jnp.log(total_BC1[..., 0]) - target_BC, exp_BCV, total_BC1, is_target_BCV
+    log_BC = jnp.log(total_BC1[..., 0])
+    return _Chunk(log_BC - target_BC, log_BC + max_BC1[..., 0], exp_BCV, total_BC1, is_target_BCV, slope_BCV)
 
 
-@jax.custom_vjp
-def cross_entropy_sum(
-    hidden_BTD: jax.Array, w_VD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array
-) -> jax.Array:
-    """Sum over tokens of weight * cross entropy in nats, float32 scalar.
+def _add(sums: Sums, chunk: _Chunk, weights_BC: jax.Array, z_loss: float) -> Sums:
+    objective_BC = chunk.cross_entropy_BC
+    if z_loss:
+        objective_BC = objective_BC + z_loss * chunk.log_total_BC**2
+    return sums[0] + (objective_BC * weights_BC).sum(), sums[1] + (chunk.cross_entropy_BC * weights_BC).sum()
 
-    The gradient is computed together with the loss, one chunk of positions at a time, so that the logits are made
-    once and never held whole (as in Liger's fused linear cross entropy, arXiv:2410.10989).
+
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def loss_sums(
+    hidden_BTD: jax.Array,
+    w_VD: jax.Array,
+    targets_BT: jax.Array,
+    weights_BT: jax.Array,
+    softcap: float | None = None,
+    z_loss: float = 0.0,
+) -> Sums:
+    """Sums over tokens of weight * (cross entropy + z_loss * log(Z)^2) and of weight * cross entropy, float32 scalars.
+
+    The first is to be minimised; the second, in nats, is for reports: no gradient comes from it. Z is the softmax's
+    denominator (PaLM, arXiv:2204.02311, section 5). The gradient is computed together with the loss, one chunk of
+    positions at a time, so that the logits are made once and never held whole (as in Liger's fused linear cross
+    entropy, arXiv:2410.10989).
 
     Args:
       hidden_BTD: hidden states in the compute dtype.
       w_VD: float32 output matrix; multiplied in the compute dtype.
       targets_BT: int32 token ids.
       weights_BT: float32, 0 for padding.
+      softcap: logits become softcap * tanh(logits / softcap); None: they stay.
+      z_loss: weight of log(Z)^2.
     """
     w = w_VD.astype(hidden_BTD.dtype)
 
-    def body(total: jax.Array, chunk: Any) -> tuple[jax.Array, None]:
+    def body(sums: Sums, chunk: Any) -> tuple[Sums, None]:
         hidden, targets, weights = chunk
-        return total + (_chunk_terms(hidden, w, targets)[0] * weights).sum(), None
+        return _add(sums, _chunk(hidden, w, targets, softcap), weights, z_loss), None
 
     chunks = _chunks(hidden_BTD, w_VD, targets_BT, weights_BT)
-    return jax.lax.scan(body, jnp.zeros((), jnp.float32), chunks)[0]
+    return jax.lax.scan(body, (jnp.zeros((), jnp.float32),) * 2, chunks)[0]
 
 
-def _forward(hidden_BTD: jax.Array, w_VD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array) -> tuple[Any, Any]:
+def _forward(
+    hidden_BTD: jax.Array,
+    w_VD: jax.Array,
+    targets_BT: jax.Array,
+    weights_BT: jax.Array,
+    softcap: float | None,
+    z_loss: float,
+) -> tuple[Sums, Any]:
     w = w_VD.astype(hidden_BTD.dtype)
 
     def body(carry: Any, chunk: Any) -> tuple[Any, jax.Array]:
-        total, dw_DV = carry
+        sums, dw_DV = carry
         hidden, targets, weights = chunk
-        loss_BC, exp_BCV, sum_BC1, is_target_BCV = _chunk_terms(hidden, w, targets)
-        scale_BC1 = weights[..., None] / sum_BC1
-        dlogits = exp_BCV * scale_BC1 - jnp.where(is_target_BCV, weights[..., None], 0.0)
+        of = _chunk(hidden, w, targets, softcap)
+        scale_BC1 = weights[..., None] / of.total_BC1
+        if z_loss:
+            scale_BC1 = scale_BC1 * (1 + 2 * z_loss * of.log_total_BC[..., None])
+        dlogits = of.exp_BCV * scale_BC1 - jnp.where(of.is_target_BCV, weights[..., None], 0.0)
+        if of.slope_BCV is not None:
+            dlogits = dlogits * of.slope_BCV
         dlogits = dlogits.astype(hidden.dtype)
         dhidden = jnp.einsum("bcv,vd->bcd", dlogits, w, preferred_element_type=jnp.float32).astype(hidden.dtype)
         # As [D, V]: transposing the hidden states is cheap, transposing the logits' gradient is not.
         dw_DV = dw_DV + jnp.einsum("bcd,bcv->dv", hidden, dlogits, preferred_element_type=jnp.float32)
-        return (total + (loss_BC * weights).sum(), dw_DV), dhidden
+        return (_add(sums, of, weights, z_loss), dw_DV), dhidden
 
     chunks = _chunks(hidden_BTD, w_VD, targets_BT, weights_BT)
-    carry = (jnp.zeros((), jnp.float32), jnp.zeros(w_VD.shape[::-1], jnp.float32))
-    (total, dw_DV), dhidden = jax.lax.scan(body, carry, chunks)
+    carry = ((jnp.zeros((), jnp.float32),) * 2, jnp.zeros(w_VD.shape[::-1], jnp.float32))
+    (sums, dw_DV), dhidden = jax.lax.scan(body, carry, chunks)
     b, t, d = hidden_BTD.shape
     dw_DV = jax.lax.optimization_barrier(dw_DV)  # XLA on CPU cannot run a 16-bit product whose result is transposed
-    return total, (jnp.moveaxis(dhidden, 0, 1).reshape(b, -1, d)[:, :t], dw_DV.T)
+    return sums, (jnp.moveaxis(dhidden, 0, 1).reshape(b, -1, d)[:, :t], dw_DV.T)
 
 
-def _backward(saved: Any, g: jax.Array) -> tuple[Any, ...]:
+def _backward(softcap: float | None, z_loss: float, saved: Any, g: Sums) -> tuple[Any, ...]:
     dhidden_BTD, dw_VD = saved
-    return dhidden_BTD * g.astype(dhidden_BTD.dtype), dw_VD * g, None, None
+    return dhidden_BTD * g[0].astype(dhidden_BTD.dtype), dw_VD * g[0], None, None
 
 
-cross_entropy_sum.defvjp(_forward, _backward)
+loss_sums.defvjp(_forward, _backward)

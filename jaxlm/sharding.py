@@ -36,6 +36,8 @@ HOST_MEMORY = "pinned_host"
 # The axis that "tensor" splits, counted from the end: columns of what widens, rows of what narrows again.
 TENSOR_AXES = {
     "qkv/kernel": -1,
+    "attention/q/kernel": -1,
+    "attention/kv/kernel": -1,
     "out/kernel": -2,
     "up/kernel": -1,
     "down/kernel": -2,
@@ -54,7 +56,8 @@ def mesh_shape(config: Config, n_devices: int) -> tuple[int, int, int]:
       UserError: they can't be divided as it asks.
     """
     tensor = config.training.tensor_parallel
-    for name, value in {"n_heads": config.model.n_heads, "d_ff": config.model.d_ff}.items():
+    model = config.model
+    for name, value in {"n_heads": model.n_heads, "n_kv_heads": model.kv_heads, "d_ff": model.d_ff}.items():
         if value % tensor:
             raise UserError(f"training.tensor_parallel ({tensor}) must divide model.{name} ({value})")
     if n_devices % tensor:

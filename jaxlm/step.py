@@ -19,7 +19,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 
 from jaxlm.config import Config
-from jaxlm.loss import cross_entropy_sum
+from jaxlm.loss import Sums, loss_sums
 from jaxlm.model import Transformer
 from jaxlm.model.dropout import row_keys
 from jaxlm.model.transformer import Fetch
@@ -59,7 +59,7 @@ def init_state(
     )
 
 
-def loss_sum(
+def batch_loss(
     graphdef: Any,
     params: Params,
     batch: Batch,
@@ -67,8 +67,9 @@ def loss_sum(
     packed: bool,
     factor: Any = 1.0,
     fetch: Fetch | None = None,
-) -> jax.Array:
-    """Sum of the cross entropy in nats over the targets of `batch` ([B, T] arrays), times `factor`.
+    z_loss: float = 0.0,
+) -> Sums:
+    """What is minimised, and the cross entropy in nats: sums over the targets of `batch` ([B, T]), times `factor`.
 
     The factor goes in with the targets' weights, so that float16 gradients are scaled from the start.
     """
@@ -76,11 +77,13 @@ def loss_sum(
     segments = batch["segments"] if packed else None  # padding stands at the end: causality hides it
     hidden = model(batch["tokens"], segments, batch["positions"], keys, fetch)
     weights = jnp.where(batch["segments"] > 0, jnp.asarray(factor, jnp.float32), 0.0)
-    return cross_entropy_sum(hidden, model.output_matrix(), batch["targets"], weights)
+    return loss_sums(hidden, model.output_matrix(), batch["targets"], weights, model.config.logit_softcap, z_loss)
 
 
 def _make_gradients(graphdef: Any, config: Config, layout: Layout) -> Callable[..., tuple[jax.Array, Params]]:
-    """(params, batch, step, factor) -> the loss times `factor`, and its gradients, over all rows and micro-batches.
+    """(params, batch, step, factor) -> the cross entropy times `factor`, and the gradients of what is minimised.
+
+    Both are over all rows and micro-batches.
 
     On each device: gradients of its rows, micro-batch by micro-batch in a `lax.scan`, summed in accumulator_dtype;
     then one sum over the devices. A gradient that is not finite leaves a sum that is not finite.
@@ -96,11 +99,12 @@ def _make_gradients(graphdef: Any, config: Config, layout: Layout) -> Callable[.
             held, micro_batch = jax.lax.optimization_barrier((params, micro_batch))  # no gathering ahead of the loop
             keys = row_keys(step_key, micro_batch["rows"], model.n_layers) if uses_dropout else None
 
-            def scaled_loss(params: Params) -> jax.Array:
+            def scaled_loss(params: Params) -> Sums:
                 params, fetch = layout.gather(params, dtype)
-                return loss_sum(graphdef, params, micro_batch, keys, config.data.pack_sequences, factor, fetch)
+                packed, z_loss = config.data.pack_sequences, training.z_loss
+                return batch_loss(graphdef, params, micro_batch, keys, packed, factor, fetch, z_loss)
 
-            loss, gradients = jax.value_and_grad(scaled_loss)(held)
+            (_, loss), gradients = jax.value_and_grad(scaled_loss, has_aux=True)(held)
             return loss, layout.reduce_micro_batch(gradients)
 
         def add(total: Any, micro_batch: Batch) -> tuple[Any, None]:
@@ -130,8 +134,8 @@ def _make_gradients(graphdef: Any, config: Config, layout: Layout) -> Callable[.
 def make_train_step(graphdef: Any, config: Config, schedule: Schedule, layout: Layout) -> TrainStep:
     """The update: (state, batch) -> (state, metrics).
 
-    Metrics are float32 scalars: `loss` (nats a target), `grad_norm` (before clipping), `learning_rate`, `skipped`,
-    `loss_scale`, `scale_exhausted` (overflows at the lowest loss scale).
+    Metrics are float32 scalars: `loss` (cross entropy, nats a target; z_loss left out), `grad_norm` (before clipping),
+    `learning_rate`, `skipped`, `loss_scale`, `scale_exhausted` (overflows at the lowest loss scale).
     The loss of every micro-batch is divided by the targets of all of them, so that K micro-batches equal one batch K
     times as large. An update whose loss or gradient is not finite changes nothing but the counters.
     """
@@ -185,7 +189,7 @@ def make_eval_step(
 
     def on_device(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
         params, fetch = layout.gather(params, compute_dtype(config.training))
-        nats = loss_sum(graphdef, params, batch, None, config.data.pack_sequences, fetch=fetch)
+        _, nats = batch_loss(graphdef, params, batch, None, config.data.pack_sequences, fetch=fetch)
         return layout.sum_over(ROWS, (nats, (batch["segments"] > 0).sum()))
 
     return jax.shard_map(

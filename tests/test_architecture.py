@@ -16,7 +16,7 @@ LAYERS = [
     ["manifest", "health", "signals", "distributed", "sharding", "precision", "optim", "loss", "metrics"],
     ["tokenizer", "deepspeed", "watchdog", "folder"],
     ["cli"],
-    ["model.dropout"],
+    ["model.dropout", "model.positions"],
     ["model.attention"],
     ["model.layers"],
     ["model.transformer"],

@@ -27,7 +27,7 @@ from jaxlm.model.dropout import row_keys
 from jaxlm.optim import build_optimizer
 from jaxlm.precision import compute_dtype
 from jaxlm.sharding import Layout
-from jaxlm.step import init_state, loss_sum
+from jaxlm.step import batch_loss, init_state
 
 ROOT = Path(__file__).parents[1]
 DOCUMENT = ROOT / "docs" / "memory.md"
@@ -131,7 +131,7 @@ def kept_by_jax(config, devices):
 
         def loss(held):
             whole, fetch = layout.gather(held, dtype)
-            return loss_sum(graphdef, whole, batch, keys, config.data.pack_sequences, fetch=fetch)
+            return batch_loss(graphdef, whole, batch, keys, config.data.pack_sequences, fetch=fetch)[0]
 
         out, backward = jax.vjp(loss, params)
         kept.extend(jax.tree.leaves(backward))

@@ -1,6 +1,7 @@
 """Causal self-attention that never holds a T x T array.
 
-Shapes: B rows, T positions, H heads, K channels of a head, Q queries of a block, S keys of a block, N = T / Q blocks.
+Shapes: B rows, T positions, H heads, G heads of keys and values, K channels of a head, Q queries of a block, S keys of
+a block, N = T / Q blocks.
 
 `blockwise` is FlashAttention (Dao et al. 2022, arXiv:2205.14135) in plain JAX: queries go block by block, each block
 sees only the keys at or before it, softmax statistics are float32, and the backward pass recomputes the weights from
@@ -41,8 +42,8 @@ def choose_attention(model: ModelConfig, training: TrainingConfig, data: DataCon
 
 def causal_attention(
     q_BTHK: jax.Array,
-    k_BTHK: jax.Array,
-    v_BTHK: jax.Array,
+    k_BTGK: jax.Array,
+    v_BTGK: jax.Array,
     segments_BT: jax.Array | None,
     *,
     implementation: str,
@@ -50,6 +51,8 @@ def causal_attention(
     rate: float = 0.0,
 ) -> jax.Array:
     """Softmax attention, each position to itself and what came before it in its segment.
+
+    Query head h sees head h * G // H of keys and values; G divides H.
 
     Args:
       segments_BT: int32; positions of different segments don't see each other. None: one segment.
@@ -61,9 +64,11 @@ def causal_attention(
       [B, T, H, K] in the dtype of `q_BTHK`.
     """
     if implementation == "cudnn":
-        return jax.nn.dot_product_attention(q_BTHK, k_BTHK, v_BTHK, is_causal=True, implementation="cudnn")
+        return jax.nn.dot_product_attention(q_BTHK, k_BTGK, v_BTGK, is_causal=True, implementation="cudnn")
     if key_B2 is None:
         rate = 0.0
+    groups = q_BTHK.shape[2] // k_BTGK.shape[2]
+    k_BTHK, v_BTHK = (jnp.repeat(x, groups, axis=2) if groups > 1 else x for x in (k_BTGK, v_BTGK))
     b, t, _, _ = q_BTHK.shape
     blocks = -(-t // BLOCK)
     size = -(-t // blocks)
@@ -221,10 +226,11 @@ def _flash_backward(size: int, rate: float, saved: Any, g: jax.Array) -> tuple[A
 _flash.defvjp(_flash_forward, _flash_backward)
 
 
-def cached_attention(q_B1HK: jax.Array, k_BTHK: jax.Array, v_BTHK: jax.Array, length: jax.Array) -> jax.Array:
+def cached_attention(q_B1HK: jax.Array, k_BTGK: jax.Array, v_BTGK: jax.Array, length: jax.Array) -> jax.Array:
     """One query a row against the first `length` entries of the key and value cache; returns [B, 1, H, K]."""
-    scale = q_B1HK.shape[-1] ** -0.5
-    s_BHQT = jnp.einsum("bqhk,bthk->bhqt", q_B1HK, k_BTHK, preferred_element_type=jnp.float32) * scale
-    visible = jnp.arange(k_BTHK.shape[1]) < length
-    p_BHQT = jax.nn.softmax(jnp.where(visible[None, None, None], s_BHQT, _MASKED), axis=-1)
-    return jnp.einsum("bhqt,bthk->bqhk", p_BHQT.astype(v_BTHK.dtype), v_BTHK)
+    b, _, h, k = q_B1HK.shape
+    q_BGRK = q_B1HK.reshape(b, k_BTGK.shape[2], -1, k)  # R query heads share a head of keys
+    s_BGRT = jnp.einsum("bgrk,btgk->bgrt", q_BGRK, k_BTGK, preferred_element_type=jnp.float32) * k**-0.5
+    visible = jnp.arange(k_BTGK.shape[1]) < length
+    p_BGRT = jax.nn.softmax(jnp.where(visible[None, None, None], s_BGRT, _MASKED), axis=-1)
+    return jnp.einsum("bgrt,btgk->bgrk", p_BGRT.astype(v_BTGK.dtype), v_BTGK).reshape(b, 1, h, k)

@@ -1,6 +1,7 @@
 """One Transformer block and what it is made of.
 
-Shapes: B rows, T positions, D model width, F feed-forward width, H heads, K channels of a head.
+Shapes: B rows, T positions, D model width, F feed-forward width, H heads, G heads of keys and values, K channels of a
+head; I and O, what a linear layer takes and gives.
 """
 
 from collections.abc import Callable
@@ -14,35 +15,18 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxlm.config import ModelConfig
 from jaxlm.model.attention import cached_attention, causal_attention
 from jaxlm.model.dropout import dropout
+from jaxlm.model.positions import rotate
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=True),
+    "gelu_exact": lambda x: jax.nn.gelu(x, approximate=False),
     "relu": jax.nn.relu,
     "swish": jax.nn.swish,
 }
-NORM_EPSILON = 1e-5  # GPT-2's
+GATES = {"swiglu": "swish", "geglu": "gelu"}  # the activation of the gate
 PRODUCT = "product"  # what recomputing with remat_policy dots keeps
 
-Cache = tuple[jax.Array, jax.Array]  # keys and values [B, T, H, K] of one layer
-
-
-def sinusoids(positions_BT: jax.Array, d_model: int) -> jax.Array:
-    """Sinusoidal position embedding (Vaswani et al. 2017, section 3.5), float32 [B, T, D]."""
-    half = d_model // 2
-    frequencies = jnp.exp(-jnp.log(10000.0) * jnp.arange(half, dtype=jnp.float32) / half)
-    angles = positions_BT[..., None].astype(jnp.float32) * frequencies[None, None]
-    table = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
-    return jnp.pad(table, ((0, 0), (0, 0), (0, d_model - 2 * half)))
-
-
-def rotate(x_BTHK: jax.Array, positions_BT: jax.Array, theta: float) -> jax.Array:
-    """Rotary position embedding (Su et al. 2021, arXiv:2104.09864) in its split-halves form, computed in float32."""
-    half = x_BTHK.shape[-1] // 2
-    frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angles_BT1K = (positions_BT[..., None].astype(jnp.float32) * frequencies[None, None])[:, :, None]
-    cos, sin = jnp.cos(angles_BT1K), jnp.sin(angles_BT1K)
-    x1, x2 = jnp.split(x_BTHK.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1).astype(x_BTHK.dtype)
+Cache = tuple[jax.Array, jax.Array]  # keys and values [B, T, G, K] of one layer
 
 
 def _product(spec: str, x: jax.Array, y: jax.Array) -> jax.Array:
@@ -58,66 +42,104 @@ def _product(spec: str, x: jax.Array, y: jax.Array) -> jax.Array:
 
 
 @jax.custom_vjp
-def affine(x_BTI: jax.Array, w_IO: jax.Array, b_O: jax.Array) -> jax.Array:
-    """x @ w + b, all in one dtype; O is one axis or two.
-
-    The gradient of b is a product with ones, as XLA's CPU reduction is slow.
-    """
-    o = "no"[-b_O.ndim :]
-    return _product(f"bti,i{o}->bt{o}", x_BTI, w_IO) + b_O[None, None]
+def matmul(x_BTI: jax.Array, w_IO: jax.Array) -> jax.Array:
+    """x @ w, all in one dtype, forward and backward; O is one axis or two."""
+    o = "no"[1 - w_IO.ndim :]
+    return _product(f"bti,i{o}->bt{o}", x_BTI, w_IO)
 
 
-def _affine_forward(x_BTI: jax.Array, w_IO: jax.Array, b_O: jax.Array) -> tuple[jax.Array, Any]:
-    return affine(x_BTI, w_IO, b_O), (x_BTI, w_IO)
-
-
-def _affine_backward(saved: Any, g_BTO: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _matmul_backward(saved: tuple[jax.Array, jax.Array], g_BTO: jax.Array) -> tuple[jax.Array, jax.Array]:
     x_BTI, w_IO = saved
     o = "no"[1 - w_IO.ndim :]
-    ones_BT = jnp.ones(x_BTI.shape[:2], g_BTO.dtype)
-    return (
-        _product(f"bt{o},i{o}->bti", g_BTO, w_IO),
-        _product(f"bti,bt{o}->i{o}", x_BTI, g_BTO),
-        _product(f"bt,bt{o}->{o}", ones_BT, g_BTO),
-    )
+    return _product(f"bt{o},i{o}->bti", g_BTO, w_IO), _product(f"bti,bt{o}->i{o}", x_BTI, g_BTO)
 
 
-affine.defvjp(_affine_forward, _affine_backward)
+matmul.defvjp(lambda x, w: (matmul(x, w), (x, w)), _matmul_backward)
+
+
+@jax.custom_vjp
+def add_bias(x_BTO: jax.Array, b_O: jax.Array) -> jax.Array:
+    """x + b in one dtype; O is one axis or two. The gradient of b is a product with ones: XLA's CPU sums are slow."""
+    return x_BTO + b_O[None, None]
+
+
+def _add_bias_backward(_: None, g_BTO: jax.Array) -> tuple[jax.Array, jax.Array]:
+    o = "no"[2 - g_BTO.ndim :]
+    return g_BTO, _product(f"bt,bt{o}->{o}", jnp.ones(g_BTO.shape[:2], g_BTO.dtype), g_BTO)
+
+
+add_bias.defvjp(lambda x, b: (add_bias(x, b), None), _add_bias_backward)
 
 
 class Linear(nnx.Module):
-    """`affine` with GPT-2's initialisation: normal weights, zero biases; float32 parameters, computed in `dtype`."""
+    """x @ kernel + bias with GPT-2's initialisation: normal weights of `std`, zero biases (none without `use_bias`).
 
-    def __init__(self, d_in: int, d_out: tuple[int, ...], std: float, dtype: Any, rngs: nnx.Rngs):
-        self.dtype = dtype
+    Parameters are float32, computation is in `dtype`. `d_out` may have two axes: the kernel is then several matrices.
+    """
+
+    def __init__(
+        self, d_in: int, d_out: tuple[int, ...], std: float, dtype: Any, rngs: nnx.Rngs, *, use_bias: bool = True
+    ):
+        self.dtype, self.use_bias = dtype, use_bias
         self.kernel = nnx.Param(nnx.initializers.normal(std)(rngs.params(), (d_in, *d_out)))
-        self.bias = nnx.Param(jnp.zeros(d_out))
+        if use_bias:
+            self.bias = nnx.Param(jnp.zeros(d_out))
 
     def __call__(self, x_BTI: jax.Array) -> jax.Array:
-        x_BTI, w, b = (array.astype(self.dtype) for array in (x_BTI, self.kernel[...], self.bias[...]))
-        return checkpoint_name(affine(x_BTI, w, b), PRODUCT)
+        y_BTO = matmul(x_BTI.astype(self.dtype), self.kernel[...].astype(self.dtype))
+        if self.use_bias:
+            y_BTO = add_bias(y_BTO, self.bias[...].astype(self.dtype))
+        return checkpoint_name(y_BTO, PRODUCT)
 
 
-def layer_norm(d_model: int, dtype: Any, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    return nnx.LayerNorm(d_model, epsilon=NORM_EPSILON, dtype=dtype, rngs=rngs)
+def make_norm(config: ModelConfig, dtype: Any, rngs: nnx.Rngs) -> nnx.LayerNorm | nnx.RMSNorm:
+    """The norm of the residual stream that `config.norm` names; statistics are float32.
+
+    RMSNorm: Zhang and Sennrich 2019, arXiv:1910.07467.
+    """
+    if config.norm == "rmsnorm":
+        return nnx.RMSNorm(config.d_model, epsilon=config.norm_epsilon, dtype=dtype, rngs=rngs)
+    epsilon, use_bias = config.norm_epsilon, config.use_bias
+    return nnx.LayerNorm(config.d_model, epsilon=epsilon, use_bias=use_bias, dtype=dtype, rngs=rngs)
 
 
 class Attention(nnx.Module):
-    """Multi-head causal self-attention with its projections."""
+    """Multi-head causal self-attention with its projections.
+
+    Queries, keys and values come from one kernel [D, 3, D]; with fewer heads of keys and values than of queries
+    (grouped-query attention, Ainslie et al. 2023, arXiv:2305.13245) from two, [D, D] and [D, 2, G * K]. The axis of 3
+    or 2 lets heads be split over devices.
+    """
 
     def __init__(self, config: ModelConfig, implementation: str, dtype: Any, rngs: nnx.Rngs):
         self.config, self.implementation = config, implementation
-        d = config.d_model
-        self.qkv = Linear(d, (3, d), 0.02, dtype, rngs)  # three axes, so that heads can be split over devices
-        self.out = Linear(d, (d,), 0.02 / (2 * config.n_layers) ** 0.5, dtype, rngs)
+        d, bias = config.d_model, config.use_bias
+        head_size = d // config.n_heads
+        if config.kv_heads == config.n_heads:
+            self.qkv = Linear(d, (3, d), 0.02, dtype, rngs, use_bias=bias)
+        else:
+            self.q = Linear(d, (d,), 0.02, dtype, rngs, use_bias=bias)
+            self.kv = Linear(d, (2, config.kv_heads * head_size), 0.02, dtype, rngs, use_bias=bias)
+        self.out = Linear(d, (d,), 0.02 / (2 * config.n_layers) ** 0.5, dtype, rngs, use_bias=bias)
+        if config.qk_norm:
+            self.q_norm = nnx.RMSNorm(head_size, epsilon=config.norm_epsilon, dtype=dtype, rngs=rngs)
+            self.k_norm = nnx.RMSNorm(head_size, epsilon=config.norm_epsilon, dtype=dtype, rngs=rngs)
 
     def heads(self, x_BTD: jax.Array, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Queries, keys and values [B, T, H, K], rotated if positions are rotary."""
+        """Queries [B, T, H, K], keys and values [B, T, G, K]; normalised and rotated as the configuration says."""
         b, t, d = x_BTD.shape
-        qkv_BT3D = self.qkv(x_BTD)
-        q, k, v = (qkv_BT3D[:, :, i].reshape(b, t, self.config.n_heads, d // self.config.n_heads) for i in range(3))
-        if self.config.positions == "rotary":
-            q, k = (rotate(x, positions_BT, self.config.rope_theta) for x in (q, k))
+        config = self.config
+        if config.kv_heads == config.n_heads:
+            qkv_BT3D = self.qkv(x_BTD)
+            flat = [qkv_BT3D[:, :, i] for i in range(3)]
+        else:
+            kv_BT2D = self.kv(x_BTD)
+            flat = [self.q(x_BTD), kv_BT2D[:, :, 0], kv_BT2D[:, :, 1]]
+        q, k, v = (x.reshape(b, t, -1, d // config.n_heads) for x in flat)
+        if config.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if config.positions == "rotary":
+            q, k = (rotate(x, positions_BT, config) for x in (q, k))
         return q, k, v
 
     def __call__(
@@ -146,15 +168,23 @@ class Attention(nnx.Module):
 
 
 class Mlp(nnx.Module):
-    """Two linear layers around an activation."""
+    """Two linear layers around an activation.
+
+    Gated (Shazeer 2020, arXiv:2002.05202), `up` is two matrices, [D, 2, F]: the gate, which the activation is for, and
+    what it is multiplied with.
+    """
 
     def __init__(self, config: ModelConfig, dtype: Any, rngs: nnx.Rngs):
         self.activation = config.activation
-        self.up = Linear(config.d_model, (config.d_ff,), 0.02, dtype, rngs)
-        self.down = Linear(config.d_ff, (config.d_model,), 0.02 / (2 * config.n_layers) ** 0.5, dtype, rngs)
+        d, f, bias = config.d_model, config.d_ff, config.use_bias
+        self.up = Linear(d, (2, f) if config.activation in GATES else (f,), 0.02, dtype, rngs, use_bias=bias)
+        self.down = Linear(f, (d,), 0.02 / (2 * config.n_layers) ** 0.5, dtype, rngs, use_bias=bias)
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        return self.down(ACTIVATIONS[self.activation](self.up(x_BTD)))
+        hidden = self.up(x_BTD)
+        if self.activation in GATES:
+            return self.down(ACTIVATIONS[GATES[self.activation]](hidden[:, :, 0]) * hidden[:, :, 1])
+        return self.down(ACTIVATIONS[self.activation](hidden))
 
 
 class Block(nnx.Module):
@@ -164,8 +194,8 @@ class Block(nnx.Module):
         self.config = config
         self.attention = Attention(config, implementation, dtype, rngs)
         self.mlp = Mlp(config, dtype, rngs)
-        self.norm1 = layer_norm(config.d_model, dtype, rngs)
-        self.norm2 = layer_norm(config.d_model, dtype, rngs)
+        self.norm1 = make_norm(config, dtype, rngs)
+        self.norm2 = make_norm(config, dtype, rngs)
 
     def _residuals(self, x_BTD: jax.Array, attend: Callable[[jax.Array], tuple[jax.Array, Cache]], keys: Any) -> Any:
         pre, rate = self.config.pre_norm, self.config.dropout

@@ -1,6 +1,6 @@
 """The decoder-only Transformer: embeddings, stacked blocks, final norm.
 
-Shapes: B rows, T positions, D model width, V vocabulary, L layers, H heads, K channels of a head.
+Shapes: B rows, T positions, D model width, V vocabulary, L layers, G heads of keys and values, K channels of a head.
 
 The blocks' parameters are stacked on a leading layer axis, one layout for both ways to run them: `lax.scan` (compiles
 fast) or the same scan unrolled (runs fast).
@@ -15,7 +15,8 @@ from flax import nnx
 
 from jaxlm.config import ModelConfig
 from jaxlm.model.dropout import dropout
-from jaxlm.model.layers import PRODUCT, Block, Cache, layer_norm, sinusoids
+from jaxlm.model.layers import PRODUCT, Block, Cache, make_norm
+from jaxlm.model.positions import sinusoids
 
 REMAT_POLICIES = {"full": None, "dots": jax.checkpoint_policies.save_only_these_names(PRODUCT)}
 
@@ -30,7 +31,7 @@ def _keep_all_but_fetched(primitive: Any, *_: Any, **params: Any) -> bool:
 
 
 class Transformer(nnx.Module):
-    """GPT-2-like language model; parameters are float32, computation is in `dtype`.
+    """Language model, GPT-2-like by default; parameters are float32, computation is in `dtype`.
 
     Args:
       config: shapes and options; `config.vocab_size` is the tokenizer's.
@@ -50,7 +51,7 @@ class Transformer(nnx.Module):
         stack = nnx.vmap(lambda rngs: Block(config, implementation, dtype, rngs))
         self.blocks = stack(rngs.split(config.n_layers))
         if config.pre_norm:
-            self.final_norm = layer_norm(config.d_model, dtype, rngs)
+            self.final_norm = make_norm(config, dtype, rngs)
         if not config.tie_embeddings:
             self.output_embedding = nnx.Param(normal(rngs.params(), shape))
 
@@ -129,10 +130,12 @@ class Transformer(nnx.Module):
     def logits(self, hidden_BTD: jax.Array) -> jax.Array:
         """float32 [B, T, V]. For short sequences; training never holds all of them (see `loss.py`)."""
         w = self.output_matrix().astype(self.dtype)
-        return jnp.einsum("btd,vd->btv", hidden_BTD, w, preferred_element_type=jnp.float32)
+        logits_BTV = jnp.einsum("btd,vd->btv", hidden_BTD, w, preferred_element_type=jnp.float32)
+        cap = self.config.logit_softcap
+        return logits_BTV if cap is None else cap * jnp.tanh(logits_BTV / cap)
 
     def prefill(self, tokens_BT: jax.Array, cache_length: int) -> tuple[jax.Array, Cache]:
-        """Hidden states [B, T, D] of a prompt, and its keys and values in a cache [L, B, cache_length, H, K]."""
+        """Hidden states [B, T, D] of a prompt, and its keys and values in a cache [L, B, cache_length, G, K]."""
         hidden, (k, v) = self._hidden_and_cache(tokens_BT, keep_cache=True)
         room = ((0, 0), (0, 0), (0, cache_length - tokens_BT.shape[1]), (0, 0), (0, 0))
         return hidden, (jnp.pad(k, room), jnp.pad(v, room))

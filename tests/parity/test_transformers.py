@@ -21,7 +21,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from jaxlm.config import Config, DataConfig, ModelConfig, TrainingConfig
 from jaxlm.generate import generate_tokens
-from jaxlm.loss import cross_entropy_sum
+from jaxlm.loss import loss_sums
 from jaxlm.model import Transformer
 from jaxlm.optim import build_optimizer, build_schedule
 from jaxlm.sharding import Layout, make_mesh
@@ -65,7 +65,7 @@ class Pair:
         model = nnx.merge(self.graphdef, params)
         inputs_BT, targets_BT = jnp.asarray(self.tokens_BT[:, :-1]), jnp.asarray(self.tokens_BT[:, 1:])
         weights_BT = jnp.ones(targets_BT.shape, jnp.float32)
-        return cross_entropy_sum(model(inputs_BT), model.output_matrix(), targets_BT, weights_BT) / targets_BT.size
+        return loss_sums(model(inputs_BT), model.output_matrix(), targets_BT, weights_BT)[0] / targets_BT.size
 
 
 def ours_from(tensors: Mapping[str, torch.Tensor], n_layers: int) -> Any:
