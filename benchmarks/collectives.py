@@ -139,7 +139,7 @@ def measure(case: Case, options: argparse.Namespace) -> dict[str, Any]:
     params = nnx.to_pure_dict(abstract)
     mesh = sharding.make_mesh(jax.devices()[: math.prod(case.mesh)], case.mesh)
     layout = sharding.Layout(mesh, case.stage, params)
-    init = lambda: init_state(make(), build_optimizer(training), config, layout)  # noqa: E731
+    init = lambda: init_state(make(), build_optimizer(training, layout.shapes), config, layout)  # noqa: E731
     placed = layout.place(jax.eval_shape(init))
     state = jax.jit(init, out_shardings=jax.tree.map(lambda x: x.sharding, placed))()
     parameters = sum(math.prod(x.shape) for x in jax.tree.leaves(params))

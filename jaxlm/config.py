@@ -10,6 +10,7 @@ import json
 import types
 import typing
 from collections.abc import Iterable, Mapping
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -32,6 +33,8 @@ def option(
     resumable: bool = False,
 ) -> T:
     """Declares a field. `low`/`high` are inclusive bounds, `above`/`below` exclusive ones.
+
+    A choice may end in a star, which stands for anything.
 
     `resumable` marks a field that does not change the training itself, so that a run may go on with another value.
     """
@@ -136,7 +139,9 @@ class TrainingConfig(_Section):
     stop_at_step: int | None = option(None, "save and end after this update; the schedule stays", low=1, resumable=True)
     learning_rate: float = option(1e-4, "peak learning rate", above=0)
     lr_scheduler: str = option(
-        "cosine", "shape of the decay after warm-up", choices=("cosine", "linear", "polynomial", "constant")
+        "cosine",
+        "shape of the decay after warm-up; wsd: none but over the last decay_fraction, linearly",
+        choices=("cosine", "linear", "polynomial", "constant", "wsd"),
     )
     warmup_steps: int = option(2000, "updates of warm-up (see warmup_shape); shortened to a tenth of the run", low=0)
     warmup_shape: str = option("linear", "how warm-up rises; log is DeepSpeed's", choices=("linear", "log"))
@@ -144,10 +149,20 @@ class TrainingConfig(_Section):
     schedule_steps: int | None = option(None, "updates the schedule is laid out for; none: those of the run", low=1)
     min_lr_ratio: float = option(0.1, "learning rate at the end, as a fraction of the peak", low=0, high=1)
     lr_power: float = option(2.0, "exponent of the polynomial decay", above=0)
-    optimizer: str = option("adamw", "update rule", choices=("adamw", "adam", "sgd", "lion", "lamb"))
-    beta1: float = option(0.9, "first-moment decay (sgd: momentum)", low=0, below=1)
-    beta2: float = option(0.999, "second-moment decay (lion: momentum decay)", low=0, below=1)
+    decay_fraction: float = option(
+        0.1, "wsd: share of the updates after warm-up in which the learning rate falls", above=0, high=1
+    )
+    optimizer: str = option(
+        "adamw",
+        "update rule; muon: for the blocks' matrices, adam for the rest; adafactor: without momentum, steps are "
+        "learning_rate times the parameter's size, so try 0.01; optax.NAME: optax's own of that name, such as "
+        "optax.nadamw, built with beta1, beta2, eps and weight_decay where it takes them",
+        choices=("adamw", "adam", "sgd", "lion", "lamb", "muon", "adafactor", "optax.*"),
+    )
+    beta1: float = option(0.9, "first-moment decay (sgd: momentum; adafactor: unused)", low=0, below=1)
+    beta2: float = option(0.999, "second-moment decay (lion: momentum decay; adafactor: unused)", low=0, below=1)
     eps: float = option(1e-8, "term that keeps adam's denominator off zero", above=0)
+    muon_momentum: float = option(0.95, "muon: decay of the momentum of the blocks' matrices", low=0, below=1)
     weight_decay: float = option(0.01, "decoupled weight decay (adam, sgd: L2); biases and norms are left out", low=0)
     decay_embeddings: bool = option(True, "apply weight_decay to the embeddings too")
     z_loss: float = option(
@@ -379,7 +394,7 @@ def check_field(dotted: str, field: Any, annotation: Any, value: Any) -> None:
     if value is None:
         return
     for item in value if isinstance(value, tuple) else (value,):
-        if limits["choices"] and item not in limits["choices"]:
+        if limits["choices"] and not any(fnmatchcase(item, choice) for choice in limits["choices"]):
             hint = nearest(item, limits["choices"])
             raise UserError(f"{dotted} ({item[:SHOWN]}) is not one of {', '.join(limits['choices'])}{hint}")
         if isinstance(item, str) and "\0" in item:

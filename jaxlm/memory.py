@@ -23,14 +23,15 @@ from flax import nnx
 from jax.sharding import NamedSharding
 
 from jaxlm import deepspeed, sharding
-from jaxlm.config import Config, nearest, resolved, validate
+from jaxlm.config import Config, ModelConfig, nearest, resolved, validate
 from jaxlm.errors import UserError
 from jaxlm.loss import CHUNK_BYTES
 from jaxlm.model import Transformer
 from jaxlm.model.attention import BLOCK, UNROLL, choose_attention
-from jaxlm.optim import build_optimizer, build_schedule
+from jaxlm.model.layers import GATES
+from jaxlm.optim import build_optimizer, build_schedule, check_optimizer
 from jaxlm.precision import compute_dtype
-from jaxlm.sharding import STACKED, Layout
+from jaxlm.sharding import STACKED, TENSOR_AXES, Layout
 from jaxlm.step import TrainState, compile_train_step, init_state, make_train_step
 
 MEM_FRACTION = 0.75  # JAX's default share of a GPU's memory
@@ -69,8 +70,15 @@ GPUS = {
 UNITS = {"G": 10**9, "GB": 10**9, "GIB": 2**30, "M": 10**6, "MB": 10**6, "MIB": 2**20}
 SMALLEST, LARGEST = 2**20, 2**50  # memory of a device
 
-# What the backward pass of each activation keeps, its input and output included: bytes a channel.
-ACTIVATION_KEEPS = {"gelu": lambda c: 6 * c, "swish": lambda c: 4 * c, "relu": lambda c: c + 1}
+# What the backward pass of each activation keeps, its inputs and output included: bytes a channel of d_ff.
+ACTIVATION_KEEPS = {
+    "gelu": lambda c: 6 * c,
+    "gelu_exact": lambda c: 4 * c,
+    "swish": lambda c: 4 * c,
+    "relu": lambda c: c + 1,
+    "swiglu": lambda c: 6 * c,
+    "geglu": lambda c: 8 * c,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,12 +131,14 @@ class _Sizes:
     shard: int  # as the optimizer sees them
     outside: int  # whole parameters outside of the blocks
     kernels: int  # of all blocks, whole
+    largest_kernel: int  # of those, all layers of it
     unsplit: int  # all parameters, on one device
 
 
 def _resolve(config: Config, n_devices: int) -> tuple[Config, tuple[int, int, int]]:
     """The configuration as the Trainer would use it, and its mesh."""
     validate(config)
+    check_optimizer(config.training)
     if not 1 <= n_devices <= MOST_DEVICES:
         raise UserError(f"--devices ({n_devices}) must be from 1 to {MOST_DEVICES}")
     wanted = config.training.world_size
@@ -149,7 +159,7 @@ def _abstract_run(config: Config, mesh: Any, attention: str) -> tuple[Any, Layou
 
     graphdef, abstract_model = nnx.split(nnx.eval_shape(make))
     layout = Layout(mesh, training.zero_stage or 0, nnx.to_pure_dict(abstract_model), training.offload_optimizer)
-    state = jax.eval_shape(lambda: init_state(make(), build_optimizer(training), config, layout))
+    state = jax.eval_shape(lambda: init_state(make(), build_optimizer(training, layout.shapes), config, layout))
     return graphdef, layout, layout.place(state)
 
 
@@ -179,6 +189,7 @@ def _sizes(config: Config, shape: tuple[int, int, int]) -> _Sizes:
         shard=elements(sharded=layout.stage > 0),
         outside=elements() - elements(start=STACKED),
         kernels=elements(start=STACKED, end="kernel"),
+        largest_kernel=max(elements(start=STACKED, end=end) for end in TENSOR_AXES if end.endswith("kernel")),
         unsplit=sum(math.prod(split.shape) for split in jax.tree.leaves(layout.splits)),
     )
 
@@ -193,25 +204,34 @@ def block_bytes(config: Config, attention: str, policy: str = "none") -> float:
     """
     model, c, tensor = config.model, _compute_bytes(config), config.training.tensor_parallel
     d, f, heads = model.d_model, model.d_ff / tensor, model.n_heads / tensor
+    kv = d * model.kv_heads / model.n_heads
     if policy == "full":
         return c * d  # the block's input
     if policy == "dots":  # and the products that the rest is made of again: qkv, out, up; down if a norm follows it
-        return c * (d + 3 * d / tensor + d + f + (0 if model.pre_norm else d))
+        up = 2 * f if model.activation in GATES else f
+        return c * (d + (d + 2 * kv) / tensor + d + up + (0 if model.pre_norm else d))
     length = config.data.max_length
     blocks = -(-length // BLOCK)
     padded = blocks * -(-length // blocks) / length if attention == "blockwise" else 1
-    norms = 2 * (3 * 4 * d + 4 * 4)
+    norms = 2 * _norm_keeps(model)
+    if model.qk_norm:
+        norms += (3 * 4 * (d + kv) + 2 * 4 * (model.n_heads + model.kv_heads)) / tensor
     inputs = c * 2 * d + (c * d / tensor if attention == "blockwise" else 0)  # of qkv, up, out (cuDNN's is its output)
-    flash = padded * (4 * c * d / tensor + 4 * heads)  # q, k, v, output, log-sum-exp
+    flash = padded * (4 * c * d / tensor + 4 * heads)  # q, k and v (as many heads), output, log-sum-exp
     masks = 2 * d if model.dropout else 0  # one byte an element; those of attention are made again
     return norms + inputs + flash + masks + ACTIVATION_KEEPS[model.activation](c) * f
+
+
+def _norm_keeps(model: ModelConfig) -> int:
+    """Bytes a token that one norm of the residual stream keeps, in float32."""
+    return 3 * 4 * model.d_model + (2 if model.norm == "rmsnorm" else 4) * 4
 
 
 def activation_bytes(config: Config, attention: str) -> float:
     """Bytes of activations that a device keeps for the backward pass of one micro-batch."""
     model, c = config.model, _compute_bytes(config)
     policy = model.remat_policy if model.gradient_checkpointing else "none"
-    ends = c * model.d_model + (3 * 4 * model.d_model + 4 * 4 if model.pre_norm else 0)  # loss and final norm
+    ends = c * model.d_model + (_norm_keeps(model) if model.pre_norm else 0)  # loss and final norm
     ends += model.d_model if model.dropout else 0
     angles = 4 * 4 * (model.d_model // model.n_heads // 2) if model.positions == "rotary" and policy == "none" else 0
     return _tokens(config) * (model.n_layers * block_bytes(config, attention, policy) + ends + angles)
@@ -244,7 +264,8 @@ def _block_at_work(config: Config, attention: str) -> float:
     model, c, tensor = config.model, _compute_bytes(config), config.training.tensor_parallel
     tokens, d, f = _tokens(config), model.d_model, model.d_ff / tensor
     again = block_bytes(config, attention) if model.gradient_checkpointing else 0
-    streams = 2 * c * d + 2 * c * f + 3 * 4 * d  # gradients of the residual stream, feed-forward and a norm
+    widths = 3 if model.activation in GATES else 2  # of the feed-forward: the products of up, and the input of down
+    streams = 2 * c * d + widths * c * f + 3 * 4 * d  # gradients of the residual stream, feed-forward and a norm
     flash = 4 * c * d / tensor + 8 * d / tensor  # of output, q, k, v, and float32 sums
     if attention == "blockwise":
         length = config.data.max_length
@@ -258,10 +279,14 @@ def _block_at_work(config: Config, attention: str) -> float:
 
 
 def _loss_at_work(config: Config) -> float:
-    """One chunk's logits (float32, twice, and their gradient) and the second of the output matrix's gradients."""
+    """One chunk's logits (float32, twice, and their gradient) and the second of the output matrix's gradients.
+
+    With logit_softcap their slopes, too.
+    """
+    copies = 2 if config.model.logit_softcap is None else 3
     rows, vocabulary, tensor = config.training.batch_size, config.model.vocab_size, config.training.tensor_parallel
     logits = max(min(CHUNK_BYTES, 4 * _tokens(config) * vocabulary), 4 * rows * vocabulary)
-    return (logits * (2 + _compute_bytes(config) / 4) + 4 * vocabulary * config.model.d_model) / tensor
+    return (logits * (copies + _compute_bytes(config) / 4) + 4 * vocabulary * config.model.d_model) / tensor
 
 
 def _gradient_bytes(config: Config, sizes: _Sizes) -> tuple[int, int]:
@@ -291,6 +316,8 @@ def _estimate(config: Config, shape: tuple[int, int, int]) -> Estimate:
     work = _weight_copies(config, sizes) + max(_block_at_work(config, attention), _loss_at_work(config))
     # Updates, the moved parameters before they are gathered, and the optimizer state if it comes from the host.
     update = in_update + 4 * sizes.shard * (2 if training.zero_stage else 1) + sizes.host
+    if training.optimizer == "muon":  # the matrices that it works on, whole: one, what it becomes, two squares
+        update += 4 * 4 * sizes.largest_kernel
     whole_elsewhere = training.zero_stage == 3 or training.tensor_parallel > 1
     rows = training.gradient_accumulation_steps * training.batch_size
     return Estimate(

@@ -220,6 +220,11 @@ class Layout:
         )
 
     @property
+    def shapes(self) -> Params:
+        """Each parameter's own shape, without padding."""
+        return jax.tree.map(lambda split: jax.ShapeDtypeStruct(split.shape, jnp.float32), self.splits)
+
+    @property
     def shards(self) -> int:
         """Devices that share one sharded copy, tensor parallelism left out."""
         return self.mesh.shape[DATA]
@@ -283,7 +288,8 @@ class Layout:
     def place(self, abstract_state: Any) -> Any:
         """The shapes and dtypes of the tree `abstract_state` (a TrainState), each with its sharding.
 
-        A leaf whose path ends in that of a parameter and has its shape is laid out like it; all others are replicated.
+        A leaf whose path ends in that of a parameter and has its shape (padded, where it is sharded) is laid out like
+        it; all others are replicated.
         """
         by_name = {path_name(path): split for path, split in jax.tree_util.tree_leaves_with_path(self.splits)}
 
@@ -291,9 +297,9 @@ class Layout:
             keys = path_name(path).split("/")
             split = next((by_name[n] for i in range(len(keys)) if (n := "/".join(keys[i:])) in by_name), None)
             optimizer, memory = keys[0] == "opt_state", None
+            sharded = self.stage >= (1 if optimizer else 3)
             spec = PartitionSpec()
-            if split is not None and x.shape in (split.shape, split.padded_shape):
-                sharded = self.stage >= (1 if optimizer else 3)
+            if split is not None and x.shape == (split.padded_shape if sharded else split.shape):
                 spec = split.shard_spec if sharded else split.whole_spec
                 memory = HOST_MEMORY if optimizer and self.offload else None
             sharding = NamedSharding(self.mesh, spec, memory_kind=memory)

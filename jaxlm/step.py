@@ -139,7 +139,7 @@ def make_train_step(graphdef: Any, config: Config, schedule: Schedule, layout: L
     The loss of every micro-batch is divided by the targets of all of them, so that K micro-batches equal one batch K
     times as large. An update whose loss or gradient is not finite changes nothing but the counters.
     """
-    optimizer = build_optimizer(config.training)
+    optimizer = build_optimizer(config.training, layout.shapes)
     gradients_of = _make_gradients(graphdef, config, layout)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:

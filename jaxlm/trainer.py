@@ -49,7 +49,7 @@ from jaxlm.metrics import (
 )
 from jaxlm.model import Transformer
 from jaxlm.model.attention import choose_attention
-from jaxlm.optim import build_optimizer, build_schedule, effective_warmup, schedule_end
+from jaxlm.optim import build_optimizer, build_schedule, check_optimizer, effective_warmup, schedule_end
 from jaxlm.precision import compute_dtype, scales_loss, scales_loss_dynamically
 from jaxlm.signals import StopRequest
 from jaxlm.step import TrainState, compile_train_step, init_state, make_eval_step, make_train_step
@@ -73,6 +73,7 @@ class Trainer:
         config, self._deepspeed_lines = deepspeed.apply(config, world=sharding.row_shards(self.mesh))
         config = validate(resolved(config))
         check_report_to(config.training.report_to)
+        check_optimizer(config.training)
         self.folder = Path(config.training.checkpoint_dir).expanduser()
         self._lock = folder.open_folder(self.folder, fresh)
         resume_from = self._find_resume(config)
@@ -204,7 +205,7 @@ class Trainer:
         params = nnx.to_pure_dict(abstract_model)
         self.parameters = sum(math.prod(x.shape) for x in jax.tree.leaves(params))
         self.layout = sharding.Layout(self.mesh, training.zero_stage or 0, params, training.offload_optimizer)
-        init = lambda: init_state(make(), build_optimizer(training), config, self.layout)  # noqa: E731
+        init = lambda: init_state(make(), build_optimizer(training, self.layout.shapes), config, self.layout)  # noqa: E731
         self.abstract_state = self.layout.place(jax.eval_shape(init))
         self._init = jax.jit(init, out_shardings=jax.tree.map(lambda x: x.sharding, self.abstract_state))
         self.schedule = build_schedule(training, self.total_steps)

@@ -135,6 +135,18 @@ SIMPLE = {
     "tensor parallel": train(
         r"training\.tensor_parallel \(3\) must divide model\.n_heads \(2\)", "--training.tensor_parallel", "3"
     ),
+    "heads of keys over devices": train(
+        r"training\.tensor_parallel \(2\) must divide model\.n_kv_heads \(1\)",
+        "--model.n_kv_heads",
+        "1",
+        "--training.tensor_parallel",
+        "2",
+    ),
+    "optax's that needs more": train(
+        r"training\.optimizer \(optax\.sophia\) needs more than gradients and parameters; use another",
+        "--training.optimizer",
+        "optax.sophia",
+    ),
     "zero group": train(
         r"training\.zero_group_size \(4\) must divide the 1 device\(s\)", "--training.zero_group_size", "4"
     ),

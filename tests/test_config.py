@@ -95,6 +95,7 @@ COMPANIONS = {
     "model.max_seq_len": {"data.max_length": 2, "data.min_length": 0},
     "data.max_length": {"data.min_length": 0},
     "model.positions": {"model.d_model": 32, "model.n_heads": 2},
+    "model.rope_scaling": {"model.positions": "rotary", "model.rope_original_length": 512},
     "model.attention": {"data.pack_sequences": False, "model.attention_dropout": 0.0},
 }
 
@@ -226,6 +227,30 @@ def test_values_at_the_bounds_are_valid(dotted: str) -> None:
         (
             {"model.positions": "sinusoidal", "model.d_model": 9, "model.n_heads": 3},
             "model.positions (sinusoidal) needs",
+        ),
+        ({"model.n_kv_heads": 5}, "model.n_kv_heads (5) must divide model.n_heads (12)"),
+        ({"model.rope_scaling": "linear"}, "model.rope_scaling (linear) needs model.positions rotary, not learned"),
+        (
+            {"model.rope_scaling": "yarn", "model.positions": "rotary"},
+            "model.rope_scaling (yarn) needs model.rope_original_length",
+        ),
+        (
+            {
+                "model.rope_scaling": "llama3",
+                "model.positions": "rotary",
+                "model.rope_original_length": 512,
+                "model.rope_low_freq_factor": 4.0,
+            },
+            "model.rope_high_freq_factor (4.0) must be greater than model.rope_low_freq_factor (4.0)",
+        ),
+        (
+            {
+                "model.rope_scaling": "yarn",
+                "model.positions": "rotary",
+                "model.rope_original_length": 512,
+                "model.rope_theta": 1.0,
+            },
+            "model.rope_scaling (yarn) needs model.rope_theta (1.0) greater than 1",
         ),
         ({"data.validation_files": ("a.txt",)}, "data.validation_files is set but data.train_files is not"),
         ({"model.attention": "cudnn"}, "model.attention (cudnn)"),

@@ -28,6 +28,19 @@ TINY = ModelConfig(
     tie_embeddings=False,
     scan_layers=True,
 )
+MODERN: dict[str, Any] = {
+    "norm": "rmsnorm",
+    "activation": "swiglu",
+    "use_bias": False,
+    "n_heads": 4,
+    "n_kv_heads": 2,
+    "positions": "rotary",
+    "rope_scaling": "yarn",
+    "rope_scaling_factor": 4.0,
+    "rope_original_length": 8,
+    "qk_norm": True,
+    "logit_softcap": 3.0,
+}
 PROMPT = [1, 17, 4, 33, 8]
 GREEDY: dict[str, Any] = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "num_samples": 1, "seed": 0}
 
@@ -81,12 +94,28 @@ def reference(model: Transformer, prompt: list[int], count: int) -> list[int]:
 
 
 @pytest.mark.parametrize("pre_norm", [True, False], ids=["pre_norm", "post_norm"])
-@pytest.mark.parametrize("positions", ["learned", "sinusoidal", "rotary"])
-def test_cache_gives_what_the_full_pass_gives_beyond_the_window_too(positions: str, pre_norm: bool) -> None:
-    model = lively(dataclasses.replace(TINY, positions=positions, pre_norm=pre_norm))
+@pytest.mark.parametrize("options", [{"positions": p} for p in ("learned", "sinusoidal", "rotary")] + [MODERN])
+def test_cache_gives_what_the_full_pass_gives_beyond_the_window_too(options: dict, pre_norm: bool) -> None:
+    model = lively(dataclasses.replace(TINY, **options, pre_norm=pre_norm))
     (new,) = generate(model, PROMPT, 3 * WINDOW)
     assert new == reference(model, PROMPT, 3 * WINDOW)
     assert len(set(new)) > 8, "a model that repeats itself proves nothing"
+
+
+def test_decoded_logits_are_those_of_the_full_pass_and_capped() -> None:
+    """Greedy text shows no cap; the numbers do. The cache holds the shared heads only."""
+    model = lively(dataclasses.replace(TINY, **MODERN | {"logit_softcap": 0.1}))
+    graphdef, state = nnx.split(model)
+
+    @jax.jit
+    def decoded(params: Any, tokens: jax.Array) -> tuple[jax.Array, Any]:
+        model = nnx.merge(graphdef, params)
+        _, cache = model.prefill(tokens[:, :-1], WINDOW)
+        return model.decode(tokens[:, -1:], tokens.shape[1] - 1, cache)
+
+    logits, (keys, _) = decoded(nnx.to_pure_dict(state), jnp.array([PROMPT]))
+    np.testing.assert_allclose(logits[0], next_logits(model, PROMPT), atol=1e-5)
+    assert 0.09 < np.abs(logits).max() < 0.1 and keys.shape == (2, 1, WINDOW, 2, 4)
 
 
 def test_longer_than_a_chunk_and_a_step_of_the_prompt() -> None:

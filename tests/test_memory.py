@@ -64,7 +64,7 @@ def test_state_is_what_the_arrays_take(stage, options):
     make = lambda: Transformer(config.model, dtype=compute_dtype(config.training), rngs=nnx.Rngs(0))  # noqa: E731
     params = nnx.to_pure_dict(nnx.split(nnx.eval_shape(make))[1])
     layout = Layout(mesh, stage, params, config.training.offload_optimizer)
-    init = lambda: init_state(make(), build_optimizer(config.training), config, layout)  # noqa: E731
+    init = lambda: init_state(make(), build_optimizer(config.training, layout.shapes), config, layout)  # noqa: E731
     abstract = layout.place(jax.eval_shape(init))
     state = jax.jit(init, out_shardings=jax.tree.map(lambda x: x.sharding, abstract))()
 
@@ -163,6 +163,18 @@ CASES = {
     "relu": {"model.activation": "relu"},
     "swish": {"model.activation": "swish"},
     "rotary": {"model.positions": "rotary"},
+    "gelu_exact": {"model.activation": "gelu_exact"},
+    "geglu": {"model.activation": "geglu"},
+    "llama": {
+        "model.norm": "rmsnorm",
+        "model.activation": "swiglu",
+        "model.use_bias": False,
+        "model.positions": "rotary",
+        "model.n_kv_heads": 2,
+        "model.qk_norm": True,
+        "model.logit_softcap": 30.0,
+        "training.z_loss": 1e-4,
+    },
     "dropout": {"model.dropout": 0.1, "model.attention_dropout": 0.1},
 }
 
@@ -225,6 +237,14 @@ def test_other_options_count():
     assert whole_for_samples == 4 * memory.parameters(base) and not whole.sampling
     deepspeed = replace_fields(CONFIG, {"training.use_deepspeed": True})
     assert estimate(deepspeed, 4) == estimate(replace_fields(CONFIG, {"training.zero_stage": 2}), 4)
+
+
+def test_optimizers_take_what_their_state_takes():
+    found = {name: estimate(gpt2(**{"training.optimizer": name}), 1) for name in ("adamw", "muon", "adafactor")}
+    assert found["adafactor"].optimizer < 0.01 * found["adamw"].optimizer
+    outside = 4 * 50304 * 768 / found["adamw"].parameters
+    assert found["muon"].optimizer / found["adamw"].optimizer == pytest.approx((1 + outside) / 2, rel=0.02)
+    assert found["muon"].update > found["adamw"].update
 
 
 def test_a_deepspeed_file_is_applied_for_these_devices(tmp_path):
@@ -374,6 +394,15 @@ def test_the_configurations_say_what_they_need(name):
     assert f"configs/{GPT2[name].name}" in text
     assert f"{memory.parameters(config):,} parameters" in text
     assert f"{estimate(config, 8).total / GIB:.1f} GiB" in text
+
+
+def test_the_llama_configuration_says_what_it_needs():
+    path = ROOT / "configs" / "llama_125m.py"
+    config, text = cli.load_config(str(path)), path.read_text(encoding="utf-8")
+    training = config.training
+    assert training.batch_size * training.gradient_accumulation_steps * config.data.max_length * 8 == 2**19
+    assert f"{memory.parameters(config):,} parameters" in text
+    assert f"estimated {estimate(config, 8).total / GIB:.1f} GiB a GPU on 8" in text
 
 
 def test_the_large_configuration_says_what_it_needs():

@@ -1,6 +1,8 @@
 """The Transformer against plain references, and the equivalences that its options must not break."""
 
 import dataclasses
+import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +16,19 @@ from jaxlm.model import Transformer, attention
 from jaxlm.model.dropout import dropout, keep_mask, row_keys
 
 SMALL = ModelConfig(vocab_size=97, d_model=32, n_heads=4, n_layers=3, d_ff=64, max_seq_len=64)
+MODERN: dict[str, Any] = {  # all that newer models do otherwise than GPT-2
+    "norm": "rmsnorm",
+    "activation": "swiglu",
+    "use_bias": False,
+    "n_kv_heads": 2,
+    "positions": "rotary",
+    "rope_scaling": "yarn",
+    "rope_scaling_factor": 4.0,
+    "rope_original_length": 16,
+    "qk_norm": True,
+    "logit_softcap": 3.0,
+    "tie_embeddings": False,
+}
 
 
 def close(actual, expected, tolerance=2e-5):
@@ -140,20 +155,137 @@ def dropout_keys(config, b=2):
 
 
 @pytest.mark.parametrize(
-    "changes",
+    ("config", "changes"),
     [
-        {"scan_layers": True},
-        {"gradient_checkpointing": True},
-        {"gradient_checkpointing": True, "remat_policy": "dots"},
-        {"gradient_checkpointing": True, "scan_layers": True},
+        (SMALL, {"scan_layers": True}),
+        (SMALL, {"gradient_checkpointing": True}),
+        (SMALL, {"gradient_checkpointing": True, "remat_policy": "dots"}),
+        (SMALL, {"gradient_checkpointing": True, "scan_layers": True}),
+        (dataclasses.replace(SMALL, **MODERN), {"gradient_checkpointing": True, "scan_layers": True}),
+        (dataclasses.replace(SMALL, **MODERN), {"gradient_checkpointing": True, "remat_policy": "dots"}),
     ],
 )
-def test_ways_to_run_the_layers_are_equal(changes):
+def test_ways_to_run_the_layers_are_equal(config, changes):
     """Scan or unroll, recompute or keep: the same loss and gradients, dropout included (to float32 rounding)."""
     rng = np.random.default_rng(1)
-    data, (_, params) = batch(rng), model_and_params(SMALL)
-    expected = loss_and_grads(SMALL, params, data, dropout_keys(SMALL))
-    close(loss_and_grads(dataclasses.replace(SMALL, **changes), params, data, dropout_keys(SMALL)), expected)
+    data, (_, params) = batch(rng), model_and_params(config)
+    expected = loss_and_grads(config, params, data, dropout_keys(config))
+    close(loss_and_grads(dataclasses.replace(config, **changes), params, data, dropout_keys(config)), expected)
+
+
+def plain_norm(x, p, kind, epsilon):
+    if kind == "layernorm":
+        x = x - x.mean(-1, keepdims=True)
+    scale = p["scale"].reshape((1,) * (x.ndim - 1) + (-1,))
+    y = x / jnp.sqrt((x * x).mean(-1, keepdims=True) + epsilon) * scale
+    return y + p["bias"][None, None] if "bias" in p else y
+
+
+def plain_linear(x, p):
+    y = jnp.tensordot(x, p["kernel"], 1)
+    return y + p["bias"][None, None] if "bias" in p else y
+
+
+def plain_rotation(x, config):
+    """[B, T, H, K] as complex numbers, each pair of channels turned by its own loop over frequencies."""
+    half, length, factor = x.shape[-1] // 2, config.rope_original_length, config.rope_scaling_factor
+    turned, size = [], 0.1 * math.log(factor) + 1 if config.rope_scaling == "yarn" else 1.0
+    for i in range(half):
+        frequency, kept = config.rope_theta ** (-i / half), 1.0
+        if config.rope_scaling == "linear":
+            kept = 0.0
+        elif config.rope_scaling == "llama3":
+            turns, low, high = (
+                length * frequency / (2 * math.pi),
+                config.rope_low_freq_factor,
+                config.rope_high_freq_factor,
+            )
+            kept = min(max((turns - low) / (high - low), 0), 1)
+        elif config.rope_scaling == "yarn":
+            at = [half * math.log(length / (n * 2 * math.pi)) / math.log(config.rope_theta) for n in (32, 1)]
+            first, last = max(math.floor(at[0]), 0), min(math.ceil(at[1]), 2 * half - 1)
+            kept = 1 - min(max((i - first) / (last - first), 0), 1)
+        angle = jnp.arange(x.shape[1]) * frequency * (kept + (1 - kept) / factor)
+        turned.append((x[..., i] + 1j * x[..., half + i]) * (size * jnp.exp(1j * angle))[None, :, None])
+    turned = jnp.stack(turned, -1)
+    return jnp.concatenate([turned.real, turned.imag], -1)
+
+
+def plain_block(x, p, config, segments):
+    """A pre-norm block with the whole T x T matrix, head by head of keys and values."""
+    b, t, d = x.shape
+    h, g, eps = config.n_heads, config.kv_heads, config.norm_epsilon
+    y, attention = plain_norm(x, p["norm1"], config.norm, eps), p["attention"]
+    if g == h:
+        q, k, v = jnp.moveaxis(plain_linear(y, attention["qkv"]), 2, 0)
+    else:
+        q, (k, v) = plain_linear(y, attention["q"]), jnp.moveaxis(plain_linear(y, attention["kv"]), 2, 0)
+    q, k, v = q.reshape(b, t, h, -1), k.reshape(b, t, g, -1), v.reshape(b, t, g, -1)
+    if config.qk_norm:
+        q, k = (plain_norm(z, attention[n], "rmsnorm", eps) for z, n in ((q, "q_norm"), (k, "k_norm")))
+    if config.positions == "rotary":
+        q, k = plain_rotation(q, config), plain_rotation(k, config)
+    each = [dense_attention(q[:, :, [i]], k[:, :, [i * g // h]], v[:, :, [i * g // h]], segments) for i in range(h)]
+    x = x + plain_linear(jnp.concatenate(each, 2).reshape(b, t, d), attention["out"])
+    y = plain_linear(plain_norm(x, p["norm2"], config.norm, eps), p["mlp"]["up"])
+    tanh_gelu = lambda z: 0.5 * z * (1 + jnp.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))  # noqa: E731
+    y = {
+        "gelu": lambda: tanh_gelu(y),
+        "gelu_exact": lambda: 0.5 * y * (1 + jax.lax.erf(y / math.sqrt(2))),
+        "swiglu": lambda: y[:, :, 0] / (1 + jnp.exp(-y[:, :, 0])) * y[:, :, 1],
+        "geglu": lambda: tanh_gelu(y[:, :, 0]) * y[:, :, 1],
+    }[config.activation]()
+    return x + plain_linear(y, p["mlp"]["down"])
+
+
+def plain_loss(params, config, data, z_loss):
+    """(what is minimised, cross entropy), with all logits at once."""
+    tokens, targets, segments = data
+    x = params["token_embedding"][tokens]
+    if config.positions == "learned":
+        x = x + params["position_embedding"][None, : tokens.shape[1]]
+    for layer in range(config.n_layers):
+        x = plain_block(x, jax.tree.map(lambda p, n=layer: p[n], params["blocks"]), config, segments)
+    x = plain_norm(x, params["final_norm"], config.norm, config.norm_epsilon)
+    logits = x @ params["token_embedding" if config.tie_embeddings else "output_embedding"].T
+    if config.logit_softcap:
+        logits = config.logit_softcap * jnp.tanh(logits / config.logit_softcap)
+    z = jax.nn.logsumexp(logits, -1)
+    nll = (z - jnp.take_along_axis(logits, targets[..., None], -1)[..., 0]).sum()
+    return nll + z_loss * (z**2).sum(), nll
+
+
+@pytest.mark.parametrize(
+    ("options", "z_loss"),
+    [
+        ({"norm": "rmsnorm", "norm_epsilon": 0.1, "activation": "gelu_exact", "n_kv_heads": 1}, 0.0),
+        ({"use_bias": False, "norm_epsilon": 0.1, "activation": "geglu", "qk_norm": True, "n_kv_heads": 4}, 1e-2),
+        (
+            {"positions": "rotary", "rope_scaling": "llama3", "rope_original_length": 24, "rope_scaling_factor": 8.0},
+            0.0,
+        ),
+        ({"positions": "rotary", "rope_scaling": "linear", "rope_scaling_factor": 3.0, "logit_softcap": 2.0}, 1e-2),
+        (MODERN, 1e-2),
+    ],
+    ids=["rmsnorm", "no_bias", "llama3", "linear", "all"],
+)
+def test_modern_blocks_equal_a_plain_model(options, z_loss):
+    """Losses and every gradient, of a model of random biases and scales, written out without any of our functions."""
+    config = dataclasses.replace(SMALL, n_layers=2, **options)
+    graphdef, params = model_and_params(config)
+    rng = np.random.default_rng(6)
+    params = jax.tree.map(lambda p: p + rng.normal(0, 0.2, p.shape).astype(np.float32), params)
+    tokens, targets, segments = data = batch(rng, t=32)
+
+    def ours(params):
+        model = nnx.merge(graphdef, params)
+        hidden, weights = model(tokens, segments), jnp.ones(targets.shape)
+        return loss_sums(hidden, model.output_matrix(), targets, weights, config.logit_softcap, z_loss)
+
+    reference = lambda params: plain_loss(params, config, data, z_loss)  # noqa: E731
+    (found, expected) = (jax.jit(jax.value_and_grad(f, has_aux=True))(params) for f in (ours, reference))
+    assert (expected[0][0] > expected[0][1]) == (z_loss > 0)
+    close(found, expected, 1e-4)
 
 
 def test_recomputing_saves_memory():
@@ -169,10 +301,19 @@ def test_recomputing_saves_memory():
     assert scratch(dataclasses.replace(config, gradient_checkpointing=True)) < 0.6 * scratch(config)
 
 
-@pytest.mark.parametrize(("positions", "pre_norm"), [("learned", True), ("sinusoidal", False), ("rotary", True)])
-def test_packed_documents_do_not_see_each_other(positions, pre_norm):
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"positions": "learned", "activation": "swish"},
+        {"positions": "sinusoidal", "pre_norm": False},
+        {"positions": "rotary"},
+        MODERN,
+    ],
+    ids=["learned", "sinusoidal", "rotary", "modern"],
+)
+def test_packed_documents_do_not_see_each_other(options):
     """d loss(document B) / d embeddings(document A) is exactly 0; a packed document gets what it gets alone."""
-    config = dataclasses.replace(SMALL, positions=positions, pre_norm=pre_norm, activation="swish")
+    config = dataclasses.replace(SMALL, **options)
     graphdef, params = model_and_params(config)
     rng = np.random.default_rng(2)
     n_a, n_b = 20, 28
@@ -222,8 +363,9 @@ def test_initialisation_is_gpt2s():
     assert not np.array_equal(blocks["mlp"]["up"]["kernel"][0], blocks["mlp"]["up"]["kernel"][1])
 
 
+@pytest.mark.parametrize(("softcap", "z_loss"), [(None, 0.0), (None, 1e-2), (2.0, 0.0), (2.0, 1e-2)])
 @pytest.mark.parametrize("chunk_bytes", [2**30, 4 * 2 * 97 * 7, 1])  # one chunk, chunks of 7 that don't divide T, of 1
-def test_loss_equals_the_unchunked_one(monkeypatch, chunk_bytes):
+def test_loss_equals_the_unchunked_one(monkeypatch, chunk_bytes, softcap, z_loss):
     monkeypatch.setattr("jaxlm.loss.CHUNK_BYTES", chunk_bytes)
     rng = np.random.default_rng(3)
     hidden = jnp.asarray(rng.normal(size=(2, 24, 16)).astype(np.float32))
@@ -233,14 +375,27 @@ def test_loss_equals_the_unchunked_one(monkeypatch, chunk_bytes):
 
     def reference(hidden, w):
         logits = jnp.einsum("btd,vd->btv", hidden, w)
-        nll = jax.nn.logsumexp(logits, -1) - jnp.take_along_axis(logits, targets[..., None], -1)[..., 0]
-        return 3.0 * (nll * weights).sum()
+        logits = logits if softcap is None else softcap * jnp.tanh(logits / softcap)
+        z = jax.nn.logsumexp(logits, -1)
+        nll = z - jnp.take_along_axis(logits, targets[..., None], -1)[..., 0]
+        return 3.0 * ((nll + z_loss * z**2) * weights).sum(), 3.0 * (nll * weights).sum()
 
     def ours(hidden, w):
-        return 3.0 * loss_sums(hidden, w, targets, weights)[0]
+        objective, cross_entropy = loss_sums(hidden, w, targets, weights, softcap, z_loss)
+        return 3.0 * objective, 3.0 * cross_entropy
 
     close(ours(hidden, w), reference(hidden, w), 1e-6)  # without gradient, the other code path
-    close(*(jax.value_and_grad(f, (0, 1))(hidden, w) for f in (ours, reference)), 1e-5)
+    close(*(jax.value_and_grad(f, (0, 1), has_aux=True)(hidden, w) for f in (ours, reference)), 1e-5)
+
+
+def test_loss_never_holds_all_logits(monkeypatch):
+    """Of 8 chunks; a whole [B, T, V] array would be 8 times as large as all that the compiled gradient needs."""
+    monkeypatch.setattr("jaxlm.loss.CHUNK_BYTES", 4 * 2 * 4096 * 32)
+    hidden, w = jax.ShapeDtypeStruct((2, 256, 8), jnp.float32), jax.ShapeDtypeStruct((4096, 8), jnp.float32)
+    targets, weights = jax.ShapeDtypeStruct((2, 256), jnp.int32), jax.ShapeDtypeStruct((2, 256), jnp.float32)
+    gradient = jax.grad(lambda h, w, *rest: loss_sums(h, w, *rest, 5.0, 1e-4)[0], (0, 1))
+    scratch = jax.jit(gradient).lower(hidden, w, targets, weights).compile().memory_analysis().temp_size_in_bytes
+    assert scratch < 4 * 2 * 256 * 4096
 
 
 def test_fresh_model_guesses_uniformly():

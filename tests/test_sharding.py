@@ -19,6 +19,20 @@ from jaxlm.sharding import Layout, Split
 ROOT = Path(__file__).parents[1]
 UNROLLED = dataclasses.replace(MODEL, scan_layers=False)
 UNEVEN = dataclasses.replace(MODEL, d_model=36, d_ff=50, n_heads=2)  # 4 divides few of its axes
+MODERN = dataclasses.replace(
+    MODEL,
+    n_heads=4,
+    n_kv_heads=2,
+    norm="rmsnorm",
+    activation="swiglu",
+    use_bias=False,
+    positions="rotary",
+    qk_norm=True,
+    logit_softcap=5.0,
+    tie_embeddings=False,
+)
+ODD = dataclasses.replace(MODEL, d_model=38, d_ff=50)  # 4 divides none
+WIDE = dataclasses.replace(MODEL, d_model=130, d_ff=150)  # nor here; adafactor factors from 128 on
 BATCHES = [regroup(make_batch(seed=s), 2) for s in range(3)]
 LAYOUTS = [
     (MODEL, (1, 4, 1), 0),
@@ -28,6 +42,7 @@ LAYOUTS = [
     (UNROLLED, (1, 4, 1), 3),
     (UNEVEN, (1, 4, 1), 1),
     (UNEVEN, (2, 2, 1), 3),
+    (MODERN, (1, 2, 2), 3),
 ]
 
 
@@ -52,6 +67,23 @@ def test_layouts_do_not_change_the_update(model, layout):
     np.testing.assert_allclose(losses, expected_losses, rtol=1e-5)
     assert float(metrics["grad_norm"]) == pytest.approx(float(expected_metrics["grad_norm"]), rel=1e-3)
     assert_close(whole(state.params, *layout[:2], config), jax.device_get(expected.params), 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "model", "layout"),
+    [
+        ("muon", ODD, ((1, 4, 1), 1)),
+        ("muon", MODERN, ((1, 2, 2), 3)),
+        ("adafactor", WIDE, ((2, 2, 1), 2)),
+        ("adafactor", WIDE, ((1, 4, 1), 3)),
+    ],
+)
+def test_optimizers_of_whole_matrices_know_them_in_any_layout(optimizer, model, layout):
+    config = config_of(model, optimizer=optimizer, z_loss=1e-3)
+    expected, expected_losses, _ = run(config, BATCHES)
+    state, losses, _ = run(config, on_mesh(BATCHES, layout[0]), *layout)
+    np.testing.assert_allclose(losses, expected_losses, rtol=1e-5)
+    assert_close(whole(state.params, *layout, config), jax.device_get(expected.params), 2e-5)
 
 
 @pytest.mark.parametrize(

@@ -52,7 +52,7 @@ def start(config, mesh_shape=(1, 1, 1), stage=0, offload=False):
     make = lambda: Transformer(config.model, dtype=compute_dtype(config.training), rngs=nnx.Rngs(0))  # noqa: E731
     graphdef, abstract = nnx.split(nnx.eval_shape(make))
     layout = Layout(mesh, stage, nnx.to_pure_dict(abstract), offload)
-    init = lambda: init_state(make(), build_optimizer(config.training), config, layout)  # noqa: E731
+    init = lambda: init_state(make(), build_optimizer(config.training, layout.shapes), config, layout)  # noqa: E731
     placed = jax.tree.map(lambda x: x.sharding, layout.place(jax.eval_shape(init)))
     step = make_train_step(graphdef, config, build_schedule(config.training, 100), layout)
     return jax.jit(step, out_shardings=(placed, None)), jax.jit(init, out_shardings=placed)()
@@ -137,13 +137,34 @@ def test_a_non_finite_update_changes_nothing(k, bad):
 
 
 @pytest.mark.parametrize(
-    ("optimizer", "rate"), [("adamw", 1e-2), ("adam", 1e-2), ("sgd", 1.0), ("lion", 2e-3), ("lamb", 3e-2)]
+    ("optimizer", "rate"),
+    [
+        ("adamw", 1e-2),
+        ("adam", 1e-2),
+        ("sgd", 1.0),
+        ("lion", 2e-3),
+        ("lamb", 3e-2),
+        ("muon", 1e-2),
+        ("adafactor", 0.3),
+        ("optax.adabelief", 1e-2),
+    ],
 )
 def test_the_loss_falls(optimizer, rate):
     batch = make_batch()
     still = dataclasses.replace(MODEL, dropout=0.0, attention_dropout=0.0)
     _, losses, _ = run(config_of(still, optimizer=optimizer, learning_rate=rate), [batch] * 40)
     assert losses[0] == pytest.approx(np.log(VOCAB), rel=0.05) and losses[-1] < 0.7 * losses[0]
+
+
+def test_z_loss_moves_the_model_and_not_the_reported_loss():
+    """The first loss is the cross entropy, whatever the weight; the gradient is that of the sum."""
+    batch = make_batch()
+    (_, plain, metrics), (_, with_z, z_metrics) = (run(config_of(z_loss=z), [batch] * 2) for z in (0.0, 1.0))
+    assert with_z[0] == pytest.approx(plain[0], rel=1e-6)
+    assert abs(with_z[1] - plain[1]) > 1e-4
+    assert float(z_metrics["grad_norm"]) > 1.1 * float(metrics["grad_norm"])
+    _, halves, _ = run(config_of(z_loss=1.0), [regroup(batch, 8)] * 2)
+    np.testing.assert_allclose(halves, with_z, rtol=1e-5)
 
 
 def test_clipping_is_global():

@@ -84,6 +84,36 @@ def test_resume_is_bit_exact(tmp_path, corpus, reference, stop):
     assert rows_of(mine) == rows_of(run)
 
 
+def test_modern_blocks_resume_bit_exactly(tmp_path, corpus):
+    """All that newer models do otherwise than GPT-2, with muon over shards and another schedule; then text from it."""
+    options = HARD | {
+        "model.norm": "rmsnorm",
+        "model.activation": "swiglu",
+        "model.use_bias": False,
+        "model.n_kv_heads": 1,
+        "model.positions": "rotary",
+        "model.qk_norm": True,
+        "model.logit_softcap": 10.0,
+        "model.tie_embeddings": False,
+        "training.optimizer": "muon",
+        "training.lr_scheduler": "wsd",
+        "training.decay_fraction": 0.5,
+        "training.z_loss": 1e-3,
+        "training.zero_stage": 2,
+        "training.max_steps": 4,
+        "training.eval_steps": 2,
+    }
+    Trainer(make_config(tmp_path / "whole", corpus, **options)).train()
+    Trainer(make_config(tmp_path, corpus, **options, **{"training.stop_at_step": 2})).train()
+    Trainer(make_config(tmp_path, corpus, **options)).train()
+    mine, whole = tmp_path / "run", tmp_path / "whole" / "run"
+    assert_same(arrays(mine / "checkpoint_4"), arrays(whole / "checkpoint_4"))
+    assert rows_of(mine) == rows_of(whole)
+    found = load(mine / "final_model")
+    result = evaluate_model(found, found.config.data, 3, lambda line: None)
+    assert result["loss"] == pytest.approx(rows_of(mine)[4]["eval/loss"], rel=1e-5)
+
+
 def test_resume_notices_a_lost_optimizer_state(tmp_path, corpus, reference, monkeypatch):
     """The fault that the test above is for: going on with a fresh optimizer."""
     Trainer(make_config(tmp_path, corpus, **HARD, **{"training.stop_at_step": 5})).train()

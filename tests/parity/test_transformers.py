@@ -17,12 +17,14 @@ import optax
 import pytest
 import torch
 from flax import nnx
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from jaxlm.config import Config, DataConfig, ModelConfig, TrainingConfig
 from jaxlm.generate import generate_tokens
 from jaxlm.loss import loss_sums
 from jaxlm.model import Transformer
+from jaxlm.model.positions import rotary_frequencies
 from jaxlm.optim import build_optimizer, build_schedule
 from jaxlm.sharding import Layout, make_mesh
 from jaxlm.step import init_state, make_train_step
@@ -250,3 +252,40 @@ def test_training_gives_the_same_losses(pair: Pair) -> None:
         theirs.append([loss.item(), norm.item()])
     assert theirs[-1][0] < theirs[0][0] - 0.1, "nothing was learned"
     np.testing.assert_allclose(ours, theirs, rtol=3e-5)
+
+
+@pytest.mark.parametrize(
+    ("scaling", "theta", "options"),
+    [
+        ("linear", 1e4, {"rope_scaling_factor": 4.0}),
+        ("llama3", 5e5, {"rope_scaling_factor": 8.0, "rope_original_length": 8192}),
+        (
+            "llama3",
+            1e4,
+            {
+                "rope_scaling_factor": 32.0,
+                "rope_original_length": 1024,
+                "rope_low_freq_factor": 2.0,
+                "rope_high_freq_factor": 9.0,
+            },
+        ),
+        ("yarn", 1e6, {"rope_scaling_factor": 4.0, "rope_original_length": 32768}),
+        ("yarn", 1e4, {"rope_scaling_factor": 1.0, "rope_original_length": 100}),
+    ],
+)
+def test_rotary_frequencies_are_theirs(scaling: str, theta: float, options: dict[str, Any]) -> None:
+    config = ModelConfig(
+        d_model=256, n_heads=4, positions="rotary", rope_theta=theta, rope_scaling=scaling, max_seq_len=2**17, **options
+    )
+    theirs = {"rope_type": scaling, "rope_theta": theta, "factor": config.rope_scaling_factor}
+    if scaling != "linear":
+        theirs["original_max_position_embeddings"] = config.rope_original_length
+    if scaling == "llama3":
+        theirs |= {"low_freq_factor": config.rope_low_freq_factor, "high_freq_factor": config.rope_high_freq_factor}
+    llama = LlamaConfig(
+        hidden_size=256, num_attention_heads=4, max_position_embeddings=config.max_seq_len, rope_parameters=theirs
+    )
+    expected, their_scale = ROPE_INIT_FUNCTIONS[scaling](llama, torch.device("cpu"))
+    frequencies, scale = rotary_frequencies(config)
+    np.testing.assert_allclose(frequencies, expected.numpy(), rtol=2e-6)
+    assert scale == pytest.approx(their_scale, rel=1e-7)

@@ -1,0 +1,36 @@
+"""A Llama-like 125M, to be compared with gpt2_124m: the same data, width, depth and size, with modern blocks.
+
+    python scripts/train.py --config configs/llama_125m.py
+
+124,780,800 parameters; estimated 15.9 GiB a GPU on 8 (scripts/estimate_memory.py --devices 8).
+No GPU figure has been measured: neither speed (so no time either), nor memory, nor loss.
+"""
+
+from jaxlm.config import Config, DataConfig, ModelConfig, TrainingConfig
+
+config = Config(
+    model=ModelConfig(
+        vocab_size=50304,
+        d_model=768,
+        n_heads=12,
+        n_kv_heads=4,
+        n_layers=12,
+        d_ff=2432,
+        max_seq_len=1024,
+        dropout=0.0,
+        attention_dropout=0.0,
+        activation="swiglu",
+        norm="rmsnorm",
+        use_bias=False,
+        positions="rotary",
+    ),
+    training=TrainingConfig(
+        batch_size=16,
+        gradient_accumulation_steps=4,
+        learning_rate=6e-4,
+        weight_decay=0.1,
+        beta2=0.95,
+        num_epochs=3,
+    ),
+    data=DataConfig(dataset_name="wikitext", dataset_config="wikitext-103-raw-v1", max_length=1024),
+)
