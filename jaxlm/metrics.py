@@ -42,8 +42,8 @@ PEAK_FLOPS = {
 def flops_per_token(parameters: int, n_layers: int, max_length: int, d_model: int) -> float:
     """Training FLOPs a token, 6 N + 12 L T D: forward and backward, causality and recomputation not counted.
 
-    N is all parameters (a tied embedding once). The second term is the same where heads share keys and values: every head
-    has its own products. Source: Chowdhery et al. 2022 (PaLM), appendix B.
+    N is all parameters (a tied embedding once). Where heads share keys and values the second term is the same: each
+    query head has its own products. Source: Chowdhery et al. 2022 (PaLM), appendix B.
     """
     return 6 * parameters + 12 * n_layers * max_length * d_model
 
