@@ -64,7 +64,7 @@ def test_attention_equals_dense(monkeypatch, t, block, rate):
     q, keys, v, g = (jnp.asarray(rng.normal(size=(b, t, h, k)).astype(np.float32)) for _ in range(4))
     segments = packed_segments(rng, b, t)
     key = jnp.asarray(rng.integers(0, 2**32, (b, 2), dtype=np.uint32))
-    keep = attention._keep(key, (b, h, t, t), 0, 0, rate) if rate else None
+    keep = attention._keep(key, (b, h, t, t), 0, 0, rate).swapaxes(2, 3) if rate else None
 
     def ours(q, keys, v):
         y = attention.causal_attention(q, keys, v, segments, implementation="blockwise", key_B2=key, rate=rate)

@@ -30,6 +30,13 @@ def _keep_all_but_fetched(primitive: Any, *_: Any, **params: Any) -> bool:
     return not any(equation.primitive.name == "all_gather" for equation in params["call_jaxpr"].eqns)
 
 
+def _unstack(tree: Any, n: int) -> list[Any]:
+    """The `n` layers of a tree with a leading layer axis. Its gradient puts theirs together once."""
+    leaves, treedef = jax.tree.flatten(tree)
+    layers = [[part[0] for part in jax.lax.split(leaf, (1,) * n)] for leaf in leaves]
+    return [treedef.unflatten(layer) for layer in zip(*layers, strict=True)]
+
+
 class Transformer(nnx.Module):
     """Language model, GPT-2-like by default; parameters are float32, computation is in `dtype`.
 
@@ -80,7 +87,13 @@ class Transformer(nnx.Module):
         if config.gradient_checkpointing or fetch is not None:
             policy = REMAT_POLICIES[config.remat_policy] if config.gradient_checkpointing else _keep_all_but_fetched
             body = jax.checkpoint(body, policy=policy, prevent_cse=not config.scan_layers)
-        return jax.lax.scan(body, x, (params, per_layer), unroll=1 if config.scan_layers else config.n_layers)
+        if config.scan_layers:
+            return jax.lax.scan(body, x, (params, per_layer))
+        outs = []
+        for layer in _unstack((params, per_layer), config.n_layers):
+            x, out = body(x, layer)
+            outs.append(out)
+        return x, jax.tree.map(lambda *layers: jnp.stack(layers), *outs)
 
     def _finish(self, x_BTD: jax.Array) -> jax.Array:
         return self.final_norm(x_BTD) if self.config.pre_norm else x_BTD
