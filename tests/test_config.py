@@ -2,8 +2,10 @@
 
 import ast
 import dataclasses
+import inspect
 import json
 import math
+import textwrap
 import typing
 from pathlib import Path
 
@@ -301,6 +303,11 @@ def read_fields() -> dict[str, set[str]]:
                 for section, names in holders.items():
                     if base in names:
                         read[section].add(node.attr)
+    for name, section in SECTIONS.items():  # a property that is read has read its fields
+        for attribute, value in vars(section).items():
+            if isinstance(value, property) and attribute in read[name]:
+                body = ast.parse(textwrap.dedent(inspect.getsource(value.fget)))
+                read[name] |= {node.attr for node in ast.walk(body) if isinstance(node, ast.Attribute)}
     return read
 
 
