@@ -293,7 +293,7 @@ def _family_of(config: dict[str, Any], where: str) -> Family:
     name = named[0] if isinstance(named, list) and named and isinstance(named[0], str) else None
     if name is None:
         found = [family for family in FAMILIES.values() if family.model_type == config.get("model_type")]
-        name = found[0].architecture if found else f"model_type {config.get('model_type')!r}"
+        name = found[0].architecture if found else f"model of type {config.get('model_type')!r}"
     if name not in FAMILIES:
         raise UserError(f"{where}: is a {name}; jaxlm reads {', '.join(FAMILIES)}")
     return FAMILIES[name]
