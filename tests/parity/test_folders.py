@@ -22,6 +22,7 @@ from jaxlm.config import Config, DataConfig, ModelConfig, TrainingConfig, replac
 from jaxlm.generate import generate_text
 from jaxlm.huggingface import FAMILIES, Family, family_for
 from jaxlm.model import Transformer
+from jaxlm.sharding import path_name
 from jaxlm.tokenizer import Tokenizer
 
 SMALL = {"vocab_size": 320, "d_model": 32, "n_heads": 4, "n_layers": 2, "d_ff": 48, "max_seq_len": 40}
@@ -53,7 +54,8 @@ def loaded_model(options: dict[str, Any], tokenizer: Tokenizer) -> LoadedModel:
     rng = np.random.default_rng(0)
 
     def noisy(path: Any, x: jax.Array) -> jax.Array:
-        scale = 0.5 if "embedding" in str(path) else 0.2
+        name = path_name(path)
+        scale = 0.5 if "embedding" in name else 1.0 if name.endswith(("out/kernel", "down/kernel")) else 0.2
         return x + scale * jax.numpy.asarray(rng.normal(size=x.shape), x.dtype)
 
     nnx.update(model, jax.tree_util.tree_map_with_path(noisy, nnx.to_pure_dict(nnx.state(model))))

@@ -42,8 +42,9 @@ from jaxlm.sharding import Layout, make_mesh, path_name
 from jaxlm.step import init_state, make_train_step
 
 ROWS = 2
-GPT2 = {"bos_token_id": 0, "eos_token_id": 1, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-LLAMA = {"bos_token_id": 0, "eos_token_id": 1, "vocab_size": 211, "hidden_size": 32, "num_attention_heads": 4}
+IDS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": 0}
+GPT2 = {**IDS, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+LLAMA = {**IDS, "vocab_size": 211, "hidden_size": 32, "num_attention_heads": 4}
 LLAMA |= {"num_hidden_layers": 2, "intermediate_size": 72, "max_position_embeddings": 64, "num_key_value_heads": 2}
 
 
@@ -131,8 +132,9 @@ def random_model(config: PretrainedConfig) -> PreTrainedModel:
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.1 * torch.randn_like(p))
-        if isinstance(config, GPT2Config):
-            model.transformer.wpe.weight.mul_(5)  # or greedy generation would repeat one token
+        for name, p in model.named_parameters():  # or greedy generation would repeat one token
+            if name.endswith(("wpe.weight", "o_proj.weight", "down_proj.weight")):
+                p.mul_(5)
     return model
 
 
