@@ -201,9 +201,10 @@ class _OwnFolder:
         self.fields = {field: values[field] for field in ARCHITECTURE}
 
     def check(self, whole: Params) -> None:
+        from jaxlm import checkpoint
         from jaxlm.manifest import damage
 
-        wrong = damage(self.folder)
+        wrong = damage(self.folder, ("params", *checkpoint.JSON_ITEMS))
         if wrong is not None:
             raise UserError(f"{self.where}: is damaged: {wrong}; name another")
 

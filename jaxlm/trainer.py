@@ -207,7 +207,7 @@ class Trainer:
             return Transformer(config.model, implementation=self.attention, dtype=dtype, rngs=rngs)
 
         self.graphdef, abstract_model = nnx.split(nnx.eval_shape(make))
-        self._abstract_params = params = nnx.to_pure_dict(abstract_model)
+        params = nnx.to_pure_dict(abstract_model)
         self.parameters = sum(math.prod(x.shape) for x in jax.tree.leaves(params))
         self.layout = sharding.Layout(self.mesh, training.zero_stage or 0, params, training.offload_optimizer)
         init = lambda: init_state(make(), build_optimizer(training, self.layout.shapes), config, self.layout)  # noqa: E731
@@ -232,8 +232,9 @@ class Trainer:
     def _state_from(self, source: pretrained.Pretrained) -> TrainState:
         """The state before the first update, with parameters from elsewhere."""
         abstract, training = self.abstract_state, self.config.training
-        params = source.params(self._abstract_params, abstract.params, self.layout.shards)
-        make = lambda params: state_from(params, build_optimizer(training), self.config, self.layout)  # noqa: E731
+        params = source.params(self.layout.shapes, abstract.params, self.layout.shards)
+        optimizer = build_optimizer(training, self.layout.shapes)
+        make = lambda params: state_from(params, optimizer, self.config, self.layout)  # noqa: E731
         placement = jax.tree.map(lambda x: x.sharding, abstract)
         return jax.jit(make, out_shardings=placement, donate_argnums=0)(params)
 
