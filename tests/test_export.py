@@ -5,9 +5,16 @@ Every parameter is random, biases and norms too, since zeros and ones would hide
 
 import dataclasses
 import json
+import os
+import re
 import shutil
+import subprocess
+import sys
+import threading
+import urllib.parse
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import numpy as np
@@ -371,16 +378,92 @@ def test_folders_that_hold_no_model(folder: Path, tmp_path: Path) -> None:
     refused(r"^training\.init_from \(/no/such/folder\): no such folder$", Path("/no/such/folder"))
 
 
-def test_a_hub_out_of_reach(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from huggingface_hub import constants
+class Hub(BaseHTTPRequestHandler):
+    """As much of the Hub as `snapshot_download` asks for, with the one model test/tiny."""
 
-    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    config = replace_fields(Config(), {"training.init_from": "someone/model"})
-    with pytest.raises(
-        UserError, match=r"\(someone/model\): no such folder, and the Hugging Face Hub is out of reach \("
-    ):
-        pretrained.with_architecture(config)
+    protocol_version = "HTTP/1.1"
+    files: ClassVar[dict[str, bytes]] = {}
+    fetched: ClassVar[list[str]] = []
+
+    def log_message(self, *arguments: Any) -> None:
+        pass
+
+    def answer(self, status: int, body: bytes, **headers: str) -> None:
+        self.send_response(status)
+        for name, value in {**headers, "Content_Length": str(len(body))}.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def do_GET(self) -> None:
+        path = urllib.parse.unquote(self.path.partition("?")[0])
+        name = path.partition(f"/resolve/{COMMIT}/")[2]
+        if "test/tiny" not in path:
+            self.answer(401, b"{}", X_Error_Code="RepoNotFound")
+        elif "/tree/" in path:
+            entries = [{"type": "file", "path": n, "size": len(x), "oid": n} for n, x in self.files.items()]
+            self.answer(200, json.dumps(entries).encode())
+        elif path.startswith("/api/models/test/tiny"):
+            siblings = [{"rfilename": name} for name in self.files]
+            self.answer(200, json.dumps({"id": "test/tiny", "sha": COMMIT, "siblings": siblings}).encode())
+        else:
+            self.fetched.append(name)
+            self.answer(200, self.files[name], ETag=f'"{name}"', X_Repo_Commit=COMMIT)
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+
+COMMIT = "0123456789" * 4
+FETCH = """
+import json, sys
+from jaxlm.config import Config, replace_fields
+from jaxlm.errors import UserError
+from jaxlm.pretrained import with_architecture
+for name in sys.argv[1:]:
+    try:
+        print(with_architecture(replace_fields(Config(), {"training.init_from": name})).model.d_model)
+    except UserError as error:
+        print(error)
+assert "jax" not in sys.modules, "a mistake should show before that"
+"""
+
+
+def on_hub(endpoint: str, home: Path, *names: str) -> list[str]:
+    """What comes of each of `names` in a process that knows the Hub at `endpoint`."""
+    environment = {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "PYTHONPATH": str(Path(__file__).parents[1])}
+    command = [sys.executable, "-W", "error", "-c", FETCH, *names]
+    environment = os.environ | environment | {"HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    done = subprocess.run(command, env=environment, cwd=home, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    return done.stdout.splitlines()
+
+
+def test_a_model_on_the_hub(small: Path, tmp_path: Path) -> None:
+    Hub.files = {path.name: path.read_bytes() for path in small.iterdir()}
+    Hub.files |= {"pytorch_model.bin": b"no", "onnx/model.safetensors": b"no"}
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        names = ("test/tiny", "test/none", "no name/of a/model")
+        width, none, odd = on_hub(f"http://127.0.0.1:{server.server_port}", tmp_path, *names)
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+    assert width == "16"
+    assert none == "training.init_from (test/none): no such folder, and no model on the Hub, or not a public one"
+    assert odd == "training.init_from (no name/of a/model): no such folder"
+    assert set(Hub.fetched) == {"config.json", "tokenizer.json", "model.safetensors"}
+
+    # What was fetched is used without the Hub; anything else is one line.
+    width, other = on_hub("http://127.0.0.1:9", tmp_path, "test/tiny", "test/other")
+    assert width == "16"
+    reach = r"training\.init_from \(test/other\): no such folder, and the Hugging Face Hub is out of reach \(.*refused"
+    assert re.match(reach, other)
 
 
 def test_options_that_contradict_the_folder(folder: Path) -> None:
