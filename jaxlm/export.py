@@ -77,7 +77,7 @@ def export(loaded: LoadedModel, source: Path, to: Path, *, max_shard_size: int, 
     Raises:
       UserError: transformers has no such model, or `to` can't be written.
     """
-    family = family_for(loaded.config.model)
+    family = family_for(loaded.config.model, f"--model ({source})")
     check_target(to)
     to = Path(os.path.abspath(to))
     new = to.with_name(f".{to.name}.export")

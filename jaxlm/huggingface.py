@@ -25,7 +25,7 @@ DEFAULTS = {f.name: f.default for f in dataclasses.fields(ModelConfig)}
 PLAIN = {"gelu": "gelu_new gelu_pytorch_tanh gelu_fast", "gelu_exact": "gelu", "relu": "relu", "swish": "silu swish"}
 GATED = {"swiglu": "silu swish", "geglu": "gelu_pytorch_tanh gelu_new gelu_fast"}
 
-# Names that jaxlm's option has for keys of a `rope_parameters` of each rope_type; and keys whose value is fixed.
+# Of each rope_type, the keys in `rope_parameters` and the fields of ModelConfig; and the one value of other keys.
 ROPE_TYPES: dict[str, dict[str, str]] = {
     "default": {},
     "linear": {"factor": "rope_scaling_factor"},
@@ -198,17 +198,17 @@ FAMILIES = {family.architecture: family for family in (GPT2, LLAMA, MISTRAL, QWE
 # -------------------------------------------------------------------- from jaxlm
 
 
-def family_for(model: ModelConfig) -> Family:
+def family_for(model: ModelConfig, where: str) -> Family:
     """The class that computes what a model of this configuration does.
 
     Raises:
-      UserError: there is none; it names the options that stand in the way.
+      UserError: there is none; `where` begins the message, which names the options that stand in the way.
     """
     lacking = {architecture: _lacking(model, family) for architecture, family in FAMILIES.items()}
     closest = min(lacking, key=lambda architecture: len(lacking[architecture]))
     if lacking[closest]:
         raise UserError(
-            f"transformers has no such model among {', '.join(FAMILIES)}: "
+            f"{where} fits none of transformers' {', '.join(FAMILIES)}; "
             f"the closest, {closest}, has no {', '.join(lacking[closest])}"
         )
     return FAMILIES[closest]

@@ -141,7 +141,7 @@ def _open(config: Config) -> Pretrained:
     folder = Path(name).expanduser()
     if not os.path.isdir(folder):  # Path's own would raise where a name is too long, or a folder is closed to us
         folder = _fetched(name, where)
-    if (folder / "params").is_dir():
+    if os.path.isdir(folder / "params"):
         return _OwnFolder(folder, where)
     try:
         saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -150,7 +150,7 @@ def _open(config: Config) -> Pretrained:
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{where}: config.json is not readable: {one_line(error)}") from error
     if isinstance(saved, dict) and "training" in saved:  # that of a run, whose models are in folders below
-        inside = [f", such as {folder / m}" for m in ("best_model", "final_model") if (folder / m).is_dir()]
+        inside = [f", such as {folder / m}" for m in ("best_model", "final_model") if os.path.isdir(folder / m)]
         raise UserError(
             f"{where}: holds no model; name a best_model, final_model or checkpoint_<step> folder"
             f"{''.join(inside[:1])}, or one that transformers has saved"
@@ -221,7 +221,7 @@ class _HuggingFaceFolder:
         self.folder, self.where = folder, where
         self.family, self.fields = from_config(config, where)
         self.kind = self.family.architecture
-        has_one = (folder / "tokenizer.json").is_file()
+        has_one = os.path.isfile(folder / "tokenizer.json")
         self.tokenizer = Tokenizer.load(folder, where) if has_one else None
         self._tensors: dict[str, Any] = {}  # name without prefix -> a function that reads (a part of) the tensor
 
@@ -250,12 +250,12 @@ class _HuggingFaceFolder:
         """The names of its safetensors files."""
         index = self.folder / INDEX
         try:
-            if index.is_file():
+            if os.path.isfile(index):
                 files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
                 return sorted(Path(file).name for file in files)
         except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
             raise UserError(f"{self.where}: {INDEX} is not readable: {one_line(error)}") from error
-        if (self.folder / ALONE).is_file():
+        if os.path.isfile(self.folder / ALONE):
             return [ALONE]
         pickled = [name for name in os.listdir(self.folder) if name.endswith((".bin", ".pt", ".pth"))]
         said = f"{pickled[0]} is a pickle, which could run any program; " if pickled else ""

@@ -162,7 +162,10 @@ def test_the_mapping_says_something_about_every_option_of_the_model() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"pre_norm": False}, r"the closest, GPT2LMHeadModel, has no model\.pre_norm false$"),
+        (
+            {"pre_norm": False},
+            r"^X fits none of transformers' GPT2.*the closest, GPT2LMHeadModel, has no model\.pre_norm false$",
+        ),
         ({"positions": "sinusoidal"}, r"the closest, GPT2LMHeadModel, has no model\.positions sinusoidal$"),
         ({"use_bias": False, "n_kv_heads": 2}, r"GPT2LMHeadModel, has no model\.n_kv_heads 2, model\.use_bias false$"),
         ({**LLAMA, "norm": "layernorm"}, r"LlamaForCausalLM, has no model\.norm layernorm$"),
@@ -173,7 +176,7 @@ def test_the_mapping_says_something_about_every_option_of_the_model() -> None:
 )
 def test_models_that_transformers_does_not_have(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        family_for(ModelConfig(**{**SMALL, **options}))
+        family_for(ModelConfig(**{**SMALL, **options}), "X")
 
 
 GPT2_CONFIG = {"architectures": ["GPT2LMHeadModel"], "vocab_size": 300, "n_embd": 16, "n_head": 4, "n_layer": 2}

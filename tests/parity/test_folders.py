@@ -128,7 +128,7 @@ def test_faults_in_the_mapping_are_noticed(
 ) -> None:
     model, fault = FAULTS[name]
     loaded = loaded_model(MODELS[model], tokenizer)
-    monkeypatch.setattr(export, "family_for", lambda config: fault(family_for(config)))
+    monkeypatch.setattr(export, "family_for", lambda config, where: fault(family_for(config, where)))
     folder = exported(tmp_path, loaded)
     ours, theirs = logits_of_both(loaded, folder)
     assert np.abs(ours - theirs).max() > 1e-3
