@@ -222,6 +222,11 @@ def _is_padded(stored: Any, target: Any, shards: int) -> bool:
     return shapes[0] != shapes[1]
 
 
+def restore_params(path: Path, target: Any, shards: int) -> Any:
+    """The parameters saved in a model or checkpoint folder, as `target` has them; see `restore_state`."""
+    return _restore(path, "params", target, max(shards, read_progress(path).shards))
+
+
 def restore_state(path: Path, target: TrainState, shards: int) -> TrainState:
     """The state saved in the checkpoint at `path`.
 
@@ -232,11 +237,9 @@ def restore_state(path: Path, target: TrainState, shards: int) -> TrainState:
     Raises:
       UserError: damaged, or of another model.
     """
-    shards = max(shards, read_progress(path).shards)
     rest = {name: getattr(target, name) for name in OPTIMIZER_ITEM}
-    return TrainState(
-        params=_restore(path, "params", target.params, shards), **_restore(path, "optimizer", rest, shards)
-    )
+    optimizer = _restore(path, "optimizer", rest, max(shards, read_progress(path).shards))
+    return TrainState(params=restore_params(path, target.params, shards), **optimizer)
 
 
 def save_model(path: Path, params: Any, config: Config, tokenizer: Tokenizer, progress: Progress) -> None:

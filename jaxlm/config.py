@@ -201,6 +201,11 @@ class TrainingConfig(_Section):
     checkpoint_dir: str = option("./checkpoints", "the run's folder", resumable=True)
     save_total_limit: int | None = option(3, "newest checkpoints to keep; 0 or none: all", low=0, resumable=True)
     resume_from_checkpoint: str | None = option(None, "checkpoint folder to start from, or latest", resumable=True)
+    init_from: str | None = option(
+        None,
+        "model whose parameters, architecture and tokenizer to start from: a best_model, final_model or checkpoint, or "
+        "a folder or Hub name for transformers; model options that are not at their defaults must agree with it",
+    )
     report_to: tuple[str, ...] = option(
         ("tensorboard",), "where metrics go beside metrics.jsonl", choices=("tensorboard", "wandb"), resumable=True
     )
@@ -419,6 +424,7 @@ def _check_home_folders(config: Config) -> None:
     paths: dict[str, Iterable[str | None]] = {
         "training.checkpoint_dir": [training.checkpoint_dir],
         "training.resume_from_checkpoint": [training.resume_from_checkpoint],
+        "training.init_from": [training.init_from],
         "data.train_files": data.train_files,
         "data.validation_files": data.validation_files,
         "data.tokenizer_path": [data.tokenizer_path],
@@ -459,23 +465,29 @@ def _check_model(model: ModelConfig) -> None:
         raise UserError(f"{named} needs model.rope_theta ({model.rope_theta}) greater than 1")
 
 
+def check_fields(config: Config) -> None:
+    """Checks each value by itself, against its declared type and bounds; UserError names it."""
+    for name, section in SECTIONS.items():
+        hints = typing.get_type_hints(section)
+        for field in dataclasses.fields(section):
+            check_field(f"{name}.{field.name}", field, hints[field.name], getattr(getattr(config, name), field.name))
+    _check_home_folders(config)
+
+
 def validate(config: Config) -> Config:
     """Checks everything that can be known without touching files or devices; returns `config`.
 
     Raises:
       UserError: names the field, its value and what to do.
     """
-    for name, section in SECTIONS.items():
-        hints = typing.get_type_hints(section)
-        for field in dataclasses.fields(section):
-            check_field(f"{name}.{field.name}", field, hints[field.name], getattr(getattr(config, name), field.name))
+    check_fields(config)
     model, training, data = config.model, config.training, config.data
     _check_model(model)
     if data.max_length > model.max_seq_len:
         raise UserError(
             f"data.max_length ({data.max_length}) exceeds model.max_seq_len ({model.max_seq_len}); lower it"
         )
-    if model.vocab_size < 259 and data.tokenizer_path is None:
+    if model.vocab_size < 259 and data.tokenizer_path is None and training.init_from is None:
         raise UserError(f"model.vocab_size ({model.vocab_size}) must be at least 259: 256 bytes and 3 special tokens")
     if data.validation_files and not data.train_files:
         raise UserError("data.validation_files is set but data.train_files is not; set both, or validation_split")
@@ -491,7 +503,6 @@ def validate(config: Config) -> Config:
             f"training.min_loss_scale ({training.min_loss_scale:g}) exceeds what the dynamic loss scale starts at, 2 "
             f"to training.initial_loss_scale_power ({training.initial_loss_scale_power}); lower it"
         )
-    _check_home_folders(config)
     if training.checkpoint_dir == "":
         raise UserError("training.checkpoint_dir is empty; name a folder")
     resume = training.resume_from_checkpoint

@@ -30,13 +30,13 @@ def seal(folder: Path, final: Path) -> None:
     manifest = folder / MANIFEST
     manifest.write_text(json.dumps({"sha256": listed, "of_these": _digest_of(listed)}, indent=1), encoding="utf-8")
     for path in (manifest, *folders):
-        _sync(path)
+        sync(path)
     folder.rename(final)
-    _sync(final.parent)
+    sync(final.parent)
 
 
 def _entry(path: Path) -> str:
-    _sync(path)
+    sync(path)
     return _digest(path)
 
 
@@ -49,7 +49,7 @@ def _digest_of(listed: Any) -> str:
     return hashlib.sha256(json.dumps(listed, sort_keys=True).encode()).hexdigest()
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Returns when the file or the folder's list of files is on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:

@@ -116,6 +116,16 @@ def put(batch: dict[str, np.ndarray], sharding: NamedSharding) -> dict[str, jax.
     return {name: jax.make_array_from_process_local_data(sharding, array) for name, array in batch.items()}
 
 
+def put_whole(x: np.ndarray, target: jax.ShapeDtypeStruct) -> jax.Array:
+    """A whole parameter on the host -> as the layout holds it: `target`'s shape (padded with zeros) and sharding.
+
+    Each device gets its own part only.
+    """
+    missing = [(0, held - size) for size, held in zip(x.shape, target.shape, strict=True)]
+    padded = np.pad(x, missing) if any(after for _, after in missing) else x
+    return jax.make_array_from_callback(target.shape, target.sharding, lambda index: padded[index])
+
+
 def path_name(path: Any) -> str:
     """A leaf's path in a tree of dicts, tuples and dataclasses, such as "blocks/mlp/up/kernel"."""
     return "/".join(str(getattr(e, "key", getattr(e, "name", getattr(e, "idx", "")))) for e in path)

@@ -47,8 +47,12 @@ class TrainState:
 def init_state(
     model: Transformer, optimizer: optax.GradientTransformation, config: Config, layout: Layout
 ) -> TrainState:
-    """The state before the first update."""
-    params = layout.from_whole(nnx.to_pure_dict(nnx.state(model)))
+    """The state before the first update of a new model."""
+    return state_from(layout.from_whole(nnx.to_pure_dict(nnx.state(model))), optimizer, config, layout)
+
+
+def state_from(params: Params, optimizer: optax.GradientTransformation, config: Config, layout: Layout) -> TrainState:
+    """The state before the first update of a model with these parameters, as the layout holds them."""
     zero = lambda: jnp.zeros((), jnp.int32)  # noqa: E731  (two buffers: a donated one can't be passed twice)
     return TrainState(
         step=zero(),

@@ -115,6 +115,11 @@ class Tokenizer:
         """The content of tokenizer.json."""
         return self._backend.to_str(pretty=True)
 
+    def agrees_with(self, other: "Tokenizer") -> bool:
+        """Whether both give every text the same ids; tokens that a template puts around it are left out of account."""
+        settings = [json.loads(tokenizer.to_json()) for tokenizer in (self, other)]
+        return len({json.dumps(each | {"post_processor": None}, sort_keys=True) for each in settings}) == 1
+
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 of `to_json()`, in hexadecimal."""
@@ -124,6 +129,10 @@ class Tokenizer:
     def dtype(self) -> np.dtype:
         """The narrowest of uint16 and uint32 that holds every id."""
         return np.dtype(np.uint16 if self.vocab_size <= 2**16 else np.uint32)
+
+    def token(self, token_id: int) -> str:
+        """How the token is written, such as "<bos>"."""
+        return str(self._backend.id_to_token(token_id))
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, without <bos> and <eos>. Raises UserError where it cannot be written as UTF-8."""

@@ -19,7 +19,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from jaxlm import checkpoint, deepspeed, folder, sharding
+from jaxlm import checkpoint, deepspeed, folder, pretrained, sharding
 from jaxlm.config import Config, changed_fields, resolved, to_dict, validate
 from jaxlm.data.loader import Rows, documents_of_step, eval_batches, total_steps, train_batches
 from jaxlm.data.packing import plan_cached
@@ -52,7 +52,8 @@ from jaxlm.model.attention import choose_attention
 from jaxlm.optim import build_optimizer, build_schedule, check_optimizer, effective_warmup, schedule_end
 from jaxlm.precision import compute_dtype, scales_loss, scales_loss_dynamically
 from jaxlm.signals import StopRequest
-from jaxlm.step import TrainState, compile_train_step, init_state, make_eval_step, make_train_step
+from jaxlm.step import TrainState, compile_train_step, init_state, make_eval_step, make_train_step, state_from
+from jaxlm.tokenizer import Tokenizer
 from jaxlm.watchdog import Watchdog
 
 SHOWN_DOCUMENTS = 12  # of a skipped update
@@ -67,7 +68,7 @@ class Trainer:
     """
 
     def __init__(self, config: Config, *, fresh: bool = False) -> None:
-        config = validate(config)
+        config = validate(pretrained.with_architecture(config, fresh))
         self.devices = training_devices(config.training)
         self.mesh = sharding.make_mesh(self.devices, sharding.mesh_shape(config, len(self.devices)))
         config, self._deepspeed_lines = deepspeed.apply(config, world=sharding.row_shards(self.mesh))
@@ -77,6 +78,7 @@ class Trainer:
         self.folder = Path(config.training.checkpoint_dir).expanduser()
         self._lock = folder.open_folder(self.folder, fresh)
         resume_from = self._find_resume(config)
+        self._pretrained = pretrained.open_pretrained(config) if resume_from is None else None
         jax.config.update("jax_compilation_cache_dir", str(cache_root(config.data) / "compiled"))
 
         self._prepare_data(config, resume_from)
@@ -105,14 +107,17 @@ class Trainer:
     def _prepare_data(self, config: Config, resume_from: Path | None) -> None:
         """Text -> tokenizer -> token arrays -> rows; fixes the vocabulary size in the configuration."""
         data = config.data
-        tokenizer = None if resume_from is None else checkpoint.read_tokenizer(resume_from)
+        if resume_from is not None:
+            tokenizer: Tokenizer | None = checkpoint.read_tokenizer(resume_from)
+        else:
+            tokenizer = None if self._pretrained is None else self._pretrained.tokenizer
         with prepared_once(data):
             prepared = prepare(data, config.model.vocab_size, tokenizer, say)
         self.tokenizer, self.data_fingerprint = prepared.tokenizer, prepared.source_fingerprint
         self.requested_vocab_size = config.model.vocab_size
-        self.config = dataclasses.replace(
-            config, model=dataclasses.replace(config.model, vocab_size=self.tokenizer.vocab_size)
-        )
+        # A model that was trained elsewhere may have more rows than there are tokens; it keeps them.
+        vocab_size = self.tokenizer.vocab_size if config.training.init_from is None else config.model.vocab_size
+        self.config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=vocab_size))
         plan = partial(
             plan_cached,
             max_length=data.max_length,
@@ -213,14 +218,25 @@ class Trainer:
         self._whole = jax.jit(self.layout.to_whole, out_shardings=sharding.replicated(self.mesh))
 
     def _build_state(self, resume_from: Path | None) -> None:
-        """A fresh state, or the one saved in `resume_from`."""
+        """A fresh state, one that starts from another model, or the one saved in `resume_from`."""
         self.best_loss: float | None = None
-        if resume_from is None:
-            self.state: TrainState = self._init()
+        if self._pretrained is not None:
+            self.state: TrainState = self._state_from(self._pretrained)
+        elif resume_from is None:
+            self.state = self._init()
         else:
             self.state = checkpoint.restore_state(resume_from, self.abstract_state, self.layout.shards)
             self.best_loss = checkpoint.read_progress(resume_from).best_loss
         self.start_step = self.current_step = int(self.state.step)
+
+    def _state_from(self, source: pretrained.Pretrained) -> TrainState:
+        """The state before the first update, with parameters from elsewhere."""
+        abstract, training = self.abstract_state, self.config.training
+        params = source.params(self.layout.shapes, abstract.params, self.layout.shards)
+        optimizer = build_optimizer(training, self.layout.shapes)
+        make = lambda params: state_from(params, optimizer, self.config, self.layout)  # noqa: E731
+        placement = jax.tree.map(lambda x: x.sharding, abstract)
+        return jax.jit(make, out_shardings=placement, donate_argnums=0)(params)
 
     def _start_report(self, resume_from: Path | None) -> None:
         """What will run, in a few lines."""
@@ -234,6 +250,8 @@ class Trainer:
         for line in self._deepspeed_lines:
             say(line)
         say(f"model: {self.parameters:,} parameters, vocabulary {model.vocab_size:,}")
+        if self._pretrained is not None:
+            say(f"parameters: those of {training.init_from} ({self._pretrained.kind})")
         say(f"layers: {layers}, activations {remat}")
         say(f"devices: {device}{processes}")
         say(f"layout: {self.layout.describe()}")

@@ -5,6 +5,7 @@ import json
 from typing import Any
 
 from jaxlm import cli, memory
+from jaxlm.pretrained import with_architecture
 
 
 def estimate_memory() -> None:
@@ -36,6 +37,7 @@ def estimate_memory() -> None:
     if arguments.memory is not None:
         size = memory.parse_memory(arguments.memory)
     devices = arguments.devices if arguments.devices is not None else config.training.world_size or 1
+    config = with_architecture(config)
     estimate = memory.estimate(config, devices)
     result: dict[str, Any] = {"devices": devices, **dataclasses.asdict(estimate), "total": estimate.total}
     result["compiled"] = memory.compiled_on_gpus(config, devices)

@@ -22,7 +22,11 @@ def train() -> None:
     config = cli.config_from(arguments)
     if arguments.resume_from_checkpoint is not None:
         config = cli.replace_fields(config, {"training.resume_from_checkpoint": arguments.resume_from_checkpoint})
-    deepspeed.apply(validate(config), world=None)  # before JAX is imported, so that a mistake shows at once
+
+    from jaxlm.pretrained import with_architecture
+
+    # Before JAX is imported, so that a mistake shows at once.
+    deepspeed.apply(validate(with_architecture(config, arguments.fresh)), world=None)
 
     from jaxlm import distributed
     from jaxlm.trainer import Trainer

@@ -14,7 +14,7 @@ LAYERS = [
     ["errors"],
     ["config"],
     ["manifest", "health", "signals", "distributed", "sharding", "precision", "optim", "loss", "metrics"],
-    ["tokenizer", "deepspeed", "watchdog", "folder"],
+    ["tokenizer", "deepspeed", "watchdog", "folder", "huggingface"],
     ["cli"],
     ["model.dropout", "model.positions"],
     ["model.attention"],
@@ -30,6 +30,7 @@ LAYERS = [
     ["data"],
     ["step", "generate"],
     ["checkpoint"],
+    ["pretrained"],
     ["evaluate", "memory", "export"],
     ["trainer"],
 ]

@@ -22,7 +22,9 @@ from jaxlm.manifest import MANIFEST, seal
 
 pytestmark = pytest.mark.xdist_group("bad_input")  # one process, so that the cases are driven once
 ROOT = Path(__file__).parents[1]
-TRAIN, EVALUATE, GENERATE = (str(ROOT / "scripts" / f"{name}.py") for name in ("train", "evaluate", "generate"))
+TRAIN, EVALUATE, GENERATE, EXPORT = (
+    str(ROOT / "scripts" / f"{name}.py") for name in ("train", "evaluate", "generate", "export")
+)
 
 DRIVER = """
 import contextlib, io, json, os, runpy, sys, traceback
@@ -300,6 +302,14 @@ SIMPLE = {
         r"training\.resume_from_checkpoint \({folder}\): is not a checkpoint", "--resume_from_checkpoint", "{folder}"
     ),
     "nothing to resume": train(r"\(latest\): no checkpoint in {folder}/run", "--resume_from_checkpoint", "latest"),
+    "nothing to start from": train(
+        r"training\.init_from \({folder}/none\): no such folder$", "--training.init_from", "{folder}/none"
+    ),
+    "no model to start from": train(
+        r"training\.init_from \({folder}\): holds no model; name a best_model.*transformers",
+        "--training.init_from",
+        "{folder}",
+    ),
     "no such model": Case([EVALUATE, "--model", "{folder}/none"], r"{folder}/none: no such folder; name a best_model"),
     "no model there": Case([GENERATE, "--model", "{folder}"], r"{folder}: holds no model; name a best_model"),
 }
@@ -390,6 +400,33 @@ ON_RUN = {
     "rows longer than the model": Case(
         [EVALUATE, "--model", "{run}/best_model", "--data.max_length", "64"],
         r"data\.max_length \(64\) exceeds model\.max_seq_len \(32\)",
+    ),
+    "another architecture than the one to start from": train(
+        r"training\.init_from \({run}/best_model\) has another architecture: model\.n_layers is 5, there 1\. Leave",
+        *("--training.init_from", "{run}/best_model", "--model.n_layers", "5"),
+    ),
+    "another model to start from": on_run(
+        r'training\.init_from was null, is "{run}/best_model"', "--training.init_from", "{run}/best_model"
+    ),
+    "run to start from": train(
+        r"training\.init_from \({run}\): holds no model; .* such as {run}/best_model",
+        "--training.init_from",
+        "{run}",
+    ),
+    "export into a folder in use": Case(
+        [EXPORT, "--model", "{run}/best_model", "--to", "{run}"], r"--to \({run}\): is not empty; name another"
+    ),
+    "export without a size": Case(
+        [EXPORT, "--model", "{run}/best_model", "--to", "{folder}/out", "--max_shard_size", "5"],
+        r"--max_shard_size \(5\) must be a number with KB",
+    ),
+    "export as another type": Case(
+        [EXPORT, "--model", "{run}/best_model", "--to", "{folder}/out", "--dtype", "bf16"],
+        r"--dtype \(bf16\) is not one of float32, bfloat16, float16",
+    ),
+    "export to where nothing can be written": Case(
+        [EXPORT, "--model", "{run}/best_model", "--to", "{folder}/config.json/out"],
+        r"--to \({folder}/config\.json/out\): cannot be written \(Not a directory\)",
     ),
     "nothing to evaluate": Case(
         [EVALUATE, "--model", "{run}/best_model", "--data.validation_files", "none.txt"],

@@ -163,8 +163,6 @@ def test_z_loss_moves_the_model_and_not_the_reported_loss():
     assert with_z[0] == pytest.approx(plain[0], rel=1e-6)
     assert abs(with_z[1] - plain[1]) > 1e-4
     assert float(z_metrics["grad_norm"]) > 1.1 * float(metrics["grad_norm"])
-    _, halves, _ = run(config_of(z_loss=1.0), [regroup(batch, 8)] * 2)
-    np.testing.assert_allclose(halves, with_z, rtol=1e-5)
 
 
 def test_clipping_is_global():

@@ -5,7 +5,7 @@ import logging
 import os
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from jaxlm.config import nearest
@@ -14,6 +14,7 @@ from jaxlm.errors import UserError, one_line
 
 if TYPE_CHECKING:
     import datasets
+    import huggingface_hub
 
 # The Hub wants "namespace/name"; these are the bare names that guides use.
 NAMES = {
@@ -48,7 +49,7 @@ def prepare(name: str, configuration: str | None, where: str) -> tuple[str, "dat
         hint = nearest(name, [*NAMES, "python-stdlib"])
         raise UserError(f"{where} is not a Hub name of the form namespace/name{hint}; {WAY_OUT}")
     label = " ".join(part for part in (name, configuration) if part)
-    reason = _why_unreachable(name)
+    reason = why_unreachable(lambda hub: hub.dataset_info(name, timeout=SECONDS))
     import datasets
     import huggingface_hub
     from huggingface_hub.errors import HTTPError
@@ -77,8 +78,8 @@ def prepare(name: str, configuration: str | None, where: str) -> tuple[str, "dat
     return label + (f" (downloaded before; the Hub is out of reach: {reason})" if reason else ""), builder
 
 
-def _why_unreachable(name: str) -> str | None:
-    """None if the Hub answers in time, else why not. The library alone would retry for minutes."""
+def why_unreachable(question: Callable[["huggingface_hub.HfApi"], object]) -> str | None:
+    """None if the Hub answers a first question in time, else why not. The library alone would retry for minutes."""
     answer: list[str | None] = []
 
     def ask() -> None:
@@ -86,7 +87,7 @@ def _why_unreachable(name: str) -> str | None:
         from huggingface_hub.errors import HfHubHTTPError, HTTPError, RepositoryNotFoundError
 
         try:
-            HfApi().dataset_info(name, timeout=SECONDS)
+            question(HfApi())
             answer.append(None)
         except RepositoryNotFoundError:
             answer.append(None)  # the Hub is there, and says no; loading will say it too

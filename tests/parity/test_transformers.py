@@ -1,4 +1,4 @@
-"""Our Transformer against the GPT-2 of the `transformers` library: the same weights, the same numbers.
+"""Models of the `transformers` library, saved by it and opened by training.init_from: the same numbers.
 
 Run by name, with torch and transformers beside jaxlm: `pytest tests/parity`. Nothing here is skipped: without them the
 import fails. Every parameter is random, biases and norms too, since zeros and ones would hide a mistake.
@@ -8,6 +8,7 @@ Shapes: B rows, T positions, V vocabulary.
 
 import dataclasses
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,34 +16,72 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import tokenizers
 import torch
 from flax import nnx
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    Qwen3Config,
+)
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from jaxlm.config import Config, DataConfig, ModelConfig, TrainingConfig
+from jaxlm.config import Config, DataConfig, ModelConfig, TrainingConfig, replace_fields
 from jaxlm.generate import generate_tokens
+from jaxlm.huggingface import FAMILIES, Family, from_tensors
 from jaxlm.loss import loss_sums
 from jaxlm.model import Transformer
 from jaxlm.model.positions import rotary_frequencies
 from jaxlm.optim import build_optimizer, build_schedule
-from jaxlm.sharding import Layout, make_mesh
+from jaxlm.pretrained import open_pretrained, with_architecture
+from jaxlm.sharding import Layout, make_mesh, path_name
 from jaxlm.step import init_state, make_train_step
 
 ROWS = 2
-SHAPES = {
-    "two layers": {"n_layer": 2, "n_head": 2, "n_embd": 32, "n_inner": 128, "n_positions": 48, "vocab_size": 300},
-    "three layers": {"n_layer": 3, "n_head": 6, "n_embd": 48, "n_inner": 100, "n_positions": 64, "vocab_size": 517},
-    "blocks of queries": {"n_layer": 1, "n_head": 3, "n_embd": 24, "n_inner": 64, "n_positions": 300, "vocab_size": 97},
+IDS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": 0}
+GPT2 = {**IDS, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+LLAMA = {**IDS, "vocab_size": 211, "hidden_size": 32, "num_attention_heads": 4}
+LLAMA |= {"num_hidden_layers": 2, "intermediate_size": 72, "max_position_embeddings": 64, "num_key_value_heads": 2}
+
+
+def gpt2(layers: int, heads: int, d: int, ff: int | None, length: int, vocab: int, **more: Any) -> GPT2Config:
+    shape = {"n_layer": layers, "n_head": heads, "n_embd": d, "n_inner": ff, "n_positions": length, "vocab_size": vocab}
+    return GPT2Config(**GPT2, **shape, **more)
+
+
+def rope(kind: str, theta: float = 1e4, **more: Any) -> dict[str, Any]:
+    return {"rope_parameters": {"rope_type": kind, "rope_theta": theta, **more}}
+
+
+LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
+MODELS: dict[str, PretrainedConfig] = {
+    "two layers": gpt2(2, 2, 32, None, 48, 300),
+    "three layers": gpt2(3, 6, 48, 100, 64, 517, activation_function="relu", layer_norm_epsilon=1e-3),
+    "blocks of queries": gpt2(1, 3, 24, 64, 300, 97, tie_word_embeddings=False, activation_function="gelu"),
+    "llama": LlamaConfig(**LLAMA, **rope("default", 500.0), rms_norm_eps=1e-3),
+    "llama with biases": LlamaConfig(
+        **LLAMA | {"num_key_value_heads": 4}, attention_bias=True, mlp_bias=True, tie_word_embeddings=True
+    ),
+    "llama 3": LlamaConfig(**LLAMA, hidden_act="gelu_pytorch_tanh", **rope("llama3", factor=4.0, **LLAMA3)),
+    "llama, linear": LlamaConfig(**LLAMA, **rope("linear", factor=3.0)),
+    "llama, yarn": LlamaConfig(**LLAMA, **rope("yarn", factor=4.0, original_max_position_embeddings=16)),
+    "mistral": MistralConfig(**LLAMA, sliding_window=64),
+    "qwen3": Qwen3Config(**LLAMA, head_dim=8, tie_word_embeddings=True),
 }
+TRAINED = ("two layers", "three layers", "blocks of queries", "llama", "qwen3")  # the others differ in positions only
 
 
 @dataclasses.dataclass
 class Pair:
     """One model twice: `theirs` of transformers, ours as `graphdef` and `params`; and `tokens_BT` for both."""
 
-    theirs: GPT2LMHeadModel
+    theirs: PreTrainedModel
     config: ModelConfig
+    family: Family
     graphdef: Any
     params: Any
     tokens_BT: np.ndarray
@@ -70,71 +109,57 @@ class Pair:
         return loss_sums(model(inputs_BT), model.output_matrix(), targets_BT, weights_BT)[0] / targets_BT.size
 
 
-def ours_from(tensors: Mapping[str, torch.Tensor], n_layers: int) -> Any:
-    """GPT-2's tensors (weights, or gradients) as our parameter dict: the layers stacked, the kernels as they are."""
+def ours_from(tensors: Mapping[str, torch.Tensor], like: Any, family: Family) -> Any:
+    """Their tensors (weights, or gradients) as our parameter dict, in which `like` has the shapes."""
 
-    def array(name: str) -> jax.Array:
-        return jnp.array(tensors[name].detach().numpy())
+    def one(path: Any, x: Any) -> jax.Array:
+        return jnp.array(from_tensors(path_name(path), x.shape, family, lambda name: tensors[name].detach().numpy()))
 
-    def stacked(name: str) -> jax.Array:
-        return jnp.stack([array(f"h.{layer}.{name}") for layer in range(n_layers)])
-
-    def linear(name: str) -> dict[str, jax.Array]:
-        return {"kernel": stacked(f"{name}.weight"), "bias": stacked(f"{name}.bias")}
-
-    def in_three(layer: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        """Queries, keys and values on an axis of their own."""
-        return {name: x.reshape(*x.shape[:-1], 3, x.shape[-1] // 3) for name, x in layer.items()}
-
-    def norm(name: str) -> dict[str, jax.Array]:
-        return {"scale": stacked(f"{name}.weight"), "bias": stacked(f"{name}.bias")}
-
-    blocks = {
-        "attention": {"qkv": in_three(linear("attn.c_attn")), "out": linear("attn.c_proj")},
-        "mlp": {"up": linear("mlp.c_fc"), "down": linear("mlp.c_proj")},
-        "norm1": norm("ln_1"),
-        "norm2": norm("ln_2"),
-    }
-    final_norm = {"scale": array("ln_f.weight"), "bias": array("ln_f.bias")}
-    embeddings = {"token_embedding": array("wte.weight"), "position_embedding": array("wpe.weight")}
-    return {"blocks": blocks, "final_norm": final_norm, **embeddings}
+    return jax.tree_util.tree_map_with_path(one, like)
 
 
-def weights(model: GPT2LMHeadModel) -> dict[str, torch.Tensor]:
-    return dict(model.transformer.named_parameters())
+def weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    return dict(model.named_parameters())
 
 
-def gradients(model: GPT2LMHeadModel) -> dict[str, torch.Tensor]:
+def gradients(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     return {name: p.grad for name, p in weights(model).items()}
 
 
-@pytest.fixture(params=SHAPES, ids=lambda name: name.replace(" ", "_"))
-def pair(request: pytest.FixtureRequest) -> Pair:
-    shape = SHAPES[request.param]
+def random_model(config: PretrainedConfig) -> PreTrainedModel:
     torch.manual_seed(0)
-    off = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-    ids = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": 0}
-    theirs = GPT2LMHeadModel(GPT2Config(**shape, **off, **ids)).eval()
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     with torch.no_grad():
-        for p in theirs.parameters():
+        for p in model.parameters():
             p.add_(0.1 * torch.randn_like(p))
-        theirs.transformer.wpe.weight.mul_(5)  # or greedy generation would repeat one token
-    config = ModelConfig(
-        vocab_size=shape["vocab_size"],
-        d_model=shape["n_embd"],
-        n_heads=shape["n_head"],
-        n_layers=shape["n_layer"],
-        d_ff=shape["n_inner"],
-        max_seq_len=shape["n_positions"],
-        dropout=0.0,
-        attention_dropout=0.0,
-    )
-    model = Transformer(config, rngs=nnx.Rngs(0))
-    params = ours_from(weights(theirs), config.n_layers)
+        for name, p in model.named_parameters():  # or greedy generation would repeat one token
+            if name.endswith(("wpe.weight", "o_proj.weight", "down_proj.weight")):
+                p.mul_(5)
+    return model
+
+
+def save(model: PreTrainedModel, folder: Path) -> None:
+    """As a user would have it, with a tokenizer of few tokens."""
+    model.save_pretrained(folder, max_shard_size="20KB")
+    tokens = {name: i for i, name in enumerate(("<bos>", "<eos>", "a", "b"))}
+    tokenizers.Tokenizer(tokenizers.models.WordLevel(tokens, "a")).save(str(folder / "tokenizer.json"))
+
+
+@pytest.fixture(params=MODELS, ids=lambda name: name.replace(" ", "_"))
+def pair(request: pytest.FixtureRequest, tmp_path: Path) -> Pair:
+    theirs = random_model(MODELS[request.param])
+    save(theirs, tmp_path)
+    off = {"model.dropout": 0.0, "model.attention_dropout": 0.0}
+    config = with_architecture(replace_fields(Config(), {"training.init_from": str(tmp_path), **off}))
+    model = Transformer(config.model, rngs=nnx.Rngs(0))
     own = nnx.to_pure_dict(nnx.state(model))
-    assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, own)
-    tokens_BT = np.random.default_rng(1).integers(0, config.vocab_size, (ROWS, config.max_seq_len), np.int32)
-    return Pair(theirs, config, nnx.graphdef(model), params, tokens_BT)
+    source = open_pretrained(config)
+    assert source is not None
+    params = source.params(own, own, 1)
+    tokens_BT = np.random.default_rng(1).integers(
+        0, config.model.vocab_size, (ROWS, config.model.max_seq_len), np.int32
+    )
+    return Pair(theirs, config.model, FAMILIES[source.kind], nnx.graphdef(model), params, tokens_BT)
 
 
 def test_logits(pair: Pair) -> None:
@@ -152,6 +177,7 @@ def test_documents_of_a_packed_row_equal_documents_alone(pair: Pair) -> None:
     np.testing.assert_allclose(ours, np.concatenate(alone, axis=1), rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("pair", TRAINED, indirect=True)
 def test_loss_and_gradients(pair: Pair) -> None:
     loss, grads = jax.jit(jax.value_and_grad(pair.loss))(pair.params)
     tokens = torch.tensor(pair.tokens_BT, dtype=torch.long)
@@ -164,7 +190,7 @@ def test_loss_and_gradients(pair: Pair) -> None:
         assert scale > 0, jax.tree_util.keystr(path)
         np.testing.assert_allclose(ours / scale, theirs / scale, rtol=0, atol=1e-4, err_msg=jax.tree_util.keystr(path))
 
-    jax.tree_util.tree_map_with_path(assert_close, grads, ours_from(gradients(pair.theirs), pair.config.n_layers))
+    jax.tree_util.tree_map_with_path(assert_close, grads, ours_from(gradients(pair.theirs), pair.params, pair.family))
 
 
 def test_greedy_generation(pair: Pair) -> None:
@@ -189,6 +215,7 @@ def test_greedy_generation(pair: Pair) -> None:
     assert ours[0] == theirs[0, len(prompt) :].tolist()
 
 
+@pytest.mark.parametrize("pair", TRAINED, indirect=True)
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 def test_adamw_updates(pair: Pair, weight_decay: float) -> None:
     """Three updates from the same gradients (their own: where a gradient is only rounding, Adam would enlarge it)."""
@@ -201,25 +228,26 @@ def test_adamw_updates(pair: Pair, weight_decay: float) -> None:
         torch_optimizer.zero_grad()
         tokens = torch.tensor(row)
         (100 * pair.theirs(input_ids=tokens, labels=tokens).loss).backward()
-        grads = ours_from(gradients(pair.theirs), pair.config.n_layers)
+        grads = ours_from(gradients(pair.theirs), pair.params, pair.family)
         assert optax.tree.norm(grads) > 1, "nothing to clip"
         torch.nn.utils.clip_grad_norm_(pair.theirs.parameters(), 1.0)
         torch_optimizer.step()
         updates, state = update(grads, state, params)
         params = jax.tree.map(lambda p, u: p - learning_rate * u, params, updates)
-    expected = ours_from(weights(pair.theirs), pair.config.n_layers)
+    expected = ours_from(weights(pair.theirs), pair.params, pair.family)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5), params, expected)
     moved = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), params, pair.params)
     assert min(jax.tree.leaves(moved)) > learning_rate
 
 
-def decay_groups(model: GPT2LMHeadModel, weight_decay: float) -> list[dict[str, Any]]:
+def decay_groups(model: PreTrainedModel, weight_decay: float) -> list[dict[str, Any]]:
     """Matrices and embeddings with decay, biases and norms without."""
     matrices = [p for p in model.parameters() if p.ndim == 2]
     vectors = [p for p in model.parameters() if p.ndim == 1]
     return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
 
 
+@pytest.mark.parametrize("pair", TRAINED, indirect=True)
 def test_training_gives_the_same_losses(pair: Pair) -> None:
     """The train step of a run (clipping, AdamW with decay, constant rate) against the loop that PyTorch users write."""
     steps, rate = 6, 3e-3

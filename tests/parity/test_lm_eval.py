@@ -1,0 +1,103 @@
+"""The evaluation harness, lm-eval, on an exported folder: its figures are those of our own loss on the same text."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import documents
+from test_folders import LLAMA, exported, loaded_model
+
+from jaxlm.checkpoint import LoadedModel
+from jaxlm.loss import loss_sums
+from jaxlm.tokenizer import Tokenizer
+
+TASKS = {
+    "whole_text": """
+task: whole_text
+dataset_path: json
+dataset_kwargs: {data_files: {test: FILE}}
+test_split: test
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: "{{text}}"
+metric_list:
+  - {metric: byte_perplexity}
+  - {metric: bits_per_byte}
+""",
+    "last_word": """
+task: last_word
+dataset_path: json
+dataset_kwargs: {data_files: {test: FILE}}
+test_split: test
+output_type: loglikelihood
+doc_to_text: "{{text.split(' ')[:-1]|join(' ')}}"
+doc_to_target: "{{' ' + text.split(' ')[-1]}}"
+metric_list:
+  - {metric: perplexity, aggregation: perplexity, higher_is_better: false}
+""",
+}
+
+
+def nats(loaded: LoadedModel, ids: list[int], scored: int) -> float:
+    """Our cross entropy of the last `scored` tokens of <bos> + `ids`."""
+    tokens_BT = np.array([[loaded.tokenizer.bos_id, *ids]], np.int32)
+    targets_BT = tokens_BT[:, 1:]
+    weights_BT = (np.arange(targets_BT.shape[1]) >= targets_BT.shape[1] - scored).astype(np.float32)[None]
+    hidden = loaded.model(tokens_BT[:, :-1])
+    return float(loss_sums(hidden, loaded.model.output_matrix(), targets_BT, weights_BT)[1])
+
+
+def harness(folder: Path, model: str, task: str, model_args: str = "") -> dict[str, Any]:
+    """What the command prints about a task."""
+    command = [sys.executable, "-m", "lm_eval", "run", "--model", "hf", "--tasks", task, "--device", "cpu"]
+    command += ["--model_args", f"pretrained={model},dtype=float32{model_args}", "--include_path", str(folder)]
+    offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(folder / "cache")}
+    done = subprocess.run(
+        [*command, "--batch_size", "1", "--output_path", str(folder / "results")],
+        env=os.environ | offline,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    (file,) = (folder / "results").rglob("*.json")
+    return json.loads(file.read_text())["results"][task]
+
+
+@pytest.fixture
+def case(tmp_path: Path) -> tuple[LoadedModel, str, list[str]]:
+    tokenizer = Tokenizer.train(documents(20, 1), 300)
+    loaded = loaded_model({**LLAMA, "max_seq_len": 256, "n_kv_heads": 2}, tokenizer)
+    texts = [text.strip() for text in documents(12, 7) if len(text.split()) > 3]
+    assert max(len(tokenizer.encode(text)) for text in texts) < 255
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    for name, task in TASKS.items():
+        (tmp_path / f"{name}.yaml").write_text(task.replace("FILE", str(tmp_path / "text.jsonl")))
+    return loaded, exported(tmp_path, loaded), texts
+
+
+def test_perplexity_of_whole_texts(tmp_path: Path, case: tuple[LoadedModel, str, list[str]]) -> None:
+    loaded, folder, texts = case
+    result = harness(tmp_path, folder, "whole_text", ",add_bos_token=False")  # the harness puts <bos> there itself
+    ids = [loaded.tokenizer.encode(text) for text in texts]
+    total = sum(nats(loaded, each, len(each)) for each in ids)
+    utf8_bytes = sum(len(text.encode()) for text in texts)
+    assert result["bits_per_byte,none"] == pytest.approx(total / math.log(2) / utf8_bytes, rel=1e-5)
+    assert result["byte_perplexity,none"] == pytest.approx(math.exp(total / utf8_bytes), rel=1e-5)
+
+
+def test_likelihood_of_continuations(tmp_path: Path, case: tuple[LoadedModel, str, list[str]]) -> None:
+    """As the choices of most tasks are scored: each after its context, which begins with <bos> by itself."""
+    loaded, folder, texts = case
+    result = harness(tmp_path, folder, "last_word")
+    encode = loaded.tokenizer.encode
+    scored = [len(encode(text)) - len(encode(text.rpartition(" ")[0])) for text in texts]
+    each = [-nats(loaded, encode(text), count) for text, count in zip(texts, scored, strict=True)]
+    assert result["perplexity,none"] == pytest.approx(math.exp(-np.mean(each)), rel=1e-5)
