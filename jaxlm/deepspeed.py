@@ -301,7 +301,7 @@ TABLE: Table = {
     **_refuse("model.attention is dense; remove it", "sparse_attention"),
     **_refuse("set training.tensor_parallel instead", "tensor_parallel", ({"autotp_size": 0}, {"autotp_size": 1})),
     **_refuse("a sequence stays on one device; set it 1", "sequence_parallel_size", harmless=(1, None)),
-    **_refuse("set training.report_to (tensorboard, wandb) instead", "comet trackio"),
+    **_refuse("set training.report_to (tensorboard, wandb, trackio) instead", "comet trackio"),
     **_refuse("the devices may change at any resume without it; remove it", "elasticity"),
     **_refuse(NO, "pipeline expert_parallel autotuning hybrid_engine nebula datastates_ckpt casync_ckpt eigenvalue"),
     **_refuse(NO, "compression_training quantize_training weight_quantization progressive_layer_drop"),

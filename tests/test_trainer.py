@@ -37,11 +37,12 @@ HARD = {
 
 
 def rows_of(folder):
-    """metrics.jsonl by step, the later row of a step winning, without what depends on the clock."""
+    """metrics.jsonl by step, the later row of a step winning, without what depends on the machine."""
+    measured = ("train/tokens_per_second", "train/memory_gib", "train/host_memory_gib")
     rows = {}
     for line in (Path(folder) / "metrics.jsonl").read_text().splitlines():
         row = json.loads(line)
-        rows[row["step"]] = {name: value for name, value in row.items() if name != "train/tokens_per_second"}
+        rows[row["step"]] = {name: value for name, value in row.items() if name not in measured}
     return rows
 
 
