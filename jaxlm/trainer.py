@@ -19,7 +19,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from jaxlm import checkpoint, deepspeed, facts, folder, sharding
+from jaxlm import checkpoint, deepspeed, folder, sharding
 from jaxlm.config import Config, changed_fields, resolved, to_dict, validate
 from jaxlm.data.loader import Rows, documents_of_step, eval_batches, total_steps, train_batches
 from jaxlm.data.packing import plan_cached
@@ -36,13 +36,14 @@ from jaxlm.distributed import (
 )
 from jaxlm.errors import RunFailed, Stopped, UserError
 from jaxlm.evaluate import evaluate_rows
+from jaxlm.facts import Start
 from jaxlm.generate import generate_text
 from jaxlm.health import LossSpikes, SkippedUpdates
 from jaxlm.histograms import make_histograms, named_histograms
 from jaxlm.metrics import MetricsTracker, flops_per_token, memory_gib, model_flops_utilization
 from jaxlm.model import Transformer
 from jaxlm.model.attention import choose_attention
-from jaxlm.optim import build_optimizer, build_schedule, check_optimizer, effective_warmup, schedule_end
+from jaxlm.optim import build_optimizer, build_schedule, check_optimizer
 from jaxlm.precision import compute_dtype, scales_loss, scales_loss_dynamically
 from jaxlm.progress import Progress
 from jaxlm.report import write_report_of_run
@@ -221,41 +222,27 @@ class Trainer:
 
     def _start_report(self, resume_from: Path | None) -> None:
         """What will run, in a few lines."""
-        model, training = self.config.model, self.config.training
-        device = f"{len(self.devices)} x {self.devices[0].device_kind} ({self.devices[0].platform})"
-        processes = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
-        layers = "scanned" if model.scan_layers else "unrolled"
-        remat = f"recomputed ({model.remat_policy})" if model.gradient_checkpointing else "kept"
-        scaled = f", loss scale from {float(self.state.loss_scale.scale):g}" if scales_loss(training) else ""
-        warmup = effective_warmup(training, self.total_steps)
-        for line in self._deepspeed_lines:
+        training = self.config.training
+        self._start = Start(
+            config=self.config,
+            devices=self.devices,
+            layout=self.layout.describe(),
+            attention=self.attention,
+            parameters=self.parameters,
+            bytes_of_state=self.layout.bytes_of_state(self.abstract_state),
+            loss_scale=float(self.state.loss_scale.scale) if scales_loss(training) else None,
+            rows=self.rows,
+            eval_rows=self.eval_rows,
+            data_fingerprint=self.data_fingerprint,
+            row_shards=self._shown_shards(),
+            global_batch=self.global_batch,
+            step=self.current_step,
+            total_steps=self.total_steps,
+            schedule=self.schedule,
+        )
+        for line in (*self._deepspeed_lines, *self._start.lines()):
             say(line)
-        say(f"model: {self.parameters:,} parameters, vocabulary {model.vocab_size:,}")
-        say(f"layers: {layers}, activations {remat}")
-        say(f"devices: {device}{processes}")
-        say(f"layout: {self.layout.describe()}")
-        say(f"precision: float32 parameters, {compute_dtype(training)} compute{scaled}")
-        say(f"kernels: {self.attention} attention, chunked cross entropy")
-        say(
-            f"memory: {self.layout.bytes_of_state(self.abstract_state) / 2**20:,.0f} MiB a device of parameters, "
-            "optimizer and gradients"
-        )
-        say(
-            f"batch: {training.batch_size} rows x {self._shown_shards()} x "
-            f"{training.gradient_accumulation_steps} micro-batches = {self.global_batch} rows, "
-            f"{self.global_batch * self.config.data.max_length:,} tokens"
-        )
-        say(
-            f"steps: {self.total_steps:,} ({self.total_steps * self.global_batch / len(self.rows):.2f} epochs), "
-            f"{training.lr_scheduler} schedule, {warmup} of warm-up"
-        )
-        end = schedule_end(training, self.total_steps)
-        if end != self.total_steps:
-            last = float(self.schedule(jax.numpy.int32(end)))
-            say(f"the schedule ends at step {end:,}: the learning rate is {last:.3g} from there on")
-        if warmup < training.warmup_steps:
-            say(f"training.warmup_steps ({training.warmup_steps}) exceeds a tenth of the run: shortened to {warmup}")
-        if self.config.training.stop_at_step is not None:
+        if training.stop_at_step is not None:
             say(f"stopping at step {self.last_step}")
         if self.finished:
             say(f"this run is finished: {self.folder / 'final_model'} (--fresh starts it over)")
@@ -343,26 +330,10 @@ class Trainer:
             self.tokenizer.save(self.folder / "tokenizer")
             config_text = json.dumps(to_dict(self.config), indent=2) + "\n"
             (self.folder / "config.json").write_text(config_text, encoding="utf-8")
-            facts.append(self.folder, self._facts())
+            self._start.append_to(self.folder)
             return [*make_sinks(self.config, self.folder, self.current_step), *self._own_sinks]
         except OSError as error:
             raise folder.not_writable(self.folder, error) from error
-
-    def _facts(self) -> dict[str, Any]:
-        """What starts.jsonl has of this start."""
-        return facts.of_program() | {
-            "step": self.current_step,
-            "total_steps": self.total_steps,
-            "parameters": self.parameters,
-            "devices": f"{len(self.devices)} x {self.devices[0].device_kind} ({self.devices[0].platform})",
-            "processes": jax.process_count(),
-            "layout": self.layout.describe(),
-            "attention": self.attention,
-            "rows_an_update": self.global_batch,
-            "data_fingerprint": self.data_fingerprint,
-            "train": facts.of_plan(self.rows.plan),
-            "validation": facts.of_plan(self.eval_rows.plan),
-        }
 
     def _write_report(self) -> None:
         if is_leader():
