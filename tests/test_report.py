@@ -115,7 +115,7 @@ def render(*folders: Path) -> tuple[Page, str]:
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
     """Interrupted after step 20 and resumed from 15, with a spike, skipped updates and texts that want out."""
-    rows = [row(s, 5 - s / 20, **{"train/skipped_steps": float(s >= 12) * 2, "custom/<b>": 1.0}) for s in range(1, 21)]
+    rows = [row(s, 5 - s / 20, **{"train/skipped_steps": float(s >= 12) * 2, "custom/</script><b>": 1.0}) for s in range(1, 21)]
     rows[17]["train/loss"] = None
     later = [row(s, 4 - s / 20, **{"train/skipped_steps": 2.0}) for s in range(16, 31)]
     later[9]["train/loss"] = 9.75
@@ -173,7 +173,7 @@ def test_charts_are_the_rows(run: Path) -> None:
     assert training["y"][17] == pytest.approx(4 - 18 / 20) and training["y"][24] == 9.75
     assert (validation["x"], validation["y"]) == ([20], [3.5])
     assert not any(label.startswith("MFU") for label in drawn)
-    assert any(label.startswith("custom/<b>") for label in drawn)
+    assert any(label.startswith("custom/</script><b>") for label in drawn)
     assert html.count("\N{MULTIPLICATION X}") and "\N{BLACK DOWN-POINTING SMALL TRIANGLE}" in html
     assert (logarithmic["x"][4], logarithmic["lines"]) == (True, loss["lines"])
 
