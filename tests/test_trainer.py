@@ -83,6 +83,9 @@ def test_resume_is_bit_exact(tmp_path, corpus, reference, stop):
     mine = Path(first.training.checkpoint_dir)
     assert_same(arrays(mine / "checkpoint_9"), arrays(Path(run) / "checkpoint_9"))
     assert rows_of(mine) == rows_of(run)
+    starts = [json.loads(line)["step"] for line in (mine / "starts.jsonl").read_text().splitlines()]
+    assert starts == [0, stop]
+    assert f"resumed from step {stop}" in (mine / "report.html").read_text(encoding="utf-8")
 
 
 def test_modern_blocks_resume_bit_exactly(tmp_path, corpus):
