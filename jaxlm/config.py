@@ -356,14 +356,15 @@ def replace_fields(config: Config, values: Mapping[str, Any]) -> Config:
 def to_dict(config: Config) -> dict[str, dict[str, Any]]:
     """The configuration as plain JSON values, by section; an object in report_to as the name of its class."""
     return {
-        name: {field.name: _plain(getattr(getattr(config, name), field.name)) for field in dataclasses.fields(section)}
+        name: {field.name: plain(getattr(getattr(config, name), field.name)) for field in dataclasses.fields(section)}
         for name, section in SECTIONS.items()
     }
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """A field's value as JSON has it: a tuple as a list, an object as "module:Class"."""
     if isinstance(value, tuple):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if value is None or isinstance(value, bool | int | float | str):
         return value
     return f"{type(value).__module__}:{type(value).__qualname__}"

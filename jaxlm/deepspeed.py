@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from jaxlm.config import SECTIONS, SHOWN, Config, accepts, check_field, nearest, replace_fields, type_name
+from jaxlm.config import SECTIONS, SHOWN, Config, accepts, check_field, nearest, plain, replace_fields, type_name
 from jaxlm.errors import UserError
 
 PAIR = "two numbers"  # a kind, beside Python's types
@@ -399,7 +399,7 @@ DEFAULTS = _fields(Config())
 
 def _shown(value: Any) -> str:
     """A value of Config for a message, as on the command line."""
-    return value if isinstance(value, str) else "none" if value is None else json.dumps(value)
+    return value if isinstance(value, str) else "none" if value is None else json.dumps(plain(value))
 
 
 def _json(value: Any) -> str:

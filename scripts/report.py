@@ -11,7 +11,10 @@ def report() -> None:
     parser.usage = "%(prog)s RUN [RUN ...] [--out FILE]"
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder (training.checkpoint_dir)")
     parser.add_argument(
-        "--out", type=Path, metavar="FILE", help="default: report.html in the run's folder; for several, here"
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="default: report.html, in the folder of the run, or of several in this one",
     )
     arguments = parser.parse_args()
     folders: list[Path] = [folder.expanduser() for folder in arguments.runs]

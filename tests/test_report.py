@@ -115,7 +115,10 @@ def render(*folders: Path) -> tuple[Page, str]:
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
     """Interrupted after step 20 and resumed from 15, with a spike, skipped updates and texts that want out."""
-    rows = [row(s, 5 - s / 20, **{"train/skipped_steps": float(s >= 12) * 2, "custom/</script><b>": 1.0}) for s in range(1, 21)]
+    rows = [
+        row(s, 5 - s / 20, **{"train/skipped_steps": float(s >= 12) * 2, "custom/</script><b>": 1.0})
+        for s in range(1, 21)
+    ]
     rows[17]["train/loss"] = None
     later = [row(s, 4 - s / 20, **{"train/skipped_steps": 2.0}) for s in range(16, 31)]
     later[9]["train/loss"] = 9.75
