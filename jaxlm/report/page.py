@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from importlib.resources import files
 from typing import Any
 
+import jaxlm
 from jaxlm.report import runs as of
 from jaxlm.report.charts import Chart, Line, figure
 from jaxlm.report.elements import Element, document, element, number
@@ -59,7 +60,9 @@ def page(runs: Sequence[Run]) -> str:
         element("div", *_figures(runs), class_="charts"),
         *(part for i, run in enumerate(runs) for part in _details(run, i, one)),
         element(
-            "p", f"Written {time.strftime('%Y-%m-%d %H:%M UTC', time.gmtime())} by scripts/report.py.", class_="faint"
+            "p",
+            f"Written {time.strftime('%Y-%m-%d %H:%M UTC', time.gmtime())} by jaxlm {jaxlm.__version__}.",
+            class_="faint",
         ),
         element("script", (here / "report.js").read_text(encoding="utf-8")),
     )
