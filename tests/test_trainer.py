@@ -193,7 +193,8 @@ def test_run_folder(reference, corpus):
     folder = Path(make_config(reference, corpus, **HARD).training.checkpoint_dir)
     names = {path.name for path in folder.iterdir()}
     steps = {f"checkpoint_{step}" for step in (2, 4, 6, 8, 9)}
-    assert names == {"config.json", "tokenizer", "metrics.jsonl", "best_model", "final_model", ".lock", *steps}
+    written = {"config.json", "metrics.jsonl", "samples.jsonl", "starts.jsonl", "report.html", "tokenizer", ".lock"}
+    assert names == written | {"best_model", "final_model", *steps}
     config = json.loads((folder / "config.json").read_text())
     assert config["model"]["vocab_size"] == 300
     rows = rows_of(folder)
