@@ -6,10 +6,10 @@ A field is declared once, with `option(default, help, ...)`: the command line, `
 
 import dataclasses
 import difflib
-import json
+import re
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, TypeVar
@@ -30,16 +30,26 @@ def option(
     high: float | None = None,
     above: float | None = None,
     below: float | None = None,
+    others: Callable[[Any], bool] | None = None,
     resumable: bool = False,
 ) -> T:
     """Declares a field. `low`/`high` are inclusive bounds, `above`/`below` exclusive ones.
 
-    A choice may end in a star, which stands for anything.
+    A choice may end in a star, which stands for anything; `others` tells whether what is none of `choices` is valid all
+    the same.
 
     `resumable` marks a field that does not change the training itself, so that a run may go on with another value.
     """
-    bounds = {"choices": choices, "low": low, "high": high, "above": above, "below": below}
+    bounds = {"choices": choices, "low": low, "high": high, "above": above, "below": below, "others": others}
     return typing.cast(T, dataclasses.field(default=default, metadata={"help": help, "resumable": resumable, **bounds}))
+
+
+def _is_own_sink(item: Any) -> bool:
+    """Whether an entry of report_to is a sink of the user's own: "module:Class", or an object (see jaxlm/sinks.py)."""
+    if isinstance(item, str):
+        return re.fullmatch(r"[^:]+:[^:]+", item) is not None
+    methods = (getattr(item, name, None) for name in ("write", "close"))
+    return not isinstance(item, type) and all(callable(method) for method in methods)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,10 +216,20 @@ class TrainingConfig(_Section):
         "model whose parameters, architecture and tokenizer to start from: a best_model, final_model or checkpoint, or "
         "a folder or Hub name for transformers; model options that are not at their defaults must agree with it",
     )
-    report_to: tuple[str, ...] = option(
-        ("tensorboard",), "where metrics go beside metrics.jsonl", choices=("tensorboard", "wandb"), resumable=True
+    report_to: tuple[Any, ...] = option(
+        ("tensorboard",),
+        "where metrics go beside metrics.jsonl; also module:Class, a sink of your own (jaxlm/sinks.py)",
+        choices=("tensorboard", "wandb", "trackio", "jsonl"),
+        others=_is_own_sink,
+        resumable=True,
     )
-    wandb_project: str = option("jaxlm", "Weights & Biases project (report_to wandb)", resumable=True)
+    wandb_project: str = option("jaxlm", "project (report_to wandb, trackio)", resumable=True)
+    histogram_steps: int | None = option(
+        None,
+        "updates between histograms of parameters and gradients, each the time of an update; none: no histograms",
+        low=1,
+        resumable=True,
+    )
     sample_prompt: str = option("", "text that the samples printed at each evaluation go on from", resumable=True)
     sample_tokens: int = option(100, "tokens in such a sample; 0: no samples", low=0, resumable=True)
     world_size: int | None = option(None, "devices that must be there; none: use what is there", low=1, resumable=True)
@@ -295,7 +315,8 @@ def accepts(annotation: Any, value: Any) -> bool:
     options = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
     for kind in options:
         if typing.get_origin(kind) is tuple:
-            if isinstance(value, tuple) and all(isinstance(item, str) for item in value):
+            item_type = typing.get_args(kind)[0]
+            if isinstance(value, tuple) and all(item_type is Any or isinstance(item, item_type) for item in value):
                 return True
         elif kind is float:
             if isinstance(value, int | float) and not isinstance(value, bool):
@@ -338,8 +359,20 @@ def replace_fields(config: Config, values: Mapping[str, Any]) -> Config:
 
 
 def to_dict(config: Config) -> dict[str, dict[str, Any]]:
-    """The configuration as plain JSON values, by section."""
-    return json.loads(json.dumps(dataclasses.asdict(config)))
+    """The configuration as plain JSON values, by section; an object in report_to as the name of its class."""
+    return {
+        name: {field.name: plain(getattr(getattr(config, name), field.name)) for field in dataclasses.fields(section)}
+        for name, section in SECTIONS.items()
+    }
+
+
+def plain(value: Any) -> Any:
+    """A field's value as JSON has it: a tuple as a list, an object as "module:Class"."""
+    if isinstance(value, tuple):
+        return [plain(item) for item in value]
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    return f"{type(value).__module__}:{type(value).__qualname__}"
 
 
 def from_dict(values: Any, where: str) -> Config:
@@ -391,6 +424,19 @@ def excerpt(value: Any) -> str:
     return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
 
 
+def _is_choice(item: Any, choices: Iterable[str]) -> bool:
+    return isinstance(item, str) and any(fnmatchcase(item, choice) for choice in choices)
+
+
+def _check_other(dotted: str, limits: Mapping[str, Any], item: Any) -> None:
+    """Raises UserError unless `item`, which is none of the choices, is valid all the same."""
+    if limits["others"] is not None and limits["others"](item):
+        return
+    shown, hint = (item[:SHOWN], nearest(item, limits["choices"])) if isinstance(item, str) else (excerpt(item), "")
+    own = "" if limits["others"] is None else ", module:Class, or an object with write(row, step) and close()"
+    raise UserError(f"{dotted} ({shown}) is not one of {', '.join(limits['choices'])}{own}{hint}")
+
+
 def check_field(dotted: str, field: Any, annotation: Any, value: Any) -> None:
     """Checks one value against its declared type and bounds; UserError names it `dotted`."""
     if not accepts(annotation, value):
@@ -399,9 +445,8 @@ def check_field(dotted: str, field: Any, annotation: Any, value: Any) -> None:
     if value is None:
         return
     for item in value if isinstance(value, tuple) else (value,):
-        if limits["choices"] and not any(fnmatchcase(item, choice) for choice in limits["choices"]):
-            hint = nearest(item, limits["choices"])
-            raise UserError(f"{dotted} ({item[:SHOWN]}) is not one of {', '.join(limits['choices'])}{hint}")
+        if limits["choices"] and not _is_choice(item, limits["choices"]):
+            _check_other(dotted, limits, item)
         if isinstance(item, str) and "\0" in item:
             raise UserError(f"{dotted} ({excerpt(item)}) holds a NUL character; remove it")
     if isinstance(value, int | float):

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from jaxlm.config import SECTIONS, SHOWN, Config, accepts, check_field, nearest, replace_fields, type_name
+from jaxlm.config import SECTIONS, SHOWN, Config, accepts, check_field, nearest, plain, replace_fields, type_name
 from jaxlm.errors import UserError
 
 PAIR = "two numbers"  # a kind, beside Python's types
@@ -301,7 +301,7 @@ TABLE: Table = {
     **_refuse("model.attention is dense; remove it", "sparse_attention"),
     **_refuse("set training.tensor_parallel instead", "tensor_parallel", ({"autotp_size": 0}, {"autotp_size": 1})),
     **_refuse("a sequence stays on one device; set it 1", "sequence_parallel_size", harmless=(1, None)),
-    **_refuse("set training.report_to (tensorboard, wandb) instead", "comet trackio"),
+    **_refuse("set training.report_to (tensorboard, wandb, trackio) instead", "comet trackio"),
     **_refuse("the devices may change at any resume without it; remove it", "elasticity"),
     **_refuse(NO, "pipeline expert_parallel autotuning hybrid_engine nebula datastates_ckpt casync_ckpt eigenvalue"),
     **_refuse(NO, "compression_training quantize_training weight_quantization progressive_layer_drop"),
@@ -399,7 +399,7 @@ DEFAULTS = _fields(Config())
 
 def _shown(value: Any) -> str:
     """A value of Config for a message, as on the command line."""
-    return value if isinstance(value, str) else "none" if value is None else json.dumps(value)
+    return value if isinstance(value, str) else "none" if value is None else json.dumps(plain(value))
 
 
 def _json(value: Any) -> str:

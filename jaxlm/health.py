@@ -3,8 +3,10 @@
 import math
 import statistics
 from collections import deque
+from typing import TYPE_CHECKING
 
-import jax
+if TYPE_CHECKING:  # the report, which runs without JAX, asks this room what a spike is
+    import jax
 
 SPIKE_WINDOW = 50  # logged losses
 SPIKE_FACTOR = 6.0  # times the usual distance from the median
@@ -23,7 +25,7 @@ class SkippedUpdates:
         self._total = total
         self._noted: list[tuple[int, jax.Array]] = []
 
-    def note(self, step: int, total: jax.Array) -> None:
+    def note(self, step: int, total: "jax.Array") -> None:
         """After update `step`, `total` (float32 scalar) were skipped in all."""
         self._noted.append((step, total))
 

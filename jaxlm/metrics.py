@@ -1,22 +1,16 @@
-"""What a run measures, and where it goes: metrics.jsonl, TensorBoard, Weights & Biases, the progress line."""
+"""What a run measures: collected by step, and sent to every sink once."""
 
 import json
 import math
-import os
 import re
+import resource
 import sys
-import time
-import uuid
 from collections.abc import Callable, Mapping, Sequence
-from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from jaxlm.config import Config, to_dict
-from jaxlm.errors import UserError
-
-Row = dict[str, float]
-LONGEST_ROW = 2**20  # bytes of metrics.jsonl
+from jaxlm.errors import one_line
+from jaxlm.sinks import Histogram, HistogramSink, Row, Sink, TextSink, finite
 
 # Dense 16-bit peak of one device in FLOP/s, by words of its name, the more specific names first (makers' datasheets).
 PEAK_FLOPS = {
@@ -54,12 +48,27 @@ def model_flops_utilization(tokens_per_second: float, flops_a_token: float, devi
     return tokens_per_second * flops_a_token / (devices * peak)
 
 
-class Sink(Protocol):
-    """Somewhere that rows go."""
+def memory_gib(devices: Sequence[Any]) -> Row:
+    """Peak memory since the process began, in GiB: of the fullest of `devices`, where they tell, and of this process.
 
-    def write(self, row: Row, step: int) -> None: ...
+    Args:
+      devices: `jax.Device`s of this process.
+    """
+    stats = [device.memory_stats() or {} for device in devices]
+    peaks = [held["peak_bytes_in_use"] for held in stats if "peak_bytes_in_use" in held]
+    on_device = {"train/memory_gib": max(peaks) / 2**30} if peaks else {}
+    return on_device | {"train/host_memory_gib": _peak_of_process() / 2**30}
 
-    def close(self) -> None: ...
+
+def _peak_of_process() -> int:
+    """Bytes."""
+    status = Path("/proc/self/status")
+    if status.exists():  # Linux, whose getrusage counts what the process that started this one held, too
+        found = re.search(r"^VmHWM:\s*(\d+) kB", status.read_text(), re.MULTILINE)
+        if found is not None:
+            return int(found[1]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 class MetricsTracker:
@@ -91,7 +100,13 @@ class MetricsTracker:
 
     def write_text(self, name: str, text: str, step: int) -> None:
         """Writes `text` at once, to the sinks that show texts."""
-        self._each(lambda sink: sink.write_text(name, text, step) if isinstance(sink, TensorBoard) else None)
+        self._each(lambda sink: sink.write_text(name, text, step) if isinstance(sink, TextSink) else None)
+
+    def write_histogram(self, name: str, histogram: Histogram, step: int) -> None:
+        """Writes `histogram` at once, to the sinks that show histograms."""
+        self._each(
+            lambda sink: sink.write_histogram(name, histogram, step) if isinstance(sink, HistogramSink) else None
+        )
 
     def get_latest(self, name: str) -> float | None:
         """The last value of `name`, flushed or not; None if there is none."""
@@ -110,7 +125,7 @@ class MetricsTracker:
 
     def save(self, path: str | Path) -> None:
         """Writes the history as JSON; NaN and infinities as null."""
-        history = {name: [[step, _finite(value)] for step, value in values] for name, values in self.history.items()}
+        history = {name: [[step, finite(value)] for step, value in values] for name, values in self.history.items()}
         Path(path).write_text(json.dumps(history), encoding="utf-8")
 
     def load(self, path: str | Path) -> None:
@@ -134,164 +149,6 @@ class MetricsTracker:
                 self._failing.discard(i)
             except OSError as error:
                 if i not in self._failing:
-                    print(f"{type(sink).__name__}: not written: {error.strerror}", file=sys.stderr, flush=True)
+                    reason = error.strerror or one_line(error)
+                    print(f"{type(sink).__name__}: not written: {reason}", file=sys.stderr, flush=True)
                 self._failing.add(i)
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
-
-
-class JsonLines:
-    """metrics.jsonl: one object a row, appended; what JSON can't say (NaN, infinity) is null."""
-
-    def __init__(self, path: Path) -> None:
-        _cut_unfinished_line(path)
-        self.file = path.open("a", encoding="utf-8", buffering=1)
-
-    def write(self, row: Row, step: int) -> None:
-        self.file.write(json.dumps({"step": step} | {name: _finite(value) for name, value in row.items()}) + "\n")
-
-    def close(self) -> None:
-        self.file.close()
-
-
-def _cut_unfinished_line(path: Path) -> None:
-    """Removes what a process that was killed while it wrote has left at the end of `path`."""
-    if not path.exists():
-        return
-    with path.open("r+b") as file:
-        end = file.seek(0, os.SEEK_END)
-        file.seek(max(0, end - LONGEST_ROW))
-        tail = file.read()
-        file.truncate(end - len(tail) + tail.rfind(b"\n") + 1)
-
-
-class TensorBoard:
-    """Event files; what an earlier run wrote beyond `start_step` is hidden (`start_step` 0: all of it).
-
-    Written by tensorboardX's parts rather than its SummaryWriter, whose thread dies of a full disk and takes the run
-    with it.
-    """
-
-    def __init__(self, folder: Path, start_step: int) -> None:
-        from tensorboardX import summary
-        from tensorboardX.event_file_writer import EventsWriter
-        from tensorboardX.proto import event_pb2
-
-        folder.mkdir(parents=True, exist_ok=True)
-        self._summary, self._proto = summary, event_pb2
-        self._file = EventsWriter(str(folder / "events"))
-        start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-        self._add(start_step + 1, session_log=start)
-
-    def _add(self, step: int, **content: Any) -> None:
-        self._file.write_event(self._proto.Event(wall_time=time.time(), step=step, **content))
-
-    def write(self, row: Row, step: int) -> None:
-        for name, value in row.items():
-            if math.isfinite(value):  # TensorBoard can't draw the others
-                self._add(step, summary=self._summary.scalar(name, value))
-        self._file.flush()
-
-    def write_text(self, name: str, text: str, step: int) -> None:
-        """Text as it is, indentation kept."""
-        indented = "\n".join("    " + line for line in text.splitlines())
-        self._add(step, summary=self._summary.text(name, indented))
-
-    def close(self) -> None:
-        self._file.close()
-
-
-class WeightsAndBiases:
-    """A wandb run; a resumed jaxlm run goes on in the same one. WANDB_MODE=offline works without a network."""
-
-    def __init__(self, folder: Path, config: Config) -> None:
-        import wandb
-
-        id_file = folder / "wandb_run_id"
-        if not id_file.exists():
-            id_file.write_text(uuid.uuid4().hex[:8])
-        try:
-            self.run = wandb.init(
-                project=config.training.wandb_project,
-                dir=str(folder),
-                id=id_file.read_text().strip(),
-                resume="allow",
-                config=to_dict(config),
-            )
-        except wandb.errors.Error as error:
-            raise UserError(
-                f"training.report_to (wandb): {str(error).rstrip('.')}; log in, or set WANDB_MODE=offline"
-            ) from error
-
-    def write(self, row: Row, step: int) -> None:
-        self.run.log(row, step=step)
-
-    def close(self) -> None:
-        self.run.finish()
-
-
-PROGRESS_FORMATS = {
-    "train/loss": "loss {:.4f}",
-    "train/tokens_per_second": "{:,.0f} tokens/s",
-    "eval/loss": "eval loss {:.4f}",
-}
-
-
-class Progress:
-    """The progress line on stderr: a bar on a terminal, a line a row elsewhere, nothing unless `shown`."""
-
-    def __init__(self, start_step: int, last_step: int, shown: bool = True) -> None:
-        from tqdm import tqdm
-
-        self.last_step, self.shown = last_step, shown
-        bar_format = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
-        self.bar = tqdm(
-            total=last_step,
-            initial=start_step,
-            unit="step",
-            file=sys.stderr,
-            dynamic_ncols=True,
-            disable=not (shown and sys.stderr.isatty()),
-            bar_format=bar_format,
-        )
-        self._rate: tuple[int, float] = (start_step, time.monotonic())
-
-    def advance(self, step: int) -> None:
-        """`step` updates are done."""
-        self.bar.update(step - self.bar.n)
-
-    def line(self, text: str) -> None:
-        """A line above the bar."""
-        if self.shown:
-            self.bar.write(text, file=sys.stderr)
-
-    def write(self, row: Row, step: int) -> None:
-        parts = [shown.format(row[name]) for name, shown in PROGRESS_FORMATS.items() if name in row]
-        parts += [f"{name} {value:.4g}" for name, value in row.items() if not name.startswith(("train/", "eval/"))]
-        if self.bar.disable:
-            now = time.monotonic()
-            done, self._rate = (step - self._rate[0], now - self._rate[1]), (step, now)
-            left = f"left {self.bar.format_interval((self.last_step - step) * done[1] / done[0])}" if done[0] else ""
-            self.line(f"step {step}/{self.last_step}  " + "  ".join([*parts, left]).rstrip())
-        else:
-            self.bar.set_postfix_str(", ".join(parts))
-
-    def close(self) -> None:
-        self.bar.close()
-
-
-def check_report_to(names: Sequence[str]) -> None:
-    """Raises UserError if a package that a name in report_to needs is not installed."""
-    if "wandb" in names and find_spec("wandb") is None:
-        raise UserError('training.report_to (wandb): the package is not installed; pip install -e ".[wandb]"')
-
-
-def make_sinks(config: Config, folder: Path, start_step: int) -> list[Sink]:
-    """metrics.jsonl, and one sink for each name in report_to."""
-    makers: dict[str, Callable[[], Sink]] = {
-        "tensorboard": lambda: TensorBoard(folder / "logs", start_step),
-        "wandb": lambda: WeightsAndBiases(folder, config),
-    }
-    return [JsonLines(folder / "metrics.jsonl"), *(makers[name]() for name in config.training.report_to)]

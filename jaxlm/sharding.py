@@ -285,6 +285,10 @@ class Layout:
         """Parameters as they are held -> their own shapes; the compiler decides where they live."""
         return self._map(Split.crop, held) if self.stage == 3 else held
 
+    def cropped(self, tree: Params) -> Params:
+        """Parameters or gradients, padded for sharding or not -> their own shapes."""
+        return self._map(Split.crop, tree)
+
     def from_whole(self, whole: Params) -> Params:
         """The reverse of `to_whole`, for fresh parameters."""
         return self._map(Split.pad, whole) if self.stage == 3 else whole

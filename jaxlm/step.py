@@ -84,7 +84,7 @@ def batch_loss(
     return loss_sums(hidden, model.output_matrix(), batch["targets"], weights, model.config.logit_softcap, z_loss)
 
 
-def _make_gradients(graphdef: Any, config: Config, layout: Layout) -> Callable[..., tuple[jax.Array, Params]]:
+def make_gradients(graphdef: Any, config: Config, layout: Layout) -> Callable[..., tuple[jax.Array, Params]]:
     """(params, batch, step, factor) -> the cross entropy times `factor`, and the gradients of what is minimised.
 
     Both are over all rows and micro-batches.
@@ -144,7 +144,7 @@ def make_train_step(graphdef: Any, config: Config, schedule: Schedule, layout: L
     times as large. An update whose loss or gradient is not finite changes nothing but the counters.
     """
     optimizer = build_optimizer(config.training, layout.shapes)
-    gradients_of = _make_gradients(graphdef, config, layout)
+    gradients_of = make_gradients(graphdef, config, layout)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         scale = state.loss_scale.scale

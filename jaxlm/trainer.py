@@ -9,7 +9,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -36,23 +36,28 @@ from jaxlm.distributed import (
 )
 from jaxlm.errors import RunFailed, Stopped, UserError
 from jaxlm.evaluate import evaluate_rows
+from jaxlm.facts import Start
 from jaxlm.generate import generate_text
 from jaxlm.health import LossSpikes, SkippedUpdates
-from jaxlm.metrics import (
-    MetricsTracker,
-    Progress,
-    Sink,
-    check_report_to,
-    flops_per_token,
-    make_sinks,
-    model_flops_utilization,
-)
+from jaxlm.histograms import make_histograms, named_histograms
+from jaxlm.metrics import MetricsTracker, flops_per_token, memory_gib, model_flops_utilization
 from jaxlm.model import Transformer
 from jaxlm.model.attention import choose_attention
-from jaxlm.optim import build_optimizer, build_schedule, check_optimizer, effective_warmup, schedule_end
+from jaxlm.optim import build_optimizer, build_schedule, check_optimizer
 from jaxlm.precision import compute_dtype, scales_loss, scales_loss_dynamically
+from jaxlm.progress import Progress
+from jaxlm.report import write_report_of_run
 from jaxlm.signals import StopRequest
-from jaxlm.step import TrainState, compile_train_step, init_state, make_eval_step, make_train_step, state_from
+from jaxlm.sinks import Sink, check_report_to, make_sinks
+from jaxlm.step import (
+    TrainState,
+    TrainStep,
+    compile_train_step,
+    init_state,
+    make_eval_step,
+    make_train_step,
+    state_from,
+)
 from jaxlm.tokenizer import Tokenizer
 from jaxlm.watchdog import Watchdog
 
@@ -61,13 +66,14 @@ STEPS_AHEAD = 2  # updates dispatched before the oldest is waited for: the host 
 
 
 class Trainer:
-    """One run. `fresh` moves what is in the run's folder aside first.
+    """One run. `fresh` moves what is in the run's folder aside first; `sinks` get its rows beside those of report_to.
 
     Raises:
       UserError: anything that the user can mend, before the first update.
     """
 
-    def __init__(self, config: Config, *, fresh: bool = False) -> None:
+    def __init__(self, config: Config, *, fresh: bool = False, sinks: Sequence[Sink] = ()) -> None:
+        self._own_sinks = sinks
         config = validate(pretrained.with_architecture(config, fresh))
         self.devices = training_devices(config.training)
         self.mesh = sharding.make_mesh(self.devices, sharding.mesh_shape(config, len(self.devices)))
@@ -240,43 +246,29 @@ class Trainer:
 
     def _start_report(self, resume_from: Path | None) -> None:
         """What will run, in a few lines."""
-        model, training = self.config.model, self.config.training
-        device = f"{len(self.devices)} x {self.devices[0].device_kind} ({self.devices[0].platform})"
-        processes = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
-        layers = "scanned" if model.scan_layers else "unrolled"
-        remat = f"recomputed ({model.remat_policy})" if model.gradient_checkpointing else "kept"
-        scaled = f", loss scale from {float(self.state.loss_scale.scale):g}" if scales_loss(training) else ""
-        warmup = effective_warmup(training, self.total_steps)
-        for line in self._deepspeed_lines:
+        training = self.config.training
+        self._start = Start(
+            config=self.config,
+            devices=self.devices,
+            layout=self.layout.describe(),
+            attention=self.attention,
+            parameters=self.parameters,
+            bytes_of_state=self.layout.bytes_of_state(self.abstract_state),
+            loss_scale=float(self.state.loss_scale.scale) if scales_loss(training) else None,
+            rows=self.rows,
+            eval_rows=self.eval_rows,
+            data_fingerprint=self.data_fingerprint,
+            row_shards=self._shown_shards(),
+            global_batch=self.global_batch,
+            step=self.current_step,
+            total_steps=self.total_steps,
+            schedule=self.schedule,
+        )
+        for line in (*self._deepspeed_lines, *self._start.lines()):
             say(line)
-        say(f"model: {self.parameters:,} parameters, vocabulary {model.vocab_size:,}")
         if self._pretrained is not None:
             say(f"parameters: those of {training.init_from} ({self._pretrained.kind})")
-        say(f"layers: {layers}, activations {remat}")
-        say(f"devices: {device}{processes}")
-        say(f"layout: {self.layout.describe()}")
-        say(f"precision: float32 parameters, {compute_dtype(training)} compute{scaled}")
-        say(f"kernels: {self.attention} attention, chunked cross entropy")
-        say(
-            f"memory: {self.layout.bytes_of_state(self.abstract_state) / 2**20:,.0f} MiB a device of parameters, "
-            "optimizer and gradients"
-        )
-        say(
-            f"batch: {training.batch_size} rows x {self._shown_shards()} x "
-            f"{training.gradient_accumulation_steps} micro-batches = {self.global_batch} rows, "
-            f"{self.global_batch * self.config.data.max_length:,} tokens"
-        )
-        say(
-            f"steps: {self.total_steps:,} ({self.total_steps * self.global_batch / len(self.rows):.2f} epochs), "
-            f"{training.lr_scheduler} schedule, {warmup} of warm-up"
-        )
-        end = schedule_end(training, self.total_steps)
-        if end != self.total_steps:
-            last = float(self.schedule(jax.numpy.int32(end)))
-            say(f"the schedule ends at step {end:,}: the learning rate is {last:.3g} from there on")
-        if warmup < training.warmup_steps:
-            say(f"training.warmup_steps ({training.warmup_steps}) exceeds a tenth of the run: shortened to {warmup}")
-        if self.config.training.stop_at_step is not None:
+        if training.stop_at_step is not None:
             say(f"stopping at step {self.last_step}")
         if self.finished:
             say(f"this run is finished: {self.folder / 'final_model'} (--fresh starts it over)")
@@ -333,6 +325,7 @@ class Trainer:
 
     def _begin(self, opened: ExitStack) -> None:
         """Writes what describes the run, opens the sinks and compiles the step; `opened` closes everything."""
+        opened.callback(self._write_report)  # called last
         self._progress = Progress(self.current_step, self.last_step, shown=is_leader())
         self.metrics_tracker = MetricsTracker([*(self._open_log() if is_leader() else []), self._progress])
         opened.callback(self.metrics_tracker.close)
@@ -344,6 +337,9 @@ class Trainer:
             step = make_train_step(self.graphdef, self.config, self.schedule, self.layout)
             self.train_step = compile_train_step(step, self.abstract_state, self._abstract_batch())
             say(f"compiled the step in {time.perf_counter() - started:.1f} s")
+        every = self.config.training.histogram_steps
+        if every is not None:
+            self.train_step = self._showing_histograms(self.train_step, every)
         self._watchdog.updated(self.current_step)
         self._skipped = SkippedUpdates(int(self.state.skipped))
         self._exhausted = int(self.state.loss_scale.exhausted)
@@ -360,9 +356,15 @@ class Trainer:
             self.tokenizer.save(self.folder / "tokenizer")
             config_text = json.dumps(to_dict(self.config), indent=2) + "\n"
             (self.folder / "config.json").write_text(config_text, encoding="utf-8")
-            return make_sinks(self.config, self.folder, self.current_step)
+            self._start.append_to(self.folder)
+            return [*make_sinks(self.config, self.folder, self.current_step), *self._own_sinks]
         except OSError as error:
             raise folder.not_writable(self.folder, error) from error
+
+    def _write_report(self) -> None:
+        if is_leader():
+            with self._watchdog.during("writing the report"):
+                write_report_of_run(self.folder, say)
 
     def _end(self, stop: StopRequest, stopping: bool) -> None:
         """Says how it ended, when all processes have saved."""
@@ -431,11 +433,31 @@ class Trainer:
                 "train/epoch": self.current_step * self.global_batch / len(self.rows),
                 "train/skipped_steps": values["skipped"],
                 "train/loss_scale": values["loss_scale"],
-            },
+            }
+            | memory_gib(jax.local_devices()),
             self.current_step,
         )
         self._check_numbers(values)
         self._restart_clock()
+
+    def _showing_histograms(self, step: TrainStep, every: int) -> TrainStep:
+        """The update, with histograms of what it changes and by what, `every` so many and at the last one."""
+        histograms = jax.jit(
+            make_histograms(self.graphdef, self.config, self.layout), out_shardings=sharding.replicated(self.mesh)
+        )
+
+        def train_step(state: TrainState, batch: dict[str, jax.Array]) -> Any:
+            number = self.current_step + 1
+            if number % every == 0 or number == self.total_steps:
+                jax.block_until_ready(state.step)
+                started = time.perf_counter()
+                with self._watchdog.during("computing histograms"):
+                    for name, histogram in named_histograms(histograms(state, batch)):
+                        self.metrics_tracker.write_histogram(name, histogram, number)
+                self._clock += time.perf_counter() - started
+            return step(state, batch)
+
+        return train_step
 
     def _check_numbers(self, values: dict[str, float]) -> None:
         """Says what is wrong with the updates since the last log, and ends a run that only skips.

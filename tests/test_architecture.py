@@ -11,9 +11,15 @@ PACKAGE = ROOT / "jaxlm"
 
 # Rooms from the ground up. A module imports from rooms below its own; inside `data` and `model`, in the order given.
 LAYERS = [
+    [""],  # the package itself, for its version
     ["errors"],
     ["config"],
-    ["manifest", "health", "signals", "distributed", "sharding", "precision", "optim", "loss", "metrics"],
+    ["manifest", "health", "signals", "distributed", "sharding", "precision", "optim", "loss", "sinks"],
+    ["metrics", "progress"],
+    ["report.elements"],
+    ["report.runs", "report.charts"],
+    ["report.page"],
+    ["report"],
     ["tokenizer", "deepspeed", "watchdog", "folder", "huggingface"],
     ["cli"],
     ["model.dropout", "model.positions"],
@@ -28,7 +34,8 @@ LAYERS = [
     ["data.packing"],
     ["data.loader"],
     ["data"],
-    ["step", "generate"],
+    ["step", "generate", "facts"],
+    ["histograms"],
     ["checkpoint"],
     ["pretrained"],
     ["evaluate", "memory", "export"],

@@ -260,6 +260,17 @@ SIMPLE = {
         "wandb",
         missing=("wandb",),
     ),
+    "trackio missing": train(
+        r'training\.report_to \(trackio\): the package is not installed; pip install -e "\.\[trackio\]"',
+        "--training.report_to",
+        "trackio",
+        missing=("trackio",),
+    ),
+    "no such sink": train(
+        r"training\.report_to \(mine:Sink\): No module named 'mine'; put the module's folder on PYTHONPATH",
+        "--training.report_to",
+        "mine:Sink",
+    ),
     # text
     "no such file": train(r"data\.train_files \(none\.txt\) does not exist", "--data.train_files", "none.txt"),
     "glob without match": train(r"data\.train_files \(no\*\.txt\) matches no file", "--data.train_files", "no*.txt"),

@@ -5,24 +5,29 @@ import io
 import json
 import math
 import os
+import sqlite3
 import struct
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
 import pytest
 from conftest import make_config
 from tensorboardX.proto.event_pb2 import Event
 
-from jaxlm import Trainer
-from jaxlm.metrics import (
-    JsonLines,
-    MetricsTracker,
-    TensorBoard,
-    flops_per_token,
-    model_flops_utilization,
-)
+from jaxlm import Trainer, load
+from jaxlm.config import Config, TrainingConfig, from_dict, to_dict, validate
+from jaxlm.errors import UserError
+from jaxlm.histograms import count_values
+from jaxlm.metrics import MetricsTracker, flops_per_token, memory_gib, model_flops_utilization
+from jaxlm.sinks import Histogram, JsonLines, Samples, TensorBoard, check_report_to, hyperparameters, make_sinks
 
 pytestmark = pytest.mark.xdist_group("metrics")  # one process, so that the run is done once
 
@@ -60,6 +65,24 @@ class Recorder:
 
     def close(self) -> None:
         self.closed = True
+
+
+class Everything(Recorder):
+    """A sink that also takes texts and histograms."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.texts: list[tuple[str, str, int]] = []
+        self.histograms: dict[tuple[str, int], Histogram] = {}
+
+    def write_text(self, name: str, text: str, step: int) -> None:
+        self.texts.append((name, text, step))
+
+    def write_histogram(self, name: str, histogram: Histogram, step: int) -> None:
+        self.histograms[name, step] = histogram
+
+
+HISTOGRAM = Histogram(np.array([1, 0, 3]), low=-1.0, high=2.0, total=3.5, squares=7.25)
 
 
 # ---- The tracker
@@ -129,6 +152,47 @@ def test_history_survives_save_and_load(tmp_path: Path) -> None:
     assert math.isnan(other.history["x"][1][1])
 
 
+def test_texts_and_histograms_go_to_the_sinks_that_take_them() -> None:
+    rows, everything = Recorder(), Everything()
+    tracker = MetricsTracker([rows, everything])
+    tracker.write_text("sample", "text", 3)
+    tracker.write_histogram("parameters/x", HISTOGRAM, 4)
+    assert everything.texts == [("sample", "text", 3)]
+    assert everything.histograms == {("parameters/x", 4): HISTOGRAM}
+
+
+def test_a_lost_disk_or_network_costs_rows_and_a_bug_shows(capsys: pytest.CaptureFixture[str]) -> None:
+    class Broken(Recorder):
+        error: Exception = ConnectionError("the tracker is\naway")
+
+        def write(self, row: dict[str, float], step: int) -> None:
+            raise self.error
+
+    broken, whole = Broken(), Recorder()
+    tracker = MetricsTracker([broken, whole])
+    for step in (1, 2):
+        tracker.update({"x": 1}, step)
+        tracker.flush(step)
+    assert capsys.readouterr().err == "Broken: not written: the tracker is away\n"
+    assert len(whole.rows) == 2
+    broken.error = KeyError("a bug")
+    tracker.update({"x": 1}, 3)
+    with pytest.raises(KeyError):
+        tracker.flush(3)
+
+
+def test_memory() -> None:
+    class Device:
+        def __init__(self, stats: dict[str, int] | None) -> None:
+            self.memory_stats = lambda: stats
+
+    full = [Device({"peak_bytes_in_use": 3 * 2**30}), Device({"peak_bytes_in_use": 2**30}), Device(None)]
+    assert memory_gib(full)["train/memory_gib"] == 3.0
+    alone = memory_gib([Device(None), Device({})])
+    assert set(alone) == {"train/host_memory_gib"}
+    assert 0.01 < alone["train/host_memory_gib"] < 100
+
+
 # ---- The sinks
 
 
@@ -148,10 +212,34 @@ def test_tensorboard_events(tmp_path: Path) -> None:
     sink.write({"train/loss": 2.5, "bad": math.nan}, 1)
     sink.write({"train/loss": 1.5}, 2)
     sink.write_text("sample", "def f():\n    return 1", 2)
+    sink.write_histogram("parameters/x", HISTOGRAM, 2)
     sink.close()
     assert read_scalars(tmp_path) == {"train/loss": {1: 2.5, 2: 1.5}}
     (text,) = [v for event in read_events(tmp_path) for v in event.summary.value if v.tag.startswith("sample")]
     assert text.tensor.string_val == [b"    def f():\n        return 1"]
+    (histo,) = [v.histo for event in read_events(tmp_path) for v in event.summary.value if v.HasField("histo")]
+    assert (histo.min, histo.max, histo.num, histo.sum, histo.sum_squares) == (-1.0, 2.0, 4, 3.5, 7.25)
+    assert (list(histo.bucket_limit), list(histo.bucket)) == ([0.0, 1.0, 2.0], [1, 0, 3])
+
+
+def test_tensorboard_has_the_run_among_the_hyperparameters(tmp_path: Path) -> None:
+    config = Config(training=TrainingConfig(learning_rate=0.5, max_steps=None))
+    TensorBoard(tmp_path, 0, config).close()
+    tags = [value for event in read_events(tmp_path) for value in event.summary.value]
+    assert [value.tag for value in tags] == ["_hparams_/session_start_info", "_hparams_/session_end_info"]
+    assert b"training.learning_rate" in tags[0].metadata.plugin_data.content
+    shown = hyperparameters(config)
+    assert (shown["training.learning_rate"], shown["training.max_steps"]) == (0.5, "none")
+    assert shown["data.train_files"] == "none" and "training.checkpoint_dir" not in shown
+
+
+def test_samples_are_appended(tmp_path: Path) -> None:
+    for step in (1, 2):
+        sink = Samples(tmp_path / "samples.jsonl")
+        sink.write({"train/loss": 1.0}, step)
+        sink.write_text("sample", "a\nb", step)
+        sink.close()
+    assert read_rows(tmp_path / "samples.jsonl") == [{"step": s, "name": "sample", "text": "a\nb"} for s in (1, 2)]
 
 
 @pytest.mark.parametrize("start_step", [0, 7])
@@ -200,6 +288,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> tuple[CustomT
     """A trainer after its run, the run's folder, and its stderr."""
     folder = tmp_path_factory.mktemp("custom")
     overrides = {"training.report_to": ["tensorboard"], "training.max_steps": 5, "training.logging_steps": 2}
+    overrides |= {"training.sample_tokens": 4, "training.sample_prompt": "the"}
     stderr = io.StringIO()
     with contextlib.redirect_stderr(stderr):
         trainer = CustomTrainer(make_config(folder, corpus, **overrides))
@@ -241,22 +330,161 @@ def test_custom_metrics_stand_in_the_row_of_their_step_everywhere(run: tuple[Cus
     assert f"loss {rows[1]['train/loss']:.4f}" in line
 
 
+def test_what_a_run_leaves_beside_its_rows(run: tuple[CustomTrainer, Path, str]) -> None:
+    trainer, folder, _ = run
+    (start,) = read_rows(folder / "starts.jsonl")
+    assert (start["step"], start["total_steps"], start["parameters"]) == (0, 5, trainer.parameters)
+    assert start["train"]["documents"] == 120 and 0.5 < start["train"]["fill"] <= 1
+    assert start["versions"]["jax"] == jax.__version__
+    samples = read_rows(folder / "samples.jsonl")
+    assert [sample["step"] for sample in samples] == [4, 5]
+    assert all(sample["text"].startswith("the") for sample in samples)
+    html = (folder / "report.html").read_text(encoding="utf-8")
+    assert "Finished: step 5 of 5" in html and "custom/metric1" in html
+    before = trainer.folder / "report.html"
+    assert before.stat().st_size < 200_000
+
+
+# ---- Histograms
+
+
+def test_counts_of_values() -> None:
+    values = np.random.default_rng(0).normal(size=(7, 500)).astype(np.float32)
+    values[0, :3] = np.nan, np.inf, -np.inf
+    found = jax.jit(count_values)(values)
+    finite = values[np.isfinite(values)]
+    edges = np.linspace(finite.min(), finite.max(), len(found["counts"]) + 1)
+    np.testing.assert_allclose(found["counts"], np.histogram(finite, edges)[0], atol=2)  # a value on an edge
+    assert found["counts"].sum() == finite.size
+    assert float(found["low"]) == finite.min() and float(found["high"]) == finite.max()
+    np.testing.assert_allclose(found["total"], finite.sum(), rtol=1e-3)
+    np.testing.assert_allclose(found["squares"], (finite**2).sum(), rtol=1e-5)
+    same = count_values(jnp.full(5, 3.0))
+    assert same["counts"][0] == 5 and np.all(np.diff(Histogram(same["counts"], 3.0, 3.0, 15.0, 45.0).edges) > 0)
+    nothing = count_values(jnp.full(5, jnp.nan))
+    assert nothing["counts"].sum() == 0 and nothing["low"] > nothing["high"]
+
+
+class Normed(Trainer):
+    """Keeps the norm of the parameters after every update."""
+
+    def _log_metrics(self, loss: float):
+        super()._log_metrics(loss)
+        self.norms[self.current_step] = float(optax.tree.norm(self.whole(self.state.params)))
+
+    def train(self):
+        self.norms: dict[int, float] = {}
+        self.whole = jax.jit(self.layout.to_whole)
+        super().train()
+
+
+@pytest.fixture(scope="module")
+def histograms(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> tuple[Normed, Everything]:
+    """A run in 4 shards, padded ones too, with histograms at steps 2 and 3."""
+    overrides = {
+        "model.dropout": 0.1,
+        "training.zero_stage": 3,
+        "training.gradient_accumulation_steps": 2,
+        "training.max_steps": 3,
+        "training.histogram_steps": 2,
+    }
+    sink = Everything()
+    trainer = Normed(make_config(tmp_path_factory.mktemp("histograms"), corpus, **overrides), sinks=[sink])
+    trainer.train()
+    return trainer, sink
+
+
+def test_histograms_of_a_run(histograms: tuple[Normed, Everything]) -> None:
+    """They hold every parameter once, as before the update, and the gradients of that very update."""
+    trainer, sink = histograms
+    assert {step for _, step in sink.histograms} == {2, 3}, "every second one, and the last"
+    assert ("gradients/block_01/attention/qkv/kernel", 2) in sink.histograms
+    gradient_norms = {step: row["train/grad_norm"] for step, row in sink.rows}
+    for step in (2, 3):
+        for kind, norm in (("parameters", trainer.norms[step - 1]), ("gradients", gradient_norms[step])):
+            found = [h for (name, at), h in sink.histograms.items() if name.startswith(kind) and at == step]
+            assert sum(int(h.counts.sum()) for h in found) == trainer.parameters, "padding is no parameter"
+            assert math.sqrt(sum(h.squares for h in found)) == pytest.approx(norm, rel=1e-5)
+
+
+# ---- Sinks of the user's own
+
+
+class Mine(Recorder):
+    """Named in report_to as "test_metrics:Mine", and made from the run's folder and configuration."""
+
+    made: list["Mine"] = []  # noqa: RUF012
+
+    def __init__(self, folder: Path | None = None, config: Config | None = None) -> None:
+        super().__init__()
+        self.folder, self.config, self.lock = folder, config, threading.Lock()  # which can't be copied
+        self.made.append(self)
+
+
+def test_own_sinks_get_the_rows(tmp_path: Path) -> None:
+    own = Mine()
+    config = Config(training=TrainingConfig(report_to=("jsonl", f"{__name__}:Mine", own)))
+    check_report_to(config.training.report_to)
+    tracker = MetricsTracker(make_sinks(validate(config), tmp_path, 0))
+    assert [type(sink).__name__ for sink in tracker.sinks] == ["JsonLines", "Samples", "Mine", "Mine"]
+    assert tracker.sinks[-1] is own
+    assert (Mine.made[-1].folder, Mine.made[-1].config) == (tmp_path, config)
+    tracker.update({"x": 1}, 1)
+    tracker.close()
+    assert own.rows == Mine.made[-1].rows == [(1, {"x": 1.0})]
+    assert own.closed
+
+
+def test_an_own_sink_is_a_name_in_json() -> None:
+    config = Config(training=TrainingConfig(report_to=("tensorboard", Mine())))
+    values = json.loads(json.dumps(to_dict(config)))
+    assert values["training"]["report_to"] == ["tensorboard", f"{__name__}:Mine"]
+    validate(from_dict(values, "x"))  # as `load` does
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ("wandbb", r"is not one of tensorboard, wandb, trackio, jsonl, module:Class, .*\(did you mean wandb\?\)"),
+        (5, r"\(5\) is not one of"),
+        (Mine, r"is not one of .* an object with write\(row, step\) and close\(\)"),
+        ("no_such_module:X", r"No module named 'no_such_module'; put the module's folder on PYTHONPATH"),
+        ("json:loads", r"\(json:loads\): is not a class with write\(row, step\) and close\(\)"),
+        ("json:None", r"\(json:None\): is not a class"),
+    ],
+)
+def test_entries_that_are_no_sink(entry: object, message: str) -> None:
+    with pytest.raises(UserError, match=r"^training\.report_to .*" + message):
+        check_report_to(validate(Config(training=TrainingConfig(report_to=(entry,)))).training.report_to)
+
+
+def test_an_own_sink_through_a_run(histograms: tuple[Normed, Everything]) -> None:
+    trainer, sink = histograms
+    assert [step for step, _ in sink.rows] == [1, 2, 3] and sink.closed
+    assert load(trainer.folder / "final_model").progress.step == 3
+
+
 # ---- Weights & Biases
 
-WANDB_PROGRAM = """
+TRACKING_PROGRAM = """
 import sys
 from pathlib import Path
 from jaxlm.config import Config, TrainingConfig
 from jaxlm.errors import UserError
-from jaxlm.metrics import MetricsTracker, check_report_to, make_sinks
+from jaxlm.metrics import MetricsTracker
+from jaxlm.sinks import Histogram, check_report_to, make_sinks
+import numpy as np
 if sys.argv[2] == "missing":
-    sys.modules["wandb"] = None  # what `import wandb` finds where it is not installed
+    sys.modules[sys.argv[3]] = None  # what its import finds where it is not installed
 try:
-    check_report_to(("tensorboard", "wandb"))
-    tracker = MetricsTracker(make_sinks(Config(training=TrainingConfig(report_to=("wandb",))), Path(sys.argv[1]), 0))
+    check_report_to(("tensorboard", sys.argv[3]))
+    config = Config(training=TrainingConfig(report_to=(sys.argv[3],)))
+    tracker = MetricsTracker(make_sinks(config, Path(sys.argv[1]), 0))
     for step in (1, 2):
         tracker.update({"train/loss": 2.5 / step}, step)
         tracker.update({"custom/metric1": 7}, step)
+        tracker.write_text("sample", "if a < b:\\n    pass", step)
+        tracker.write_histogram("parameters/x", Histogram(np.array([1, 3]), 0.0, 1.0, 2.0, 2.0), step)
         tracker.flush(step)
     tracker.close()
 except UserError as error:
@@ -264,34 +492,76 @@ except UserError as error:
 """
 
 
-def run_wandb(folder: Path, how: str, **environment: str) -> str:
-    pytest.importorskip("wandb")
-    known = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
+def run_tracking(folder: Path, name: str, how: str = "installed", **environment: str) -> str:
+    pytest.importorskip(name)
+    known = {key: value for key, value in os.environ.items() if not key.startswith(("WANDB_", "TRACKIO_"))}
     environment = known | {"HOME": str(folder), "NETRC": str(folder / "netrc")} | environment
-    arguments = [sys.executable, "-c", WANDB_PROGRAM, str(folder), how]
+    arguments = [sys.executable, "-c", TRACKING_PROGRAM, str(folder), how, name]
     done = subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
+def wandb_records(path: Path) -> Iterator[Any]:
+    """The records of an offline run: a log as LevelDB has it, blocks of 32 KiB with pieces of records."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    content, place, record = path.read_bytes(), 7, b""
+    while place + 7 <= len(content):
+        if 2**15 - place % 2**15 < 7:  # too little of the block is left for a piece
+            place += 2**15 - place % 2**15
+            continue
+        _, length, kind = struct.unpack("<IHB", content[place : place + 7])
+        record += content[place + 7 : place + 7 + length]
+        place += 7 + length
+        if kind in (1, 4):  # the whole, or the last piece
+            yield Record.FromString(record)
+            record = b""
+
+
 def test_wandb_offline(tmp_path: Path) -> None:
     for _ in range(2):  # the second one goes on in the same run
-        assert run_wandb(tmp_path, "installed", WANDB_MODE="offline") == ""
+        assert run_tracking(tmp_path, "wandb", WANDB_MODE="offline") == ""
     name = (tmp_path / "wandb_run_id").read_text()
-    for path in (tmp_path / "wandb").glob("offline-run-*"):
+    paths = list((tmp_path / "wandb").glob("offline-run-*"))
+    assert paths
+    for path in paths:
         assert path.name.endswith(name)
-        content = (path / f"run-{name}.wandb").read_bytes()
-        for written in (b"train/loss", b"custom/metric1", b"1.25", b"weight_decay"):
-            assert written in content, written
+        records = list(wandb_records(path / f"run-{name}.wandb"))
+        config = {item.key: json.loads(item.value_json) for r in records for item in r.run.config.update}
+        assert config["training"]["weight_decay"] == 0.01
+        rows = [{"/".join(i.nested_key): json.loads(i.value_json) for i in r.history.item} for r in records]
+        first, second = (row for row in rows if row)
+        assert (first["train/loss"], second["train/loss"], second["_step"]) == (2.5, 1.25, 2)
+        assert first["custom/metric1"] == 7
+        assert first["sample/_type"] == "html-file"
+        assert first["parameters/x/values"] == [1, 3]
+        text = next((path / "files" / "media" / "html").glob("sample_*.html"))
+        assert "<pre>if a &lt; b:\n    pass</pre>" in text.read_text()
     assert [row["custom/metric1"] for row in read_rows(tmp_path / "metrics.jsonl")] == [7] * 4
 
 
 def test_wandb_without_login_is_one_line(tmp_path: Path) -> None:
-    said = run_wandb(tmp_path, "installed")
+    said = run_tracking(tmp_path, "wandb")
     assert said.startswith("training.report_to (wandb): No API key configured")
     assert said.endswith("or set WANDB_MODE=offline\n")
 
 
-def test_wandb_missing_is_one_line(tmp_path: Path) -> None:
-    said = run_wandb(tmp_path, "missing")
-    assert said == 'training.report_to (wandb): the package is not installed; pip install -e ".[wandb]"\n'
+@pytest.mark.parametrize("name", ["wandb", "trackio"])
+def test_missing_package_is_one_line(tmp_path: Path, name: str) -> None:
+    said = run_tracking(tmp_path, name, "missing")
+    assert said == f'training.report_to ({name}): the package is not installed; pip install -e ".[{name}]"\n'
+
+
+def test_trackio_offline(tmp_path: Path) -> None:
+    """Rows, texts and histograms of both starts are in its database; what it prints is not on stdout."""
+    for _ in range(2):  # the second one goes on in the same run
+        assert run_tracking(tmp_path, "trackio", TRACKIO_DIR=str(tmp_path / "own"), HF_HUB_OFFLINE="1") == ""
+    (path,) = (tmp_path / "own").glob("*.db")
+    with contextlib.closing(sqlite3.connect(path)) as database:
+        logged = database.execute("SELECT run_name, step, metrics FROM metrics ORDER BY id").fetchall()
+    assert {name for name, _, _ in logged} == {f"{tmp_path.name}-{(tmp_path / 'trackio_run_id').read_text()}"}
+    rows = [(step, json.loads(metrics)) for _, step, metrics in logged]
+    assert [(s, row["train/loss"]) for s, row in rows if "train/loss" in row] == [(1, 2.5), (2, 1.25)] * 2
+    assert [row["sample"]["_value"] for _, row in rows if "sample" in row] == ["    if a < b:\n        pass"] * 4
+    assert [row["parameters/x"]["values"] for _, row in rows if "parameters/x" in row] == [[1, 3]] * 4

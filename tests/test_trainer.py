@@ -37,11 +37,12 @@ HARD = {
 
 
 def rows_of(folder):
-    """metrics.jsonl by step, the later row of a step winning, without what depends on the clock."""
+    """metrics.jsonl by step, the later row of a step winning, without what depends on the machine."""
+    measured = ("train/tokens_per_second", "train/memory_gib", "train/host_memory_gib")
     rows = {}
     for line in (Path(folder) / "metrics.jsonl").read_text().splitlines():
         row = json.loads(line)
-        rows[row["step"]] = {name: value for name, value in row.items() if name != "train/tokens_per_second"}
+        rows[row["step"]] = {name: value for name, value in row.items() if name not in measured}
     return rows
 
 
@@ -82,6 +83,9 @@ def test_resume_is_bit_exact(tmp_path, corpus, reference, stop):
     mine = Path(first.training.checkpoint_dir)
     assert_same(arrays(mine / "checkpoint_9"), arrays(Path(run) / "checkpoint_9"))
     assert rows_of(mine) == rows_of(run)
+    starts = [json.loads(line)["step"] for line in (mine / "starts.jsonl").read_text().splitlines()]
+    assert starts == [0, stop]
+    assert f"resumed from step {stop}" in (mine / "report.html").read_text(encoding="utf-8")
 
 
 def test_modern_blocks_resume_bit_exactly(tmp_path, corpus):
@@ -189,7 +193,8 @@ def test_run_folder(reference, corpus):
     folder = Path(make_config(reference, corpus, **HARD).training.checkpoint_dir)
     names = {path.name for path in folder.iterdir()}
     steps = {f"checkpoint_{step}" for step in (2, 4, 6, 8, 9)}
-    assert names == {"config.json", "tokenizer", "metrics.jsonl", "best_model", "final_model", ".lock", *steps}
+    written = {"config.json", "metrics.jsonl", "samples.jsonl", "starts.jsonl", "report.html", "tokenizer", ".lock"}
+    assert names == written | {"best_model", "final_model", *steps}
     config = json.loads((folder / "config.json").read_text())
     assert config["model"]["vocab_size"] == 300
     rows = rows_of(folder)

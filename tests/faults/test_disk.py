@@ -15,7 +15,8 @@ from jaxlm import Trainer, checkpoint
 from jaxlm.errors import RunFailed, UserError
 from jaxlm.folder import checkpoint_steps
 from jaxlm.manifest import damage
-from jaxlm.metrics import JsonLines, MetricsTracker, TensorBoard
+from jaxlm.metrics import MetricsTracker
+from jaxlm.sinks import JsonLines, TensorBoard
 
 STEPS = {"training.max_steps": 8, "training.save_steps": 2, "training.eval_steps": 3}
 Usage = namedtuple("Usage", "total used free")

@@ -16,7 +16,7 @@ from jaxlm.health import LossSpikes
 
 def poison_gradients(monkeypatch, steps):
     """Makes one gradient of each of these updates (from 1) not a number."""
-    make = jaxlm.step._make_gradients
+    make = jaxlm.step.make_gradients
 
     def poisoned(*arguments):
         gradients_of = make(*arguments)
@@ -30,7 +30,7 @@ def poison_gradients(monkeypatch, steps):
 
         return with_nan
 
-    monkeypatch.setattr(jaxlm.step, "_make_gradients", poisoned)
+    monkeypatch.setattr(jaxlm.step, "make_gradients", poisoned)
 
 
 def test_skipped_updates_are_named_with_their_documents(tmp_path, corpus, monkeypatch, capsys):

@@ -1,0 +1,59 @@
+"""The progress line of a run."""
+
+import sys
+import time
+
+from jaxlm.sinks import Row
+
+PROGRESS_FORMATS = {
+    "train/loss": "loss {:.4f}",
+    "train/tokens_per_second": "{:,.0f} tokens/s",
+    "eval/loss": "eval loss {:.4f}",
+}
+
+
+class Progress:
+    """The progress line on stderr: a bar on a terminal, a line a row elsewhere, nothing unless `shown`."""
+
+    def __init__(self, start_step: int, last_step: int, shown: bool = True) -> None:
+        from tqdm import tqdm
+
+        self.last_step, self.shown = last_step, shown
+        bar_format = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
+        self.bar = tqdm(
+            total=last_step,
+            initial=start_step,
+            unit="step",
+            file=sys.stderr,
+            dynamic_ncols=True,
+            disable=not (shown and sys.stderr.isatty()),
+            bar_format=bar_format,
+        )
+        self._first: tuple[int, float] | None = None  # step and time of the first row: compiling is not counted
+
+    def advance(self, step: int) -> None:
+        """`step` updates are done."""
+        self.bar.update(step - self.bar.n)
+
+    def line(self, text: str) -> None:
+        """A line above the bar."""
+        if self.shown:
+            self.bar.write(text, file=sys.stderr)
+
+    def write(self, row: Row, step: int) -> None:
+        parts = [shown.format(row[name]) for name, shown in PROGRESS_FORMATS.items() if name in row]
+        parts += [f"{name} {value:.4g}" for name, value in row.items() if not name.startswith(("train/", "eval/"))]
+        if self.bar.disable:
+            self.line(f"step {step}/{self.last_step}  " + "  ".join([*parts, self._left(step)]).rstrip())
+        else:
+            self.bar.set_postfix_str(", ".join(parts))
+
+    def _left(self, step: int) -> str:
+        """The time that the rest takes, if it goes on as it went since the first row."""
+        if self._first is None:
+            self._first = step, time.monotonic()
+        done, took = step - self._first[0], time.monotonic() - self._first[1]
+        return f"left {self.bar.format_interval((self.last_step - step) * took / done)}" if done else ""
+
+    def close(self) -> None:
+        self.bar.close()

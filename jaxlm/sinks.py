@@ -1,0 +1,309 @@
+"""Where rows go: metrics.jsonl, TensorBoard, Weights & Biases, Trackio, and sinks of the user's own."""
+
+import contextlib
+import dataclasses
+import html
+import json
+import math
+import os
+import sys
+import time
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+
+from jaxlm.config import SECTIONS, Config, to_dict
+from jaxlm.errors import UserError, one_line
+
+Row = dict[str, float]
+LONGEST_ROW = 2**20  # bytes of a line of metrics.jsonl or samples.jsonl
+PACKAGES = ("wandb", "trackio")  # names in report_to that need a package, which the extra of that name installs
+SIZES = ("batch_size", "gradient_accumulation_steps", "num_epochs", "max_steps")  # that a resumed run may change, too
+
+
+class Sink(Protocol):
+    """Somewhere that rows go. One that shows texts or histograms, too, also has the method of the protocols below."""
+
+    def write(self, row: Row, step: int) -> None: ...
+
+    def close(self) -> None: ...
+
+
+@runtime_checkable
+class TextSink(Protocol):
+    """A sink that takes texts, such as samples."""
+
+    def write_text(self, name: str, text: str, step: int) -> None: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Histogram:
+    """How the finite values of an array are spread over equal bins from the least to the greatest."""
+
+    counts: np.ndarray  # int [bins]
+    low: float
+    high: float
+    total: float  # sum of the values
+    squares: float  # sum of their squares
+
+    @property
+    def edges(self) -> np.ndarray:
+        """float64 [bins + 1], each greater than the one before, even where all values are equal."""
+        return self.low + np.linspace(0.0, max(self.high - self.low, 1e-9), len(self.counts) + 1)
+
+
+@runtime_checkable
+class HistogramSink(Protocol):
+    """A sink that takes histograms."""
+
+    def write_histogram(self, name: str, histogram: Histogram, step: int) -> None: ...
+
+
+def finite(value: float) -> float | None:
+    """`value` for JSON, which has no NaN and no infinity."""
+    return value if math.isfinite(value) else None
+
+
+# ---- Files of the run's folder ---------------------------------------------------------------------------------------
+
+
+class JsonLines:
+    """metrics.jsonl: one object a row, appended; what JSON can't say (NaN, infinity) is null."""
+
+    def __init__(self, path: Path) -> None:
+        self.file = open_lines(path)
+
+    def write(self, row: Row, step: int) -> None:
+        self.file.write(json.dumps({"step": step} | {name: finite(value) for name, value in row.items()}) + "\n")
+
+    def close(self) -> None:
+        self.file.close()
+
+
+class Samples:
+    """samples.jsonl: one object a text, with its `step` and `name`, appended."""
+
+    def __init__(self, path: Path) -> None:
+        self.file = open_lines(path)
+
+    def write(self, row: Row, step: int) -> None:
+        """Rows are not for this file."""
+
+    def write_text(self, name: str, text: str, step: int) -> None:
+        self.file.write(json.dumps({"step": step, "name": name, "text": text}) + "\n")
+
+    def close(self) -> None:
+        self.file.close()
+
+
+def open_lines(path: Path) -> Any:
+    """A file of JSON lines to append to, without what a process that was killed while it wrote has left at its end."""
+    if path.exists():
+        with path.open("r+b") as file:
+            end = file.seek(0, os.SEEK_END)
+            file.seek(max(0, end - LONGEST_ROW))
+            tail = file.read()
+            file.truncate(end - len(tail) + tail.rfind(b"\n") + 1)
+    return path.open("a", encoding="utf-8", buffering=1)
+
+
+# ---- Trackers --------------------------------------------------------------------------------------------------------
+
+
+class TensorBoard:
+    """Event files; what an earlier run wrote beyond `start_step` is hidden (`start_step` 0: all of it).
+
+    Written by tensorboardX's parts rather than its SummaryWriter, whose thread dies of a full disk and takes the run
+    with it. With `config`, the HParams page has the run, too.
+    """
+
+    def __init__(self, folder: Path, start_step: int, config: Config | None = None) -> None:
+        from tensorboardX import summary
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto import event_pb2
+
+        folder.mkdir(parents=True, exist_ok=True)
+        self._summary, self._proto = summary, event_pb2
+        self._file = EventsWriter(str(folder / "events"))
+        start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+        self._add(start_step + 1, session_log=start)
+        self._session_end: Any = None
+        if config is not None:
+            # Without the first part, which would name columns, TensorBoard puts those first in which runs differ.
+            _, session_start, self._session_end = summary.hparams(hyperparameters(config), {})
+            self._add(0, summary=session_start)
+            self._file.flush()
+
+    def _add(self, step: int, **content: Any) -> None:
+        self._file.write_event(self._proto.Event(wall_time=time.time(), step=step, **content))
+
+    def write(self, row: Row, step: int) -> None:
+        for name, value in row.items():
+            if math.isfinite(value):  # TensorBoard can't draw the others
+                self._add(step, summary=self._summary.scalar(name, value))
+        self._file.flush()
+
+    def write_text(self, name: str, text: str, step: int) -> None:
+        """Text as it is, indentation kept."""
+        indented = "\n".join("    " + line for line in text.splitlines())
+        self._add(step, summary=self._summary.text(name, indented))
+
+    def write_histogram(self, name: str, histogram: Histogram, step: int) -> None:
+        content = self._summary.histogram_raw(
+            name,
+            min=histogram.low,
+            max=histogram.high,
+            num=int(histogram.counts.sum()),
+            sum=histogram.total,
+            sum_squares=histogram.squares,
+            bucket_limits=histogram.edges[1:].tolist(),
+            bucket_counts=histogram.counts.tolist(),
+        )
+        self._add(step, summary=content)
+
+    def close(self) -> None:
+        if self._session_end is not None:
+            self._add(0, summary=self._session_end)
+        self._file.close()
+
+
+def hyperparameters(config: Config) -> dict[str, bool | float | str]:
+    """{"section.field": value} of the fields that change the training; lists as text, none as "none"."""
+    values, shown = to_dict(config), {}
+    for section, kind in SECTIONS.items():
+        for field in dataclasses.fields(kind):
+            if not field.metadata["resumable"] or field.name in SIZES:
+                value = values[section][field.name]
+                is_plain = isinstance(value, bool | int | float | str)
+                shown[f"{section}.{field.name}"] = value if is_plain else ", ".join(value or ["none"])
+    return shown
+
+
+class WeightsAndBiases:
+    """A wandb run; a resumed jaxlm run goes on in the same one. WANDB_MODE=offline works without a network."""
+
+    def __init__(self, folder: Path, config: Config) -> None:
+        import wandb
+
+        self._wandb = wandb
+        try:
+            self.run = wandb.init(
+                project=config.training.wandb_project,
+                dir=str(folder),
+                id=_kept_id(folder / "wandb_run_id"),
+                resume="allow",
+                config=to_dict(config),
+            )
+        except wandb.errors.Error as error:
+            raise UserError(
+                f"training.report_to (wandb): {str(error).rstrip('.')}; log in, or set WANDB_MODE=offline"
+            ) from error
+
+    def write(self, row: Row, step: int) -> None:
+        self.run.log(row, step=step)
+
+    def write_text(self, name: str, text: str, step: int) -> None:
+        """Text as it is, indentation kept."""
+        self.run.log({name: self._wandb.Html(f"<pre>{html.escape(text)}</pre>", inject=False)}, step=step)
+
+    def write_histogram(self, name: str, histogram: Histogram, step: int) -> None:
+        shown = self._wandb.Histogram(np_histogram=(histogram.counts, histogram.edges))
+        self.run.log({name: shown}, step=step)
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+class Trackio:
+    """A run of Trackio, in its folder on this machine (TRACKIO_DIR names another); `trackio show` opens them."""
+
+    def __init__(self, folder: Path, config: Config) -> None:
+        with contextlib.redirect_stdout(sys.stderr):  # stdout is for results
+            import trackio
+
+            self._trackio = trackio
+            self.run = trackio.init(
+                project=config.training.wandb_project,
+                name=f"{folder.resolve().name}-{_kept_id(folder / 'trackio_run_id')}",
+                resume="allow",
+                config=to_dict(config),
+                embed=False,
+                auto_log_gpu=False,
+                auto_log_cpu=False,
+            )
+
+    def write(self, row: Row, step: int) -> None:
+        self.run.log(row, step=step)
+
+    def write_text(self, name: str, text: str, step: int) -> None:
+        """Text as it is, indentation kept."""
+        indented = "\n".join("    " + line for line in text.splitlines())
+        self.run.log({name: self._trackio.Markdown(indented)}, step=step)
+
+    def write_histogram(self, name: str, histogram: Histogram, step: int) -> None:
+        shown = self._trackio.Histogram(np_histogram=(histogram.counts, histogram.edges))
+        self.run.log({name: shown}, step=step)
+
+    def close(self) -> None:
+        with contextlib.redirect_stdout(sys.stderr):
+            self._trackio.finish()  # which, unlike the run's own, is not repeated when the process ends
+
+
+def _kept_id(path: Path) -> str:
+    """The name under which a tracker knows this run, made at its first start."""
+    if not path.exists():
+        path.write_text(uuid.uuid4().hex[:8])
+    return path.read_text().strip()
+
+
+# ---- Which sinks a run has -------------------------------------------------------------------------------------------
+
+
+def check_report_to(report_to: Sequence[Any]) -> None:
+    """Raises UserError if a package that a name in report_to needs is not installed, or a class of one's own is not
+    there."""
+    for name in report_to:
+        if name in PACKAGES and find_spec(name) is None:
+            raise UserError(f'training.report_to ({name}): the package is not installed; pip install -e ".[{name}]"')
+        if isinstance(name, str) and ":" in name:
+            _own_class(name)
+
+
+def _own_class(name: str) -> Callable[[Path, Config], Sink]:
+    """The class that "module:Class" names.
+
+    Raises:
+      UserError: there is none, or it is not a sink's.
+    """
+    module, _, attribute = name.partition(":")
+    where = f"training.report_to ({name})"
+    try:
+        found = vars(import_module(module)).get(attribute)
+    except ImportError as error:
+        raise UserError(f"{where}: {one_line(error)}; put the module's folder on PYTHONPATH, or install it") from error
+    if not isinstance(found, type) or not all(callable(getattr(found, method, None)) for method in ("write", "close")):
+        raise UserError(f"{where}: is not a class with write(row, step) and close(); see jaxlm.sinks.Sink")
+    return found
+
+
+def make_sinks(config: Config, folder: Path, start_step: int) -> list[Sink]:
+    """metrics.jsonl and samples.jsonl, and one sink for each entry of report_to."""
+    makers: Mapping[str, Callable[[], Sink]] = {
+        "tensorboard": lambda: TensorBoard(folder / "logs", start_step, config),
+        "wandb": lambda: WeightsAndBiases(folder, config),
+        "trackio": lambda: Trackio(folder, config),
+    }
+    sinks: list[Sink] = [JsonLines(folder / "metrics.jsonl"), Samples(folder / "samples.jsonl")]
+    for named in config.training.report_to:
+        if not isinstance(named, str):
+            sinks.append(named)
+        elif ":" in named:
+            sinks.append(_own_class(named)(folder, config))
+        elif named != "jsonl":  # which is always written
+            sinks.append(makers[named]())
+    return sinks
