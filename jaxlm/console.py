@@ -157,8 +157,9 @@ def _prepare(writer: Writer) -> str:
 
 
 def _continue_line(writer: Writer, line: str, number: int, interrupt: _Interrupt) -> None:
+    pieces = writer.stream([line], first=number)
     print(line, end="", flush=True)
-    for piece in writer.stream([line], first=number):
+    for piece in pieces:
         print(piece.text, end="", flush=True)
         if interrupt.asked:
             break

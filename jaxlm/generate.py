@@ -118,10 +118,9 @@ class Writer:
           UserError: a prompt does not fit into the model's window, or is no valid Unicode.
         """
         encoded = encode_prompts(self._tokenizer, prompts, self._config.max_seq_len)
-        if self._options.num_beams > 1:
-            yield from self._beams(prompts, encoded)
-        elif prompts:
-            yield from self._samples(prompts, encoded, first)
+        if not prompts:
+            return iter(())
+        return self._beams(prompts, encoded) if self._options.num_beams > 1 else self._samples(prompts, encoded, first)
 
     def _samples(self, prompts: Sequence[str], encoded: list[list[int]], first: int) -> Iterator[Piece]:
         options = self._options

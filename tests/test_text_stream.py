@@ -48,13 +48,13 @@ def test_stop_strings(text: str, stops: list[str]) -> None:
         assert any(text[len(stream.text) :].startswith(stop) for stop in stops), "cut where a stop string begins"
 
 
-@pytest.mark.parametrize(("stop", "shown"), [("🙂", ["a", "é"]), ("é🙂", ["a", ""]), ("🙂c", ["a", "é"])])
+@pytest.mark.parametrize(("stop", "shown"), [("🙂", ["q", "é"]), ("é🙂", ["q"]), ("🙂c", ["q", "é"])])
 def test_nothing_of_a_stop_string_or_of_half_a_character_is_shown(stop: str, shown: list[str]) -> None:
-    text, seen = "aé🙂", []
+    text, seen = "qé🙂", []
     stream = TextStream(TOKENIZER.decode, (stop,))
     for token in TOKENIZER.encode(text):
         seen.append(stream.push(token))
-    assert [piece for piece in seen if piece] == [piece for piece in shown if piece]
+    assert [piece for piece in seen if piece] == shown
     assert stream.finish() == ("🙂" if stop == "🙂c" else "")
     assert stream.stopped == (stop in text)
 

@@ -181,7 +181,7 @@ class Prompts:
     def view(self, context: list[int]) -> list[int]:
         """What the model sees of a text: all of it, or half a window of its end."""
         if len(context) <= self._window:
-            return context
+            return list(context)  # a copy, as a text grows
         self._clock.slides += 1
         return context[-(self._window // 2) :]
 

@@ -29,7 +29,9 @@ class GenerationOptions:
     length_penalty: float = option(1.0, "beams: scores are log-probabilities / length to the power of this")
     stop: tuple[str, ...] = option((), "text that ends a continuation and is left out of it; may be repeated")
     seed: int = option(0, "equal seeds give equal samples", low=0)
-    batch_size: int = option(16, "texts made at once; changes speed and memory, no text", low=1)
+    batch_size: int = option(
+        16, "texts made at once (beams: those of one prompt); changes speed and memory, no text", low=1
+    )
 
     def compiled(self) -> "GenerationOptions":
         """The part that compiled functions depend on; all else is at its default, so that it asks for no new ones."""

@@ -46,7 +46,7 @@ def _read(where: str, file: str) -> bytes:
     if file == "-":
         return sys.stdin.buffer.read()
     path = Path(file)
-    if not os.path.isfile(path):
+    if os.path.isdir(path) or not os.path.exists(path):
         reason = "is a folder" if os.path.isdir(path) else "no such file"
         raise UserError(
             f"{where}: {reason}; name a file with one prompt a line, a .jsonl file, or - for standard input"
