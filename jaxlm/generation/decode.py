@@ -25,8 +25,8 @@ from jaxlm.model.transformer import Transformer
 
 CHUNK = 32  # tokens decoded between looks at them
 STREAM_CHUNK = 4  # the same where somebody watches
-CACHE_STEP = 64  # the cache's length is a multiple of this, and prompts are padded to this times a power of 2 ...
-SHORTEST = 32  # ... or to this: few shapes, so few compilations
+CACHE_STEP = 64  # the cache's length is a multiple of this,
+SHORTEST = 32  # and a prompt is padded to this times a power of 2: few shapes, so few compilations
 
 
 @dataclasses.dataclass(frozen=True)
