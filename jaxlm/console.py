@@ -1,7 +1,9 @@
 """Generated texts on a terminal or in a pipe: text on standard output, all else on standard error."""
 
 import contextlib
+import dataclasses
 import json
+import math
 import signal
 import sys
 from collections.abc import Iterator, Sequence
@@ -77,7 +79,9 @@ def _in_order(pieces: Iterator[Piece]) -> Iterator[Generation]:
 
 
 def _as_json(done: Generation) -> str:
-    values = {name: getattr(done, name) for name in ("prompt", "text", "tokens", "finish_reason", "logprob")}
+    values = dataclasses.asdict(done)
+    if not math.isfinite(done.logprob):  # of a model that has diverged; JSON has no NaN
+        values["logprob"] = None
     return json.dumps(values, ensure_ascii=False)
 
 

@@ -112,7 +112,7 @@ def beam_search(
     config = nnx.merge(graphdef, params).config
     cache_length = cache_bucket(len(prompt), len(prompt) + options.max_new_tokens, config.max_seq_len)
     prompts = Prompts(graphdef, params, cache_length, clock)
-    caches = empty_caches(graphdef, params, options.num_beams, cache_length)
+    caches = empty_caches(prompts.run(prompts.view(prompt))[1], options.num_beams, cache_length)
     search, position, going = _Search(prompt, eos_id, options), cache_length, True
     while going:
         if position == cache_length or not search.count:  # no room, or nothing there yet

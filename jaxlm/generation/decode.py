@@ -152,17 +152,14 @@ def cache_bucket(prompt: int, total: int, window: int) -> int:
     return min(max(-(-total // CACHE_STEP) * CACHE_STEP, prompt_bucket(prompt, window)), window)
 
 
-def empty_caches(graphdef: Any, params: Any, slots: int, length: int) -> Any:
-    """Each layer's keys and values [slots, H, length, K], zeros, on the devices that the parameters are on."""
-    one = np.zeros((1, 1), np.int32)
-    _, caches = jax.eval_shape(lambda params: _prefill(graphdef, params, one, 1), params)
-    place = jax.tree.leaves(params)[0].sharding
+def empty_caches(prompt: Any, slots: int, length: int) -> Any:
+    """Each layer's keys and values [slots, H, length, K], zeros, on the devices of `prompt`'s, [1, H, T, K]."""
 
-    def zeros(x_1H1K: jax.ShapeDtypeStruct) -> jax.Array:
-        _, heads, _, channels = x_1H1K.shape
-        return jnp.zeros((slots, heads, length, channels), x_1H1K.dtype, device=place)
+    def zeros(x_1HTK: jax.Array) -> jax.Array:
+        _, heads, _, channels = x_1HTK.shape
+        return jnp.zeros((slots, heads, length, channels), x_1HTK.dtype, device=x_1HTK.sharding)
 
-    return jax.tree.map(zeros, caches)
+    return jax.tree.map(zeros, prompt)
 
 
 def seen_tokens(context: Sequence[int], vocab_size: int) -> np.ndarray:
@@ -227,7 +224,7 @@ class Decoder:
         self._cache_length = cache_bucket(longest, total, self._config.max_seq_len)
         self._prompts = Prompts(*self._model, self._cache_length, self._clock)
         self._texts: list[_Text | None] = [None] * min(self._options.batch_size, len(jobs))
-        self._state = self._empty_state()
+        self._state: dict[str, Any] = {}  # until the first prompt has shown what its arrays are like
         waiting = collections.deque(jobs)
         while True:
             for slot, text in enumerate(self._texts):
@@ -239,18 +236,6 @@ class Decoder:
                 return
             yield from self._step()
 
-    def _empty_state(self) -> dict[str, Any]:
-        caches = empty_caches(*self._model, len(self._texts), self._cache_length)
-
-        def row(dtype: Any, *shape: int) -> jax.Array:
-            return jnp.zeros((len(self._texts), *shape), dtype, device=caches[0][0].sharding)
-
-        state: dict[str, Any] = {name: row(jnp.int32) for name in ("length", "count", "limit")}
-        state |= {"key": row(jnp.uint32, 2), "logits": row(jnp.float32, self._config.vocab_size), "caches": caches}
-        if self._options.repetition_penalty != 1:
-            state["seen"] = row(bool, self._config.vocab_size)
-        return state
-
     def stop(self, job: Job) -> None:
         """Ends a job: its slot is free, and there is no more news of it."""
         self._texts = [None if text is not None and text.job is job else text for text in self._texts]
@@ -259,6 +244,8 @@ class Decoder:
         """Puts what the model sees of a text into a slot."""
         view = self._prompts.view(text.context)
         prefilled = self._prompts.run(view)
+        if not self._state:
+            self._state = self._empty_state(*prefilled)
         numbers = {"length": len(view), "count": text.count, "limit": self._options.max_new_tokens}
         row: dict[str, Any] = {name: np.int32(number) for name, number in numbers.items()}
         row["key_of"] = tuple(map(np.int32, (self._options.seed, text.job.prompt, text.job.sample)))
@@ -266,6 +253,16 @@ class Decoder:
             row["seen"] = seen_tokens(text.context, self._config.vocab_size)
         self._state = self._clock.call(self._clock.prompt, _place, self._state, np.int32(slot), prefilled, row)
         text.held = len(view)
+
+    def _empty_state(self, logits_V: jax.Array, prompt: Any) -> dict[str, Any]:
+        def row(dtype: Any, *shape: int) -> jax.Array:
+            return jnp.zeros((len(self._texts), *shape), dtype, device=logits_V.sharding)
+
+        state: dict[str, Any] = {name: row(jnp.int32) for name in ("length", "count", "limit")}
+        state |= {"key": row(jnp.uint32, 2), "logits": row(jnp.float32, *logits_V.shape)}
+        if self._options.repetition_penalty != 1:
+            state["seen"] = row(bool, *logits_V.shape)
+        return state | {"caches": empty_caches(prompt, len(self._texts), self._cache_length)}
 
     def _step(self) -> Iterator[News]:
         """Decodes a chunk, and says what came of it."""
