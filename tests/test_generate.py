@@ -19,7 +19,7 @@ from jaxlm.generation.beam import beam_search
 from jaxlm.generation.clock import Clock
 from jaxlm.generation.decode import CHUNK
 from jaxlm.generation.options import make_options
-from jaxlm.generation.sampling import filter_logits
+from jaxlm.generation.sampling import choose, filter_logits
 from jaxlm.model import Transformer
 from jaxlm.tokenizer import Tokenizer
 
@@ -274,6 +274,19 @@ def test_filter_against_numpy(top_k: int, top_p: float) -> None:
         wanted = {token for token, mass in zip(order, before, strict=True) if mass < top_p or top_p == 1}
         assert set(np.flatnonzero(np.isfinite(found))) == wanted
         np.testing.assert_array_equal(found[sorted(wanted)], row[sorted(wanted)])
+
+
+@pytest.mark.parametrize("size", [1, 5, 128, 300])
+def test_choosing_by_weight(size: int) -> None:
+    """Evenly spread numbers come to each index as often as its weight has it; never to one of no weight."""
+    weights = np.random.default_rng(5).gamma(0.3, size=size).astype(np.float32)
+    weights[1::3] = 0
+    count = 5000
+    uniform = ((np.arange(count) + 0.5) / count).astype(np.float32)
+    chosen = np.asarray(choose(jnp.tile(jnp.asarray(weights), (count, 1)), jnp.asarray(uniform)))
+    found = np.bincount(chosen, minlength=size)
+    assert not found[weights == 0].any()
+    assert np.abs(found - count * weights / weights.sum()).max() <= 1.01
 
 
 # ---- Text
