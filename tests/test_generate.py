@@ -19,7 +19,7 @@ from jaxlm.generation.beam import beam_search
 from jaxlm.generation.clock import Clock
 from jaxlm.generation.decode import CHUNK
 from jaxlm.generation.options import make_options
-from jaxlm.generation.sampling import choose, filter_logits
+from jaxlm.generation.sampling import choose, filter_logits, penalize
 from jaxlm.model import Transformer
 from jaxlm.tokenizer import Tokenizer
 
@@ -165,6 +165,8 @@ def test_seeds() -> None:
     assert first == generate(model, PROMPT, 30, seed=5, **options)
     assert first != generate(model, PROMPT, 30, seed=6, **options)
     assert len({tuple(tokens) for tokens in first}) == 16
+    (even,) = generate(model, PROMPT, 40, temperature=1e4)
+    assert len(set(even)) > 20, "every position has a number of its own"
 
 
 @pytest.mark.parametrize("only_one", [{"top_k": 1}, {"top_p": 1e-6}, {"min_p": 1.0}])
@@ -208,6 +210,13 @@ def test_repetition_penalty_against_the_full_pass() -> None:
     wanted = [reference(model, prompt, count, penalty=1.3) for prompt in PROMPTS[:3]]
     assert generate(model, PROMPTS[:3], count, repetition_penalty=1.3, batch_size=2) == wanted
     assert wanted[0] != reference(model, PROMPT, count), "the penalty has to change something"
+
+
+def test_repetition_penalty_of_either_sign() -> None:
+    logits_BV = jnp.array([[2.0, -2.0, 3.0, -3.0], [2.0, -2.0, 3.0, -3.0]])
+    seen_BV = jnp.array([[True, True, False, False], [False, False, True, True]])
+    penalized = penalize(logits_BV, seen_BV, 4.0)
+    np.testing.assert_array_equal(penalized, [[0.5, -8.0, 3.0, -3.0], [2.0, -2.0, 0.75, -12.0]])
 
 
 def test_no_end_before_min_new_tokens() -> None:
