@@ -76,7 +76,11 @@ def _prefill(graphdef: Any, params: Any, prompt_1T: jax.Array, length: jax.Array
 
 def write_slot(caches: Any, slot: jax.Array, new: Any) -> Any:
     """`caches` with a prompt's, [1, H, T, K] in each layer, at the beginning of a slot."""
-    return jax.tree.map(lambda old, x: jax.lax.dynamic_update_slice(old, x, (slot, 0, 0, 0)), caches, new)
+
+    def write(old: jax.Array, x_1HTK: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_update_slice(old, x_1HTK.astype(old.dtype), (slot, 0, 0, 0))
+
+    return jax.tree.map(write, caches, new)
 
 
 @functools.partial(jax.jit, donate_argnames="state")
@@ -153,11 +157,16 @@ def cache_bucket(prompt: int, total: int, window: int) -> int:
 
 
 def empty_caches(prompt: Any, slots: int, length: int) -> Any:
-    """Each layer's keys and values [slots, H, length, K], zeros, on the devices of `prompt`'s, [1, H, T, K]."""
+    """Each layer's keys and values [slots, H, length, K], zeros, on the devices of `prompt`'s, [1, H, T, K].
+
+    On CPU they are float32 whatever the model computes in: writing into a 16-bit array, XLA converts all of it.
+    """
 
     def zeros(x_1HTK: jax.Array) -> jax.Array:
         _, heads, _, channels = x_1HTK.shape
-        return jnp.zeros((slots, heads, length, channels), x_1HTK.dtype, device=x_1HTK.sharding)
+        on_cpu = all(device.platform == "cpu" for device in x_1HTK.sharding.device_set)
+        dtype = jnp.float32 if on_cpu else x_1HTK.dtype
+        return jnp.zeros((slots, heads, length, channels), dtype, device=x_1HTK.sharding)
 
     return jax.tree.map(zeros, prompt)
 
