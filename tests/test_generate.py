@@ -17,7 +17,7 @@ from jaxlm.generate import Writer, generate_text, generate_tokens, stream_text
 from jaxlm.generate import generate as generate_all
 from jaxlm.generation.beam import beam_search
 from jaxlm.generation.clock import Clock
-from jaxlm.generation.decode import CHUNK
+from jaxlm.generation.decode import CHUNK, empty_caches, write_slot
 from jaxlm.generation.options import make_options
 from jaxlm.generation.sampling import choose, filter_logits, penalize
 from jaxlm.model import Transformer
@@ -114,16 +114,15 @@ def test_decoded_logits_are_those_of_the_full_pass_and_capped() -> None:
     """Greedy text shows no cap; the numbers do. The cache holds the shared heads only."""
     model = lively(dataclasses.replace(TINY, **MODERN | {"logit_softcap": 0.1}))
     graphdef, state = nnx.split(model)
-
-    @jax.jit
-    def decoded(params: Any, tokens: jax.Array) -> tuple[jax.Array, Any]:
-        model = nnx.merge(graphdef, params)
-        _, cache = model.prefill(tokens[:, :-1], WINDOW)
-        return model.decode(tokens[:, -1:], tokens.shape[1] - 1, cache)
-
-    logits, (keys, _) = decoded(nnx.to_pure_dict(state), jnp.array([PROMPT]))
-    np.testing.assert_allclose(logits[0], next_logits(model, PROMPT), atol=1e-5)
-    assert 0.09 < np.abs(logits).max() < 0.1 and keys.shape == (2, 1, WINDOW, 2, 4)
+    params = nnx.to_pure_dict(state)
+    tokens_1T = jnp.array([PROMPT])
+    _, prompt = jax.jit(lambda params: nnx.merge(graphdef, params).prefill(tokens_1T[:, :-1]))(params)
+    caches = write_slot(empty_caches(prompt, 1, WINDOW), 0, prompt)
+    last_B = jnp.array([len(PROMPT) - 1])
+    decode = jax.jit(lambda params: nnx.merge(graphdef, params).decode(tokens_1T[:, -1:], last_B, caches))
+    logits_1V, ((keys, _), _) = decode(params)
+    np.testing.assert_allclose(logits_1V[0], next_logits(model, PROMPT), atol=1e-5)
+    assert 0.09 < np.abs(logits_1V).max() < 0.1 and keys.shape == (1, 2, WINDOW, 4)
 
 
 def test_longer_than_a_chunk_and_a_step_of_the_prompt() -> None:
