@@ -11,7 +11,7 @@ import logging
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -26,6 +26,7 @@ from jaxlm.config import Config, from_dict, to_dict, validate
 from jaxlm.distributed import is_leader, told_by_any
 from jaxlm.errors import UserError
 from jaxlm.folder import PREFIX, checkpoint_steps, clean, delete, new_name
+from jaxlm.generate import answer
 from jaxlm.manifest import damage, seal
 from jaxlm.model import Transformer
 from jaxlm.precision import compute_dtype
@@ -285,6 +286,10 @@ class LoadedModel:
     tokenizer: Tokenizer
     config: Config
     progress: Progress
+
+    def generate(self, prompt: str | Sequence[str], **options: Any) -> Any:
+        """As `Trainer.generate_text`: `prompt` and a continuation, or a list of them."""
+        return answer(self.model, self.tokenizer, prompt, **options)
 
 
 def load(path: str | os.PathLike[str]) -> LoadedModel:

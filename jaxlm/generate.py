@@ -1,192 +1,214 @@
-"""Text from a model: key-value cache, jitted prefill and decode.
+"""Text from a model: what users call."""
 
-Shapes: B samples, T positions, V vocabulary.
-"""
-
-import functools
+import dataclasses
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from jaxlm.errors import UserError
+from jaxlm.generation.beam import beam_search
+from jaxlm.generation.clock import Clock
+from jaxlm.generation.decode import CHUNK, STREAM_CHUNK, Decoder, Job, News
+from jaxlm.generation.options import GenerationOptions, make_options
+from jaxlm.generation.text import TextStream
 from jaxlm.model.transformer import Transformer
 from jaxlm.tokenizer import Tokenizer
 
-CHUNK = 32  # tokens decoded between looks at whether every sample has ended
-PROMPT_STEP = 64  # prompts are padded to a multiple of this, so that few shapes are compiled
 
+@dataclasses.dataclass(frozen=True)
+class Generation:
+    """A finished text.
 
-def check_sampling(
-    max_new_tokens: int, temperature: float, top_k: int, top_p: float, num_samples: int, seed: int
-) -> None:
-    """Raises UserError for a value out of bounds."""
-    for name, value, low in (
-        ("max_new_tokens", max_new_tokens, 1),
-        ("num_samples", num_samples, 1),
-        ("top_k", top_k, 0),
-    ):
-        if value < low:
-            raise UserError(f"--{name} ({value}) must be at least {low}")
-    if not 0 <= temperature < float("inf"):
-        raise UserError(f"--temperature ({temperature}) must be 0 (greedy) or more")
-    if not 0 < top_p <= 1:
-        raise UserError(f"--top_p ({top_p}) must be greater than 0 and at most 1")
-    if not 0 <= seed < 2**31:
-        raise UserError(f"--seed ({seed}) must be from 0 to {2**31 - 1}")
-
-
-def filter_logits(logits_BV: jax.Array, top_k: int, top_p: float) -> jax.Array:
-    """-inf for all but the `top_k` likeliest (0: all) and the smallest set of probability at least `top_p`.
-
-    Nucleus sampling: Holtzman et al. 2019, arXiv:1904.09751.
+    Attributes:
+      prompt: what it goes on from.
+      text: the continuation, without the prompt, <eos> and the stop string.
+      tokens: its new ids, without <eos>; where a stop string ended it, those that made the string are there.
+      finish_reason: "eos", "stop" or "length".
+      logprob: natural logarithm of the probability that the model gives `tokens` (beams: with <eos>, and what the
+        repetition penalty makes of it).
     """
-    vocab_size = logits_BV.shape[-1]
-    if 0 < top_k < vocab_size:
-        kth_B1 = jax.lax.top_k(logits_BV, top_k)[0][:, -1:]
-        logits_BV = jnp.where(logits_BV < kth_B1, -jnp.inf, logits_BV)
-    if top_p < 1:
-        sorted_BV = jnp.sort(logits_BV, axis=-1)[:, ::-1]
-        before_BV = jnp.cumsum(jax.nn.softmax(sorted_BV, axis=-1), axis=-1) - jax.nn.softmax(sorted_BV, axis=-1)
-        least_B1 = jnp.min(jnp.where(before_BV < top_p, sorted_BV, jnp.inf), axis=-1, keepdims=True)
-        logits_BV = jnp.where(logits_BV < least_B1, -jnp.inf, logits_BV)
-    return logits_BV
+
+    prompt: str
+    text: str
+    tokens: list[int]
+    finish_reason: str
+    logprob: float
 
 
-def _sample(logits_BV: jax.Array, key: jax.Array, temperature: float, top_k: int, top_p: float) -> jax.Array:
-    if temperature == 0:
-        return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
-    logits_BV = filter_logits(logits_BV / temperature, top_k, top_p)
-    return jax.random.categorical(key, logits_BV, axis=-1).astype(jnp.int32)
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """More of the text that is `number`th in the order of prompts and samples; `done` once it is finished."""
+
+    number: int
+    text: str
+    done: Generation | None = None
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "cache_length", "temperature", "top_k", "top_p"))
-def _prefill(
-    graphdef: Any, params: Any, prompt_BT: jax.Array, length: jax.Array, key: jax.Array, **static: Any
-) -> tuple[jax.Array, Any]:
-    """The first new token [B] after `length` tokens of the padded prompt, and the cache."""
-    model: Transformer = nnx.merge(graphdef, params)
-    hidden_BTD, cache = model.prefill(prompt_BT, static.pop("cache_length"))
-    last_B1D = jax.lax.dynamic_slice_in_dim(hidden_BTD, length - 1, 1, axis=1)
-    return _sample(model.logits(last_B1D)[:, 0], key, **static), cache
-
-
-@functools.partial(
-    jax.jit, static_argnames=("graphdef", "steps", "temperature", "top_k", "top_p"), donate_argnames="cache"
-)
-def _decode(
-    graphdef: Any,
-    params: Any,
-    token_B: jax.Array,
-    position: jax.Array,
-    cache: Any,
-    key: jax.Array,
-    steps: int,
-    **static: Any,
-) -> tuple[jax.Array, Any]:
-    """`steps` more tokens [steps, B] after `token_B`, which stands at `position`; and the cache."""
-    model: Transformer = nnx.merge(graphdef, params)
-
-    def body(carry: Any, offset: jax.Array) -> tuple[Any, jax.Array]:
-        token_B, cache = carry
-        logits_BV, cache = model.decode(token_B[:, None], position + offset, cache)
-        token_B = _sample(logits_BV, jax.random.fold_in(key, position + offset), **static)
-        return (token_B, cache), token_B
-
-    (_, cache), tokens = jax.lax.scan(body, (token_B, cache), jnp.arange(steps))
-    return tokens, cache
-
-
-def generate_tokens(
-    graphdef: Any,
-    params: Any,
-    prompt: list[int],
-    eos_id: int,
-    *,
-    max_new_tokens: int,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    num_samples: int,
-    seed: int,
-) -> list[list[int]]:
-    """New token ids of each sample, up to `max_new_tokens` or <eos> (left out).
-
-    When the model's max_seq_len is full, it goes on from the second half of what there is.
-    """
-    config = nnx.merge(graphdef, params).config
-    window = config.max_seq_len
-    static = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-    context_BT = np.tile(np.array(prompt, np.int32), (num_samples, 1))
-    prompt_length, key = context_BT.shape[1], jax.random.key(seed)
-    while context_BT.shape[1] - prompt_length < max_new_tokens and not _all_ended(
-        context_BT[:, prompt_length:], eos_id
-    ):
-        seen_BT = context_BT[:, -(window // 2) :] if context_BT.shape[1] >= window else context_BT
-        length = seen_BT.shape[1]
-        padded = min(-(-length // PROMPT_STEP) * PROMPT_STEP, window)
-        new = max_new_tokens - (context_BT.shape[1] - prompt_length)
-        cache_length = min(-(-(padded + new) // PROMPT_STEP) * PROMPT_STEP, window)
-        key, prefill_key, decode_key = jax.random.split(key, 3)
-        prompt_BT = np.pad(seen_BT, ((0, 0), (0, padded - length)))
-        token_B, cache = _prefill(graphdef, params, prompt_BT, length, prefill_key, cache_length=cache_length, **static)
-        context_BT = np.concatenate([context_BT, np.asarray(token_B)[:, None]], axis=1)
-        steps = min(new - 1, cache_length - length)
-        while steps > 0 and not _all_ended(context_BT[:, prompt_length:], eos_id):
-            tokens, cache = _decode(
-                graphdef, params, token_B, length, cache, decode_key, steps=min(CHUNK, cache_length - length), **static
-            )
-            tokens = np.asarray(tokens)[:steps]
-            context_BT = np.concatenate([context_BT, tokens.T], axis=1)
-            token_B, length, steps = jnp.asarray(tokens[-1]), length + len(tokens), steps - len(tokens)
-    return [_until(row.tolist(), eos_id) for row in context_BT[:, prompt_length:]]
-
-
-def _all_ended(new_BT: np.ndarray, eos_id: int) -> bool:
-    return bool((new_BT == eos_id).any(axis=1).all()) if new_BT.size else False
-
-
-def _until(ids: list[int], eos_id: int) -> list[int]:
-    return ids[: ids.index(eos_id)] if eos_id in ids else ids
-
-
-def generate_text(
-    model: Transformer,
-    tokenizer: Tokenizer,
-    prompt: str,
-    *,
-    max_new_tokens: int = 128,
-    temperature: float = 0.8,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    num_samples: int = 1,
-    seed: int = 0,
-) -> list[str]:
-    """`num_samples` continuations of `prompt`, each with the prompt in front.
-
-    Args:
-      temperature: 0 takes the likeliest token (greedy).
-      top_k: sample among the k likeliest tokens; 0: all.
-      top_p: sample among the likeliest tokens of this joint probability.
-      seed: equal seeds give equal samples.
+def encode_prompts(tokenizer: Tokenizer, prompts: Sequence[str], window: int, name: str = "prompt") -> list[list[int]]:
+    """The prompts' ids, <bos> first.
 
     Raises:
-      UserError: a value is out of bounds.
+      UserError: one is no valid Unicode, or longer than a `window` of tokens; its message begins with `name`.
     """
-    check_sampling(max_new_tokens, temperature, top_k, top_p, num_samples, seed)
-    graphdef, state = nnx.split(model)
-    samples = generate_tokens(
-        graphdef,
-        nnx.to_pure_dict(state),
-        [tokenizer.bos_id, *tokenizer.encode(prompt)],
-        tokenizer.eos_id,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        num_samples=num_samples,
-        seed=seed,
-    )
-    return [prompt + tokenizer.decode(ids) for ids in samples]
+    encoded = [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in prompts]
+    for number, ids in enumerate(encoded, 1):
+        if len(ids) > window:
+            which = f"{name} {number}" if len(encoded) > 1 else name
+            raise UserError(
+                f"{which} ({len(ids):,} tokens with <bos>) exceeds model.max_seq_len ({window:,}); shorten it"
+            )
+    return encoded
+
+
+class _Text:
+    """A text that is being made."""
+
+    def __init__(self, stream: TextStream) -> None:
+        self.stream, self.tokens, self.logprob = stream, list[int](), 0.0
+
+    def take(self, news: News) -> tuple[str, str | None]:
+        """The text that is new, and why it ends, if it does."""
+        pieces = []
+        for token, logprob in zip(news.tokens, news.logprobs, strict=True):
+            self.tokens.append(token)
+            self.logprob += logprob
+            pieces.append(self.stream.push(token))
+            if self.stream.stopped:
+                break
+        else:
+            if news.reason is not None:
+                pieces.append(self.stream.finish())
+        return "".join(pieces), "stop" if self.stream.stopped else news.reason
+
+
+class Writer:
+    """A model that texts are to be made with.
+
+    Args:
+      chunk: tokens decoded between looks at them.
+      shortest_cache: what the key-value cache holds at least; one length for all prompts saves compilations.
+
+    Attributes:
+      clock: tokens and seconds of all that was made.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        tokenizer: Tokenizer,
+        options: GenerationOptions,
+        *,
+        chunk: int = CHUNK,
+        shortest_cache: int = 1,
+    ) -> None:
+        self._graphdef, state = nnx.split(model)
+        self._params, self._config = nnx.to_pure_dict(state), model.config
+        self._tokenizer, self._options, self._chunk = tokenizer, options, chunk
+        self._shortest_cache = shortest_cache
+        self.clock = Clock()
+
+    def stream(self, prompts: Sequence[str], first: int = 0) -> Iterator[Piece]:
+        """The texts of all prompts, piece by piece; those of different texts alternate.
+
+        Args:
+          first: number of the first prompt, for the random keys.
+
+        Raises:
+          UserError: a prompt does not fit into the model's window, or is no valid Unicode.
+        """
+        encoded = encode_prompts(self._tokenizer, prompts, self._config.max_seq_len)
+        if not prompts:
+            return iter(())
+        return self._beams(prompts, encoded) if self._options.num_beams > 1 else self._samples(prompts, encoded, first)
+
+    def _samples(self, prompts: Sequence[str], encoded: list[list[int]], first: int) -> Iterator[Piece]:
+        options = self._options
+        jobs = [Job(tuple(ids), first + i, j) for i, ids in enumerate(encoded) for j in range(options.num_samples)]
+        decoder = Decoder(
+            self._graphdef, self._params, self._tokenizer.eos_id, options, self.clock, self._chunk, self._shortest_cache
+        )
+        texts = {job: _Text(TextStream(self._tokenizer.decode, options.stop)) for job in jobs}
+        for news in decoder.run(jobs):
+            text, job = texts[news.job], news.job
+            piece, reason = text.take(news)
+            if reason == "stop":
+                decoder.stop(job)
+            prompt = prompts[job.prompt - first]
+            done = None if reason is None else Generation(prompt, text.stream.text, text.tokens, reason, text.logprob)
+            if piece or done:
+                yield Piece((job.prompt - first) * options.num_samples + job.sample, piece, done)
+
+    def _beams(self, prompts: Sequence[str], encoded: list[list[int]]) -> Iterator[Piece]:
+        number = 0
+        for prompt, ids in zip(prompts, encoded, strict=True):
+            found = beam_search(self._graphdef, self._params, ids, self._tokenizer.eos_id, self._options, self.clock)
+            for beam in found:
+                text = self._tokenizer.decode(beam.tokens)
+                yield Piece(number, text, Generation(prompt, text, beam.tokens, beam.reason, beam.logprob))
+                number += 1
+
+
+def generate_tokens(graphdef: Any, params: Any, prompt: Sequence[Any], eos_id: int, **options: Any) -> list[list[int]]:
+    """New ids, <eos> left out: all samples of the first prompt, then those of the next.
+
+    Args:
+      graphdef, params: a split `Transformer`.
+      prompt: ids, at least one; or several such prompts. Of one longer than the model's window, the last half a
+        window is seen.
+      options: as in `generate_text`, but for `stop`.
+    """
+    checked, clock = make_options(**options), Clock()
+    if checked.stop:
+        raise UserError(f"--stop ({checked.stop[0]}) needs text; use generate_text")
+    prompts: list[list[int]] = [list(ids) for ids in (prompt if isinstance(prompt[0], Sequence) else [prompt])]
+    if checked.num_beams > 1:
+        searches = (beam_search(graphdef, params, ids, eos_id, checked, clock) for ids in prompts)
+        return [beam.tokens for beams in searches for beam in beams]
+    jobs = [Job(tuple(ids), i, j) for i, ids in enumerate(prompts) for j in range(checked.num_samples)]
+    made: dict[Job, list[int]] = {job: [] for job in jobs}
+    for news in Decoder(graphdef, params, eos_id, checked, clock).run(jobs):
+        made[news.job] += news.tokens
+    return list(made.values())
+
+
+def generate(writer: Writer, prompts: Sequence[str]) -> list[Generation]:
+    """All texts, in the order of prompts and samples. Raises UserError, as `Writer.stream`."""
+    done = {piece.number: piece.done for piece in writer.stream(prompts) if piece.done is not None}
+    return [done[number] for number in sorted(done)]
+
+
+def generate_text(model: Transformer, tokenizer: Tokenizer, prompt: str | Sequence[str], **options: Any) -> list[str]:
+    """Continuations, each with its prompt in front: all samples of the first prompt, then those of the next.
+
+    Args:
+      prompt: one, or several, which are worked on together; each text is what the prompt alone would give, if it had
+        its place among them (sampling depends on `seed`, on the places of prompt and sample, and on nothing else).
+      options: fields of `GenerationOptions`, such as max_new_tokens=50, temperature=0.
+
+    Raises:
+      UserError: an option is unknown or out of bounds, or a prompt is longer than the model's window.
+    """
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    writer = Writer(model, tokenizer, make_options(**options))
+    return [done.prompt + done.text for done in generate(writer, prompts)]
+
+
+def stream_text(model: Transformer, tokenizer: Tokenizer, prompt: str, **options: Any) -> Iterator[str]:
+    """The continuation of one prompt, without it, in pieces as they are decoded; joined, they are `generate_text`'s.
+
+    Raises:
+      UserError: as `generate_text`; or `num_samples` or `num_beams` is not 1.
+    """
+    checked = make_options(**options)
+    for name, value in (("num_samples", checked.num_samples), ("num_beams", checked.num_beams)):
+        if value != 1:
+            raise UserError(f"--{name} ({value}) gives no text to stream; set it to 1, or use generate_text")
+    writer = Writer(model, tokenizer, checked, chunk=STREAM_CHUNK)
+    return (piece.text for piece in writer.stream([prompt]) if piece.text)
+
+
+def answer(model: Transformer, tokenizer: Tokenizer, prompt: str | Sequence[str], **options: Any) -> str | list[str]:
+    """`generate_text`, but a str where one prompt has one text."""
+    texts = generate_text(model, tokenizer, prompt, **options)
+    return texts[0] if isinstance(prompt, str) and len(texts) == 1 else texts

@@ -37,7 +37,7 @@ from jaxlm.distributed import (
 from jaxlm.errors import RunFailed, Stopped, UserError
 from jaxlm.evaluate import evaluate_rows
 from jaxlm.facts import Start
-from jaxlm.generate import generate_text
+from jaxlm.generate import answer, encode_prompts
 from jaxlm.health import LossSpikes, SkippedUpdates
 from jaxlm.histograms import make_histograms, named_histograms
 from jaxlm.metrics import MetricsTracker, flops_per_token, memory_gib, model_flops_utilization
@@ -124,6 +124,9 @@ class Trainer:
         # A model that was trained elsewhere may have more rows than there are tokens; it keeps them.
         vocab_size = self.tokenizer.vocab_size if config.training.init_from is None else config.model.vocab_size
         self.config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=vocab_size))
+        if config.training.sample_tokens:
+            window = config.model.max_seq_len
+            encode_prompts(self.tokenizer, [config.training.sample_prompt], window, "training.sample_prompt")
         plan = partial(
             plan_cached,
             max_length=data.max_length,
@@ -572,11 +575,15 @@ class Trainer:
         with self._watchdog.during("saving a model"):
             checkpoint.save_model(Path(path), self.state.params, self.config, self.tokenizer, self._saved_progress())
 
-    def generate_text(self, prompt: str, **options: Any) -> str:
-        """`prompt` and a continuation by the current parameters; options as in `jaxlm.generate.generate_text`."""
+    def generate_text(self, prompt: str | Sequence[str], **options: Any) -> Any:
+        """`prompt` and a continuation by the current parameters; options as in `jaxlm.generate.generate_text`.
+
+        Returns:
+          A str; a list of str for a list of prompts, or for several samples of one.
+        """
         with self._watchdog.during("generating text"):
             model = nnx.merge(self.graphdef, self._whole(self.state.params))
-            return generate_text(model, self.tokenizer, prompt, **options)[0]
+            return answer(model, self.tokenizer, prompt, **options)
 
 
 def _shown(value: Any) -> str:

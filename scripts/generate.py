@@ -1,44 +1,51 @@
 """Text from a saved model: python scripts/generate.py --model DIR --prompt TEXT"""
 
-import sys
-
 from jaxlm import cli
+from jaxlm.generation import options as generation_options
+from jaxlm.generation.prompts import read_prompts
+
+DESCRIPTION = """Prints what a saved model makes of prompts: text on standard output, all else on standard error.
+
+    python scripts/generate.py --model checkpoints/best_model --prompt "def main(" --num_samples 3
+    python scripts/generate.py --model checkpoints/best_model --prompts_file prompts.txt --json > texts.jsonl
+    python scripts/generate.py --model checkpoints/best_model --interactive"""
 
 
 def generate() -> None:
-    parser = cli.Parser("Prints continuations of a prompt by a saved model.")
+    parser = cli.Parser(DESCRIPTION)
+    parser.usage = "%(prog)s --model DIR [options]"
     parser.add_argument("--model", required=True, metavar="DIR", help="best_model, final_model or a checkpoint")
     parser.add_argument(
-        "--prompt", default="", metavar="TEXT", help="text to go on from (default: the start of a document)"
-    )
-    parser.add_argument("--max_new_tokens", type=int, default=128, metavar="N", help="default: 128")
-    parser.add_argument("--temperature", type=float, default=0.8, metavar="X", help="0: greedy (default: 0.8)")
-    parser.add_argument(
-        "--top_k", type=int, default=0, metavar="K", help="sample among the K likeliest; 0: all (default)"
+        "--prompt",
+        action="append",
+        metavar="TEXT",
+        help="text to go on from; may be repeated (default: none, a new text)",
     )
     parser.add_argument(
-        "--top_p",
-        type=float,
-        default=1.0,
-        metavar="P",
-        help="... among the likeliest of joint probability P (default: 1)",
+        "--prompts_file", metavar="FILE", help='a prompt a line; .jsonl: {"text": PROMPT} a line; -: standard input'
     )
-    parser.add_argument("--num_samples", type=int, default=1, metavar="N", help="default: 1")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="equal seeds give equal samples (default: 0)")
-    arguments = vars(parser.parse_args())
-    folder, prompt = arguments.pop("model"), arguments.pop("prompt")
+    parser.add_argument("--interactive", action="store_true", help="continue the lines that are typed, one by one")
+    parser.add_argument(
+        "--stream", metavar="VALUE", default="auto", help="show a text as it comes: true, false or auto (on a terminal)"
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="a JSON object a text: prompt, text, tokens, finish_reason, logprob"
+    )
+    generation_options.add_options(parser)
+    arguments = parser.parse_args()
+    options = generation_options.options_from(arguments)
+    stream = None if arguments.stream == "auto" else cli.convert("--stream", arguments.stream, bool)
+    if arguments.interactive and (arguments.prompt or arguments.prompts_file or arguments.json or stream is False):
+        raise cli.UserError("--interactive takes no --prompt, --prompts_file, --json or --stream false; leave them out")
+    prompts = [] if arguments.interactive else read_prompts(arguments.prompt or [], arguments.prompts_file)
 
-    from jaxlm.checkpoint import load
-    from jaxlm.distributed import find_devices
-    from jaxlm.generate import check_sampling, generate_text
+    from jaxlm.console import converse, open_model, show_texts
 
-    check_sampling(**arguments)
-    find_devices()
-    loaded = load(folder)
-    for number, text in enumerate(generate_text(loaded.model, loaded.tokenizer, prompt, **arguments)):
-        if number:
-            print("-" * 40, file=sys.stdout)
-        print(text)
+    loaded = open_model(arguments.model)
+    if arguments.interactive:
+        converse(loaded, options)
+    else:
+        show_texts(loaded, prompts, options, stream=stream, as_json=arguments.json)
 
 
 if __name__ == "__main__":

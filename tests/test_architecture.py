@@ -34,11 +34,16 @@ LAYERS = [
     ["data.packing"],
     ["data.loader"],
     ["data"],
+    ["generation.clock", "generation.options", "generation.prompts", "generation.text"],
+    ["generation.sampling"],
+    ["generation.decode"],
+    ["generation.beam"],
+    ["generation"],
     ["step", "generate", "facts"],
     ["histograms"],
     ["checkpoint"],
     ["pretrained"],
-    ["evaluate", "memory", "export"],
+    ["evaluate", "memory", "export", "console"],
     ["trainer"],
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -214,20 +214,36 @@ SIMPLE = {
     # other commands' options
     "temperature": Case(
         [GENERATE, "--model", "x", "--temperature", "-1"],
-        r"--temperature \(-1\.0\) must be 0 \(greedy\)",
+        r"--temperature \(-1\.0\) must be at least 0",
     ),
     "top_p": Case([GENERATE, "--model", "x", "--top_p", "0"], r"--top_p \(0\.0\) must be greater than 0"),
     "samples": Case([GENERATE, "--model", "x", "--num_samples", "0"], r"--num_samples \(0\) must be at least 1"),
-    "top_k": Case([GENERATE, "--model", "x", "--top_k", "few"], r"--top_k: invalid int value: 'few'"),
+    "top_k": Case([GENERATE, "--model", "x", "--top_k", "few"], r"--top_k \('few'\) must be int"),
     "no model": Case([GENERATE, "--prompt", "x"], r"required: --model"),
     "batch size": Case([EVALUATE, "--model", "x", "--batch_size", "0"], r"--batch_size \(0\) must be at least 1"),
     "an option of training": Case(
         [EVALUATE, "--model", "x", "--training.seed", "1"], r"--training\.seed: unknown option"
     ),
+    "beams of samples": Case(
+        [GENERATE, "--model", "x", "--num_beams", "4", "--temperature", "1"], r"--num_beams \(4\) takes no samples"
+    ),
+    "no such prompts": Case(
+        [GENERATE, "--model", "x", "--prompts_file", "{folder}/none.txt"],
+        r"--prompts_file \({folder}/none\.txt\): no such file",
+    ),
+    "a prompt and the keyboard": Case(
+        [GENERATE, "--model", "x", "--prompt", "a", "--interactive"], r"--interactive takes no --prompt"
+    ),
+    "stream": Case([GENERATE, "--model", "x", "--stream", "maybe"], r"--stream \('maybe'\) must be true or false"),
+    "empty stop": Case([GENERATE, "--model", "x", "--stop", ""], r"--stop \(\) is empty"),
     "large seed": Case([GENERATE, "--model", "x", "--seed", "99999999999999999999"], r"--seed \(9{{20}}\) must be"),
     # devices
     "world size": train(
         r"training\.world_size \(8\) differs from the 1 device\(s\) found", "--training.world_size", "8"
+    ),
+    "long sample prompt": train(
+        r"training\.sample_prompt \(\d+ tokens with <bos>\) exceeds model\.max_seq_len \(32\); shorten it",
+        *("--training.sample_prompt", "word " * 40, "--training.sample_tokens", "5"),
     ),
     "several processes": train(
         r"WORLD_SIZE \(2\): start one process a host, without this launcher", environment={"WORLD_SIZE": "2"}
@@ -383,6 +399,14 @@ ON_RUN = {
         [GENERATE, "--model", "{run}/best_model"],
         r"{run}/best_model is damaged: params/\S+ is missing; name another",
         damage=lambda run: largest_file(run / "best_model" / "params").unlink(),
+    ),
+    "long prompt": Case(
+        [GENERATE, "--model", "{run}/best_model", "--prompt", "word " * 40],
+        r"prompt \(\d+ tokens with <bos>\) exceeds model\.max_seq_len \(32\); shorten it",
+    ),
+    "streaming of several texts": Case(
+        [GENERATE, "--model", "{run}/best_model", "--stream", "true", "--num_samples", "2"],
+        r"--stream \(true\) shows one text",
     ),
     "config of a later version": Case(
         [GENERATE, "--model", "{run}/best_model"],

@@ -13,7 +13,13 @@ from flax import nnx
 
 from jaxlm.config import ModelConfig
 from jaxlm.errors import UserError
-from jaxlm.generate import CHUNK, filter_logits, generate_text, generate_tokens
+from jaxlm.generate import Writer, generate_text, generate_tokens, stream_text
+from jaxlm.generate import generate as generate_all
+from jaxlm.generation.beam import beam_search
+from jaxlm.generation.clock import Clock
+from jaxlm.generation.decode import CHUNK, empty_caches, write_slot
+from jaxlm.generation.options import make_options
+from jaxlm.generation.sampling import choose, filter_logits, penalize
 from jaxlm.model import Transformer
 from jaxlm.tokenizer import Tokenizer
 
@@ -42,7 +48,7 @@ MODERN: dict[str, Any] = {
     "logit_softcap": 3.0,
 }
 PROMPT = [1, 17, 4, 33, 8]
-GREEDY: dict[str, Any] = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "num_samples": 1, "seed": 0}
+PROMPTS = [PROMPT, [7], list(range(3, 3 + WINDOW)), [5, 9] * 9, PROMPT, [44, 2, 31]]  # short, long, twice the same
 
 
 @functools.cache
@@ -61,10 +67,10 @@ def lively(config: ModelConfig) -> Transformer:
     return model
 
 
-def generate(model: Transformer, prompt: list[int], max_new_tokens: int, eos_id: int = NO_EOS, **options: Any) -> list:
+def generate(model: Transformer, prompt: list, max_new_tokens: int, eos_id: int = NO_EOS, **options: Any) -> list:
     graphdef, state = nnx.split(model)
-    options = GREEDY | options
-    return generate_tokens(graphdef, nnx.to_pure_dict(state), prompt, eos_id, max_new_tokens=max_new_tokens, **options)
+    options = {"temperature": 0, "max_new_tokens": max_new_tokens} | options
+    return generate_tokens(graphdef, nnx.to_pure_dict(state), prompt, eos_id, **options)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -80,17 +86,19 @@ def next_logits(model: Transformer, tokens: list[int]) -> np.ndarray:
     return np.array(full_logits(graphdef, nnx.to_pure_dict(state), padded)[0, len(tokens) - 1])
 
 
-def reference(model: Transformer, prompt: list[int], count: int) -> list[int]:
-    """Greedy decoding without a cache; a full window goes on from its second half."""
-    window = model.config.max_seq_len
-    seen = prompt[-(window // 2) :] if len(prompt) >= window else list(prompt)
-    new: list[int] = []
-    while len(new) < count:
+def reference(model: Transformer, prompt: list[int], count: int, penalty: float = 1.0) -> list[int]:
+    """Greedy decoding without a cache; what outgrows the window goes on from half a window."""
+    window, context = model.config.max_seq_len, list(prompt)
+    seen = list(prompt)
+    while len(context) < len(prompt) + count:
         if len(seen) > window:
             seen = seen[-(window // 2) :]
-        new.append(int(next_logits(model, seen).argmax()))
-        seen.append(new[-1])
-    return new
+        logits = next_logits(model, seen)
+        there = list(set(context))
+        logits[there] = np.where(logits[there] > 0, logits[there] / penalty, logits[there] * penalty)
+        seen.append(int(logits.argmax()))
+        context.append(seen[-1])
+    return context[len(prompt) :]
 
 
 @pytest.mark.parametrize("pre_norm", [True, False], ids=["pre_norm", "post_norm"])
@@ -106,16 +114,15 @@ def test_decoded_logits_are_those_of_the_full_pass_and_capped() -> None:
     """Greedy text shows no cap; the numbers do. The cache holds the shared heads only."""
     model = lively(dataclasses.replace(TINY, **MODERN | {"logit_softcap": 0.1}))
     graphdef, state = nnx.split(model)
-
-    @jax.jit
-    def decoded(params: Any, tokens: jax.Array) -> tuple[jax.Array, Any]:
-        model = nnx.merge(graphdef, params)
-        _, cache = model.prefill(tokens[:, :-1], WINDOW)
-        return model.decode(tokens[:, -1:], tokens.shape[1] - 1, cache)
-
-    logits, (keys, _) = decoded(nnx.to_pure_dict(state), jnp.array([PROMPT]))
-    np.testing.assert_allclose(logits[0], next_logits(model, PROMPT), atol=1e-5)
-    assert 0.09 < np.abs(logits).max() < 0.1 and keys.shape == (2, 1, WINDOW, 2, 4)
+    params = nnx.to_pure_dict(state)
+    tokens_1T = jnp.array([PROMPT])
+    _, prompt = jax.jit(lambda params: nnx.merge(graphdef, params).prefill(tokens_1T[:, :-1]))(params)
+    caches = write_slot(empty_caches(prompt, 1, WINDOW), 0, prompt)
+    last_B = jnp.array([len(PROMPT) - 1])
+    decode = jax.jit(lambda params: nnx.merge(graphdef, params).decode(tokens_1T[:, -1:], last_B, caches))
+    logits_1V, ((keys, _), _) = decode(params)
+    np.testing.assert_allclose(logits_1V[0], next_logits(model, PROMPT), atol=1e-5)
+    assert 0.09 < np.abs(logits_1V).max() < 0.1 and keys.shape == (1, 2, WINDOW, 4)
 
 
 def test_longer_than_a_chunk_and_a_step_of_the_prompt() -> None:
@@ -157,9 +164,11 @@ def test_seeds() -> None:
     assert first == generate(model, PROMPT, 30, seed=5, **options)
     assert first != generate(model, PROMPT, 30, seed=6, **options)
     assert len({tuple(tokens) for tokens in first}) == 16
+    (even,) = generate(model, PROMPT, 40, temperature=1e4)
+    assert len(set(even)) > 20, "every position has a number of its own"
 
 
-@pytest.mark.parametrize("only_one", [{"top_k": 1}, {"top_p": 1e-6}])
+@pytest.mark.parametrize("only_one", [{"top_k": 1}, {"top_p": 1e-6}, {"min_p": 1.0}])
 def test_one_choice_is_greedy(only_one: dict[str, float]) -> None:
     model = lively(TINY)
     assert generate(model, PROMPT, 30, **{"temperature": 1.5, "seed": 9} | only_one) == generate(model, PROMPT, 30)
@@ -168,7 +177,9 @@ def test_one_choice_is_greedy(only_one: dict[str, float]) -> None:
 @pytest.mark.parametrize(("temperature", "top_k"), [(2.0, 0), (0.5, 5)])
 def test_tokens_are_drawn_with_their_probabilities(temperature: float, top_k: int) -> None:
     model, count = lively(TINY), 4000
-    drawn = np.ravel(generate(model, PROMPT, 1, temperature=temperature, top_k=top_k, num_samples=count))
+    drawn = np.ravel(
+        generate(model, PROMPT, 1, temperature=temperature, top_k=top_k, num_samples=count, batch_size=count)
+    )
     logits = next_logits(model, PROMPT) / temperature
     if top_k:
         logits[np.argsort(logits)[:-top_k]] = -np.inf
@@ -176,6 +187,87 @@ def test_tokens_are_drawn_with_their_probabilities(temperature: float, top_k: in
     wanted /= wanted.sum()
     assert np.abs(np.bincount(drawn, minlength=VOCAB) / count - wanted).max() < 4 * np.sqrt(0.25 / count)
     assert set(drawn) <= set(np.flatnonzero(wanted))
+
+
+def test_prompts_of_different_lengths_do_not_disturb_each_other() -> None:
+    """Fewer slots than prompts, so that some begin while others go on; all beyond the window."""
+    model, count = lively(dataclasses.replace(TINY, positions="rotary")), 2 * WINDOW
+    assert generate(model, PROMPTS, count, batch_size=4) == [reference(model, prompt, count) for prompt in PROMPTS]
+
+
+def test_a_sample_depends_on_its_own_numbers_alone() -> None:
+    model = lively(TINY)
+    options: dict[str, Any] = {"temperature": 1.2, "num_samples": 2, "eos_id": 11, "seed": 4}
+    together = generate(model, PROMPTS, 40, **options, batch_size=5)
+    assert together == generate(model, PROMPTS, 40, **options, batch_size=1)
+    assert generate(model, PROMPTS[:2], 40, **options) == together[:4]
+    assert len({tuple(tokens) for tokens in together}) == len(together), "also of the prompt that is there twice"
+
+
+def test_repetition_penalty_against_the_full_pass() -> None:
+    model, count = lively(dataclasses.replace(TINY, positions="rotary")), 2 * WINDOW
+    wanted = [reference(model, prompt, count, penalty=1.3) for prompt in PROMPTS[:3]]
+    assert generate(model, PROMPTS[:3], count, repetition_penalty=1.3, batch_size=2) == wanted
+    assert wanted[0] != reference(model, PROMPT, count), "the penalty has to change something"
+
+
+def test_repetition_penalty_of_either_sign() -> None:
+    logits_BV = jnp.array([[2.0, -2.0, 3.0, -3.0], [2.0, -2.0, 3.0, -3.0]])
+    seen_BV = jnp.array([[True, True, False, False], [False, False, True, True]])
+    penalized = penalize(logits_BV, seen_BV, 4.0)
+    np.testing.assert_array_equal(penalized, [[0.5, -8.0, 3.0, -3.0], [2.0, -2.0, 0.75, -12.0]])
+
+
+def test_no_end_before_min_new_tokens() -> None:
+    model = lively(TINY)
+    (new,) = generate(model, PROMPT, 30)
+    (ended,) = generate(model, PROMPT, 30, eos_id=new[3])
+    assert len(ended) <= 3
+    for least in (4, 9):
+        (longer,) = generate(model, PROMPT, 30, eos_id=new[3], min_new_tokens=least)
+        assert len(longer) >= least and new[3] not in longer and longer[: len(ended)] == ended
+
+
+def log_probabilities(model: Transformer, tokens: list[int]) -> np.ndarray:
+    logits = next_logits(model, tokens).astype(np.float64)
+    return logits - logits.max() - np.log(np.exp(logits - logits.max()).sum())
+
+
+def test_as_many_beams_as_tokens_find_the_best_of_all_texts() -> None:
+    model, end = lively(TINY), 9
+    first = log_probabilities(model, PROMPT)
+    texts = {(end,): first[end]}
+    for token in set(range(VOCAB)) - {end}:
+        second = log_probabilities(model, [*PROMPT, token])
+        texts |= {(token, last): first[token] + second[last] for last in range(VOCAB)}
+    for penalty in (0.0, 1.0, 3.0):
+        best = sorted(texts, key=lambda text: -texts[text] / len(text) ** penalty)[:5]
+        wanted = [[token for token in text if token != end] for text in best]
+        found = generate(model, PROMPT, 2, eos_id=end, num_beams=VOCAB, num_samples=5, length_penalty=penalty)
+        assert found == wanted
+
+
+def test_beams_beyond_the_window() -> None:
+    """One beam more than greedy decoding has, and never a lower probability; beams keep their own caches."""
+    model, count = lively(dataclasses.replace(TINY, positions="rotary")), 2 * WINDOW
+
+    def score(new: list[int]) -> float:
+        total, seen = 0.0, list(PROMPT)
+        for token in new:
+            seen = seen[-(WINDOW // 2) :] if len(seen) > WINDOW else seen
+            total += log_probabilities(model, seen)[token]
+            seen.append(token)
+        return total
+
+    best, second, third = generate(model, PROMPT, count, num_beams=3, num_samples=3)
+    assert len(best) == len(second) == count
+    assert score(best) >= score(second) >= score(third)
+    assert score(best) > score(reference(model, PROMPT, count))
+    graphdef, state = nnx.split(model)
+    beams = beam_search(
+        graphdef, nnx.to_pure_dict(state), PROMPT, NO_EOS, make_options(max_new_tokens=count, num_beams=3), Clock()
+    )
+    np.testing.assert_allclose([beam.logprob for beam in beams], [score(best)], rtol=1e-4)
 
 
 @pytest.mark.parametrize("top_k", [0, 1, 7, VOCAB, 500])
@@ -190,6 +282,19 @@ def test_filter_against_numpy(top_k: int, top_p: float) -> None:
         wanted = {token for token, mass in zip(order, before, strict=True) if mass < top_p or top_p == 1}
         assert set(np.flatnonzero(np.isfinite(found))) == wanted
         np.testing.assert_array_equal(found[sorted(wanted)], row[sorted(wanted)])
+
+
+@pytest.mark.parametrize("size", [1, 5, 128, 300])
+def test_choosing_by_weight(size: int) -> None:
+    """Evenly spread numbers come to each index as often as its weight has it; never to one of no weight."""
+    weights = np.random.default_rng(5).gamma(0.3, size=size).astype(np.float32)
+    weights[1::3] = 0
+    count = 5000
+    uniform = ((np.arange(count) + 0.5) / count).astype(np.float32)
+    chosen = np.asarray(choose(jnp.tile(jnp.asarray(weights), (count, 1)), jnp.asarray(uniform)))
+    found = np.bincount(chosen, minlength=size)
+    assert not found[weights == 0].any()
+    assert np.abs(found - count * weights / weights.sum()).max() <= 1.01
 
 
 # ---- Text
@@ -220,6 +325,45 @@ def test_empty_prompt_begins_a_document(model: Transformer, tokenizer: Tokenizer
     assert ids == reference(model, [tokenizer.bos_id], 8)[: len(ids)]
 
 
+def test_several_prompts_and_streaming_give_the_same_texts(model: Transformer, tokenizer: Tokenizer) -> None:
+    prompts = ["the café", "", "my old cat"]
+    texts = generate_text(model, tokenizer, prompts, max_new_tokens=60, temperature=1.0, seed=3)
+    assert [text.startswith(prompt) for text, prompt in zip(texts, prompts, strict=True)] == [True] * 3
+    pieces = list(stream_text(model, tokenizer, prompts[0], max_new_tokens=60, temperature=1.0, seed=3))
+    assert len(pieces) > 3 and prompts[0] + "".join(pieces) == texts[0]
+
+
+def test_a_stop_string_ends_a_text_and_is_left_out(model: Transformer, tokenizer: Tokenizer) -> None:
+    options: dict[str, Any] = {"max_new_tokens": 60, "temperature": 1.0, "seed": 3}
+    writer = Writer(model, tokenizer, make_options(**options))
+    (whole,) = generate_all(writer, ["the"])
+    assert whole.finish_reason == "length" and len(whole.tokens) == 60 and whole.logprob < 0
+    stop = whole.text[20:23]
+    writer = Writer(model, tokenizer, make_options(**options, stop=[stop, "never there"]))
+    (stopped,) = generate_all(writer, ["the"])
+    assert stopped.text == whole.text[: whole.text.index(stop)] and stopped.finish_reason == "stop"
+    assert stopped.tokens == whole.tokens[: len(stopped.tokens)]
+    assert stop in tokenizer.decode(stopped.tokens) and stop not in tokenizer.decode(stopped.tokens[:-1])
+    assert "".join(stream_text(model, tokenizer, "the", **options, stop=stop)) == stopped.text
+
+
+def test_the_clock_tells_compiling_from_computing(model: Transformer, tokenizer: Tokenizer) -> None:
+    options = make_options(max_new_tokens=37, temperature=0.9, top_k=3)  # which no other test has compiled
+    first, again = (Writer(model, tokenizer, options) for _ in range(2))
+    for writer in (first, again):
+        generate_all(writer, ["the café", "my"])
+    assert first.clock.compiling > 0 and again.clock.compiling == 0
+    assert again.clock.new.tokens <= 2 * 37 and again.clock.new.seconds > 0
+    assert again.clock.slides == 4 and "second half 4 times" in again.clock.summary()
+
+
+def test_prompt_longer_than_the_window(model: Transformer, tokenizer: Tokenizer) -> None:
+    with pytest.raises(
+        UserError, match=r"^prompt 2 \(\d+ tokens with <bos>\) exceeds model\.max_seq_len \(24\); shorten"
+    ):
+        generate_text(model, tokenizer, ["short", "my café " * 24])
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -233,6 +377,19 @@ def test_empty_prompt_begins_a_document(model: Transformer, tokenizer: Tokenizer
         ({"top_p": 1.1}, r"^--top_p \(1\.1\)"),
         ({"seed": -1}, r"^--seed \(-1\)"),
         ({"seed": 2**31}, r"^--seed \(2147483648\)"),
+        ({"min_p": 1.5}, r"^--min_p \(1\.5\) must be at most 1"),
+        ({"repetition_penalty": 0.0}, r"^--repetition_penalty \(0\.0\) must be greater than 0"),
+        ({"top_kk": 1}, r"^--top_kk: unknown option \(did you mean top_k\?\)"),
+        ({"min_new_tokens": 9, "max_new_tokens": 8}, r"^--min_new_tokens \(9\) exceeds --max_new_tokens \(8\)"),
+        (
+            {"num_beams": 2, "temperature": 0.5},
+            r"^--num_beams \(2\) takes no samples; set --temperature 0 \(not 0\.5\)",
+        ),
+        ({"num_beams": 2, "num_samples": 3}, r"^--num_samples \(3\) exceeds --num_beams \(2\)"),
+        ({"num_beams": 2, "top_k": 3}, r"^--top_k is for samples, which --num_beams \(2\) takes none of"),
+        ({"num_beams": 2, "stop": "x"}, r"^--stop .*leave it or --num_beams out"),
+        ({"length_penalty": 2.0}, r"^--length_penalty \(2\.0\) is for beams"),
+        ({"stop": ["x", ""]}, r"^--stop \(\) is empty"),
     ],
 )
 def test_options_out_of_bounds(model: Transformer, tokenizer: Tokenizer, options: dict, message: str) -> None:

@@ -14,7 +14,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxlm.config import ModelConfig
-from jaxlm.model.attention import cached_attention, causal_attention
+from jaxlm.model.attention import cached_attention, causal_attention, write_cache
 from jaxlm.model.dropout import dropout
 from jaxlm.model.positions import rotate
 
@@ -27,7 +27,7 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {  # of float32 value
 GATES = {"swiglu": "swish", "geglu": "gelu"}  # the activation of the gate
 PRODUCT = "product"  # what recomputing with remat_policy dots keeps
 
-Cache = tuple[jax.Array, jax.Array]  # keys and values [B, T, G, K] of one layer
+Cache = tuple[jax.Array, jax.Array]  # keys and values of one layer: [B, T, G, K] as computed, [B, G, T, K] as kept
 
 
 def _product(spec: str, x: jax.Array, y: jax.Array) -> jax.Array:
@@ -175,13 +175,10 @@ class Attention(nnx.Module):
         )
         return self.out(y_BTHK.reshape(x_BTD.shape)), (k, v)
 
-    def decode(self, x_B1D: jax.Array, position: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
-        q, k, v = self.heads(x_B1D, jnp.broadcast_to(position, (x_B1D.shape[0], 1)))
-        keys, values = (
-            jax.lax.dynamic_update_slice_in_dim(old, new, position, axis=1)
-            for old, new in zip(cache, (k, v), strict=True)
-        )
-        y_B1HK = cached_attention(q, keys, values, position + 1)
+    def decode(self, x_B1D: jax.Array, position_B: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+        q, k, v = self.heads(x_B1D, position_B[:, None])
+        keys, values = (write_cache(old, new, position_B) for old, new in zip(cache, (k, v), strict=True))
+        y_B1HK = cached_attention(q, keys, values, position_B + 1)
         return self.out(y_B1HK.reshape(x_B1D.shape)), (keys, values)
 
 
@@ -234,6 +231,6 @@ class Block(nnx.Module):
         attend = lambda y: self.attention(y, segments_BT, positions_BT, attention_key)  # noqa: E731
         return self._residuals(x_BTD, attend, residual_keys)
 
-    def decode(self, x_B1D: jax.Array, position: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
-        """One position a row, at index `position`, with the keys and values before it in `cache`."""
-        return self._residuals(x_B1D, lambda y: self.attention.decode(y, position, cache), (None, None))
+    def decode(self, x_B1D: jax.Array, position_B: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+        """One position a row, at index `position_B`, with the keys and values [B, G, T, K] before it in `cache`."""
+        return self._residuals(x_B1D, lambda y: self.attention.decode(y, position_B, cache), (None, None))

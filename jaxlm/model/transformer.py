@@ -147,14 +147,28 @@ class Transformer(nnx.Module):
         cap = self.config.logit_softcap
         return logits_BTV if cap is None else cap * jnp.tanh(logits_BTV / cap)
 
-    def prefill(self, tokens_BT: jax.Array, cache_length: int) -> tuple[jax.Array, Cache]:
-        """Hidden states [B, T, D] of a prompt, and its keys and values in a cache [L, B, cache_length, G, K]."""
-        hidden, (k, v) = self._hidden_and_cache(tokens_BT, keep_cache=True)
-        room = ((0, 0), (0, 0), (0, cache_length - tokens_BT.shape[1]), (0, 0), (0, 0))
-        return hidden, (jnp.pad(k, room), jnp.pad(v, room))
+    def prefill(self, tokens_BT: jax.Array) -> tuple[jax.Array, tuple[Cache, ...]]:
+        """Hidden states [B, T, D] of a prompt, and each layer's keys and values [B, G, T, K]."""
+        hidden_BTD, kept = self._hidden_and_cache(tokens_BT, keep_cache=True)
+        k, v = (x_LBTGK.swapaxes(2, 3) for x_LBTGK in kept)
+        return hidden_BTD, tuple(zip(k, v, strict=True))
 
-    def decode(self, tokens_B1: jax.Array, position: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
-        """Logits float32 [B, V] after one more token a row at index `position`, and the cache with it."""
-        x_B1D = self.embed(tokens_B1, jnp.broadcast_to(position, tokens_B1.shape))
-        x_B1D, cache = self._run_blocks(lambda block, x, c: block.decode(x, position, c), x_B1D, cache)
-        return self.logits(self._finish(x_B1D))[:, 0], cache
+    def decode(
+        self, tokens_B1: jax.Array, position_B: jax.Array, caches: tuple[Cache, ...]
+    ) -> tuple[jax.Array, tuple[Cache, ...]]:
+        """Logits float32 [B, V] after one more token a row, and the caches with it.
+
+        The layers are unrolled: a scan would copy the caches of all of them for every token.
+
+        Args:
+          position_B: int32 index of each row's token; what the caches hold from there on is not looked at.
+          caches: keys and values [B, G, T, K] of each layer.
+        """
+        graphdef, state = nnx.split(self.blocks)
+        params = nnx.to_pure_dict(state)
+        x_B1D, after = self.embed(tokens_B1, position_B[:, None]), []
+        for layer, cache in enumerate(caches):
+            block = nnx.merge(graphdef, jax.tree.map(lambda x: x[layer], params))  # noqa: B023 - called at once
+            x_B1D, cache = block.decode(x_B1D, position_B, cache)
+            after.append(cache)
+        return self.logits(self._finish(x_B1D))[:, 0], tuple(after)

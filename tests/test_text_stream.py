@@ -1,0 +1,67 @@
+"""The text that is given out token by token is the text of all tokens, cut at the first stop string."""
+
+import pytest
+from conftest import documents
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jaxlm.generation.text import TextStream
+from jaxlm.tokenizer import Tokenizer
+
+TOKENIZER = Tokenizer.train(documents(60, 1), 300)
+IDS = st.lists(st.integers(3, TOKENIZER.vocab_size - 1), max_size=25)  # any bytes, so mostly no UTF-8
+TEXTS = st.text(alphabet="ab é🙂\n", max_size=12)
+
+
+def streamed(ids: list[int], stops: tuple[str, ...] = ()) -> tuple[list[str], TextStream]:
+    stream = TextStream(TOKENIZER.decode, stops)
+    pieces = []
+    for token in ids:
+        pieces.append(stream.push(token))
+        if stream.stopped:
+            break
+    else:
+        pieces.append(stream.finish())
+    return pieces, stream
+
+
+@given(ids=IDS)
+@settings(deadline=None)
+def test_any_bytes(ids: list[int]) -> None:
+    pieces, stream = streamed(ids)
+    assert "".join(pieces) == stream.text == TOKENIZER.decode(ids)
+    assert not stream.stopped
+
+
+@given(text=TEXTS, stops=st.lists(st.text(alphabet="ab é🙂", min_size=1, max_size=3), max_size=3))
+@settings(deadline=None)
+def test_stop_strings(text: str, stops: list[str]) -> None:
+    pieces, stream = streamed(TOKENIZER.encode(text), tuple(stops))
+    ends = [text.index(stop) + len(stop) for stop in stops if stop in text]
+    assert stream.stopped == bool(ends)
+    assert "".join(pieces) == stream.text
+    assert not any(stop in stream.text for stop in stops)
+    assert text.startswith(stream.text)
+    if not ends:
+        assert stream.text == text
+    else:
+        assert any(text[len(stream.text) :].startswith(stop) for stop in stops), "cut where a stop string begins"
+
+
+@pytest.mark.parametrize(("stop", "shown"), [("🙂", ["q", "é"]), ("é🙂", ["q"]), ("🙂c", ["q", "é"])])
+def test_nothing_of_a_stop_string_or_of_half_a_character_is_shown(stop: str, shown: list[str]) -> None:
+    text, seen = "qé🙂", []
+    stream = TextStream(TOKENIZER.decode, (stop,))
+    for token in TOKENIZER.encode(text):
+        seen.append(stream.push(token))
+    assert [piece for piece in seen if piece] == shown
+    assert stream.finish() == ("🙂" if stop == "🙂c" else "")
+    assert stream.stopped == (stop in text)
+
+
+def test_a_decoder_that_drops_the_first_space() -> None:
+    """As SentencePiece's: the space before a word is part of its token, and shown only after another token."""
+    words = ["", "▁the", "▁cat", "s"]
+    decode = lambda ids: "".join(words[i] for i in ids).replace("▁", " ").removeprefix(" ")  # noqa: E731
+    stream = TextStream(decode)
+    assert [stream.push(token) for token in (1, 2, 3)] == ["the", " cat", "s"]
