@@ -13,7 +13,7 @@ PACKAGE = ROOT / "jaxlm"
 LAYERS = [
     ["errors"],
     ["config"],
-    ["manifest", "health", "signals", "distributed", "sharding", "precision", "optim", "loss", "metrics"],
+    ["manifest", "health", "signals", "distributed", "sharding", "precision", "optim", "loss", "metrics", "gpus"],
     ["tokenizer", "deepspeed", "watchdog", "folder"],
     ["cli"],
     ["model.dropout", "model.positions"],
@@ -32,6 +32,9 @@ LAYERS = [
     ["checkpoint"],
     ["evaluate", "memory", "export"],
     ["trainer"],
+    ["commands.train", "commands.evaluate", "commands.generate", "commands.estimate_memory", "commands.completion"],
+    ["commands"],
+    ["__main__"],
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 MODEL_MAY_IMPORT = {"config", "errors"}

@@ -8,7 +8,6 @@ import itertools
 import json
 import os
 import re
-import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +17,8 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from jaxlm import cli, memory, sharding
+from jaxlm import cli, gpus, memory, sharding
+from jaxlm.__main__ import main
 from jaxlm.config import Config, DataConfig, ModelConfig, TrainingConfig, replace_fields
 from jaxlm.errors import UserError
 from jaxlm.memory import estimate, largest_batch_size
@@ -263,7 +263,7 @@ def test_the_largest_batch_fits_and_a_larger_one_does_not(monkeypatch, share):
         monkeypatch.delenv(variable, raising=False)
     if share is not None:
         monkeypatch.setenv(memory.FRACTION_VARIABLES[1], share)
-    size = memory.memory_of("a10")
+    size = gpus.memory_of("a10")
     most = largest_batch_size(gpt2(), 2, size)
     totals = [estimate(gpt2(**{"training.batch_size": n}), 2).total for n in (most, most + 1)]
     assert totals[0] <= size * float(share or 0.75) < totals[1]
@@ -298,13 +298,13 @@ def test_the_configuration_is_validated():
 )
 def test_sizes_need_a_number_and_a_unit(text):
     with pytest.raises(UserError, match="--memory"):
-        memory.parse_memory(text)
+        gpus.parse_memory(text)
 
 
 def test_sizes_and_shares(monkeypatch):
-    assert memory.parse_memory("80GB") == memory.parse_memory("80g") == memory.parse_memory("80000M") == 80 * 10**9
-    assert memory.parse_memory("1.5 gib") == memory.parse_memory("1536MiB") == 3 * 2**29
-    assert memory.parse_memory("1MiB") == 2**20
+    assert gpus.parse_memory("80GB") == gpus.parse_memory("80g") == gpus.parse_memory("80000M") == 80 * 10**9
+    assert gpus.parse_memory("1.5 gib") == gpus.parse_memory("1536MiB") == 3 * 2**29
+    assert gpus.parse_memory("1MiB") == 2**20
     monkeypatch.setenv(memory.FRACTION_VARIABLES[0], "much")
     with pytest.raises(UserError, match=memory.FRACTION_VARIABLES[0]):
         memory.usable(1)
@@ -314,9 +314,9 @@ def test_sizes_and_shares(monkeypatch):
 
 
 def script(monkeypatch, capsys, *arguments):
-    command = runpy.run_path(str(ROOT / "scripts" / "estimate_memory.py"))["estimate_memory"]
     monkeypatch.setattr(sys, "argv", ["estimate_memory.py", "--config", str(GPT2["124m"]), *arguments])
-    command()
+    with pytest.raises(SystemExit, match="0"):
+        main("estimate_memory")
     return capsys.readouterr().out
 
 
@@ -339,7 +339,7 @@ def test_the_scripts_help_lists_the_gpus(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         script(monkeypatch, capsys, "--help")
     shown = " ".join(capsys.readouterr().out.split())
-    assert ", ".join(memory.GPUS) in shown and "default: training.world_size, or 1" in shown
+    assert ", ".join(gpus.GPUS) in shown and "default: training.world_size, or 1" in shown
 
 
 def test_the_scripts_json(monkeypatch, capsys):
