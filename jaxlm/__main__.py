@@ -23,26 +23,28 @@ def main(name: str | None = None) -> NoReturn:
         import argcomplete
 
         argcomplete.autocomplete(program(), always_complete_options="long")
-    cli.main(partial(_run, name, sys.argv[1:]))
+    cli.main(partial(_dispatch, name, sys.argv[1:]))
 
 
-def _run(name: str | None, arguments: list[str]) -> None:
+def _dispatch(name: str | None, arguments: list[str]) -> None:
     if name is not None:
-        _run_command(COMMANDS[name], cli.Parser(COMMANDS[name].__doc__), arguments)
+        run(name, arguments)
         return
     word = arguments[0] if arguments else "--help"
     name = word.replace("-", "_")
     if name in COMMANDS:
-        _run_command(COMMANDS[name], cli.Parser(COMMANDS[name].__doc__, prog=f"jaxlm {word}"), arguments[1:])
+        run(name, arguments[1:], prog=f"jaxlm {word}")
     elif word.startswith("-"):
         program().parse_args(arguments)
     else:
         raise cli.UserError(f"{word}: unknown command{cli.nearest(name, COMMANDS)}; jaxlm --help lists all")
 
 
-def _run_command(command: Any, parser: cli.Parser, arguments: list[str]) -> None:
-    command.add_options(parser)
-    command.run(parser.parse_args(arguments))
+def run(name: str, arguments: list[str], prog: str | None = None) -> None:
+    """Runs a command in this process; raises what `cli.main` turns into an exit code."""
+    parser = cli.Parser(COMMANDS[name].__doc__, prog)
+    COMMANDS[name].add_options(parser)
+    COMMANDS[name].run(parser.parse_args(arguments))
 
 
 def program() -> cli.Parser:

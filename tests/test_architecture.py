@@ -36,7 +36,7 @@ LAYERS = [
     ["commands"],
     ["__main__"],
 ]
-LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+LEVEL = {"": -1} | {name: level for level, names in enumerate(LAYERS) for name in names}  # "": the package, empty
 MODEL_MAY_IMPORT = {"config", "errors"}
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 ALL_SOURCES = [*SOURCES, *sorted((ROOT / "scripts").glob("*.py"))]

@@ -7,6 +7,7 @@ which nothing runs. A command that nothing here knows fails.
 
 import ast
 import contextlib
+import dataclasses
 import itertools
 import json
 import re
@@ -119,7 +120,7 @@ def own_command(words: list[str]) -> tuple[str, list[str]] | None:
     """(name, arguments) of a command of ours: `jaxlm NAME ...`, `python scripts/NAME.py ...`; None: another's."""
     if words[0] == "python" and (script := re.fullmatch(r"scripts/(\w+)\.py", words[1])):
         return script[1], words[2:]
-    return (words[1].replace("-", "_"), words[2:]) if words[0] == "jaxlm" else None
+    return (words[1] if words[1][0] == "-" else words[1].replace("-", "_"), words[2:]) if words[0] == "jaxlm" else None
 
 
 # ------------------------------------------------------------ commands of others: what can be checked is
@@ -209,7 +210,7 @@ class Reader:
                 words = words[1:]
             try:
                 self.follow(words, output)
-            except (AssertionError, cli.UserError) as error:
+            except AssertionError as error:
                 raise AssertionError(f"{where}: {shlex.join(words)}: {error}") from error
 
     def follow(self, words: list[str], output: str) -> None:
@@ -227,11 +228,10 @@ class Reader:
             self.follow_own(*ours, output)
 
     def follow_own(self, name: str, given: list[str], output: str) -> None:
-        expected = expected_code(output)
-        if expected != 2:
-            parse(name, given)
-            if {"FILE", "DIR", "--help"} & set(given) or (name == "train" and not_run(given)):
-                return
+        expected, wrong = expected_code(output), fault(name, given)
+        if wrong is None and ({"FILE", "DIR", "--help"} & set(given) or (name == "train" and not_run(given))):
+            return
+        if wrong is None:  # else it ends before anything that takes time
             self.provide_models(itertools.pairwise(given))
             given = [*given, *self.shortened(name, given)]
         code, printed = self.run(name, given)
@@ -294,14 +294,18 @@ def reader(tmp_path: Path, corpus: Path, trained: Path, capsys: Any, monkeypatch
     return Reader(tmp_path, corpus, trained, capsys, monkeypatch)
 
 
-def parse(name: str, given: list[str]) -> None:
-    """Reads a command's arguments, and its configuration if it takes one, as the command itself does."""
+def fault(name: str, given: list[str]) -> str | None:
+    """What is wrong with a command's arguments, and its configuration if it takes one, as far as that is in them."""
     parser = cli.Parser("")
     COMMANDS[name].add_options(parser)
     with contextlib.suppress(SystemExit):  # of --help
-        arguments = parser.parse_args(["small" if word == "FILE" else word for word in given])
-        if "config" in vars(arguments) and arguments.config != "mine.json":
-            validate(cli.config_from(arguments))
+        try:
+            arguments = parser.parse_args(["small" if word in ("FILE", "mine.json") else word for word in given])
+            if "config" in vars(arguments):
+                validate(cli.config_from(arguments))
+        except cli.UserError as error:
+            return str(error)
+    return None
 
 
 def not_run(given: list[str]) -> str | None:
@@ -323,6 +327,15 @@ def test_snippets(page: Path, reader: Reader) -> None:
     reader.read_snippets(page)
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_options_named_on_pages_exist(page: Path) -> None:
+    fields = {f"{name}.{field.name}" for name, section in SECTIONS.items() for field in dataclasses.fields(section)}
+    named = re.findall(
+        r"(?<![\w./])(?:--)?((?:model|training|data)\.[a-z]\w+)\b(?![.(])", page.read_text(encoding="utf-8")
+    )
+    assert set(named) - fields - {"data.jsonl"} == set()
+
+
 # ------------------------------------------------------------ messages
 
 
@@ -335,14 +348,14 @@ def messages() -> list[re.Pattern[str]]:
             parts = node.values if isinstance(node, ast.JoinedStr) else [node]
             literal = [part.value if isinstance(part, ast.Constant) else None for part in parts]
             fixed = "".join(part for part in literal if isinstance(part, str))
-            if len(fixed.split()) >= 4:
+            if len(fixed.split()) >= 3:
                 found.append(re.compile("".join(".*" if p is None else re.escape(str(p)) for p in literal), re.S))
     return found
 
 
 def is_said(line: str) -> bool:
     bare = re.sub(r"^(error|failed|stopped): ", "", line)
-    return any(pattern.fullmatch(bare) for pattern in messages())
+    return any(pattern.fullmatch(text) for pattern in messages() for text in (line, bare))
 
 
 def test_quoted_messages_are_the_programs() -> None:

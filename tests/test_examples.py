@@ -1,4 +1,7 @@
-"""Each example runs, cut down to a tiny model, and leaves what its first lines promise."""
+"""Each example runs, cut down to a tiny model, and leaves what its first lines promise.
+
+.ci/run executes the notebook as it is, in a kernel of its own.
+"""
 
 import json
 import runpy
@@ -40,3 +43,14 @@ def test_example(example: Path, tmp_path: Path, corpus: Path, monkeypatch: pytes
     monkeypatch.setattr(Shrunk, "changes", TINY | data_of(corpus), raising=False)
     runpy.run_path(str(example), run_name="__main__")
     LEFT[example.stem](tmp_path)
+
+
+def test_notebook(tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    notebook = json.loads((ROOT / "examples" / "quickstart.ipynb").read_text(encoding="utf-8"))
+    code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert all(not cell["outputs"] and cell["execution_count"] is None for cell in code), "clear its outputs"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("jaxlm.trainer.Trainer", Shrunk)
+    monkeypatch.setattr(Shrunk, "changes", TINY | data_of(corpus), raising=False)
+    exec("\n".join("".join(cell["source"]) for cell in code), {})
+    assert [row["step"] for row in rows(tmp_path / "runs/quickstart")] == [1, 2]

@@ -18,4 +18,4 @@ def add_options(parser: cli.Parser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     import argcomplete
 
-    print(argcomplete.shellcode(["jaxlm"], shell=arguments.shell, use_defaults=False))
+    print(argcomplete.shellcode(["jaxlm"], False, arguments.shell))
