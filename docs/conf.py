@@ -25,5 +25,22 @@ napoleon_use_rtype = False
 nitpicky = True
 nitpick_ignore_regex = [  # types of other libraries, and aliases, whose pages are not here
     ("py:.*", r"(jax|jaxlib|flax|nnx|optax|orbax|ocp|np|numpy|pathlib|os|collections|typing|argparse|Path|Any)(\..*)?"),
+    ("py:.*", r"jaxlm\.data\.documents\.LeftOut"),
     ("py:.*", r"(UserError|RunFailed|Stopped|optional|Callable|Iterator|Mapping|Sequence|one of SAVE_ERRORS)"),
 ]
+
+ELSEWHERE = {
+    "../launch/README.md": "launch.md",
+    "../benchmarks/README.md": "speed.md",
+    "../CONTRIBUTING.md": "contributing.md",
+}
+
+
+def _own_pages(app, name, source):
+    """Links to files beside docs/, as a forge wants them, go to the pages that include those files."""
+    for file, page in ELSEWHERE.items():
+        source[0] = source[0].replace(f"]({file}", f"]({page}")
+
+
+def setup(app):
+    app.connect("source-read", _own_pages)

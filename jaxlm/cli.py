@@ -21,6 +21,10 @@ from jaxlm.signals import StopRequest
 
 EXIT_FAILED, EXIT_USER_ERROR, EXIT_STOPPED = 1, 2, 75
 PACKAGE = Path(__file__).parent
+OUT_OF_MEMORY = (
+    "the device's memory is full: set model.gradient_checkpointing true, or lower training.batch_size and raise "
+    "training.gradient_accumulation_steps by as much; jaxlm estimate_memory says what fits"
+)
 LONGEST_MESSAGE = 2000  # characters
 CONFIG_FILE_ERRORS = (  # what the user's own code in a configuration file is likely to raise
     ArithmeticError,
@@ -268,12 +272,22 @@ def main(command: Callable[[], None]) -> NoReturn:
     except Stopped as stopped:
         print(f"stopped: {_printable(stopped)}", file=sys.stderr)
         sys.exit(EXIT_STOPPED)
+    except RuntimeError as error:
+        if not _is_out_of_memory(error):
+            raise
+        _end(f"failed: {OUT_OF_MEMORY} ({_printable(error)})", EXIT_FAILED)
     except BrokenPipeError:  # the reader of what we print went away, as with `| head`: nobody to tell, so end quietly
         nowhere = os.open(os.devnull, os.O_WRONLY)
         for stream in (sys.stdout, sys.stderr):
             os.dup2(nowhere, stream.fileno())
         sys.exit(1)
     sys.exit(0)
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether JAX says that a device's memory is full; asked without importing JAX."""
+    jax = sys.modules.get("jax")
+    return jax is not None and isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
 
 
 def _one_of_several() -> bool:
