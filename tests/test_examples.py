@@ -11,6 +11,11 @@ from typing import Any
 import pytest
 from test_docs import TINY, Shrunk, data_of
 
+from jaxlm import load
+from jaxlm.config import from_dict
+from jaxlm.errors import UserError
+from jaxlm.trainer import Trainer
+
 ROOT = Path(__file__).parents[1]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 
@@ -26,6 +31,14 @@ def left_by_custom_metric(folder: Path) -> None:
 def left_by_own_data(folder: Path) -> None:
     assert len((folder / "runs/own_data/docstrings.jsonl").read_text().splitlines()) > 1000
     assert (folder / "runs/own_data/run/final_model").is_dir()
+
+
+def left_by_own_block(folder: Path) -> None:
+    with pytest.raises(UserError, match="holds a ParallelTransformer, not a Transformer; from Python, load"):
+        load(folder / "runs/own_block/final_model")
+    config = json.loads((folder / "runs/own_block/config.json").read_text())
+    with pytest.raises(UserError, match='the model\'s class was "ParallelTransformer", is "Transformer"'):
+        Trainer(from_dict(config, "config.json"))
 
 
 def left_by_sweep(folder: Path) -> None:
