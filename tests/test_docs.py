@@ -330,10 +330,9 @@ def test_snippets(page: Path, reader: Reader) -> None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_options_named_on_pages_exist(page: Path) -> None:
     fields = {f"{name}.{field.name}" for name, section in SECTIONS.items() for field in dataclasses.fields(section)}
-    named = re.findall(
-        r"(?<![\w./])(?:--)?((?:model|training|data)\.[a-z]\w+)\b(?![.(])", page.read_text(encoding="utf-8")
-    )
-    assert set(named) - fields - {"data.jsonl"} == set()
+    prose = re.sub(r"^```console$.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+    named = re.findall(r"`(?:--)?((?:model|training|data)\.[a-z]\w+)(?:`| \S+`)", prose)
+    assert set(named) - fields - {"model.py"} == set()
 
 
 # ------------------------------------------------------------ messages
