@@ -11,6 +11,7 @@ default_role = "literal"  # docstrings write names as `name`
 html_theme = "furo"
 html_title = f"jaxlm {version}"
 html_show_sourcelink = False
+html_static_path, html_css_files = ["_static"], ["wide.css"]
 html_theme_options = {"sidebar_hide_name": False}
 pygments_style, pygments_dark_style = "friendly", "monokai"
 
@@ -20,7 +21,7 @@ suppress_warnings = ["myst.header"]  # an included README begins with its own ti
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented_params"
-autodoc_class_signature = "separated"
+autodoc_preserve_defaults = True
 napoleon_use_rtype = False
 nitpicky = True
 nitpick_ignore_regex = [  # types of other libraries, and aliases, whose pages are not here

@@ -43,6 +43,8 @@ config = replace_fields(
         "model.d_ff": 512,
         "model.max_seq_len": 128,
         "data.max_length": 128,
+        "data.validation_fraction": 0.01,
+        "training.gradient_accumulation_steps": 1,
         "training.max_steps": 50,
         "training.checkpoint_dir": "runs/own_block",
     },

@@ -37,6 +37,7 @@ config = replace_fields(
         "data.train_files": (str(TEXT),),
         "data.text_column": "docstring",
         "data.validation_fraction": 0.1,
+        "training.gradient_accumulation_steps": 1,
         "training.max_steps": 60,
         "training.sample_prompt": "Return",
         "training.checkpoint_dir": "runs/own_data/run",

@@ -20,6 +20,8 @@ base = replace_fields(
         "model.d_ff": 512,
         "model.max_seq_len": 128,
         "data.max_length": 128,
+        "data.validation_fraction": 0.01,
+        "training.gradient_accumulation_steps": 1,
         "training.max_steps": 50,
         "training.eval_steps": 25,
         "training.sample_tokens": 0,
