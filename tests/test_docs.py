@@ -58,7 +58,7 @@ TINY: dict[str, Any] = {
 # Training commands that are parsed and validated, but not run, and why.
 NOT_RUN = {
     r"--coordinator_address": "needs several hosts; tests/test_processes.py starts several processes",
-    r"gpt2_\d+m|\b(medium|large)\b": "a model for GPUs; tests/test_cli.py validates each configuration",
+    r"(gpt2|llama)_\d+m|\b(medium|large)\b": "a model for GPUs; tests/test_cli.py validates each configuration",
     r"dataset_name (?!python-stdlib)|wikitext2": "needs the Hub; tests/test_sources.py serves one",
     r"use_deepspeed|zero_stage|tensor_parallel|zero_group_size": "tests/test_sharding.py trains with every layout",
 }
