@@ -56,6 +56,7 @@ class Progress:
     data_fingerprint: str
     global_batch: int  # rows an update; with the step, it says where in the data the run is
     shards: int  # devices that arrays were sharded over: an axis that it does not divide was saved padded with zeros
+    model_class: str = Transformer.__name__  # folders from before there were others don't say
 
 
 def _handlers() -> dict[str, Any]:
@@ -292,13 +293,14 @@ class LoadedModel:
         return answer(self.model, self.tokenizer, prompt, **options)
 
 
-def load(path: str | os.PathLike[str]) -> LoadedModel:
+def load(path: str | os.PathLike[str], model_class: type[Transformer] = Transformer) -> LoadedModel:
     """The model, tokenizer and configuration in a best_model, final_model or checkpoint folder.
 
-    The parameters are float32, on JAX's default device, whatever devices they were saved from.
+    The parameters are float32, on JAX's default device, whatever devices they were saved from. A model of a class of
+    your own needs that class.
 
     Raises:
-      UserError: not such a folder, or damaged.
+      UserError: not such a folder, damaged, or a model of another class.
     """
     folder = Path(path)
     if not folder.is_dir():
@@ -310,11 +312,16 @@ def load(path: str | os.PathLike[str]) -> LoadedModel:
     wrong = damage(folder, ("params", *JSON_ITEMS))
     if wrong is not None:
         raise UserError(f"{folder} is damaged: {wrong}; name another")
+    progress = read_progress(folder)
+    if progress.model_class != model_class.__name__:
+        raise UserError(
+            f"{folder}: holds a {progress.model_class}, not a {model_class.__name__}; from Python, load(path, "
+            f"{progress.model_class}) opens it"
+        )
     config = validate(read_config(folder))
-    make = lambda: Transformer(config.model, dtype=compute_dtype(config.training), rngs=nnx.Rngs(0))  # noqa: E731
+    make = lambda: model_class(config.model, dtype=compute_dtype(config.training), rngs=nnx.Rngs(0))  # noqa: E731
     graphdef, abstract = nnx.split(nnx.eval_shape(make))
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), nnx.to_pure_dict(abstract))
-    progress = read_progress(folder)
     model = nnx.merge(graphdef, _restore(folder, "params", target, progress.shards))
     return LoadedModel(model, read_tokenizer(folder), config, progress)

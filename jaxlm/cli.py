@@ -10,7 +10,8 @@ import sys
 import traceback
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -19,6 +20,11 @@ from jaxlm.errors import RunFailed, Stopped, UserError, one_line
 from jaxlm.signals import StopRequest
 
 EXIT_FAILED, EXIT_USER_ERROR, EXIT_STOPPED = 1, 2, 75
+PACKAGE = Path(__file__).parent
+OUT_OF_MEMORY = (
+    "the device's memory is full: set model.gradient_checkpointing true, or lower training.batch_size and raise "
+    "training.gradient_accumulation_steps by as much; jaxlm estimate_memory says what fits"
+)
 LONGEST_MESSAGE = 2000  # characters
 CONFIG_FILE_ERRORS = (  # what the user's own code in a configuration file is likely to raise
     ArithmeticError,
@@ -41,9 +47,13 @@ CONFIG_FILE_ERRORS = (  # what the user's own code in a configuration file is li
 class Parser(argparse.ArgumentParser):
     """argparse without abbreviations, whose errors are UserErrors that name the nearest known option."""
 
-    def __init__(self, description: str) -> None:
+    def __init__(self, description: str, prog: str | None = None, **more: Any) -> None:
         super().__init__(
-            description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+            description=description,
+            prog=prog,
+            allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            **more,
         )
 
     def parse_known_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def]
@@ -63,6 +73,23 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; --help lists all options")
 
 
+def add_config_file(parser: Parser) -> None:
+    """Adds --config FILE."""
+    names = ", ".join(shipped_configs())
+    action = parser.add_argument(
+        "--config", required=True, metavar="FILE", help=f"configuration, .py or .json, or one that comes along: {names}"
+    )
+    action.completer = _complete_config  # type: ignore[attr-defined]
+
+
+def add_model_folder(parser: Parser) -> None:
+    """Adds --model DIR."""
+    action = parser.add_argument(
+        "--model", required=True, metavar="DIR", help="best_model, final_model or a checkpoint"
+    )
+    action.completer = _complete_folder  # type: ignore[attr-defined]
+
+
 def add_config_options(parser: Parser, sections: Sequence[str] = tuple(SECTIONS)) -> None:
     """Adds --SECTION.FIELD VALUE for every field of `sections`."""
     required = [f"{action.option_strings[0]} {action.metavar}" for action in parser._actions if action.required]
@@ -73,7 +100,7 @@ def add_config_options(parser: Parser, sections: Sequence[str] = tuple(SECTIONS)
         for field in dataclasses.fields(SECTIONS[name]):
             choices = f" [{'|'.join(field.metadata['choices'])}]" if field.metadata["choices"] else ""
             default = _shown(field.default)
-            group.add_argument(
+            action = group.add_argument(
                 f"--{name}.{field.name}",
                 metavar="VALUE",
                 default=argparse.SUPPRESS,
@@ -81,6 +108,38 @@ def add_config_options(parser: Parser, sections: Sequence[str] = tuple(SECTIONS)
                     "%", "%%"
                 ),
             )
+            values = _values(field.metadata["choices"], hints[field.name])
+            if values is not None:
+                offer(action, values)
+
+
+def offer(action: argparse.Action, values: Iterable[str]) -> None:
+    """Names the values that a shell offers for an option."""
+    action.completer = partial(_complete_value, list(values))  # type: ignore[attr-defined]
+
+
+def _values(choices: Sequence[str], annotation: Any) -> list[str] | None:
+    """What a shell may offer for a field; None where it takes any text, such as a path."""
+    kinds = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
+    if not choices and (str in kinds or any(typing.get_origin(kind) is tuple for kind in kinds)):
+        return None
+    return [*choices, *["true", "false"] * (bool in kinds), *["none"] * (type(None) in kinds)]
+
+
+def _complete_value(values: list[str], **_: Any) -> list[str]:
+    return values
+
+
+def _complete_folder(prefix: str, **_: Any) -> list[str]:
+    from argcomplete.completers import DirectoriesCompleter
+
+    return list(DirectoriesCompleter()(prefix))
+
+
+def _complete_config(prefix: str, **_: Any) -> list[str]:
+    from argcomplete.completers import FilesCompleter
+
+    return [*shipped_configs(), *FilesCompleter(("py", "json"))(prefix)]
 
 
 def _shown(value: Any) -> str:
@@ -143,16 +202,27 @@ def _convert_list(dotted: str, text: str) -> tuple[str, ...]:
     return tuple(values)
 
 
+def shipped_configs() -> dict[str, Path]:
+    """{name: file} of the configurations that come with the program: its own, or those of the checkout."""
+    folder = next(parent for parent in (PACKAGE, PACKAGE.parent) if (parent / "configs").is_dir()) / "configs"
+    return {file.stem: file for file in sorted(folder.glob("*.py"))}
+
+
 def load_config(path: str) -> Config:
-    """The configuration in a Python file (a module that defines `config`) or a JSON file.
+    """The configuration in a Python file (a module that defines `config`) or a JSON file, or a shipped one by its name.
 
     Raises:
       UserError: missing, unreadable, not valid, or without a configuration.
     """
+    shipped = shipped_configs()
+    if path in shipped and not os.path.lexists(path):
+        path = str(shipped[path])
     file = Path(path)
     if not os.path.isfile(file):  # Path's own would raise where a name is too long, or a folder is closed to us
         reason = "is a folder" if os.path.isdir(file) else "no such file"
-        raise UserError(f"--config ({path}): {reason}; name a .py or .json file")
+        raise UserError(
+            f"--config ({path}): {reason}; name a .py or .json file, or one that comes along: {', '.join(shipped)}"
+        )
     if file.suffix == ".json":
         try:
             return from_dict(json.loads(file.read_text(encoding="utf-8")), f"--config ({path})")
@@ -202,12 +272,22 @@ def main(command: Callable[[], None]) -> NoReturn:
     except Stopped as stopped:
         print(f"stopped: {_printable(stopped)}", file=sys.stderr)
         sys.exit(EXIT_STOPPED)
+    except RuntimeError as error:
+        if not _is_out_of_memory(error):
+            raise
+        _end(f"failed: {OUT_OF_MEMORY} ({_printable(error)})", EXIT_FAILED)
     except BrokenPipeError:  # the reader of what we print went away, as with `| head`: nobody to tell, so end quietly
         nowhere = os.open(os.devnull, os.O_WRONLY)
         for stream in (sys.stdout, sys.stderr):
             os.dup2(nowhere, stream.fileno())
         sys.exit(1)
     sys.exit(0)
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether JAX says that a device's memory is full; asked without importing JAX."""
+    jax = sys.modules.get("jax")
+    return jax is not None and isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
 
 
 def _one_of_several() -> bool:

@@ -68,9 +68,13 @@ STEPS_AHEAD = 2  # updates dispatched before the oldest is waited for: the host 
 class Trainer:
     """One run. `fresh` moves what is in the run's folder aside first; `sinks` get its rows beside those of report_to.
 
+    A subclass may set `model_class` to a `Transformer` of its own, and override `_log_metrics` and `_log_eval_metrics`.
+
     Raises:
       UserError: anything that the user can mend, before the first update.
     """
+
+    model_class: type[Transformer] = Transformer
 
     def __init__(self, config: Config, *, fresh: bool = False, sinks: Sequence[Sink] = ()) -> None:
         self._own_sinks = sinks
@@ -182,6 +186,8 @@ class Trainer:
         changes = changed_fields(saved, self.config)
         if config.model.vocab_size not in (progress.requested_vocab_size, saved.model.vocab_size):
             changes["model.vocab_size"] = (progress.requested_vocab_size, config.model.vocab_size)
+        if progress.model_class != self.model_class.__name__:
+            changes["the model's class"] = (progress.model_class, self.model_class.__name__)
         if changes:
             shown = "; ".join(f"{name} was {_shown(old)}, is {_shown(new)}" for name, (old, new) in changes.items())
             raise UserError(
@@ -213,7 +219,7 @@ class Trainer:
 
         def make() -> Transformer:
             rngs = nnx.Rngs(training.seed)
-            return Transformer(config.model, implementation=self.attention, dtype=dtype, rngs=rngs)
+            return self.model_class(config.model, implementation=self.attention, dtype=dtype, rngs=rngs)
 
         self.graphdef, abstract_model = nnx.split(nnx.eval_shape(make))
         params = nnx.to_pure_dict(abstract_model)
@@ -561,6 +567,7 @@ class Trainer:
             requested_vocab_size=self.requested_vocab_size,
             data_fingerprint=self.data_fingerprint,
             global_batch=self.global_batch,
+            model_class=self.model_class.__name__,
             shards=self.layout.shards,
         )
 

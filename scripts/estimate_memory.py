@@ -1,51 +1,6 @@
 """Memory a GPU of a run, without one: python scripts/estimate_memory.py --config FILE [--devices N] [--gpu NAME]"""
 
-import dataclasses
-import json
-from typing import Any
-
-from jaxlm import cli, memory
-from jaxlm.pretrained import with_architecture
-
-
-def estimate_memory() -> None:
-    parser = cli.Parser("Prints the memory that each device needs for training, part by part; runs on any machine.")
-    parser.add_argument("--config", required=True, metavar="FILE", help="configuration, .py or .json")
-    parser.add_argument(
-        "--devices", type=int, metavar="N", help="devices of all hosts together (default: training.world_size, or 1)"
-    )
-    parser.add_argument("--zero_stage", metavar="S", help="short for --training.zero_stage")
-    parser.add_argument("--gpu", metavar="NAME", help=f"a GPU, to say what fits it: {', '.join(memory.GPUS)}")
-    parser.add_argument(
-        "--memory",
-        metavar="SIZE",
-        help="memory of a device instead of --gpu, such as 80GB: G, GB, M and MB are powers of ten, GiB and MiB of two",
-    )
-    parser.add_argument("--json", action="store_true", help="print one JSON object, in bytes, instead of the table")
-    cli.add_config_options(parser)
-    arguments = parser.parse_args()
-    if arguments.gpu is not None and arguments.memory is not None:
-        raise cli.UserError(f"--memory ({arguments.memory}) and --gpu ({arguments.gpu}) say the same; give one")
-    config = cli.config_from(arguments)
-    if arguments.zero_stage is not None:
-        stage, dotted = cli.convert("--zero_stage", arguments.zero_stage, int | None), "training.zero_stage"
-        other = cli.overrides(arguments).get(dotted, stage)
-        if other != stage:
-            raise cli.UserError(f"--zero_stage ({stage}) and --{dotted} ({other}) differ; give one")
-        config = cli.replace_fields(config, {dotted: stage})
-    size = None if arguments.gpu is None else memory.memory_of(arguments.gpu)
-    if arguments.memory is not None:
-        size = memory.parse_memory(arguments.memory)
-    devices = arguments.devices if arguments.devices is not None else config.training.world_size or 1
-    config = with_architecture(config)
-    estimate = memory.estimate(config, devices)
-    result: dict[str, Any] = {"devices": devices, **dataclasses.asdict(estimate), "total": estimate.total}
-    result["compiled"] = memory.compiled_on_gpus(config, devices)
-    if size is not None:
-        result |= {"memory": size, "usable": memory.usable(size), "fits": estimate.total <= memory.usable(size)}
-        result["largest_batch_size"] = memory.largest_batch_size(config, devices, size)
-    print(json.dumps(result) if arguments.json else memory.table(result))
-
+from jaxlm.__main__ import main
 
 if __name__ == "__main__":
-    cli.main(estimate_memory)
+    main("estimate_memory")

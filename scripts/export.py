@@ -1,35 +1,6 @@
 """A saved model as a folder that transformers opens: python scripts/export.py --model DIR --to DIR"""
 
-import sys
-from pathlib import Path
-
-from jaxlm import cli
-
-
-def export_model() -> None:
-    parser = cli.Parser("Writes a saved model as a folder that transformers opens, without code of ours.")
-    parser.add_argument("--model", required=True, metavar="DIR", help="best_model, final_model or a checkpoint")
-    parser.add_argument("--to", required=True, metavar="DIR", help="folder to write; a new one, or empty")
-    parser.add_argument(
-        "--max_shard_size", default="5GB", metavar="SIZE", help="of a file of parameters, such as 500MB (default: 5GB)"
-    )
-    parser.add_argument(
-        "--dtype", default="float32", metavar="TYPE", help="float32, bfloat16 or float16 (default: float32)"
-    )
-    arguments = parser.parse_args()
-    source, to = Path(arguments.model), Path(arguments.to)
-
-    from jaxlm.checkpoint import load
-    from jaxlm.distributed import find_devices
-    from jaxlm.export import check_dtype, check_target, export, parse_size
-
-    max_shard_size = parse_size(arguments.max_shard_size)
-    check_dtype(arguments.dtype)
-    check_target(to)
-    find_devices()
-    kind = export(load(source), source, to, max_shard_size=max_shard_size, dtype=arguments.dtype)
-    print(f"{to}: written for transformers as {kind}", file=sys.stderr)
-
+from jaxlm.__main__ import main
 
 if __name__ == "__main__":
-    cli.main(export_model)
+    main("export")

@@ -1,27 +1,6 @@
 """The report of a run, or of several compared: python scripts/report.py RUN [RUN ...] [--out FILE]"""
 
-from pathlib import Path
-
-from jaxlm import cli
-from jaxlm.report import FILE, write_report
-
-
-def report() -> None:
-    parser = cli.Parser("Writes one HTML file that shows a run, or several compared, and prints its path.")
-    parser.usage = "%(prog)s RUN [RUN ...] [--out FILE]"
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder (training.checkpoint_dir)")
-    parser.add_argument(
-        "--out",
-        type=Path,
-        metavar="FILE",
-        help="default: report.html, in the folder of the run, or of several in this one",
-    )
-    arguments = parser.parse_args()
-    folders: list[Path] = [folder.expanduser() for folder in arguments.runs]
-    out = arguments.out or (folders[0] / FILE if len(folders) == 1 else Path(FILE))
-    write_report(folders, out)
-    print(out)
-
+from jaxlm.__main__ import main
 
 if __name__ == "__main__":
-    cli.main(report)
+    main("report")

@@ -1,39 +1,6 @@
 """Trains a language model: python scripts/train.py --config FILE [--SECTION.FIELD VALUE ...]"""
 
-from jaxlm import cli, deepspeed
-from jaxlm.config import validate
-
-
-def train() -> None:
-    parser = cli.Parser("Trains a language model. The same command again goes on where an unfinished run stopped.")
-    parser.add_argument("--config", required=True, metavar="FILE", help="configuration, .py or .json")
-    parser.add_argument("--resume_from_checkpoint", metavar="PATH", help="checkpoint folder to start from, or latest")
-    parser.add_argument("--fresh", action="store_true", help="start over; the old folder is moved aside, not deleted")
-    several = parser.add_argument_group(
-        "several processes",
-        "one a host; give all three, to each process; not needed with SLURM's srun, Open MPI 4, or Kubernetes jobs "
-        "(needs the kubernetes package)",
-    )
-    several.add_argument("--coordinator_address", metavar="HOST:PORT", help="a free port of process 0's host")
-    several.add_argument("--num_processes", type=int, metavar="N", help="how many there are")
-    several.add_argument("--process_id", type=int, metavar="I", help="which one this is, from 0")
-    cli.add_config_options(parser)
-    arguments = parser.parse_args()
-    config = cli.config_from(arguments)
-    if arguments.resume_from_checkpoint is not None:
-        config = cli.replace_fields(config, {"training.resume_from_checkpoint": arguments.resume_from_checkpoint})
-
-    from jaxlm.pretrained import with_architecture
-
-    # Before JAX is imported, so that a mistake shows at once.
-    deepspeed.apply(validate(with_architecture(config, arguments.fresh)), world=None)
-
-    from jaxlm import distributed
-    from jaxlm.trainer import Trainer
-
-    distributed.start(arguments.coordinator_address, arguments.num_processes, arguments.process_id)
-    Trainer(config, fresh=arguments.fresh).train()
-
+from jaxlm.__main__ import main
 
 if __name__ == "__main__":
-    cli.main(train)
+    main("train")

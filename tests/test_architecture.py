@@ -14,7 +14,7 @@ LAYERS = [
     [""],  # the package itself, for its version
     ["errors"],
     ["config"],
-    ["manifest", "health", "signals", "distributed", "sharding", "precision", "optim", "loss", "sinks"],
+    ["manifest", "health", "signals", "distributed", "sharding", "precision", "optim", "loss", "sinks", "gpus"],
     ["metrics", "progress"],
     ["report.elements"],
     ["report.runs", "report.charts"],
@@ -45,6 +45,17 @@ LAYERS = [
     ["pretrained"],
     ["evaluate", "memory", "export", "console"],
     ["trainer"],
+    [
+        "commands.train",
+        "commands.evaluate",
+        "commands.generate",
+        "commands.export",
+        "commands.report",
+        "commands.estimate_memory",
+        "commands.completion",
+    ],
+    ["commands"],
+    ["__main__"],
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 MODEL_MAY_IMPORT = {"config", "errors"}

@@ -196,6 +196,13 @@ cli.main(command)
     assert ("Traceback" in done.stderr) == ("bug" in body)
 
 
+def test_a_full_device_is_told_in_one_line() -> None:
+    done = run("-c", "import jax; from jaxlm import cli; cli.main(lambda: jax.numpy.zeros(2**50).block_until_ready())")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("failed: the device's memory is full: set model.gradient_checkpointing true, or ")
+    assert "RESOURCE_EXHAUSTED" in done.stderr and done.stderr.count("\n") == 1
+
+
 def test_second_signal_ends_at_once() -> None:
     program = """
 import os, signal

@@ -8,7 +8,6 @@ import itertools
 import json
 import os
 import re
-import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +17,8 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from jaxlm import cli, memory, sharding
+from jaxlm import cli, gpus, memory, sharding
+from jaxlm.__main__ import run
 from jaxlm.config import Config, DataConfig, ModelConfig, TrainingConfig, replace_fields
 from jaxlm.errors import UserError
 from jaxlm.memory import estimate, largest_batch_size
@@ -263,7 +263,7 @@ def test_the_largest_batch_fits_and_a_larger_one_does_not(monkeypatch, share):
         monkeypatch.delenv(variable, raising=False)
     if share is not None:
         monkeypatch.setenv(memory.FRACTION_VARIABLES[1], share)
-    size = memory.memory_of("a10")
+    size = gpus.memory_of("a10")
     most = largest_batch_size(gpt2(), 2, size)
     totals = [estimate(gpt2(**{"training.batch_size": n}), 2).total for n in (most, most + 1)]
     assert totals[0] <= size * float(share or 0.75) < totals[1]
@@ -298,13 +298,13 @@ def test_the_configuration_is_validated():
 )
 def test_sizes_need_a_number_and_a_unit(text):
     with pytest.raises(UserError, match="--memory"):
-        memory.parse_memory(text)
+        gpus.parse_memory(text)
 
 
 def test_sizes_and_shares(monkeypatch):
-    assert memory.parse_memory("80GB") == memory.parse_memory("80g") == memory.parse_memory("80000M") == 80 * 10**9
-    assert memory.parse_memory("1.5 gib") == memory.parse_memory("1536MiB") == 3 * 2**29
-    assert memory.parse_memory("1MiB") == 2**20
+    assert gpus.parse_memory("80GB") == gpus.parse_memory("80g") == gpus.parse_memory("80000M") == 80 * 10**9
+    assert gpus.parse_memory("1.5 gib") == gpus.parse_memory("1536MiB") == 3 * 2**29
+    assert gpus.parse_memory("1MiB") == 2**20
     monkeypatch.setenv(memory.FRACTION_VARIABLES[0], "much")
     with pytest.raises(UserError, match=memory.FRACTION_VARIABLES[0]):
         memory.usable(1)
@@ -313,15 +313,13 @@ def test_sizes_and_shares(monkeypatch):
 # ------------------------------------------------------------ the script
 
 
-def script(monkeypatch, capsys, *arguments):
-    command = runpy.run_path(str(ROOT / "scripts" / "estimate_memory.py"))["estimate_memory"]
-    monkeypatch.setattr(sys, "argv", ["estimate_memory.py", "--config", str(GPT2["124m"]), *arguments])
-    command()
+def script(capsys, *arguments):
+    run("estimate_memory", ["--config", str(GPT2["124m"]), *arguments])
     return capsys.readouterr().out
 
 
-def test_the_scripts_table(monkeypatch, capsys):
-    out = script(monkeypatch, capsys, "--devices", "8", "--zero_stage", "2", "--gpu", "a100-80gb")
+def test_the_scripts_table(capsys):
+    out = script(capsys, "--devices", "8", "--zero_stage", "2", "--gpu", "a100-80gb")
     total = estimate(gpt2(**{"training.zero_stage": 2}), 8).total
     assert re.search(rf"^total +{total / GIB:.2f} ", out, re.M)
     assert re.search(r"^compiled +none .*needs 8 GPU", out, re.M)
@@ -329,21 +327,21 @@ def test_the_scripts_table(monkeypatch, capsys):
     assert all(re.search(rf"^{part} +\d", out, re.M) for part in memory.MADE_OF)
     assert re.search(r"^batch +4\.00 MiB ", out, re.M)
     assert out.count("%") == 1  # JAX's share
-    assert "does not fit" in script(monkeypatch, capsys, "--memory", "2GB")
-    out = script(monkeypatch, capsys, "--training.world_size", "8", "--zero_stage", "2", "--training.zero_stage", "2")
+    assert "does not fit" in script(capsys, "--memory", "2GB")
+    out = script(capsys, "--training.world_size", "8", "--zero_stage", "2", "--training.zero_stage", "2")
     assert "fit" not in out and "each of 8 device(s)" in out and f"{total / GIB:.2f} GiB" in out
 
 
 def test_the_scripts_help_lists_the_gpus(monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "1000")  # no line breaks inside names
     with pytest.raises(SystemExit):
-        script(monkeypatch, capsys, "--help")
+        script(capsys, "--help")
     shown = " ".join(capsys.readouterr().out.split())
-    assert ", ".join(memory.GPUS) in shown and "default: training.world_size, or 1" in shown
+    assert ", ".join(gpus.GPUS) in shown and "default: training.world_size, or 1" in shown
 
 
-def test_the_scripts_json(monkeypatch, capsys):
-    found = json.loads(script(monkeypatch, capsys, "--json", "--memory", "24GiB", "--training.batch_size", "4"))
+def test_the_scripts_json(capsys):
+    found = json.loads(script(capsys, "--json", "--memory", "24GiB", "--training.batch_size", "4"))
     expected = estimate(gpt2(**{"training.batch_size": 4}), 1)
     assert found | dataclasses.asdict(expected) | {"total": expected.total} == found
     assert found["memory"] == 24 * GIB and found["fits"] and found["largest_batch_size"] >= 4
@@ -365,9 +363,9 @@ def test_the_scripts_json(monkeypatch, capsys):
         (["--devices", "3", "--training.zero_group_size", "2"], "must divide the 3 device"),
     ],
 )
-def test_the_scripts_errors(monkeypatch, capsys, arguments, message):
+def test_the_scripts_errors(capsys, arguments, message):
     with pytest.raises(UserError, match=message):
-        script(monkeypatch, capsys, *arguments)
+        script(capsys, *arguments)
 
 
 def test_an_estimate_starts_no_backend():

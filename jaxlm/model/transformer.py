@@ -44,7 +44,11 @@ class Transformer(nnx.Module):
       config: shapes and options; `config.vocab_size` is the tokenizer's.
       implementation: attention kernel, "blockwise" or "cudnn".
       dtype: compute dtype, float32, bfloat16 or float16.
+
+    A subclass may set `block_class` to a `Block` of its own.
     """
+
+    block_class: type[Block] = Block
 
     def __init__(
         self, config: ModelConfig, *, implementation: str = "blockwise", dtype: Any = jnp.float32, rngs: nnx.Rngs
@@ -55,7 +59,7 @@ class Transformer(nnx.Module):
         self.token_embedding = nnx.Param(normal(rngs.params(), shape))
         if config.positions == "learned":
             self.position_embedding = nnx.Param(normal(rngs.params(), (config.max_seq_len, config.d_model)))
-        stack = nnx.vmap(lambda rngs: Block(config, implementation, dtype, rngs))
+        stack = nnx.vmap(lambda rngs: self.block_class(config, implementation, dtype, rngs))
         self.blocks = stack(rngs.split(config.n_layers))
         if config.pre_norm:
             self.final_norm = make_norm(config, dtype, rngs)

@@ -1,0 +1,52 @@
+"""Text of your own, made by a program: python examples/own_data.py
+
+Writes a .jsonl file of documents (here the docstrings of Python's standard library), and trains on it. Half a minute
+on 2 CPU cores. For files that are there already, `jaxlm train --data.train_files 'my_texts/*.txt'` needs no program.
+"""
+
+import ast
+import json
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+
+from jaxlm import Trainer
+from jaxlm.cli import load_config
+from jaxlm.config import replace_fields
+
+TEXT = Path("runs/own_data/docstrings.jsonl")
+
+
+def docstrings() -> Iterator[str]:
+    for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+                text = ast.get_docstring(node)
+                if text:
+                    yield text
+
+
+config = replace_fields(
+    load_config("small"),
+    {
+        "model.d_model": 128,
+        "model.n_layers": 2,
+        "model.d_ff": 512,
+        "model.max_seq_len": 128,
+        "data.max_length": 128,
+        "data.train_files": (str(TEXT),),
+        "data.text_column": "docstring",
+        "data.validation_fraction": 0.1,
+        "training.gradient_accumulation_steps": 1,
+        "training.max_steps": 60,
+        "training.sample_prompt": "Return",
+        "training.checkpoint_dir": "runs/own_data/run",
+    },
+)
+
+if __name__ == "__main__":
+    TEXT.parent.mkdir(parents=True, exist_ok=True)
+    with TEXT.open("w", encoding="utf-8") as file:
+        for text in docstrings():
+            file.write(json.dumps({"docstring": text}) + "\n")
+    Trainer(config).train()

@@ -1,0 +1,53 @@
+"""Prints the memory that each device needs for training, part by part; runs on any machine."""
+
+import argparse
+import dataclasses
+import json
+from typing import Any
+
+from jaxlm import cli, gpus
+
+
+def add_options(parser: cli.Parser) -> None:
+    cli.add_config_file(parser)
+    parser.add_argument(
+        "--devices", type=int, metavar="N", help="devices of all hosts together (default: training.world_size, or 1)"
+    )
+    parser.add_argument("--zero_stage", metavar="S", help="short for --training.zero_stage")
+    gpu = parser.add_argument("--gpu", metavar="NAME", help=f"a GPU, to say what fits it: {', '.join(gpus.GPUS)}")
+    cli.offer(gpu, gpus.GPUS)
+    parser.add_argument(
+        "--memory",
+        metavar="SIZE",
+        help="memory of a device instead of --gpu, such as 80GB: G, GB, M and MB are powers of ten, GiB and MiB of two",
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object, in bytes, instead of the table")
+    cli.add_config_options(parser)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    if arguments.gpu is not None and arguments.memory is not None:
+        raise cli.UserError(f"--memory ({arguments.memory}) and --gpu ({arguments.gpu}) say the same; give one")
+    config = cli.config_from(arguments)
+    if arguments.zero_stage is not None:
+        stage, dotted = cli.convert("--zero_stage", arguments.zero_stage, int | None), "training.zero_stage"
+        other = cli.overrides(arguments).get(dotted, stage)
+        if other != stage:
+            raise cli.UserError(f"--zero_stage ({stage}) and --{dotted} ({other}) differ; give one")
+        config = cli.replace_fields(config, {dotted: stage})
+    size = None if arguments.gpu is None else gpus.memory_of(arguments.gpu)
+    if arguments.memory is not None:
+        size = gpus.parse_memory(arguments.memory)
+    devices = arguments.devices if arguments.devices is not None else config.training.world_size or 1
+
+    from jaxlm import memory
+    from jaxlm.pretrained import with_architecture
+
+    config = with_architecture(config)
+    estimate = memory.estimate(config, devices)
+    result: dict[str, Any] = {"devices": devices, **dataclasses.asdict(estimate), "total": estimate.total}
+    result["compiled"] = memory.compiled_on_gpus(config, devices)
+    if size is not None:
+        result |= {"memory": size, "usable": memory.usable(size), "fits": estimate.total <= memory.usable(size)}
+        result["largest_batch_size"] = memory.largest_batch_size(config, devices, size)
+    print(json.dumps(result) if arguments.json else memory.table(result))

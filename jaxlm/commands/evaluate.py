@@ -1,0 +1,33 @@
+"""Prints a saved model's loss on the validation text, as a JSON object on stdout's last line."""
+
+import argparse
+import dataclasses
+import json
+import sys
+
+from jaxlm import cli
+
+
+def add_options(parser: cli.Parser) -> None:
+    cli.add_model_folder(parser)
+    parser.add_argument("--batch_size", type=int, metavar="N", help="rows evaluated at once (default: the training's)")
+    cli.add_config_options(parser, ["data"])
+
+
+def run(arguments: argparse.Namespace) -> None:
+    changes = cli.overrides(arguments)
+    if arguments.batch_size is not None and arguments.batch_size < 1:
+        raise cli.UserError(f"--batch_size ({arguments.batch_size}) must be at least 1")
+
+    from jaxlm.checkpoint import load
+    from jaxlm.distributed import find_devices
+    from jaxlm.evaluate import evaluate_model
+
+    find_devices()
+    loaded = load(arguments.model)
+    data = cli.replace_fields(loaded.config, changes).data
+    if "data.validation_files" in changes and "data.train_files" not in changes:
+        data = dataclasses.replace(data, train_files=data.validation_files)  # evaluating needs no training text
+    batch_size = arguments.batch_size or loaded.config.training.batch_size
+    result = evaluate_model(loaded, data, batch_size, lambda line: print(line, file=sys.stderr))
+    print(json.dumps(result))

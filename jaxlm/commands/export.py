@@ -1,0 +1,33 @@
+"""Writes a saved model as a folder that transformers opens, without code of ours."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from jaxlm import cli
+
+
+def add_options(parser: cli.Parser) -> None:
+    cli.add_model_folder(parser)
+    parser.add_argument("--to", required=True, metavar="DIR", help="folder to write; a new one, or empty")
+    parser.add_argument(
+        "--max_shard_size", default="5GB", metavar="SIZE", help="of a file of parameters, such as 500MB (default: 5GB)"
+    )
+    parser.add_argument(
+        "--dtype", default="float32", metavar="TYPE", help="float32, bfloat16 or float16 (default: float32)"
+    )
+
+
+def run(arguments: argparse.Namespace) -> None:
+    source, to = Path(arguments.model), Path(arguments.to)
+
+    from jaxlm.checkpoint import load
+    from jaxlm.distributed import find_devices
+    from jaxlm.export import check_dtype, check_target, export, parse_size
+
+    max_shard_size = parse_size(arguments.max_shard_size)
+    check_dtype(arguments.dtype)
+    check_target(to)
+    find_devices()
+    kind = export(load(source), source, to, max_shard_size=max_shard_size, dtype=arguments.dtype)
+    print(f"{to}: written for transformers as {kind}", file=sys.stderr)

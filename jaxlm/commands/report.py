@@ -1,0 +1,24 @@
+"""Writes one HTML file that shows a run, or several compared, and prints its path."""
+
+import argparse
+from pathlib import Path
+
+from jaxlm import cli
+from jaxlm.report import FILE, write_report
+
+
+def add_options(parser: cli.Parser) -> None:
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder (training.checkpoint_dir)")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="default: report.html, in the folder of the run, or of several in this one",
+    )
+
+
+def run(arguments: argparse.Namespace) -> None:
+    folders: list[Path] = [folder.expanduser() for folder in arguments.runs]
+    out = arguments.out or (folders[0] / FILE if len(folders) == 1 else Path(FILE))
+    write_report(folders, out)
+    print(out)

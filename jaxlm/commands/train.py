@@ -1,0 +1,38 @@
+"""Trains a language model. The same command again goes on where an unfinished run stopped."""
+
+import argparse
+
+from jaxlm import cli, deepspeed
+from jaxlm.config import validate
+
+
+def add_options(parser: cli.Parser) -> None:
+    cli.add_config_file(parser)
+    parser.add_argument("--resume_from_checkpoint", metavar="PATH", help="checkpoint folder to start from, or latest")
+    parser.add_argument("--fresh", action="store_true", help="start over; the old folder is moved aside, not deleted")
+    several = parser.add_argument_group(
+        "several processes",
+        "one a host; give all three, to each process; not needed with SLURM's srun, Open MPI 4, or Kubernetes jobs "
+        "(needs the kubernetes package)",
+    )
+    several.add_argument("--coordinator_address", metavar="HOST:PORT", help="a free port of process 0's host")
+    several.add_argument("--num_processes", type=int, metavar="N", help="how many there are")
+    several.add_argument("--process_id", type=int, metavar="I", help="which one this is, from 0")
+    cli.add_config_options(parser)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    config = cli.config_from(arguments)
+    if arguments.resume_from_checkpoint is not None:
+        config = cli.replace_fields(config, {"training.resume_from_checkpoint": arguments.resume_from_checkpoint})
+
+    from jaxlm.pretrained import with_architecture
+
+    # Before JAX is imported, so that a mistake shows at once.
+    deepspeed.apply(validate(with_architecture(config, arguments.fresh)), world=None)
+
+    from jaxlm import distributed
+    from jaxlm.trainer import Trainer
+
+    distributed.start(arguments.coordinator_address, arguments.num_processes, arguments.process_id)
+    Trainer(config, fresh=arguments.fresh).train()
