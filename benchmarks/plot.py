@@ -1,4 +1,8 @@
-"""Pictures of results: `plot.py RESULTS.json --out FILE` for a benchmark, `plot.py --run FOLDER --out FILE` for a run.
+"""Tables and pictures of results.
+
+    python benchmarks/plot.py RESULTS.json [RESULTS.json ...]       their tables, in Markdown, on stdout
+    python benchmarks/plot.py RESULTS.json --out FILE               and a picture of the first
+    python benchmarks/plot.py --run FOLDER --out FILE               a run's training curve, from its metrics.jsonl
 
 FILE ends in .png or .svg. Needs matplotlib: pip install -e ".[bench]"
 """
@@ -13,14 +17,10 @@ import matplotlib
 
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
+from lib.tables import CONTENDERS, table
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-CONTENDERS = {  # label and colour
-    "ours": ("jaxlm", "#2f6db5"),
-    "eager": ("transformers, eager", "#c9c2b8"),
-    "compiled": ("transformers, torch.compile", "#8c857b"),
-}
 INK, FAINT = "#2b2b2b", "#dddddd"
 STYLE = {
     "font.size": 10,
@@ -42,37 +42,67 @@ STYLE = {
 
 
 def plot_speed(report: dict[str, Any]) -> Figure:
-    """Bars of tokens/s, one group a precision and dropout, with the range over the turns."""
+    """Bars of tokens/s, a panel a sequence length, a group a precision and dropout, with the range over the turns."""
     done = [result for result in report["results"] if "tokens_per_second" in result]
-    groups = list(dict.fromkeys((result["precision"], result["dropout"]) for result in done))
+    lengths = list(dict.fromkeys(result["seq_len"] for result in done))
     names = [name for name in CONTENDERS if any(result["contender"] == name for result in done)]
+    groups = list(dict.fromkeys((result["precision"], result["dropout"]) for result in done))
+    width = max(6.5, 1.0 + 0.42 * len(names) * len(groups) * len(lengths))
+    figure, panels = plt.subplots(
+        1, len(lengths), figsize=(width, 4.6), layout="constrained", squeeze=False, sharey=True
+    )
+    for axes, seq_len in zip(panels[0], lengths, strict=True):
+        speed_bars(axes, [result for result in done if result["seq_len"] == seq_len], groups, names)
+        axes.set_title(f"{seq_len} tokens", loc="left")
+    panels[0, 0].set_ylabel("tokens/s, median and range")
+    setup, machine = report["setup"], report["machine"]
+    shape = ", ".join(f"{name} {size:,}" for name, size in setup["shape"].items())
+    versions = ", ".join(f"{n} {report['versions'][n]}" for n in ("jax", "torch") if n in report["versions"])
+    small = f"{shape}; {setup['tokens']:,} tokens an update\n{machine['cpu']}; {versions}; {report['date'][:10]}"
+    heading(figure, f"Training speed on {machine['cores']} CPU cores: {setup['preset']}", small)
+    handles, labels = panels[0, 0].get_legend_handles_labels()
+    figure.legend(*unique(handles, labels), loc="outside lower center", ncols=min(len(names), 3))
+    return figure
+
+
+def speed_bars(axes: Axes, results: list[dict[str, Any]], groups: list[Any], names: list[str]) -> None:
     width = 0.84 / len(names)
-    figure, axes = plt.subplots(figsize=(max(6.5, 1.2 + 2.1 * len(groups)), 4.4), layout="constrained")
-    for result in done:
+    for result in results:
         rate, (label, colour) = result["tokens_per_second"], CONTENDERS[result["contender"]]
         offset = (names.index(result["contender"]) - (len(names) - 1) / 2) * width
         x = groups.index((result["precision"], result["dropout"])) + offset
         below, above = rate["median"] - rate["min"], rate["max"] - rate["median"]
         axes.bar(x, rate["median"], width * 0.92, color=colour, label=label)
-        axes.errorbar(x, rate["median"], [[below], [above]], color=INK, linewidth=1, capsize=3)
-        axes.annotate(
-            f"{rate['median']:,.0f}", (x, rate["max"]), (0, 4), textcoords="offset points", ha="center", fontsize=9
-        )
+        axes.errorbar(x, rate["median"], [[below], [above]], color=INK, linewidth=1, capsize=2)
+        shown = f"{rate['median']:,.0f}"
+        place = {"textcoords": "offset points", "ha": "center", "fontsize": 8, "rotation": 90}
+        axes.annotate(shown, (x, rate["max"]), (0, 5), va="bottom", **place)
     axes.set_xticks(range(len(groups)), [f"{precision}\ndropout {dropout:g}" for precision, dropout in groups])
     axes.tick_params(axis="x", length=0)
     axes.yaxis.set_major_formatter("{x:,.0f}")
-    axes.set_ylabel("tokens/s, median and range")
-    axes.margins(y=0.12)
-    setup, machine = report["setup"], report["machine"]
-    shape = setup["shape"]
-    model = (
-        f"d_model {shape['d_model']}, {shape['n_layers']} layers, vocabulary {shape['vocab_size']:,}, "
-        f"{setup['batch']} x {setup['seq_len']} tokens an update"
-    )
-    versions = ", ".join(f"{n} {report['versions'][n]}" for n in ("jax", "torch") if n in report["versions"])
-    heading(axes, f"Training speed on {machine['cores']} CPU cores", f"{model}\n{machine['cpu']}; {versions}")
+    axes.margins(y=0.2)
+
+
+def plot_start(report: dict[str, Any]) -> Figure:
+    """Bars from the command to the first update, made up of the stages."""
+    cold, warm = report["results"][:2]
+    figure, axes = plt.subplots(figsize=(8.5, 3.4), layout="constrained")
+    colours = plt.get_cmap("tab10").colors
+    for y, result in enumerate((warm, cold)):
+        left = 0.0
+        for i, stage in enumerate(stage for stage in cold["seconds"] if stage != "total"):
+            axes.barh(y, result["seconds"][stage], left=left, color=colours[i], label=stage, height=0.6)
+            left += result["seconds"][stage]
+        axes.annotate(f"{left:.1f} s", (left, y), (5, 0), textcoords="offset points", va="center", fontweight="bold")
+    axes.set_yticks([0, 1], ["warm", "cold"])
+    axes.grid(axis="y", visible=False)
+    axes.grid(axis="x")
+    axes.set_xlabel("seconds since the command")
+    axes.margins(x=0.1)
+    machine = f"{report['machine']['cpu']}, {report['machine']['cores']} cores; {report['date'][:10]}"
+    heading(figure, f"{report['config']}: command to first update", machine)
     handles, labels = axes.get_legend_handles_labels()
-    figure.legend(*unique(handles, labels), loc="outside lower center", ncols=len(names))
+    figure.legend(*unique(handles, labels), loc="outside lower center", ncols=3)
     return figure
 
 
@@ -81,11 +111,12 @@ def unique(handles: list[Any], labels: list[str]) -> tuple[list[Any], list[str]]
     return list(by_label.values()), list(by_label)
 
 
-def heading(axes: Axes, title: str, small: str) -> None:
+def heading(figure: Figure, title: str, small: str) -> None:
     """A bold title, and smaller lines under it."""
-    lines = small.count("\n") + 1
-    axes.set_title(title, loc="left", fontsize=13, fontweight="bold", pad=6 + 12 * lines)
-    axes.text(0, 1, small, transform=axes.transAxes, fontsize=9, va="bottom", color="#666666", linespacing=1.3)
+    figure.suptitle(
+        f"{title}\n", x=0.01, ha="left", fontsize=13, fontweight="bold", linespacing=1.2 + small.count("\n")
+    )
+    figure.text(0.012, 0.985 - 0.26 / figure.get_figheight(), small, fontsize=9, va="top", color="#666666")
 
 
 def read_metrics(folder: Path) -> dict[str, tuple[list[int], list[float]]]:
@@ -110,7 +141,7 @@ def plot_run(folder: Path) -> Figure:
     figure, panels = plt.subplots(
         1, 1 + evaluated, figsize=(9.6 if evaluated else 5.6, 4.0), layout="constrained", squeeze=False
     )
-    loss, colour = panels[0, 0], CONTENDERS["ours"][1]
+    loss, colour = panels[0, 0], CONTENDERS["ours"].colour
     if "train/loss" in series:
         loss.plot(*series["train/loss"], color="#9db9d8", linewidth=1.3, label="training")
     if "eval/loss" in series:
@@ -143,23 +174,40 @@ def curve(axes: Axes, points: tuple[list[int], list[float]], colour: str, shown:
     )
 
 
+PLOTS = {"cpu": plot_speed, "start": plot_start}
+
+
+def save(figure: Figure, path: Path) -> None:
+    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)
+    figure.savefig(path, dpi=160, facecolor="white")
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("results", nargs="?", type=Path, metavar="RESULTS.json", help="written by cpu.py")
-    what.add_argument("--run", type=Path, metavar="FOLDER", help="a run's folder, with its metrics.jsonl")
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="picture to write, .png or .svg")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, usage="%(prog)s [options]"
+    )
+    parser.add_argument("results", nargs="*", type=Path, metavar="RESULTS.json", help="written by the benchmarks here")
+    parser.add_argument("--run", type=Path, metavar="FOLDER", help="a run's folder, with its metrics.jsonl")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="picture to write, .png or .svg")
     options = parser.parse_args()
-    if options.out.suffix not in (".png", ".svg"):
+    if bool(options.results) == (options.run is not None):
+        parser.error("give result files or --run FOLDER")
+    if options.run is not None and options.out is None:
+        parser.error("--run needs --out FILE")
+    if options.out is not None and options.out.suffix not in (".png", ".svg"):
         parser.error(f"--out ({options.out}) must end in .png or .svg")
-    source = options.results if options.run is None else options.run / "metrics.jsonl"
-    if not source.is_file():
-        parser.error(f"{source}: no such file")
-    with plt.rc_context(STYLE):
-        report = None if options.run is not None else json.loads(source.read_text(encoding="utf-8"))
-        figure = plot_run(options.run) if report is None else plot_speed(report)
-        figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)
-        figure.savefig(options.out, dpi=160, facecolor="white")
+    for source in options.results or [options.run / "metrics.jsonl"]:
+        if not source.is_file():
+            parser.error(f"{source}: no such file")
+    reports = [json.loads(source.read_text(encoding="utf-8")) for source in options.results]
+    for source, report in zip(options.results, reports, strict=True):
+        print(f"{source.name}: `{report['command']}`\n\n{table(report)}\n")
+    if options.out is not None:
+        kind = reports[0]["benchmark"].partition("-")[0] if reports else None
+        if kind is not None and kind not in PLOTS:
+            parser.error(f"--out: there is no picture of {kind} results; use one of {', '.join(PLOTS)}")
+        with plt.rc_context(STYLE):
+            save(plot_run(options.run) if kind is None else PLOTS[kind](reports[0]), options.out)
 
 
 if __name__ == "__main__":
