@@ -53,13 +53,13 @@ def plot_speed(report: dict[str, Any]) -> Figure:
     )
     for axes, seq_len in zip(panels[0], lengths, strict=True):
         speed_bars(axes, [result for result in done if result["seq_len"] == seq_len], groups, names)
-        axes.set_title(f"{seq_len} tokens", loc="left")
+        axes.set_xlabel(f"{seq_len} tokens a row")
     panels[0, 0].set_ylabel("tokens/s, median and range")
     setup, machine = report["setup"], report["machine"]
     shape = ", ".join(f"{name} {size:,}" for name, size in setup["shape"].items())
     versions = ", ".join(f"{n} {report['versions'][n]}" for n in ("jax", "torch") if n in report["versions"])
     small = f"{shape}; {setup['tokens']:,} tokens an update\n{machine['cpu']}; {versions}; {report['date'][:10]}"
-    heading(figure, f"Training speed on {machine['cores']} CPU cores: {setup['preset']}", small)
+    heading(panels[0, 0], f"Training speed on {machine['cores']} CPU cores: {setup['preset']}", small)
     handles, labels = panels[0, 0].get_legend_handles_labels()
     figure.legend(*unique(handles, labels), loc="outside lower center", ncols=min(len(names), 3))
     return figure
@@ -80,7 +80,7 @@ def speed_bars(axes: Axes, results: list[dict[str, Any]], groups: list[Any], nam
     axes.set_xticks(range(len(groups)), [f"{precision}\ndropout {dropout:g}" for precision, dropout in groups])
     axes.tick_params(axis="x", length=0)
     axes.yaxis.set_major_formatter("{x:,.0f}")
-    axes.margins(y=0.2)
+    axes.margins(y=0.25)
 
 
 def plot_start(report: dict[str, Any]) -> Figure:
@@ -100,7 +100,7 @@ def plot_start(report: dict[str, Any]) -> Figure:
     axes.set_xlabel("seconds since the command")
     axes.margins(x=0.1)
     machine = f"{report['machine']['cpu']}, {report['machine']['cores']} cores; {report['date'][:10]}"
-    heading(figure, f"{report['config']}: command to first update", machine)
+    heading(axes, f"{report['config']}: command to first update", machine)
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(*unique(handles, labels), loc="outside lower center", ncols=3)
     return figure
@@ -111,12 +111,11 @@ def unique(handles: list[Any], labels: list[str]) -> tuple[list[Any], list[str]]
     return list(by_label.values()), list(by_label)
 
 
-def heading(figure: Figure, title: str, small: str) -> None:
+def heading(axes: Axes, title: str, small: str) -> None:
     """A bold title, and smaller lines under it."""
-    figure.suptitle(
-        f"{title}\n", x=0.01, ha="left", fontsize=13, fontweight="bold", linespacing=1.2 + small.count("\n")
-    )
-    figure.text(0.012, 0.985 - 0.26 / figure.get_figheight(), small, fontsize=9, va="top", color="#666666")
+    lines = small.count("\n") + 1
+    axes.set_title(title, loc="left", fontsize=13, fontweight="bold", pad=6 + 12 * lines)
+    axes.text(0, 1, small, transform=axes.transAxes, fontsize=9, va="bottom", color="#666666", linespacing=1.3)
 
 
 def read_metrics(folder: Path) -> dict[str, tuple[list[int], list[float]]]:
