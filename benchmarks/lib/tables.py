@@ -1,5 +1,6 @@
 """Markdown tables of result files."""
 
+import statistics
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -89,7 +90,42 @@ def start(content: Content) -> str:
     return f"{_machine(content)}.\n\n" + markdown(["", ">cold", ">warm"], rows)
 
 
-TABLES: dict[str, Callable[[Content], str]] = {"cpu": speed, "start": start}
+def data(content: Content) -> str:
+    """Of data.py: one row a measurement, each with what matters of it."""
+    shown = {"tokenizing": _tokenizing, "packing": _packing, "loading": _loading, "larger": _larger}
+    rows = [[result["part"], result["what"], *shown[result["part"]](result)] for result in content["results"]]
+    return f"{_machine(content)}.\n\n" + markdown(["", "", "of", ">rate or time", ">memory"], rows)
+
+
+def _tokenizing(result: Content) -> list[str]:
+    size = result["utf8_bytes"] / 1e6
+    of = f"{size:.1f} MB of text, {result['documents']:,} documents, {result['threads']} thread(s)"
+    return [of, f"{size / statistics.median(result['seconds']):.2f} MB/s", ""]
+
+
+def _packing(result: Content) -> list[str]:
+    documents, rows = result["documents"], f"{result['rows']:,} rows of {result['max_length']}"
+    memory = f"{result['peak_bytes'] / 2**20:,.0f} MiB, {result['peak_bytes'] / documents:.0f} bytes a document"
+    return [f"{documents:,} documents into {rows}, {result['full']:.1%} full", f"{result['seconds'][0]:.1f} s", memory]
+
+
+def _rate(result: Content) -> str:
+    return f"{result['tokens_per_second'] / 1e6:.2f} M tokens/s on {result['cores_used']:.1f} cores"
+
+
+def _loading(result: Content) -> list[str]:
+    return [f"{result['rows']:,} rows", _rate(result), f"{result['peak_bytes'] / 2**20:,.0f} MiB"]
+
+
+def _larger(result: Content) -> list[str]:
+    size, limit, own, pages = (
+        f"{result[name] / 2**20:,.0f} MiB" for name in ("file_bytes", "limit_bytes", "own_bytes", "file_pages_bytes")
+    )
+    memory = f"{own} of its own, {pages} of the file's pages"
+    return [f"a file of {size}, with a limit of {limit}", _rate(result), memory]
+
+
+TABLES: dict[str, Callable[[Content], str]] = {"cpu": speed, "start": start, "data": data}
 
 
 def table(content: Content) -> str:
