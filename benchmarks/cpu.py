@@ -67,28 +67,31 @@ def _shape(vocab_size: int, d_model: int, n_heads: int, n_layers: int) -> dict[s
 PRESETS = {
     "small": Preset(_shape(4096, 256, 4, 4), (512, 1024), 8192, (0.1, 0.0), 1, 4),  # configs/small.py
     "30m": Preset(_shape(8192, 512, 8, 8), (512, 1024), 4096, (0.1, 0.0), 1, 3),
-    "tiny": Preset(_shape(512, 128, 4, 4), (64,), 768, (0.0,), 10, 20, tuple(CONTENDERS)),
+    "tiny": Preset(_shape(512, 128, 4, 4), (64,), 768, (0.0,), 10, 6, tuple(CONTENDERS)),
 }
 
 
 def summarize(results: list[dict[str, Any]], tokens: int, flops: float, peak: float | None) -> None:
-    """Adds tokens/s (median and range over the turns), MFU, and the ratio to the best PyTorch figure of the cell."""
-    for result in results:
-        if "error" not in result:
-            rates = [tokens * len(seconds) / sum(seconds) for seconds in result["turns"]]
-            median = statistics.median(rates)
-            result["tokens_per_second"] = {"median": median, "min": min(rates), "max": max(rates)}
-            result["mfu"] = None if peak is None else median * flops / peak
-    done = [result for result in results if "tokens_per_second" in result]
+    """Adds tokens/s (median and range over the turns so far), MFU, and the ratio to the cell's best PyTorch figure."""
+    done = [result for result in results if result["turns"] and "error" not in result]
+    for result in done:
+        rates = [tokens * len(seconds) / sum(seconds) for seconds in result["turns"]]
+        median = statistics.median(rates)
+        result["tokens_per_second"] = {"median": median, "min": min(rates), "max": max(rates)}
+        result["mfu"] = None if peak is None else median * flops / peak
     peers = [result["tokens_per_second"]["median"] for result in done if result["contender"] != "ours"]
     for result in done:
         result["ratio_to_best_pytorch"] = result["tokens_per_second"]["median"] / max(peers) if peers else None
 
 
 def measure_cell(
-    commands: dict[str, list[str]], cell: dict[str, Any], options: argparse.Namespace, peak: float | None
-) -> list[dict[str, Any]]:
-    """Results of all contenders at one sequence length, precision and dropout."""
+    commands: dict[str, list[str]],
+    cell: dict[str, Any],
+    options: argparse.Namespace,
+    peak: float | None,
+    report: Report,
+) -> None:
+    """Puts results of all contenders at one sequence length, precision and dropout into `report`, turn by turn."""
     from jaxlm.metrics import flops_per_token
 
     setting = {name: cell[name] for name in ("seq_len", "batch", "precision", "dropout")}
@@ -96,21 +99,22 @@ def measure_cell(
     say(f"{shown}: {', '.join(commands)} are compiling and warming up")
     lap_tokens = cell["batch"] * cell["seq_len"] * cell["updates_a_lap"]
     results = {name: {"contender": name, **setting, "turns": [], "others": []} for name in commands}
+    report.content["results"] += results.values()
+    shape, parameters = cell["shape"], 0
     for name, answer in take_turns(commands, cell, options.repeats, options.laps, Path(cell["folder"])):
         result = results[name]
         if "seconds" not in answer:  # what it says of itself, or why it ended
             result |= {key: value for key, value in answer.items() if key != "first_lap"}
+            parameters = parameters or answer.get("parameters", 0)
             continue
         result["turns"].append(answer["seconds"])
         result["others"].append(answer["others"])
         result |= {"loss": answer["loss"], "peak_bytes": answer["peak_bytes"]}
         rate = lap_tokens * len(answer["seconds"]) / sum(answer["seconds"])
         say(f"  turn {len(result['turns'])}/{options.repeats}: {CONTENDERS[name].label:<28} {rate:>8,.0f} tokens/s")
-    shape = cell["shape"]
-    parameters = next((r["parameters"] for r in results.values() if "parameters" in r), 0)
-    flops = flops_per_token(parameters, shape["n_layers"], cell["seq_len"], shape["d_model"])
-    summarize(list(results.values()), lap_tokens, flops, peak)
-    return list(results.values())
+        flops = flops_per_token(parameters, shape["n_layers"], cell["seq_len"], shape["d_model"])
+        summarize(list(results.values()), lap_tokens, flops, peak)
+        report.write()
 
 
 def measure_peaks(python: str | None) -> dict[str, dict[str, float]]:
@@ -230,8 +234,7 @@ def main(arguments: list[str]) -> int:
             able = [name for name in commands if not cell["dropout"] or name not in WITHOUT_DROPOUT]
             running = {name: commands[name] for name in able}
             peak = max((peak[cell["precision"]] for peak in peaks.values()), default=None)
-            content["results"] += measure_cell(running, cell, options, peak)
-            report.write()
+            measure_cell(running, cell, options, peak, report)
     print(table(content))
     disturbed = max((share for result in content["results"] for share in result["others"] if share), default=0.0)
     if disturbed > QUIET:

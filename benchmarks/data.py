@@ -10,10 +10,7 @@ Each measurement runs in a process of its own. README.md, next to this file, has
 
 import argparse
 import contextlib
-import json
-import os
 import resource
-import subprocess
 import sys
 import tempfile
 import time
@@ -25,7 +22,8 @@ import numpy as np
 from lib.machine import cores, own_versions, say
 from lib.report import RESULTS, Report
 from lib.tables import table
-from lib.worker import peak_bytes
+from lib.worker import answer_part, forget_peak, peak_bytes, status_bytes
+from lib.workers import in_a_process
 
 from jaxlm.config import DataConfig
 
@@ -48,17 +46,26 @@ def tokenizing(options: dict[str, Any]) -> list[dict[str, Any]]:
         texts = [document.text for part in (source.train(), source.validation()) for document in part]
         size = sum(len(text.encode()) for text in texts)
         tokenizer.save(Path(folder) / "kept")
-        seconds: dict[str, list[float]] = {"tokenizers library": [], "jaxlm": []}
-        for repeat in range(options["repeats"]):
-            seconds["tokenizers library"].append(timed(lambda: bare(tokenizer.to_json(), texts)))
+
+        def whole(cache: Path) -> int:
             own = data_config(
                 options,
-                cache_dir=str(Path(folder) / f"again{repeat}"),
+                cache_dir=str(cache),
                 tokenizer_path=str(Path(folder) / "kept"),
                 preprocessing_num_workers=options["threads"],
             )
-            seconds["jaxlm"].append(timed(lambda own=own: prepare(own, options["vocab_size"], None, say)))
-    settings = {"threads": options["threads"], "utf8_bytes": size, "documents": len(texts)}
+            made = prepare(own, options["vocab_size"], None, say)
+            return len(made.train.tokens) + len(made.validation.tokens) - 2 * (len(made.train) + len(made.validation))
+
+        seconds: dict[str, list[float]] = {"tokenizers library": [], "jaxlm": []}
+        for repeat in range(options["repeats"]):
+            bare_tokens, bare_seconds = timed(lambda: bare(tokenizer.to_json(), texts))
+            tokens, own_seconds = timed(lambda repeat=repeat: whole(Path(folder) / f"again{repeat}"))
+            if tokens != bare_tokens:
+                raise SystemExit(f"jaxlm made {tokens} tokens, the tokenizers library {bare_tokens}")
+            seconds["tokenizers library"].append(bare_seconds)
+            seconds["jaxlm"].append(own_seconds)
+    settings = {"threads": options["threads"], "utf8_bytes": size, "documents": len(texts), "tokens": tokens}
     return [{"part": "tokenizing", "what": what, **settings, "seconds": times} for what, times in seconds.items()]
 
 
@@ -67,6 +74,7 @@ def bare(tokenizer_json: str, texts: list[str]) -> int:
     import tokenizers
 
     backend = tokenizers.Tokenizer.from_str(tokenizer_json)
+    backend.encode_special_tokens = True  # "<bos>" in a text is five characters
     return sum(len(encoding) for encoding in backend.encode_batch_fast(texts, add_special_tokens=False))
 
 
@@ -76,10 +84,11 @@ def data_config(options: dict[str, Any], **more: Any) -> DataConfig:
     return DataConfig(max_length=options["seq_len"], packing_strategy="first_fit", **chosen, **more)
 
 
-def timed(act: Callable[[], Any]) -> float:
+def timed(act: Callable[[], int]) -> tuple[int, float]:
+    """What `act` returns, and its seconds."""
     start = time.perf_counter()
-    act()
-    return time.perf_counter() - start
+    result = act()
+    return result, time.perf_counter() - start
 
 
 # -------------------------------------------------------------------------------------------- packing
@@ -99,20 +108,14 @@ def packing(options: dict[str, Any]) -> list[dict[str, Any]]:
     strategy, max_length = options["strategy"], options["seq_len"]
     plan(np.arange(0, 200, 20), max_length, 2, strategy, True)  # compiles what is compiled
     offsets = np.append(0, np.cumsum(random_lengths(options["documents"], options["mean_length"])))
+    before = status_bytes("VmRSS")
     forget_peak()
-    before = peak_bytes()
     start = time.perf_counter()
     made = plan(offsets, max_length, 2, strategy, True)
     seconds = time.perf_counter() - start
     facts = {"documents": options["documents"], "lengths_bytes": 8 * options["documents"], "max_length": max_length}
     facts |= {"rows": len(made), "full": made.efficiency, "peak_bytes": peak_bytes() - before}
     return [{"part": "packing", "what": strategy, **facts, "seconds": [seconds]}]
-
-
-def forget_peak() -> None:
-    """Lets the kernel count the most resident memory anew from here (Linux; elsewhere the peak includes what was)."""
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
 
 
 # -------------------------------------------------------------------------------------------- loading
@@ -135,17 +138,15 @@ def flow(rows: Any, options: dict[str, Any]) -> dict[str, Any]:
     """Takes batches for `options["seconds"]`; tokens/s, padding counted, as in the speed of training."""
     from jaxlm.data.loader import train_batches
 
-    per_batch = options["rows_a_batch"] * rows.max_length
     with contextlib.closing(train_batches(rows, SEED, options["rows_a_batch"], 1, 0)) as batches:
         for _ in range(3):
             next(batches)
-        start, cpu, count = time.perf_counter(), time.process_time(), 0
+        start, cpu, tokens = time.perf_counter(), time.process_time(), 0
         while time.perf_counter() - start < options["seconds"]:
-            next(batches)
-            count += 1
+            tokens += next(batches)["tokens"].size
         seconds = time.perf_counter() - start
         used = (time.process_time() - cpu) / seconds
-    return {"tokens_per_second": count * per_batch / seconds, "batches": count, "cores_used": used}
+    return {"tokens_per_second": tokens / seconds, "tokens": tokens, "cores_used": used}
 
 
 # -------------------------------------------------------------------------------------------- larger than memory
@@ -166,18 +167,22 @@ def write_tokens(folder: Path, size: int, mean: int) -> None:
 
 
 def larger(options: dict[str, Any]) -> list[dict[str, Any]]:
-    """Batches of a corpus of `size` bytes in a process that may have `limit` bytes of memory of its own.
+    """Batches of a corpus of `size` bytes in a process that may have `limit` bytes beyond what Python and NumPy take.
 
     The limit is RLIMIT_DATA: memory that the process allocates. Pages of a file that is mapped read-only don't count;
     they belong to the kernel, which drops them when it needs the room. That the limit holds is shown by reading the
     file into memory, which has to fail.
     """
+    import grain  # noqa: F401  (its own memory is not the corpus's)
+
     from jaxlm.data.loader import Rows
     from jaxlm.data.packing import plan
     from jaxlm.data.tokens import TokenDocuments
 
     folder, limit = Path(options["folder"]), options["limit"]
-    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+    plan(np.arange(0, 200, 20), options["seq_len"], 2, "first_fit", True)  # compiles what is compiled
+    before = status_bytes("VmData")
+    resource.setrlimit(resource.RLIMIT_DATA, (before + limit, before + limit))
     documents = TokenDocuments(folder, "train", np.dtype(np.uint16))
     try:
         np.fromfile(folder / "train.tokens", np.uint16)
@@ -186,15 +191,15 @@ def larger(options: dict[str, Any]) -> list[dict[str, Any]]:
         pass
     made = plan(documents.offsets, options["seq_len"], 2, "first_fit", True)
     rate = flow(Rows(documents, made, options["seq_len"]), options)
-    facts = {"documents": len(documents), "rows": len(made), "file_bytes": options["size"], "limit_bytes": limit}
-    return [{"part": "larger", "what": "random tokens", **facts, **rate, **resident()}]
-
-
-def resident() -> dict[str, int]:
-    """Memory of this process in RAM now: its own, and pages of files."""
-    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    own, files = (int(status[name].split()[0]) * 1024 for name in ("RssAnon", "RssFile"))
-    return {"own_bytes": own, "file_pages_bytes": files}
+    facts = {
+        "documents": len(documents),
+        "rows": len(made),
+        "file_bytes": options["size"],
+        "limit_bytes": before + limit,
+    }
+    memory = {"own_bytes": status_bytes("RssAnon"), "file_pages_bytes": status_bytes("RssFile")}
+    memory["limit_bytes"] = before + limit
+    return [{"part": "larger", "what": "random tokens", **facts, **rate, **memory}]
 
 
 # -------------------------------------------------------------------------------------------- the command
@@ -205,15 +210,7 @@ PARTS: dict[str, Callable[[dict[str, Any]], list[dict[str, Any]]]] = {
     "loading": loading,
     "larger": larger,
 }
-STRATEGIES = ("greedy", "first_fit", "best_fit", "concat")
-
-
-def in_a_process(part: str, options: dict[str, Any]) -> list[dict[str, Any]]:
-    """The results of a part; whatever it prints goes to stderr."""
-    threads = {"RAYON_NUM_THREADS": str(options["threads"]), "TOKENIZERS_PARALLELISM": "true"}
-    command = [sys.executable, __file__, "--part", part, json.dumps(options)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=os.environ | threads)
-    return json.loads(done.stdout)
+STRATEGIES = ("greedy", "first_fit", "best_fit", "concat")  # of packing
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -229,7 +226,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--rows_a_batch", type=int, default=32, help="of an update (default: 32)")
     parser.add_argument("--seconds", type=float, default=10, help="to load for (default: 10)")
     parser.add_argument("--size", type=int, default=2 * 2**30, help="bytes of the large corpus (default: 2 GiB)")
-    parser.add_argument("--limit", type=int, default=2**30, help="bytes of memory it is read with (default: 1 GiB)")
+    parser.add_argument("--limit", type=int, default=2**29, help="bytes of memory to read it (default: 512 MiB)")
     parser.add_argument("--vocab_size", type=int, default=4096, help="of the tokenizer (default: 4096)")
     parser.add_argument("--text", nargs="+", metavar="FILE", help="text, instead of the standard library")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON file (default: results/)")
@@ -242,6 +239,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 def main(arguments: list[str]) -> None:
     options = parse(arguments)
     spec = {name: value for name, value in vars(options).items() if name not in ("only", "out")}
+    threads = {"RAYON_NUM_THREADS": str(options.threads), "TOKENIZERS_PARALLELISM": "true"}
     versions = own_versions("numpy", "numba", "tokenizers", "grain")
     report = Report("data", ["benchmarks/data.py", *arguments], options.out, versions=versions)
     for part in options.only:
@@ -250,7 +248,7 @@ def main(arguments: list[str]) -> None:
             with tempfile.TemporaryDirectory() as folder:
                 if part == "larger":
                     write_tokens(Path(folder), options.size, options.mean_length)
-                results = in_a_process(part, spec | {"strategy": strategy, "folder": folder})
+                results = in_a_process(__file__, part, spec | {"strategy": strategy, "folder": folder}, threads)
             report.content["results"] += results
             report.write()
     print(table(report.content))
@@ -259,8 +257,6 @@ def main(arguments: list[str]) -> None:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--part"]:
-        answers = os.fdopen(os.dup(1), "w")
-        os.dup2(2, 1)
-        json.dump(PARTS[sys.argv[2]](json.loads(sys.argv[3])), answers)
+        answer_part(PARTS)
     else:
         main(sys.argv[1:])

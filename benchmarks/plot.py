@@ -17,7 +17,7 @@ import matplotlib
 
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
-from lib.tables import CONTENDERS, table
+from lib.tables import CONTENDERS, QUANTITIES, by_axis, table
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -106,6 +106,44 @@ def plot_start(report: dict[str, Any]) -> Figure:
     return figure
 
 
+def plot_growth(report: dict[str, Any]) -> Figure:
+    """A panel an axis: each quantity as a multiple of its first value, on logarithmic scales."""
+    axes_of = by_axis(report)
+    columns = min(3, len(axes_of))
+    rows = -(-len(axes_of) // columns)
+    figure, panels = plt.subplots(
+        rows, columns, figsize=(3.6 * columns, 0.9 + 2.9 * rows), layout="constrained", squeeze=False
+    )
+    for axes, (axis, results) in zip(panels.flat, axes_of.items(), strict=False):
+        growth_lines(axes, results)
+        axes.set_title(axis, loc="left", fontweight="bold")
+        axes.set_xlabel(results[0]["unit"])
+    for axes in panels.flat[len(axes_of) :]:
+        axes.set_axis_off()
+    machine = f"{report['machine']['cpu']}, {report['machine']['cores']} cores; {report['date'][:10]}"
+    figure.suptitle(f"Growth, as multiples of the first value\n{machine}", x=0.01, ha="left", fontsize=11)
+    pairs = [axes.get_legend_handles_labels() for axes in panels.flat]
+    handles, labels = ([item for pair in pairs for item in pair[i]] for i in (0, 1))
+    figure.legend(*unique(handles, labels), loc="outside lower center", ncols=3)
+    return figure
+
+
+def growth_lines(axes: Axes, results: list[dict[str, Any]]) -> None:
+    sizes = [result["value"] for result in results]
+    colours = plt.get_cmap("tab10").colors
+    axes.plot(sizes, [size / sizes[0] for size in sizes], color=INK, linestyle=":", linewidth=1, label="in proportion")
+    for colour, (name, (head, _)) in zip(colours, QUANTITIES.items(), strict=False):
+        values = [result[name] for result in results if name in result]
+        if values and min(values) > 0:
+            multiples = [value / values[0] for value in values]
+            axes.plot(sizes, multiples, color=colour, marker="o", markersize=3.5, label=head.removeprefix(">"))
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.yaxis.set_major_formatter("{x:g} x")
+    axes.tick_params(axis="x", labelrotation=45)
+
+
 def unique(handles: list[Any], labels: list[str]) -> tuple[list[Any], list[str]]:
     by_label = dict(zip(labels, handles, strict=True))
     return list(by_label.values()), list(by_label)
@@ -173,7 +211,7 @@ def curve(axes: Axes, points: tuple[list[int], list[float]], colour: str, shown:
     )
 
 
-PLOTS = {"cpu": plot_speed, "start": plot_start}
+PLOTS = {"cpu": plot_speed, "start": plot_start, "growth": plot_growth}
 
 
 def save(figure: Figure, path: Path) -> None:

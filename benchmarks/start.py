@@ -45,12 +45,15 @@ def environment(caches: Path) -> dict[str, str]:
     return os.environ | ENVIRONMENT | {name: str(caches / name.lower()) for name in names}
 
 
-def first_update(config: str, overrides: list[str], caches: Path, folder: Path) -> dict[str, float]:
-    """{stage: seconds}, in the order in which they ended, and "total", from the start of the process."""
+def first_update(options: argparse.Namespace, caches: Path, folder: Path, warm: bool) -> dict[str, float]:
+    """{stage: seconds}, in the order in which they ended, and "total", from the start of the process.
+
+    `warm` is whether everything must be in `caches` already; else nothing may be.
+    """
     stop = ["--training.stop_at_step", "1", "--training.sample_tokens", "0", "--training.checkpoint_dir", str(folder)]
     start = last = time.perf_counter()
     process = subprocess.Popen(
-        [*TRAIN, "--config", config, *overrides, *stop],
+        [*TRAIN, "--config", options.config, *options.overrides, *stop],
         stderr=subprocess.PIPE,
         text=True,
         env=environment(caches),
@@ -64,18 +67,20 @@ def first_update(config: str, overrides: list[str], caches: Path, folder: Path) 
         if found is not None and found not in stages:
             now = time.perf_counter()
             stages[found], last = now - last, now
-    if process.wait() != 0 or stages.keys() != set(STAGES.values()):
-        raise SystemExit(f"exit code {process.returncode}, stages seen: {list(stages)}\n{''.join(lines)}")
+    cached = any(line.startswith("tokenized text: cached") for line in lines)
+    if process.wait() != 0 or stages.keys() != set(STAGES.values()) or cached != warm:
+        shown = f"exit code {process.returncode}, cached text: {cached}, stages seen: {list(stages)}"
+        raise SystemExit(f"{shown}\n{''.join(lines)}")
     return stages | {"total": last - start}
 
 
 def measure_start(options: argparse.Namespace, caches: Path, folder: Path) -> list[dict[str, Any]]:
     """One cold start and several warm ones; of the latter the one with the median total."""
-    cold = first_update(options.config, options.overrides, caches, folder / "cold")
+    cold = first_update(options, caches, folder / "cold", warm=False)
     say(f"cold: {cold['total']:.1f} s")
     warm = []
     for i in range(options.repeats):
-        warm.append(first_update(options.config, options.overrides, caches, folder / f"warm{i}"))
+        warm.append(first_update(options, caches, folder / f"warm{i}", warm=True))
         say(f"warm: {warm[-1]['total']:.1f} s")
     middle = sorted(warm, key=lambda stages: stages["total"])[len(warm) // 2]
     totals = [stages["total"] for stages in warm]

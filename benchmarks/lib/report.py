@@ -35,7 +35,10 @@ class Report:
         }
 
     def write(self) -> None:
-        self.path.write_text(json.dumps(self.content, indent=1) + "\n", encoding="utf-8")
+        """Writes the file anew, whole or not at all."""
+        part = self.path.with_name(f".{self.path.name}.part")
+        part.write_text(json.dumps(self.content, indent=1) + "\n", encoding="utf-8")
+        part.replace(self.path)
 
     def close(self) -> None:
         """Writes it, and says where."""

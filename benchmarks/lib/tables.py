@@ -1,5 +1,7 @@
 """Markdown tables of result files."""
 
+import itertools
+import math
 import statistics
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -35,6 +37,9 @@ def speed(content: Content) -> str:
         head = [f"{result['batch']} x {result['seq_len']}", result["precision"], f"{result['dropout']:g}", label]
         if "error" in result:
             rows.append([*head, f"failed: {result['error']}", *[""] * 6])
+            continue
+        if not result["turns"]:  # the command was ended before
+            rows.append([*head, "not measured", *[""] * 6])
             continue
         rate, ratio, mfu = result["tokens_per_second"], result["ratio_to_best_pytorch"], result["mfu"]
         rows.append(
@@ -125,7 +130,56 @@ def _larger(result: Content) -> list[str]:
     return [f"a file of {size}, with a limit of {limit}", _rate(result), memory]
 
 
-TABLES: dict[str, Callable[[Content], str]] = {"cpu": speed, "start": start, "data": data}
+LAST = 3  # points that the growth is taken from: at the small ones, what is always there counts for most
+TOLERANCE = 0.15  # of an exponent
+QUANTITIES = {  # of growth.py: head, and how it is shown
+    "seconds": (">time", lambda s: f"{1000 * s:,.1f} ms" if s < 1 else f"{s:,.2f} s"),
+    "temporary_bytes": (">temporary memory, as compiled", lambda n: f"{n / 2**20:,.1f} MiB"),
+    "added_bytes": (">memory added, measured", lambda n: f"{n / 2**20:,.1f} MiB"),
+    "first_seconds": (">compiling", lambda s: f"{s:.1f} s"),
+}
+
+
+def exponent(results: list[Content], quantity: str) -> float | None:
+    """p of quantity ~ value ** p, by least squares over the logarithms of the last points; None where there is none."""
+    points = [
+        (math.log(result["value"]), math.log(max(result[quantity], 1e-9))) for result in results if quantity in result
+    ][-LAST:]
+    return statistics.linear_regression(*zip(*points, strict=True)).slope if len(points) > 1 else None
+
+
+def by_axis(content: Content) -> dict[str, list[Content]]:
+    """The results of growth.py, an axis at a time."""
+    return {axis: list(results) for axis, results in itertools.groupby(content["results"], lambda r: r["axis"])}
+
+
+def growth(content: Content) -> str:
+    """Of growth.py: one row a measurement, the powers of each axis, and a list of what is worse than it should be."""
+    rows, worse = [], []
+    for axis, results in by_axis(content).items():
+        for result in results:
+            shown = [show(result[name]) if name in result else "" for name, (_, show) in QUANTITIES.items()]
+            rows.append([axis, f"{result['value']:,} {result['unit']}", *shown])
+        exponents = {name: exponent(results, name) for name in QUANTITIES}
+        limits = results[0]["limits"]
+        rows.append([f"**{axis}**", "grows as their power", *(_power(p, limits.get(n)) for n, p in exponents.items())])
+        worse += [
+            f"- {axis}: {name} grows as power {power:.2f}, more than {limits[name]:g}"
+            for name, power in exponents.items()
+            if power is not None and power > limits[name] + TOLERANCE
+        ]
+    heads = ["", ">", *(head for head, _ in QUANTITIES.values())]
+    found = "Worse than it should be:\n" + "\n".join(worse) if worse else "Nothing grows faster than it should."
+    return f"{_machine(content)}. Powers are those of the last {LAST} rows.\n\n{markdown(heads, rows)}\n\n{found}"
+
+
+def _power(power: float | None, limit: float | None) -> str:
+    if power is None or limit is None:
+        return ""
+    return f"**{power:.2f}, at most {limit:g}**" if power > limit + TOLERANCE else f"{power:.2f}, at most {limit:g}"
+
+
+TABLES: dict[str, Callable[[Content], str]] = {"cpu": speed, "start": start, "data": data, "growth": growth}
 
 
 def table(content: Content) -> str:

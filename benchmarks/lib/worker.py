@@ -1,8 +1,10 @@
-"""A contender's side: a process that trains on and on, and stops after each turn until it is asked for the next one.
+"""A measured process's side. Standard library alone.
 
-It is asked by a line "run N" on stdin, and answers with a line of JSON on stdout. Standard library alone.
+A contender of cpu.py trains on and on, and stops after each turn until it is asked for the next one. It is asked by a
+line "run N" on stdin, and answers with a line of JSON on stdout. A part of data.py or growth.py answers once.
 """
 
+import contextlib
 import itertools
 import json
 import os
@@ -71,10 +73,27 @@ def train_forever(update: Callable[[int], Any], turns: Turns, updates_a_lap: int
             turns.lap(float(loss))
 
 
+def answer_part(parts: dict[str, Callable[[dict[str, Any]], Any]]) -> None:
+    """Does what `lib.workers.in_a_process` asked for on the command line; what is printed meanwhile goes to stderr."""
+    with os.fdopen(os.dup(1), "w") as answers:
+        os.dup2(2, 1)
+        json.dump(parts[sys.argv[2]](json.loads(sys.argv[3])), answers)
+
+
+def status_bytes(name: str) -> int:
+    """A figure of Linux's /proc/self/status, such as RssAnon."""
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(status[name].split()[0]) * 1024
+
+
 def peak_bytes() -> int:
-    """The most memory this process has had resident since it began."""
-    status = Path("/proc/self/status")
-    if status.is_file():  # getrusage's figure would go on from the process that started this one
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
-        return int(line.split()[1]) * 1024
+    """The most memory this process has had resident since it began, or since `forget_peak`."""
+    if Path("/proc/self/status").is_file():  # getrusage's figure would go on from the process that started this one
+        return status_bytes("VmHWM")
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def forget_peak() -> None:
+    """Lets the kernel count the most resident memory anew from here (Linux; elsewhere the peak includes what was)."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")

@@ -5,6 +5,7 @@ import json
 import os
 import pty
 import subprocess
+import sys
 import termios
 import threading
 import time
@@ -15,6 +16,13 @@ from typing import Any
 from lib.machine import busy_seconds, say, without_paths
 
 ENVIRONMENT = {"CUDA_VISIBLE_DEVICES": "", "JAX_PLATFORMS": "cpu", "JAX_TRACEBACK_FILTERING": "off"}
+
+
+def in_a_process(program: str, part: str, spec: dict[str, Any], environment: dict[str, str]) -> Any:
+    """What `lib.worker.answer_part` answers in a new process of `program`; whatever else it prints goes to stderr."""
+    command = [sys.executable, program, "--part", part, json.dumps(spec)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=os.environ | environment)
+    return json.loads(done.stdout)
 
 
 class WorkerFailed(RuntimeError):
