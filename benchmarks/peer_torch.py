@@ -1,18 +1,39 @@
-"""The PyTorch side of cpu.py: transformers' GPT-2, trained as PyTorch users do. Needs torch and transformers alone."""
+"""PyTorch peers of cpu.py: transformers' GPT-2 in a plain training loop, as it is and compiled.
+
+Needs torch, transformers and NumPy alone. `recipe` and `Batches` serve the other peers, too.
+"""
 
 import json
 import sys
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
 import torch
-from cpu import BATCHES, TRAINING, Update, serve
-from transformers import GPT2Config, GPT2LMHeadModel
+from lib.worker import Turns, train_forever
 
 
-def build(spec: dict[str, Any]) -> tuple[Update, dict[str, Any]]:
-    """The update of GPT-2 in the given shape, precision and dropout: SDPA attention, fused AdamW, clipping."""
-    torch.manual_seed(0)
+class Batches:
+    """The rows of real text that jaxlm packed, with the targets that count; `batches[number]` goes round them."""
+
+    def __init__(self, spec: dict[str, Any]) -> None:
+        with np.load(spec["data"]) as arrays:
+            self.tokens_NBT = torch.from_numpy(arrays["tokens"]).long()
+            counts = torch.from_numpy(arrays["segments"] > 0) & (self.tokens_NBT != spec["bos_id"])
+        self.labels_NBT = torch.where(counts, self.tokens_NBT, -100)  # the models shift them
+
+    def __len__(self) -> int:
+        return len(self.tokens_NBT)
+
+    def __getitem__(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
+        i = number % len(self)
+        return self.tokens_NBT[i], self.labels_NBT[i]
+
+
+def gpt2(spec: dict[str, Any]) -> torch.nn.Module:
+    """A fresh GPT-2 of the given shape and dropout, with SDPA attention."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
     shape, dropout = spec["shape"], spec["dropout"]
     config = GPT2Config(
         vocab_size=shape["vocab_size"],
@@ -29,30 +50,47 @@ def build(spec: dict[str, Any]) -> tuple[Update, dict[str, Any]]:
         bos_token_id=None,
         eos_token_id=None,
     )
-    model = GPT2LMHeadModel(config).train()
-    parameters = list(model.parameters())
+    return GPT2LMHeadModel(config).train()
+
+
+def autocast(spec: dict[str, Any]) -> torch.autocast:
+    return torch.autocast("cpu", dtype=torch.bfloat16, enabled=spec["precision"] == "bf16")
+
+
+def recipe(
+    spec: dict[str, Any], parameters: Iterable[torch.nn.Parameter], loss_of: Callable[[int], torch.Tensor]
+) -> Callable[[int], torch.Tensor]:
+    """The update: forward in the given precision, backward, clipping, fused AdamW."""
+    parameters, training = list(parameters), spec["training"]
     optimizer = torch.optim.AdamW(
-        parameters, lr=TRAINING["learning_rate"], weight_decay=TRAINING["weight_decay"], fused=True
+        parameters, lr=training["learning_rate"], weight_decay=training["weight_decay"], fused=True
     )
-    forward = torch.compile(model) if spec["contender"] == "compiled" else model
 
-    arrays = np.load(spec["data"])
-    tokens = torch.from_numpy(arrays["tokens"]).long()
-    counts = torch.from_numpy(arrays["segments"] > 0) & (tokens != spec["bos_id"])
-    labels = torch.where(counts, tokens, -100)  # the model shifts them
-
-    def update(number: int) -> float:
-        i = number % BATCHES
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=spec["precision"] == "bf16"):
-            loss = forward(input_ids=tokens[i], labels=labels[i]).loss
+    def update(number: int) -> torch.Tensor:
+        with autocast(spec):
+            loss = loss_of(number)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, TRAINING["max_grad_norm"])
+        torch.nn.utils.clip_grad_norm_(parameters, training["max_grad_norm"])
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        return loss.item()
+        return loss.detach()
 
-    return update, {"parameters": sum(p.numel() for p in parameters), "threads": torch.get_num_threads()}
+    return update
+
+
+def main() -> None:
+    turns, spec = Turns(), json.loads(sys.argv[1])
+    torch.manual_seed(0)
+    model, batches = gpt2(spec), Batches(spec)
+    forward = torch.compile(model) if spec["contender"] == "compiled" else model
+
+    def loss_of(number: int) -> torch.Tensor:
+        tokens, labels = batches[number]
+        return forward(input_ids=tokens, labels=labels).loss
+
+    turns.about |= {"parameters": sum(p.numel() for p in model.parameters()), "threads": torch.get_num_threads()}
+    train_forever(recipe(spec, model.parameters(), loss_of), turns, spec["updates_a_lap"])
 
 
 if __name__ == "__main__":
-    serve(lambda: build(json.loads(sys.argv[1])))
+    main()

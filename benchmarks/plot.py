@@ -1,10 +1,15 @@
-"""Pictures of a benchmark's results: `plot.py RESULTS.json --out FILE`.
+"""Tables and pictures of results.
+
+    python benchmarks/plot.py RESULTS.json [RESULTS.json ...]       their tables, in Markdown, on stdout
+    python benchmarks/plot.py RESULTS.json --out FILE               and a picture of the first
+    python benchmarks/plot.py --run FOLDER --out FILE               a run's training curve, from its metrics.jsonl
 
 FILE ends in .png or .svg. Needs matplotlib: pip install -e ".[bench]"
 """
 
 import argparse
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +17,10 @@ import matplotlib
 
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
+from lib.tables import CONTENDERS, QUANTITIES, by_axis, table
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-CONTENDERS = {  # label and colour
-    "ours": ("jaxlm", "#2f6db5"),
-    "eager": ("transformers, eager", "#c9c2b8"),
-    "compiled": ("transformers, torch.compile", "#8c857b"),
-}
 INK, FAINT = "#2b2b2b", "#dddddd"
 STYLE = {
     "font.size": 10,
@@ -41,38 +42,106 @@ STYLE = {
 
 
 def plot_speed(report: dict[str, Any]) -> Figure:
-    """Bars of tokens/s, one group a precision and dropout, with the range over the turns."""
+    """Bars of tokens/s, a panel a sequence length, a group a precision and dropout, with the range over the turns."""
     done = [result for result in report["results"] if "tokens_per_second" in result]
-    groups = list(dict.fromkeys((result["precision"], result["dropout"]) for result in done))
+    lengths = list(dict.fromkeys(result["seq_len"] for result in done))
     names = [name for name in CONTENDERS if any(result["contender"] == name for result in done)]
+    groups = list(dict.fromkeys((result["precision"], result["dropout"]) for result in done))
+    width = max(6.5, 1.0 + 0.42 * len(names) * len(groups) * len(lengths))
+    figure, panels = plt.subplots(
+        1, len(lengths), figsize=(width, 4.6), layout="constrained", squeeze=False, sharey=True
+    )
+    for axes, seq_len in zip(panels[0], lengths, strict=True):
+        speed_bars(axes, [result for result in done if result["seq_len"] == seq_len], groups, names)
+        axes.set_xlabel(f"{seq_len} tokens a row")
+    panels[0, 0].set_ylabel("tokens/s, median and range")
+    setup, machine = report["setup"], report["machine"]
+    shape = ", ".join(f"{name} {size:,}" for name, size in setup["shape"].items())
+    versions = ", ".join(f"{n} {report['versions'][n]}" for n in ("jax", "torch") if n in report["versions"])
+    small = f"{shape}; {setup['tokens']:,} tokens an update\n{machine['cpu']}; {versions}; {report['date'][:10]}"
+    heading(panels[0, 0], f"Training speed on {machine['cores']} CPU cores: {setup['preset']}", small)
+    handles, labels = panels[0, 0].get_legend_handles_labels()
+    figure.legend(*unique(handles, labels), loc="outside lower center", ncols=min(len(names), 3))
+    return figure
+
+
+def speed_bars(axes: Axes, results: list[dict[str, Any]], groups: list[Any], names: list[str]) -> None:
     width = 0.84 / len(names)
-    figure, axes = plt.subplots(figsize=(max(6.5, 1.2 + 2.1 * len(groups)), 4.4), layout="constrained")
-    for result in done:
+    for result in results:
         rate, (label, colour) = result["tokens_per_second"], CONTENDERS[result["contender"]]
         offset = (names.index(result["contender"]) - (len(names) - 1) / 2) * width
         x = groups.index((result["precision"], result["dropout"])) + offset
         below, above = rate["median"] - rate["min"], rate["max"] - rate["median"]
         axes.bar(x, rate["median"], width * 0.92, color=colour, label=label)
-        axes.errorbar(x, rate["median"], [[below], [above]], color=INK, linewidth=1, capsize=3)
-        axes.annotate(
-            f"{rate['median']:,.0f}", (x, rate["max"]), (0, 4), textcoords="offset points", ha="center", fontsize=9
-        )
+        axes.errorbar(x, rate["median"], [[below], [above]], color=INK, linewidth=1, capsize=2)
+        shown = f"{rate['median']:,.0f}"
+        place = {"textcoords": "offset points", "ha": "center", "fontsize": 8, "rotation": 90}
+        axes.annotate(shown, (x, rate["max"]), (0, 5), va="bottom", **place)
     axes.set_xticks(range(len(groups)), [f"{precision}\ndropout {dropout:g}" for precision, dropout in groups])
     axes.tick_params(axis="x", length=0)
     axes.yaxis.set_major_formatter("{x:,.0f}")
-    axes.set_ylabel("tokens/s, median and range")
-    axes.margins(y=0.12)
-    setup, machine = report["setup"], report["machine"]
-    shape = setup["shape"]
-    model = (
-        f"d_model {shape['d_model']}, {shape['n_layers']} layers, vocabulary {shape['vocab_size']:,}, "
-        f"{setup['batch']} x {setup['seq_len']} tokens an update"
-    )
-    versions = ", ".join(f"{n} {report['versions'][n]}" for n in ("jax", "torch") if n in report["versions"])
-    heading(axes, f"Training speed on {machine['cores']} CPU cores", f"{model}\n{machine['cpu']}; {versions}")
+    axes.margins(y=0.25)
+
+
+def plot_start(report: dict[str, Any]) -> Figure:
+    """Bars from the command to the first update, made up of the stages."""
+    cold, warm = report["results"][:2]
+    figure, axes = plt.subplots(figsize=(8.5, 3.4), layout="constrained")
+    colours = plt.get_cmap("tab10").colors
+    for y, result in enumerate((warm, cold)):
+        left = 0.0
+        for i, stage in enumerate(stage for stage in cold["seconds"] if stage != "total"):
+            axes.barh(y, result["seconds"][stage], left=left, color=colours[i], label=stage, height=0.6)
+            left += result["seconds"][stage]
+        axes.annotate(f"{left:.1f} s", (left, y), (5, 0), textcoords="offset points", va="center", fontweight="bold")
+    axes.set_yticks([0, 1], ["warm", "cold"])
+    axes.grid(axis="y", visible=False)
+    axes.grid(axis="x")
+    axes.set_xlabel("seconds since the command")
+    axes.margins(x=0.1)
+    machine = f"{report['machine']['cpu']}, {report['machine']['cores']} cores; {report['date'][:10]}"
+    heading(axes, f"{report['config']}: command to first update", machine)
     handles, labels = axes.get_legend_handles_labels()
-    figure.legend(*unique(handles, labels), loc="outside lower center", ncols=len(names))
+    figure.legend(*unique(handles, labels), loc="outside lower center", ncols=3)
     return figure
+
+
+def plot_growth(report: dict[str, Any]) -> Figure:
+    """A panel an axis: each quantity as a multiple of its first value, on logarithmic scales."""
+    axes_of = by_axis(report)
+    columns = min(3, len(axes_of))
+    rows = -(-len(axes_of) // columns)
+    figure, panels = plt.subplots(
+        rows, columns, figsize=(3.6 * columns, 0.9 + 2.9 * rows), layout="constrained", squeeze=False
+    )
+    for axes, (axis, results) in zip(panels.flat, axes_of.items(), strict=False):
+        growth_lines(axes, results)
+        axes.set_title(axis, loc="left", fontweight="bold")
+        axes.set_xlabel(results[0]["unit"])
+    for axes in panels.flat[len(axes_of) :]:
+        axes.set_axis_off()
+    machine = f"{report['machine']['cpu']}, {report['machine']['cores']} cores; {report['date'][:10]}"
+    figure.suptitle(f"Growth, as multiples of the first value\n{machine}", x=0.01, ha="left", fontsize=11)
+    pairs = [axes.get_legend_handles_labels() for axes in panels.flat]
+    handles, labels = ([item for pair in pairs for item in pair[i]] for i in (0, 1))
+    figure.legend(*unique(handles, labels), loc="outside lower center", ncols=3)
+    return figure
+
+
+def growth_lines(axes: Axes, results: list[dict[str, Any]]) -> None:
+    sizes = [result["value"] for result in results]
+    colours = plt.get_cmap("tab10").colors
+    axes.plot(sizes, [size / sizes[0] for size in sizes], color=INK, linestyle=":", linewidth=1, label="in proportion")
+    for colour, (name, (head, _)) in zip(colours, QUANTITIES.items(), strict=False):
+        values = [result[name] for result in results if name in result]
+        if values and min(values) > 0:
+            multiples = [value / values[0] for value in values]
+            axes.plot(sizes, multiples, color=colour, marker="o", markersize=3.5, label=head.removeprefix(">"))
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.yaxis.set_major_formatter("{x:g} x")
+    axes.tick_params(axis="x", labelrotation=45)
 
 
 def unique(handles: list[Any], labels: list[str]) -> tuple[list[Any], list[str]]:
@@ -87,19 +156,95 @@ def heading(axes: Axes, title: str, small: str) -> None:
     axes.text(0, 1, small, transform=axes.transAxes, fontsize=9, va="bottom", color="#666666", linespacing=1.3)
 
 
+def read_metrics(folder: Path) -> dict[str, tuple[list[int], list[float]]]:
+    """{name: (steps, values)} of a run's metrics.jsonl; the later row of a step wins, null becomes NaN."""
+    rows: dict[int, dict[str, Any]] = {}
+    for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        rows[row["step"]] = row
+    series: dict[str, tuple[list[int], list[float]]] = {}
+    for step in sorted(rows):
+        for name, value in rows[step].items():
+            steps, values = series.setdefault(name, ([], []))
+            steps.append(step)
+            values.append(math.nan if value is None else value)
+    return series
+
+
+def plot_run(folder: Path) -> Figure:
+    """Training and validation loss against the step, and bits a byte beside them if there was an evaluation."""
+    series = read_metrics(folder)
+    evaluated = "eval/bits_per_byte" in series
+    figure, panels = plt.subplots(
+        1, 1 + evaluated, figsize=(9.6 if evaluated else 5.6, 4.0), layout="constrained", squeeze=False
+    )
+    loss, colour = panels[0, 0], CONTENDERS["ours"].colour
+    if "train/loss" in series:
+        loss.plot(*series["train/loss"], color="#9db9d8", linewidth=1.3, label="training")
+    if "eval/loss" in series:
+        curve(loss, series["eval/loss"], colour, "{:.3f}", "validation")
+    loss.set_title("Loss, nats a token", loc="left", fontweight="bold")
+    loss.legend()
+    if evaluated:
+        curve(panels[0, 1], series["eval/bits_per_byte"], colour, "{:.3f}", "validation")
+        panels[0, 1].set_title("Bits a byte, validation", loc="left", fontweight="bold")
+    for axes in panels.flat:
+        axes.set_xlabel("step (optimizer updates)")
+        axes.set_xlim(left=0)
+        axes.xaxis.set_major_formatter("{x:,.0f}")
+    return figure
+
+
+def curve(axes: Axes, points: tuple[list[int], list[float]], colour: str, shown: str, label: str) -> None:
+    """A line with markers while they are few, and its last value written at the end."""
+    steps, values = points
+    marker = "o" if len(steps) <= 40 else ""
+    axes.plot(steps, values, color=colour, linewidth=2, marker=marker, markersize=4.5, label=label)
+    axes.annotate(
+        shown.format(values[-1]),
+        (steps[-1], values[-1]),
+        (0, 8),
+        textcoords="offset points",
+        ha="right",
+        color=colour,
+        fontweight="bold",
+    )
+
+
+PLOTS = {"cpu": plot_speed, "start": plot_start, "growth": plot_growth}
+
+
+def save(figure: Figure, path: Path) -> None:
+    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)
+    figure.savefig(path, dpi=160, facecolor="white")
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("results", type=Path, metavar="RESULTS.json", help="written by cpu.py")
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="picture to write, .png or .svg")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, usage="%(prog)s [options]"
+    )
+    parser.add_argument("results", nargs="*", type=Path, metavar="RESULTS.json", help="written by the benchmarks here")
+    parser.add_argument("--run", type=Path, metavar="FOLDER", help="a run's folder, with its metrics.jsonl")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="picture to write, .png or .svg")
     options = parser.parse_args()
-    if options.out.suffix not in (".png", ".svg"):
+    if bool(options.results) == (options.run is not None):
+        parser.error("give result files or --run FOLDER")
+    if options.run is not None and options.out is None:
+        parser.error("--run needs --out FILE")
+    if options.out is not None and options.out.suffix not in (".png", ".svg"):
         parser.error(f"--out ({options.out}) must end in .png or .svg")
-    if not options.results.is_file():
-        parser.error(f"{options.results}: no such file")
-    with plt.rc_context(STYLE):
-        figure = plot_speed(json.loads(options.results.read_text(encoding="utf-8")))
-        figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)
-        figure.savefig(options.out, dpi=160, facecolor="white")
+    for source in options.results or [options.run / "metrics.jsonl"]:
+        if not source.is_file():
+            parser.error(f"{source}: no such file")
+    reports = [json.loads(source.read_text(encoding="utf-8")) for source in options.results]
+    for source, report in zip(options.results, reports, strict=True):
+        print(f"{source.name}: `{report['command']}`\n\n{table(report)}\n")
+    if options.out is not None:
+        kind = reports[0]["benchmark"].partition("-")[0] if reports else None
+        if kind is not None and kind not in PLOTS:
+            parser.error(f"--out: there is no picture of {kind} results; use one of {', '.join(PLOTS)}")
+        with plt.rc_context(STYLE):
+            save(plot_run(options.run) if kind is None else PLOTS[kind](reports[0]), options.out)
 
 
 if __name__ == "__main__":

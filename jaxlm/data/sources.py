@@ -83,11 +83,8 @@ def _source(data: DataConfig, name: str, where: str, train: _Text, validation: _
 
 def _stdlib(data: DataConfig) -> Source:
     where, root = f"data.dataset_name ({STDLIB})", Path(sysconfig.get_path("stdlib"))
-    names = sorted(path.relative_to(root).as_posix() for path in root.rglob("*.py"))
     documents, not_utf8, digest = [], 0, hashlib.sha256()
-    for name in names:
-        if _NOT_STDLIB.intersection(name.split("/")):
-            continue
+    for name in _stdlib_names(root):
         content = _read(root / name, where)
         if _is_utf8(content):
             documents.append(root / name)
@@ -103,6 +100,15 @@ def _stdlib(data: DataConfig) -> Source:
     note = f"; {not_utf8} left out: not UTF-8" if not_utf8 else ""
     name = f"{STDLIB} {platform.python_version()} ({len(documents)} files{note})"
     return _source(data, name, where, _Text(digest.hexdigest(), read), None)
+
+
+def _stdlib_names(root: Path) -> list[str]:
+    """The source files below `root`, sorted; what is not the library is not even looked into: it can be large."""
+    names = []
+    for folder, folders, files in os.walk(root):
+        folders[:] = [name for name in folders if name not in _NOT_STDLIB]
+        names += [(Path(folder) / name).relative_to(root).as_posix() for name in files if name.endswith(".py")]
+    return sorted(names)
 
 
 def _is_utf8(content: bytes) -> bool:

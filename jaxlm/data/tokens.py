@@ -17,7 +17,9 @@ import shutil
 import tempfile
 import time
 from array import array
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -33,7 +35,8 @@ from jaxlm.tokenizer import Tokenizer
 
 FORMAT = 2  # raise it when what is stored, or how text becomes tokens, changes
 SPLITS = ("train", "validation")
-BATCH_CHARACTERS = 2**21  # text tokenized at once: enough for every thread, little enough for memory
+BATCH_CHARACTERS = 2**20  # text tokenized in one call: enough for every thread, little enough for memory
+CALLS = 2  # of the tokenizers library at a time, so that its threads have work while the ids of one call are written
 
 
 @dataclass(frozen=True)
@@ -178,11 +181,11 @@ def _tokenize(folder: Path, source: Source, tokenizer: Tokenizer, data: DataConf
             untokenizable = parts[f"tokenizing {name}"] = LeftOut(data)
             offsets, document_bytes = array("q", [0]), array("q")
             with (part / f"{name}.tokens").open("wb") as file:
-                for batch in _batches(_with_progress(documents, f"tokenizing {name}")):
-                    for document, ids in _encoded(tokenizer, batch, untokenizable):
-                        ids.tofile(file)
-                        offsets.append(offsets[-1] + len(ids))
-                        document_bytes.append(len(document.text.encode()))
+                batches = _batches(_with_progress(documents, f"tokenizing {name}"))
+                for document, ids in _encoded(tokenizer, batches, untokenizable):
+                    ids.tofile(file)
+                    offsets.append(offsets[-1] + len(ids))
+                    document_bytes.append(len(document.text.encode()))
             if not document_bytes:
                 raise UserError(f"no document of the {name} text can be tokenized: {untokenizable.first[0]}")
             np.save(part / f"{name}.offsets.npy", np.array(offsets, np.int64))
@@ -191,17 +194,41 @@ def _tokenize(folder: Path, source: Source, tokenizer: Tokenizer, data: DataConf
         (part / "left_out.json").write_text(json.dumps(lines))
 
 
-def _encoded(
-    tokenizer: Tokenizer, batch: list[Document], untokenizable: LeftOut
-) -> Iterable[tuple[Document, np.ndarray]]:
-    """Each document with its ids; those that cannot be tokenized are found by trying one by one, and left out."""
+Encoded = tuple[Document, np.ndarray]  # a document with its ids
+
+
+def _encoded(tokenizer: Tokenizer, batches: Iterable[list[Document]], untokenizable: LeftOut) -> Iterator[Encoded]:
+    """The documents of all batches in order, several batches ahead of where the reader is."""
+    with ThreadPoolExecutor(CALLS) as pool:
+        begun: deque[tuple[list[Document], Future[list[np.ndarray]]]] = deque()
+        for batch in batches:
+            begun.append((batch, pool.submit(_ids, tokenizer, batch)))
+            if len(begun) > CALLS:
+                yield from _taken(tokenizer, *begun.popleft(), untokenizable)
+        while begun:
+            yield from _taken(tokenizer, *begun.popleft(), untokenizable)
+
+
+def _ids(tokenizer: Tokenizer, batch: list[Document]) -> list[np.ndarray]:
+    return tokenizer.encode_documents([document.text for document in batch])
+
+
+def _taken(
+    tokenizer: Tokenizer, batch: list[Document], begun: Future[list[np.ndarray]], untokenizable: LeftOut
+) -> Iterator[Encoded]:
+    """What was begun; where that failed, documents that cannot be tokenized are found one by one, and left out."""
     try:
-        return zip(batch, tokenizer.encode_documents([document.text for document in batch]), strict=True)
-    except UserError as error:
-        if len(batch) > 1:
-            return [pair for document in batch for pair in _encoded(tokenizer, [document], untokenizable)]
-        untokenizable.add(f"{batch[0].place} {error}")
-        return []
+        all_ids = begun.result()
+    except UserError:
+        for document in batch:
+            try:
+                (ids,) = _ids(tokenizer, [document])
+            except UserError as error:
+                untokenizable.add(f"{document.place} {error}")
+            else:
+                yield document, ids
+    else:
+        yield from zip(batch, all_ids, strict=True)
 
 
 def _left_out(folder: Path) -> list[str]:
