@@ -122,7 +122,7 @@ def test_decoded_logits_are_those_of_the_full_pass_and_capped() -> None:
     decode = jax.jit(lambda params: nnx.merge(graphdef, params).decode(tokens_1T[:, -1:], last_B, caches))
     logits_1V, ((keys, _), _) = decode(params)
     np.testing.assert_allclose(logits_1V[0], next_logits(model, PROMPT), atol=1e-5)
-    assert 0.09 < np.abs(logits_1V).max() < 0.1 and keys.shape == (1, 2, WINDOW, 4)
+    assert 0.09 < np.abs(logits_1V).max() < 0.1 + 1e-6 and keys.shape == (1, 2, WINDOW, 4)
 
 
 def test_longer_than_a_chunk_and_a_step_of_the_prompt() -> None:

@@ -164,7 +164,8 @@ def empty_caches(prompt: Any, slots: int, length: int) -> Any:
 
     def zeros(x_1HTK: jax.Array) -> jax.Array:
         _, heads, _, channels = x_1HTK.shape
-        on_cpu = all(device.platform == "cpu" for device in x_1HTK.sharding.device_set)
+        devices: Any = x_1HTK.devices()
+        on_cpu = all(device.platform == "cpu" for device in devices)
         dtype = jnp.float32 if on_cpu else x_1HTK.dtype
         return jnp.zeros((slots, heads, length, channels), dtype, device=x_1HTK.sharding)
 
