@@ -162,6 +162,7 @@ def step(spec: dict[str, Any]) -> dict[str, Any]:
             super()._log_metrics(loss)
             times.append(time.perf_counter())
             if self.current_step == 1:
+                time.sleep(0.5)
                 measured["resident_bytes"] = status_bytes("VmRSS")
                 forget_peak()
             elif len(times) > 1 + UPDATES and (times[-1] - times[1] > SECONDS or len(times) > MOST_UPDATES):

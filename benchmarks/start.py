@@ -7,12 +7,14 @@ that are ready.
 """
 
 import argparse
+import itertools
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -90,9 +92,8 @@ def measure_start(options: argparse.Namespace, caches: Path, folder: Path) -> li
     ]
 
 
-def measure_answers(repeats: int, caches: Path) -> list[dict[str, Any]]:
+def measure_answers(repeats: int, caches: Path) -> Iterator[dict[str, Any]]:
     """How long it takes until help or an error stands there, the median of several."""
-    results = []
     for what, (arguments, expected) in AT_ONCE.items():
         seconds = []
         for _ in range(repeats):
@@ -102,27 +103,24 @@ def measure_answers(repeats: int, caches: Path) -> list[dict[str, Any]]:
             if done.returncode != expected:
                 raise SystemExit(f"{what}: exit code {done.returncode}\n{done.stderr.decode()}")
         total = {"total": statistics.median(seconds)}
-        results.append({"what": what, "caches": "-", "seconds": total, "min": min(seconds), "max": max(seconds)})
         say(f"{what}: {total['total']:.2f} s")
-    return results
+        yield {"what": what, "caches": "-", "seconds": total, "min": min(seconds), "max": max(seconds)}
 
 
-def measure_peers(python: str, names: list[str], folder: Path) -> list[dict[str, Any]]:
+def measure_peers(python: str, names: list[str], folder: Path) -> Iterator[dict[str, Any]]:
     """From the peers' process to their first update of the small model in float32, with empty caches and again."""
     preset = cpu.PRESETS["small"]
     spec = {"shape": preset.shape, "seq_len": preset.seq_len[0], "tokens": preset.tokens, "updates_a_lap": 1}
     spec = cpu.with_batches(spec | {"text": None, "cache_dir": None}, folder, {})
     spec |= {"precision": "float32", "dropout": 0.0}
-    results = []
     for name in names:
         for caches in ("cold", "warm"):
             command = [python, str(cpu.HERE / cpu.PROGRAMS[name])]
             worker = Worker(command, spec | {"contender": name}, folder / "log", environment(folder / name))
             seconds = worker.answer()["first_lap"] - worker.started
             worker.close()
-            results.append({"what": CONTENDERS[name].label, "caches": caches, "seconds": {"total": seconds}})
             say(f"{CONTENDERS[name].label}, {caches}: {seconds:.1f} s")
-    return results
+            yield {"what": CONTENDERS[name].label, "caches": caches, "seconds": {"total": seconds}}
 
 
 def main(arguments: list[str]) -> None:
@@ -144,10 +142,12 @@ def main(arguments: list[str]) -> None:
     report = Report("start", ["benchmarks/start.py", *arguments], options.out, versions=versions, config=options.config)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        report.content["results"] += measure_start(options, folder / "caches", folder)
-        report.content["results"] += measure_answers(options.repeats, folder / "caches")
-        if peers:
-            report.content["results"] += measure_peers(options.peer_python, peers, folder)
+        ours = itertools.chain(
+            measure_start(options, folder / "caches", folder), measure_answers(options.repeats, folder / "caches")
+        )
+        for result in itertools.chain(ours, measure_peers(options.peer_python, peers, folder) if peers else ()):
+            report.content["results"].append(result)
+            report.write()
     print(table(report.content))
     report.close()
 
