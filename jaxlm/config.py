@@ -230,6 +230,11 @@ class TrainingConfig(_Section):
         low=1,
         resumable=True,
     )
+    profile_steps: str | None = option(
+        None,
+        "updates to trace, A:B (both included), for TensorBoard's profile page or Perfetto; none: none",
+        resumable=True,
+    )
     sample_prompt: str = option("", "text that the samples printed at each evaluation go on from", resumable=True)
     sample_tokens: int = option(100, "tokens in such a sample; 0: no samples", low=0, resumable=True)
     world_size: int | None = option(None, "devices that must be there; none: use what is there", low=1, resumable=True)
@@ -519,6 +524,19 @@ def check_fields(config: Config) -> None:
     _check_home_folders(config)
 
 
+def profiled_steps(text: str) -> tuple[int, int]:
+    """First and last update of training.profile_steps, "A:B", counted from 1.
+
+    Raises:
+      UserError: not of that form, or A is 0 or after B.
+    """
+    found = re.fullmatch(r"(\d+):(\d+)", text)
+    first, last = (int(found[1]), int(found[2])) if found else (0, 0)
+    if not 1 <= first <= last:
+        raise UserError(f"training.profile_steps ({text}) must be A:B, the first and the last update, such as 11:15")
+    return first, last
+
+
 def validate(config: Config) -> Config:
     """Checks everything that can be known without touching files or devices; returns `config`.
 
@@ -528,6 +546,8 @@ def validate(config: Config) -> Config:
     check_fields(config)
     model, training, data = config.model, config.training, config.data
     _check_model(model)
+    if training.profile_steps is not None:
+        profiled_steps(training.profile_steps)
     if data.max_length > model.max_seq_len:
         raise UserError(
             f"data.max_length ({data.max_length}) exceeds model.max_seq_len ({model.max_seq_len}); lower it"

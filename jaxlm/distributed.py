@@ -19,6 +19,7 @@ from jax.experimental import multihost_utils
 
 from jaxlm.config import TrainingConfig
 from jaxlm.errors import RunFailed, UserError
+from jaxlm.host_memory import keep_freed_memory
 
 HEARTBEAT_SECONDS = 30  # a process that was silent for this long is taken for dead, and the whole job ends
 START_SECONDS = 300  # to wait for all processes to have started
@@ -217,6 +218,10 @@ def _nvidia_device_visible() -> bool:
     return not hidden and any(Path("/dev").glob("nvidia[0-9]*"))
 
 
+def _cpu_is_meant() -> bool:
+    return os.environ.get("JAX_PLATFORMS", "") == "cpu"
+
+
 def find_devices() -> list[jax.Device]:
     """The devices of all processes that JAX computes on.
 
@@ -231,8 +236,7 @@ def find_devices() -> list[jax.Device]:
         raise UserError(
             f'{asked}: JAX found no device{reason}; unset it, or for a GPU: pip install -e ".[cuda12]" (or cuda13)'
         ) from error
-    cpu_is_meant = os.environ.get("JAX_PLATFORMS", "") == "cpu"
-    if devices[0].platform == "cpu" and _nvidia_device_visible() and not cpu_is_meant:
+    if devices[0].platform == "cpu" and _nvidia_device_visible() and not _cpu_is_meant():
         raise UserError(
             'an NVIDIA GPU is here, but JAX has only its CPU backend: pip install -e ".[cuda12]" (or cuda13), '
             "or set JAX_PLATFORMS=cpu if the CPU is meant"
@@ -247,6 +251,8 @@ def training_devices(config: TrainingConfig) -> list[jax.Device]:
       UserError: the processes don't find each other, another number of devices, other collectives than asked for.
     """
     start()
+    if _cpu_is_meant() or not _nvidia_device_visible():
+        keep_freed_memory()
     devices = find_devices()
     if config.world_size is not None and config.world_size != len(devices):
         raise UserError(

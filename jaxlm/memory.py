@@ -43,16 +43,6 @@ METHOD = (
     "expected error: none of the state; unknown of the rest, as no GPU run has been compared yet (XLA may keep less)"
 )
 
-# What the backward pass of each activation keeps, its inputs and output included: bytes a channel of d_ff.
-ACTIVATION_KEEPS = {
-    "gelu": lambda c: 6 * c,
-    "gelu_exact": lambda c: 4 * c,
-    "swish": lambda c: 4 * c,
-    "relu": lambda c: c + 1,
-    "swiglu": lambda c: 6 * c,
-    "geglu": lambda c: 8 * c,
-}
-
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
@@ -186,13 +176,14 @@ def block_bytes(config: Config, attention: str, policy: str = "none") -> float:
     length = config.data.max_length
     blocks = -(-length // BLOCK)
     padded = blocks * -(-length // blocks) / length if attention == "blockwise" else 1
-    norms = 2 * _norm_keeps(model)
+    norms: float = 2 * _norm_keeps(model)
     if model.qk_norm:
         norms += (3 * 4 * (d + kv) + 2 * 4 * (model.n_heads + model.kv_heads)) / tensor
     inputs = c * 2 * d + (c * d / tensor if attention == "blockwise" else 0)  # of qkv, up, out (cuDNN's is its output)
     flash = padded * (4 * c * d / tensor + 4 * heads)  # q, k and v (as many heads), output, log-sum-exp
     masks = 2 * d if model.dropout else 0  # one byte an element; those of attention are made again
-    return norms + inputs + flash + masks + ACTIVATION_KEEPS[model.activation](c) * f
+    widths = 3 if model.activation in GATES else 2  # the products of up, and the input of down
+    return norms + inputs + flash + masks + widths * c * f
 
 
 def _norm_keeps(model: ModelConfig) -> int:

@@ -84,8 +84,8 @@ def _optax_rule(c: TrainingConfig, learning_rate: float) -> tuple[Transformation
     factory = _optax_factory(c.optimizer)
     takes = inspect.signature(factory).parameters
     values: dict[str, Any] = {"b1": c.beta1, "b2": c.beta2, "eps": c.eps}
-    mask = next((name for name in ("mask", "weight_decay_mask") if name in takes), None)
-    decays = mask is not None and "weight_decay" in takes
+    mask = next((name for name in ("mask", "weight_decay_mask") if name in takes), "")
+    decays = mask != "" and "weight_decay" in takes
     if decays:
         values |= {"weight_decay": c.weight_decay, mask: lambda params: decay_mask(params, c.decay_embeddings)}
     elif "weight_decay" in takes:

@@ -45,6 +45,7 @@ from jaxlm.model import Transformer
 from jaxlm.model.attention import choose_attention
 from jaxlm.optim import build_optimizer, build_schedule, check_optimizer
 from jaxlm.precision import compute_dtype, scales_loss, scales_loss_dynamically
+from jaxlm.profiling import Profiler
 from jaxlm.progress import Progress
 from jaxlm.report import write_report_of_run
 from jaxlm.signals import StopRequest
@@ -93,6 +94,7 @@ class Trainer:
 
         self._prepare_data(config, resume_from)
         self._divide_batch(resume_from)
+        self._profiler = Profiler(config.training.profile_steps, self.folder / "logs", self.last_step)
         self._check_same_processes()
         if resume_from is not None:
             self._check_same_run(config, resume_from)
@@ -303,8 +305,10 @@ class Trainer:
             with StopRequest() as stop:
                 stopping = False
                 for batch in self._train_batches():
-                    self.state, self.step_metrics = self.train_step(self.state, batch)
+                    with self._profiler.update(self.current_step + 1, self.state):
+                        self.state, self.step_metrics = self.train_step(self.state, batch)
                     self.current_step += 1
+                    self._profiler.stop_after(self.current_step, self.step_metrics)
                     self._skipped.note(self.current_step, self.step_metrics["skipped"])
                     if self._due(training.logging_steps) or self.current_step == 1:
                         self._log_metrics(float(self.step_metrics["loss"]))
@@ -338,6 +342,7 @@ class Trainer:
         self._progress = Progress(self.current_step, self.last_step, shown=is_leader())
         self.metrics_tracker = MetricsTracker([*(self._open_log() if is_leader() else []), self._progress])
         opened.callback(self.metrics_tracker.close)
+        opened.callback(self._profiler.close)
         barrier("prepared the folder")
         self.checkpoints = checkpoint.Checkpoints(self.folder, self.config.training.save_total_limit, say)
         opened.callback(self.checkpoints.close)  # which waits for the saves

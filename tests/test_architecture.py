@@ -12,7 +12,7 @@ PACKAGE = ROOT / "jaxlm"
 # Rooms from the ground up. A module imports from rooms below its own; inside `data` and `model`, in the order given.
 LAYERS = [
     [""],  # the package itself, for its version
-    ["errors"],
+    ["errors", "host_memory"],
     ["config"],
     ["manifest", "health", "signals", "distributed", "sharding", "precision", "optim", "loss", "sinks", "gpus"],
     ["metrics", "progress"],
@@ -40,7 +40,7 @@ LAYERS = [
     ["generation.beam"],
     ["generation"],
     ["step", "generate", "facts"],
-    ["histograms"],
+    ["histograms", "profiling"],
     ["checkpoint"],
     ["pretrained"],
     ["evaluate", "memory", "export", "console"],

@@ -89,6 +89,28 @@ def _add_bias_backward(_: None, g_BTO: jax.Array) -> tuple[jax.Array, jax.Array]
 add_bias.defvjp(lambda x, b: (add_bias(x, b), None), _add_bias_backward)
 
 
+def _activated(x: jax.Array, name: str) -> jax.Array:
+    wide = x.astype(jnp.float32)
+    y = ACTIVATIONS[GATES[name]](wide[:, :, 0]) * wide[:, :, 1] if name in GATES else ACTIVATIONS[name](wide)
+    return y.astype(x.dtype)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def activate(x: jax.Array, name: str) -> jax.Array:
+    """The feed-forward activation, computed in float32: [B, T, F] of [B, T, F], or of [B, T, 2, F] if it is gated.
+
+    The backward pass keeps `x` alone, and makes the rest again.
+    """
+    return _activated(x, name)
+
+
+def _activate_backward(name: str, x: jax.Array, g_BTF: jax.Array) -> tuple[jax.Array]:
+    return jax.vjp(partial(_activated, name=name), x)[1](g_BTF)
+
+
+activate.defvjp(lambda x, name: (activate(x, name), x), _activate_backward)
+
+
 class Linear(nnx.Module):
     """x @ kernel + bias with GPT-2's initialisation: normal weights of `std`, zero biases (none without `use_bias`).
 
@@ -196,12 +218,7 @@ class Mlp(nnx.Module):
         self.down = Linear(f, (d,), 0.02 / (2 * config.n_layers) ** 0.5, dtype, rngs, use_bias=bias)
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        hidden = self.up(x_BTD).astype(jnp.float32)
-        if self.activation in GATES:
-            hidden = ACTIVATIONS[GATES[self.activation]](hidden[:, :, 0]) * hidden[:, :, 1]
-        else:
-            hidden = ACTIVATIONS[self.activation](hidden)
-        return self.down(hidden)
+        return self.down(activate(self.up(x_BTD), self.activation))
 
 
 class Block(nnx.Module):

@@ -32,9 +32,9 @@ def _keep_all_but_fetched(primitive: Any, *_: Any, **params: Any) -> bool:
 
 def _unstack(tree: Any, n: int) -> list[Any]:
     """The `n` layers of a tree with a leading layer axis. Its gradient puts theirs together once."""
-    leaves, treedef = jax.tree.flatten(tree)
-    layers = [[part[0] for part in jax.lax.split(leaf, (1,) * n)] for leaf in leaves]
-    return [treedef.unflatten(layer) for layer in zip(*layers, strict=True)]
+    parts = jax.tree.map(lambda x: jax.lax.split(x, (1,) * n), tree)
+    layer = lambda i: jax.tree.map(lambda _, layers: layers[i][0], tree, parts)  # noqa: E731
+    return [layer(i) for i in range(n)]
 
 
 class Transformer(nnx.Module):
