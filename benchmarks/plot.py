@@ -2,14 +2,12 @@
 
     python benchmarks/plot.py RESULTS.json [RESULTS.json ...]       their tables, in Markdown, on stdout
     python benchmarks/plot.py RESULTS.json --out FILE               and a picture of the first
-    python benchmarks/plot.py --run FOLDER --out FILE               a run's training curve, from its metrics.jsonl
 
 FILE ends in .png or .svg. Needs matplotlib: pip install -e ".[bench]"
 """
 
 import argparse
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -156,61 +154,6 @@ def heading(axes: Axes, title: str, small: str) -> None:
     axes.text(0, 1, small, transform=axes.transAxes, fontsize=9, va="bottom", color="#666666", linespacing=1.3)
 
 
-def read_metrics(folder: Path) -> dict[str, tuple[list[int], list[float]]]:
-    """{name: (steps, values)} of a run's metrics.jsonl; the later row of a step wins, null becomes NaN."""
-    rows: dict[int, dict[str, Any]] = {}
-    for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
-        rows[row["step"]] = row
-    series: dict[str, tuple[list[int], list[float]]] = {}
-    for step in sorted(rows):
-        for name, value in rows[step].items():
-            steps, values = series.setdefault(name, ([], []))
-            steps.append(step)
-            values.append(math.nan if value is None else value)
-    return series
-
-
-def plot_run(folder: Path) -> Figure:
-    """Training and validation loss against the step, and bits a byte beside them if there was an evaluation."""
-    series = read_metrics(folder)
-    evaluated = "eval/bits_per_byte" in series
-    figure, panels = plt.subplots(
-        1, 1 + evaluated, figsize=(9.6 if evaluated else 5.6, 4.0), layout="constrained", squeeze=False
-    )
-    loss, colour = panels[0, 0], CONTENDERS["ours"].colour
-    if "train/loss" in series:
-        loss.plot(*series["train/loss"], color="#9db9d8", linewidth=1.3, label="training")
-    if "eval/loss" in series:
-        curve(loss, series["eval/loss"], colour, "{:.3f}", "validation")
-    loss.set_title("Loss, nats a token", loc="left", fontweight="bold")
-    loss.legend()
-    if evaluated:
-        curve(panels[0, 1], series["eval/bits_per_byte"], colour, "{:.3f}", "validation")
-        panels[0, 1].set_title("Bits a byte, validation", loc="left", fontweight="bold")
-    for axes in panels.flat:
-        axes.set_xlabel("step (optimizer updates)")
-        axes.set_xlim(left=0)
-        axes.xaxis.set_major_formatter("{x:,.0f}")
-    return figure
-
-
-def curve(axes: Axes, points: tuple[list[int], list[float]], colour: str, shown: str, label: str) -> None:
-    """A line with markers while they are few, and its last value written at the end."""
-    steps, values = points
-    marker = "o" if len(steps) <= 40 else ""
-    axes.plot(steps, values, color=colour, linewidth=2, marker=marker, markersize=4.5, label=label)
-    axes.annotate(
-        shown.format(values[-1]),
-        (steps[-1], values[-1]),
-        (0, 8),
-        textcoords="offset points",
-        ha="right",
-        color=colour,
-        fontweight="bold",
-    )
-
-
 PLOTS = {"cpu": plot_speed, "start": plot_start, "growth": plot_growth}
 
 
@@ -223,28 +166,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, usage="%(prog)s [options]"
     )
-    parser.add_argument("results", nargs="*", type=Path, metavar="RESULTS.json", help="written by the benchmarks here")
-    parser.add_argument("--run", type=Path, metavar="FOLDER", help="a run's folder, with its metrics.jsonl")
+    parser.add_argument("results", nargs="+", type=Path, metavar="RESULTS.json", help="written by the benchmarks here")
     parser.add_argument("--out", type=Path, metavar="FILE", help="picture to write, .png or .svg")
     options = parser.parse_args()
-    if bool(options.results) == (options.run is not None):
-        parser.error("give result files or --run FOLDER")
-    if options.run is not None and options.out is None:
-        parser.error("--run needs --out FILE")
     if options.out is not None and options.out.suffix not in (".png", ".svg"):
         parser.error(f"--out ({options.out}) must end in .png or .svg")
-    for source in options.results or [options.run / "metrics.jsonl"]:
+    for source in options.results:
         if not source.is_file():
             parser.error(f"{source}: no such file")
     reports = [json.loads(source.read_text(encoding="utf-8")) for source in options.results]
     for source, report in zip(options.results, reports, strict=True):
         print(f"{source.name}: `{report['command']}`\n\n{table(report)}\n")
     if options.out is not None:
-        kind = reports[0]["benchmark"].partition("-")[0] if reports else None
-        if kind is not None and kind not in PLOTS:
+        kind = reports[0]["benchmark"].partition("-")[0]
+        if kind not in PLOTS:
             parser.error(f"--out: there is no picture of {kind} results; use one of {', '.join(PLOTS)}")
         with plt.rc_context(STYLE):
-            save(plot_run(options.run) if kind is None else PLOTS[kind](reports[0]), options.out)
+            save(PLOTS[kind](reports[0]), options.out)
 
 
 if __name__ == "__main__":

@@ -120,7 +120,7 @@ def test_help_lists_every_field_with_its_default_at_once() -> None:
             assert f"; default: {cli._shown(field.default)})" in entry
     assert "(true or false; default: true) --training.amp_dtype VALUE" in said
     assert "(int or none; default: none) --training.stop_at_step VALUE" in said
-    assert "[tensorboard|wandb] (list of text; default: tensorboard)" in said
+    assert "[tensorboard|wandb|trackio|jsonl] (list of text; default: tensorboard)" in said
     assert "(list of text; default: []) --data.validation_files VALUE" in said
 
 

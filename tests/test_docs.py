@@ -172,7 +172,11 @@ UNCHECKED = {
 
 
 def data_of(corpus: Path) -> dict[str, Any]:
-    return {"data.train_files": (str(corpus / "book.txt"),), "data.cache_dir": str(corpus / "cache")}
+    return {
+        "data.train_files": (str(corpus / "book.txt"),),
+        "data.validation_files": (str(corpus / "validation.jsonl"),),
+        "data.cache_dir": str(corpus / "cache"),
+    }
 
 
 @pytest.fixture(scope="module")

@@ -93,6 +93,7 @@ def values_of(annotation: Any) -> st.SearchStrategy[Any]:
         str: st.text(),
         type(None): st.none(),
         tuple[str, ...]: st.lists(st.text()).map(tuple),
+        tuple[Any, ...]: st.lists(st.text()).map(tuple),
     }
     kinds = typing.get_args(annotation) if isinstance(annotation, UnionType) else [annotation]
     return st.one_of(*(strategies[kind] for kind in kinds))
