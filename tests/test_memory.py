@@ -179,15 +179,21 @@ CASES = {
 }
 
 
-# JAX also lists arrays of zeros, which take nothing once compiled: channels of them, activations kept and recomputed.
-ZEROS = {"relu": (MODEL.d_ff, 0), "dropout": (3 * MODEL.d_model, MODEL.d_model)}
+# JAX also lists arrays of zeros, and each layer's angles, which are those of the first: they take nothing once compiled.
+# Channels of them, activations kept and recomputed.
+ANGLES = 4 * (MODEL.n_layers - 1) * MODEL.d_model // MODEL.n_heads
+LISTED = {
+    "rotary": (ANGLES, 0),
+    "llama": (ANGLES, 0),
+    "dropout": ((2 * MODEL.n_layers + 1) * MODEL.d_model, MODEL.d_model),
+}
 
 
 @pytest.mark.parametrize("policy", ["none", "full", "dots"])
 @pytest.mark.parametrize("case", CASES)
 def test_activations_are_what_jax_keeps(case, policy):
     config = replace_fields(CONFIG, CASES[case] | REMAT[policy])
-    channels = ZEROS.get(case, (0, 0))[policy != "none"]
+    channels = LISTED.get(case, (0, 0))[policy != "none"]
     zeros = compute_dtype(config.training).itemsize * config.training.batch_size * T * channels
     assert estimate(config, 1).activations == pytest.approx(kept_by_jax(config, 1) - zeros, rel=1e-4)
 
