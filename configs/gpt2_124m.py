@@ -2,7 +2,7 @@
 
     python scripts/train.py --config configs/gpt2_124m.py
 
-124,475,904 parameters; estimated 15.9 GiB a GPU on 8 (scripts/estimate_memory.py --devices 8).
+124,475,904 parameters; estimated 11.4 GiB a GPU on 8 (scripts/estimate_memory.py --devices 8).
 With gradient_checkpointing 4.8 GiB.
 No GPU figure has been measured: neither speed, nor memory, nor loss.
 """

@@ -2,7 +2,7 @@
 
     python scripts/train.py --config configs/gpt2_350m.py
 
-354,871,296 parameters; estimated 24.7 GiB a GPU on 8 (scripts/estimate_memory.py --devices 8).
+354,871,296 parameters; estimated 18.7 GiB a GPU on 8 (scripts/estimate_memory.py --devices 8).
 With gradient_checkpointing 8.5 GiB.
 No GPU figure has been measured: neither speed, nor memory, nor loss.
 """

@@ -2,7 +2,7 @@
 
     python scripts/train.py --config configs/gpt2_6700m.py
 
-6,658,596,864 parameters; estimated 25.6 GiB a GPU on 8 (scripts/estimate_memory.py --devices 8).
+6,658,596,864 parameters; estimated 24.6 GiB a GPU on 8 (scripts/estimate_memory.py --devices 8).
 ZeRO stage 3, activations recomputed. The text is far too small for it: 0.1B tokens.
 No GPU figure has been measured: neither speed, nor memory, nor loss.
 """
