@@ -1,7 +1,7 @@
 """A small sweep over learning rates, through the Python API: python examples/sweep.py
 
-A run each, in a folder of its own; a run that was stopped goes on, and one that is finished is not run again. A minute
-on 2 CPU cores.
+A run each, in a folder of its own; a run that was stopped goes on, and one that is finished is not run again. At the
+end, runs/sweep/report.html compares them. A minute on 2 CPU cores.
 """
 
 from pathlib import Path
@@ -9,7 +9,9 @@ from pathlib import Path
 from jaxlm import Trainer
 from jaxlm.cli import load_config
 from jaxlm.config import replace_fields
+from jaxlm.report import write_report
 
+FOLDER = Path("runs/sweep")
 LEARNING_RATES = (3e-4, 1e-3, 3e-3)
 
 base = replace_fields(
@@ -31,10 +33,8 @@ base = replace_fields(
 
 def run(learning_rate: float) -> float:
     """Trains, and gives the last model's bits per byte of held-out text."""
-    folder = Path("runs/sweep") / f"{learning_rate:g}"
-    trainer = Trainer(
-        replace_fields(base, {"training.learning_rate": learning_rate, "training.checkpoint_dir": str(folder)})
-    )
+    place = {"training.checkpoint_dir": str(FOLDER / f"{learning_rate:g}")}
+    trainer = Trainer(replace_fields(base, place | {"training.learning_rate": learning_rate}))
     trainer.train()
     return trainer.evaluate()["bits_per_byte"]
 
@@ -44,3 +44,6 @@ if __name__ == "__main__":
     for learning_rate, bits in results.items():
         best = "  <- best" if bits == min(results.values()) else ""
         print(f"learning rate {learning_rate:<6g}  {bits:.3f} bits per byte{best}")
+    report = FOLDER / "report.html"
+    write_report([FOLDER / f"{learning_rate:g}" for learning_rate in LEARNING_RATES], report)
+    print(report)

@@ -42,8 +42,20 @@ def left_by_own_block(folder: Path) -> None:
 
 
 def left_by_sweep(folder: Path) -> None:
-    assert {run.name for run in (folder / "runs/sweep").iterdir()} == {"0.0003", "0.001", "0.003"}
-    assert {rows(run)[-1]["step"] for run in (folder / "runs/sweep").iterdir()} == {2}
+    runs = [path for path in (folder / "runs/sweep").iterdir() if path.is_dir()]
+    assert {run.name for run in runs} == {"0.0003", "0.001", "0.003"}
+    assert {rows(run)[-1]["step"] for run in runs} == {2}
+    report = (folder / "runs/sweep/report.html").read_text(encoding="utf-8")
+    assert all(f">{run.name}<" in report for run in runs)
+
+
+def left_by_fine_tune(folder: Path) -> None:
+    first, exported, second = (folder / "runs/fine_tune" / name for name in ("first", "exported", "second"))
+    assert json.loads((exported / "config.json").read_text())["model_type"] == "gpt2"
+    configs = [json.loads((run / "config.json").read_text()) for run in (first, second)]
+    assert configs[1]["training"]["init_from"] == "runs/fine_tune/exported"
+    assert configs[0]["model"] == configs[1]["model"]
+    assert rows(second)[0]["train/loss"] < rows(first)[0]["train/loss"]
 
 
 LEFT = {name.removeprefix("left_by_"): check for name, check in vars().copy().items() if name.startswith("left_by_")}
