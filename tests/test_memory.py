@@ -179,8 +179,8 @@ CASES = {
 }
 
 
-# JAX also lists arrays of zeros, and each layer's angles, which are those of the first: they take nothing once compiled.
-# Channels of them, activations kept and recomputed.
+# JAX also lists arrays of zeros, and each layer's angles, which are those of the first: they take nothing once
+# compiled. Channels of them, activations kept and recomputed.
 ANGLES = 4 * (MODEL.n_layers - 1) * MODEL.d_model // MODEL.n_heads
 LISTED = {
     "rotary": (ANGLES, 0),
