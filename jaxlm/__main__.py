@@ -37,7 +37,7 @@ def _dispatch(name: str | None, arguments: list[str]) -> None:
     if name in COMMANDS:
         run(name, arguments[1:], prog=f"jaxlm {word}")
     elif word.startswith("-"):
-        program().parse_args(arguments)
+        program().parse_args([word])
     else:
         raise cli.UserError(f"{word}: unknown command{cli.nearest(name, COMMANDS)}; jaxlm --help lists all")
 

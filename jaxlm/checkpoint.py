@@ -308,6 +308,8 @@ def load(path: str | os.PathLike[str], model_class: type[Transformer] = Transfor
     if not (folder / "params").is_dir():
         inside = [name for name in ("best_model", "final_model") if (folder / name).is_dir()]
         hint = f", such as {folder / inside[0]}" if inside else ""
+        if (folder / "model.safetensors").exists() or (folder / "model.safetensors.index.json").exists():
+            hint += " (this one is for transformers; training.init_from starts a run from it)"
         raise UserError(f"{folder}: holds no model; name a best_model, final_model or checkpoint_<step> folder{hint}")
     wrong = damage(folder, ("params", *JSON_ITEMS))
     if wrong is not None:

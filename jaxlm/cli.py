@@ -68,6 +68,12 @@ class Parser(argparse.ArgumentParser):
         unknown = re.match(r"unrecognized arguments: (--?[^\s=]+)", message)
         if unknown:
             raise UserError(f"{unknown[1]}: unknown option{nearest(unknown[1], known)}; --help lists all")
+        stray = re.match(r"unrecognized arguments: (\S+)", message)
+        if stray:
+            raise UserError(
+                f"{stray[1]}: belongs to no option; quote a pattern ('*.txt') or a text with blanks, name an option "
+                "for each value; --help lists all options"
+            )
         if message.endswith("expected one argument"):
             message += " (a value that begins with - is written --name=value)"
         raise UserError(f"{message}; --help lists all options")
@@ -221,7 +227,8 @@ def load_config(path: str) -> Config:
     if not os.path.isfile(file):  # Path's own would raise where a name is too long, or a folder is closed to us
         reason = "is a folder" if os.path.isdir(file) else "no such file"
         raise UserError(
-            f"--config ({path}): {reason}; name a .py or .json file, or one that comes along: {', '.join(shipped)}"
+            f"--config ({path}): {reason}{nearest(path, shipped)}; name a .py or .json file, or one that comes along: "
+            f"{', '.join(shipped)}"
         )
     if file.suffix == ".json":
         try:

@@ -96,8 +96,10 @@ def export(loaded: LoadedModel, source: Path, to: Path, *, max_shard_size: int, 
         for name, text in files.items():
             (new / name).write_text(text, encoding="utf-8")
         _write_tensors(new, tensors, max_shard_size, dtype)
-        for path in (*new.iterdir(), new):
+        for path in new.iterdir():
+            path.chmod((new / "config.json").stat().st_mode)  # safetensors makes files that nobody else can read
             sync(path)
+        sync(new)
         new.rename(to)
         sync(to.parent)
     except OSError as error:

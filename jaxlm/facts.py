@@ -108,11 +108,17 @@ def of_program() -> dict[str, Any]:
     found = {name: installed for name in PACKAGES if (installed := _version(name)) is not None}
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "command": shlex.join(["python", *sys.orig_argv[1:]]),
+        "command": _command(sys.orig_argv),
         "commit": commit_of(Path(__file__).parents[1]),
         "versions": {"jaxlm": jaxlm.__version__, "python": platform.python_version()} | found,
         "system": f"{platform.system()} {platform.machine()}",
     }
+
+
+def _command(words: list[str]) -> str:
+    """What was typed: `python FILE ...`, or `jaxlm ...` where that is installed as a command."""
+    installed = len(words) > 1 and Path(words[1]).name == "jaxlm"
+    return shlex.join(["jaxlm", *words[2:]] if installed else ["python", *words[1:]])
 
 
 def _version(package: str) -> str | None:

@@ -105,7 +105,10 @@ def _adopt(config: Config, fields: dict[str, Any]) -> Config:
     other = [field for field, value in fields.items() if asked[field] not in (DEFAULTS[field], value)]
     if other:
         said = "; ".join(f"model.{field} is {asked[field]}, there {fields[field]}" for field in other)
-        raise UserError(f"{_where(config)} has another architecture: {said}. Leave these options out")
+        raise UserError(
+            f"{_where(config)} has another architecture: {said}. Leave these options out, of the command and of the "
+            "file that --config names: a JSON file without a model section has none"
+        )
     return dataclasses.replace(config, model=dataclasses.replace(config.model, **fields))
 
 

@@ -1,5 +1,6 @@
 """Turning SIGINT, SIGTERM and SIGUSR1 (SLURM's warning) into an orderly end."""
 
+import contextlib
 import os
 import signal
 import threading
@@ -33,7 +34,15 @@ class StopRequest:
 
     def _note(self, number: int, _: FrameType | None) -> None:
         if self.signal is not None:
+            _say(f"{signal.Signals(number).name} again: ended at once; what was saved last stays")
             os._exit(128 + number)
         self.signal = signal.Signals(number)
         if self.at_once:
             raise Stopped(f"{self.signal.name}: stopped before the first update; the same command starts again")
+        _say(f"{self.signal.name}: stopping and saving after this update; once more ends it at once, unsaved")
+
+
+def _say(text: str) -> None:
+    """A line on stderr, past Python's own buffers, which may be in use at this moment."""
+    with contextlib.suppress(OSError):
+        os.write(2, f"\n{text}\n".encode())

@@ -96,7 +96,11 @@ def test_value_that_begins_with_a_dash() -> None:
         (["--training.maxsteps=3"], "--training.maxsteps: unknown option (did you mean --training.max_steps?)"),
         (["--training.max", "3"], "--training.max: unknown option"),  # no abbreviations
         (["--max_steps", "3"], "--max_steps: unknown option (did you mean --training.max_steps?)"),
-        (["stray"], "unrecognized arguments: stray; --help lists all options"),
+        (
+            ["stray"],
+            "stray: belongs to no option; quote a pattern ('*.txt') or a text with blanks, name an option for each "
+            "value; --help lists all options",
+        ),
         (["--training.max_steps"], "argument --training.max_steps: expected one argument"),
     ],
 )

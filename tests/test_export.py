@@ -474,7 +474,7 @@ def test_options_that_contradict_the_folder(folder: Path) -> None:
     with pytest.raises(
         UserError,
         match=r"^training\.init_from \(.*\) has another architecture: model\.n_layers is 3, there 2; model\.norm is "
-        r"rmsnorm, there layernorm\. Leave these options out$",
+        r"rmsnorm, there layernorm\. Leave these options out",
     ):
         read_back(folder, **asked)
     config, _ = read_back(folder, **{"model.d_model": 16, "model.dropout": 0.3})
