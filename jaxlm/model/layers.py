@@ -105,6 +105,7 @@ def activate(x: jax.Array, name: str) -> jax.Array:
 
 
 def _activate_backward(name: str, x: jax.Array, g_BTF: jax.Array) -> tuple[jax.Array]:
+    x, g_BTF = jax.lax.optimization_barrier((x, g_BTF))  # or XLA finds it made already, and keeps it
     return jax.vjp(partial(_activated, name=name), x)[1](g_BTF)
 
 
