@@ -6,11 +6,13 @@ Every saved folder holds the same items: `params` (Orbax), `config/config.json`,
 
 import dataclasses
 import errno
+import gc
 import json
 import logging
 import os
 import shutil
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -76,6 +78,7 @@ def _items(params: Any, config: Config, tokenizer: Tokenizer, progress: Progress
 @contextmanager
 def _without_echo() -> Iterator[None]:
     """Drops what the other writes of a save say after one has failed: it is one error, and it is raised."""
+    warnings.filterwarnings("ignore", r"coroutine '.*\.write_fragment' was never awaited", RuntimeWarning)
     hook = sys.unraisablehook
     sys.unraisablehook = lambda raised: None if "Event loop is closed" in str(raised.exc_value) else hook(raised)
     try:
@@ -93,6 +96,7 @@ class Checkpoints:
     def __init__(self, folder: Path, limit: int | None, report: Callable[[str], None]) -> None:
         self.folder, self.limit, self.report = folder.resolve(), limit, report
         self.failed: str | None = None  # why the last save failed, if it did
+        self._any_failed = False
         self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(**_handlers()))
         self._saving: tuple[int, Future[None]] | None = None
         self._thread = ThreadPoolExecutor(1, "save")
@@ -138,7 +142,7 @@ class Checkpoints:
                 self._give_up(step, error)
 
     def _give_up(self, step: int, error: Exception) -> None:
-        self.failed = reason_of(error)
+        self.failed, self._any_failed = reason_of(error), True
         self.report(f"checkpoint_{step} was NOT saved: {self.failed}; the checkpoints before it stay")
         if is_leader():
             clean(self.folder)
@@ -147,6 +151,8 @@ class Checkpoints:
         self.wait()
         self._thread.shutdown()
         self._orbax.close()
+        if self._any_failed:
+            gc.collect()  # writes that were never begun, while what Python says of them is still dropped
         self._open.close()
         if is_leader():
             clean(self.folder)  # what threads of a save that was given up still wrote
