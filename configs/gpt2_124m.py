@@ -2,8 +2,8 @@
 
     python scripts/train.py --config configs/gpt2_124m.py
 
-124,475,904 parameters; estimated 11.4 GiB a GPU on 8 (scripts/estimate_memory.py --devices 8).
-With gradient_checkpointing 4.4 GiB.
+124,475,904 parameters; estimated 11.6 GiB a GPU on 8 (scripts/estimate_memory.py --devices 8).
+With gradient_checkpointing 4.2 GiB.
 No GPU figure has been measured: neither speed, nor memory, nor loss.
 """
 

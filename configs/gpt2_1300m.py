@@ -2,8 +2,8 @@
 
     python scripts/train.py --config configs/gpt2_1300m.py
 
-1,315,819,520 parameters; estimated 31.3 GiB a GPU on 8 (scripts/estimate_memory.py --devices 8).
-ZeRO stage 1. With gradient_checkpointing 17.5 GiB. The text is small for it: 0.1B tokens.
+1,315,819,520 parameters; estimated 32.1 GiB a GPU on 8 (scripts/estimate_memory.py --devices 8).
+ZeRO stage 1. With gradient_checkpointing 18.3 GiB. The text is small for it: 0.1B tokens.
 No GPU figure has been measured: neither speed, nor memory, nor loss.
 """
 

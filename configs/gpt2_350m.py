@@ -2,8 +2,8 @@
 
     python scripts/train.py --config configs/gpt2_350m.py
 
-354,871,296 parameters; estimated 18.7 GiB a GPU on 8 (scripts/estimate_memory.py --devices 8).
-With gradient_checkpointing 8.2 GiB.
+354,871,296 parameters; estimated 19.2 GiB a GPU on 8 (scripts/estimate_memory.py --devices 8).
+With gradient_checkpointing 8.7 GiB.
 No GPU figure has been measured: neither speed, nor memory, nor loss.
 """
 

@@ -31,6 +31,7 @@ from jaxlm.folder import PREFIX, checkpoint_steps, clean, delete, new_name
 from jaxlm.generate import answer
 from jaxlm.manifest import damage, seal
 from jaxlm.model import Transformer
+from jaxlm.model.attention import compute_capability, obstacle
 from jaxlm.precision import compute_dtype
 from jaxlm.sharding import path_name
 from jaxlm.step import TrainState
@@ -327,7 +328,9 @@ def load(path: str | os.PathLike[str], model_class: type[Transformer] = Transfor
             f"{progress.model_class}) opens it"
         )
     config = validate(read_config(folder))
-    make = lambda: model_class(config.model, dtype=compute_dtype(config.training), rngs=nnx.Rngs(0))  # noqa: E731
+    pallas = obstacle("pallas", config, compute_capability(jax.devices()[0])) is None  # it takes any prompt and rows
+    implementation, dtype = "pallas" if pallas else "blockwise", compute_dtype(config.training)
+    make = lambda: model_class(config.model, implementation=implementation, dtype=dtype, rngs=nnx.Rngs(0))  # noqa: E731
     graphdef, abstract = nnx.split(nnx.eval_shape(make))
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), nnx.to_pure_dict(abstract))

@@ -128,8 +128,9 @@ class ModelConfig(_Section):
     )
     attention: str = option(
         "auto",
-        "attention kernel: blockwise runs everywhere; cudnn needs a GPU, 16-bit, no packing, no attention_dropout",
-        choices=("auto", "blockwise", "cudnn"),
+        "attention kernel: blockwise runs everywhere; on GPUs and in 16 bits, cudnn is for rows without packing and "
+        "attention_dropout, pallas for all; auto takes the first that can of cudnn, pallas, blockwise",
+        choices=("auto", "blockwise", "cudnn", "pallas"),
     )
 
     @property
@@ -253,6 +254,30 @@ class TrainingConfig(_Section):
     )
     tensor_parallel: int = option(1, "devices that each layer's matrices are split over", low=1, resumable=True)
     offload_optimizer: bool = option(False, "keep the optimizer state in host memory", resumable=True)
+    loss_chunk_mib: int | None = option(
+        None,
+        "MiB of float32 logits that a device holds at a time; none: 32 on CPU, 512 on a GPU",
+        low=1,
+        high=2**20,
+        resumable=True,
+    )
+    deterministic: bool = option(
+        True,
+        "on GPUs only operations that repeat bit for bit, so that a resumed run does; false may be faster",
+        resumable=True,
+    )
+    xla_preset: str = option(
+        "none",
+        "options of XLA on GPUs: overlap for communication while computing, over several GPUs; none: XLA's own choice",
+        choices=("none", "overlap"),
+        resumable=True,
+    )
+    xla_options: tuple[str, ...] = option(
+        (), "more options of XLA, NAME=VALUE, such as xla_gpu_enable_triton_gemm=false", resumable=True
+    )
+    memory_fraction: float = option(
+        0.75, "share of a GPU's memory that JAX takes at the start", above=0, high=1, resumable=True
+    )
     use_deepspeed: bool = option(False, "ZeRO stage 2, or what deepspeed_config says; zero_stage wins", resumable=True)
     deepspeed_config: str | None = option(
         None, "DeepSpeed JSON file: sets the fields that it maps to (needs use_deepspeed)", resumable=True
@@ -537,6 +562,21 @@ def profiled_steps(text: str) -> tuple[int, int]:
     return first, last
 
 
+def xla_option(text: str) -> tuple[str, str | bool]:
+    """Name and value of an item of training.xla_options, "NAME=VALUE".
+
+    Raises:
+      UserError: not of that form.
+    """
+    found = re.fullmatch(r"(xla_\w+)=(\S+)", text)
+    if not found:
+        raise UserError(
+            f"training.xla_options ({excerpt(text)}) must be xla_NAME=VALUE, such as xla_gpu_enable_triton_gemm=false"
+        )
+    name, value = found.groups()
+    return name, value == "true" if value in ("true", "false") else value
+
+
 def validate(config: Config) -> Config:
     """Checks everything that can be known without touching files or devices; returns `config`.
 
@@ -548,6 +588,8 @@ def validate(config: Config) -> Config:
     _check_model(model)
     if training.profile_steps is not None:
         profiled_steps(training.profile_steps)
+    for text in training.xla_options:
+        xla_option(text)
     if data.max_length > model.max_seq_len:
         raise UserError(
             f"data.max_length ({data.max_length}) exceeds model.max_seq_len ({model.max_seq_len}); lower it"
@@ -558,11 +600,6 @@ def validate(config: Config) -> Config:
         raise UserError("data.validation_files is set but data.train_files is not; set both, or validation_split")
     if data.min_length > data.max_length:
         raise UserError(f"data.min_length ({data.min_length}) exceeds data.max_length ({data.max_length}); lower it")
-    if model.attention == "cudnn" and (data.pack_sequences or model.attention_dropout or not training.use_amp):
-        raise UserError(
-            "model.attention (cudnn) cannot do packed documents, attention dropout or float32; "
-            "set data.pack_sequences false, model.attention_dropout 0 and training.use_amp true, or use blockwise"
-        )
     if not training.loss_scale and training.min_loss_scale > 2**training.initial_loss_scale_power:
         raise UserError(
             f"training.min_loss_scale ({training.min_loss_scale:g}) exceeds what the dynamic loss scale starts at, 2 "

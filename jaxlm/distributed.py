@@ -19,6 +19,7 @@ from jax.experimental import multihost_utils
 
 from jaxlm.config import TrainingConfig
 from jaxlm.errors import RunFailed, UserError
+from jaxlm.gpus import FRACTION_VARIABLES
 from jaxlm.host_memory import keep_freed_memory
 
 HEARTBEAT_SECONDS = 30  # a process that was silent for this long is taken for dead, and the whole job ends
@@ -251,6 +252,8 @@ def training_devices(config: TrainingConfig) -> list[jax.Device]:
       UserError: the processes don't find each other, another number of devices, other collectives than asked for.
     """
     start()
+    if not any(os.environ.get(name) for name in FRACTION_VARIABLES):
+        os.environ[FRACTION_VARIABLES[0]] = str(config.memory_fraction)  # read when JAX's backend starts
     if _cpu_is_meant() or not _nvidia_device_visible():
         keep_freed_memory()
     devices = find_devices()

@@ -33,7 +33,8 @@ class Start:
     config: Config  # resolved
     devices: Sequence[jax.Device]
     layout: str  # in words
-    attention: str  # kernel
+    attention: str  # kernel, in words
+    compiler: str | None  # what was asked of XLA, on GPUs
     parameters: int
     bytes_of_state: int  # on a device: parameters, optimizer, gradients
     loss_scale: float | None  # float16's
@@ -63,6 +64,8 @@ class Start:
         yield f"layout: {self.layout}"
         yield f"precision: float32 parameters, {compute_dtype(training)} compute{scaled}"
         yield f"kernels: {self.attention} attention, chunked cross entropy"
+        if self.compiler is not None:
+            yield f"compiler: {self.compiler}"
         yield (f"memory: {self.bytes_of_state / 2**20:,.0f} MiB a device of parameters, optimizer and gradients")
         yield (
             f"batch: {training.batch_size} rows x {self.row_shards} x "
@@ -94,6 +97,7 @@ class Start:
             "processes": jax.process_count(),
             "layout": self.layout,
             "attention": self.attention,
+            "compiler": self.compiler,
             "rows_an_update": self.global_batch,
             "data_fingerprint": self.data_fingerprint,
             "train": of_plan(self.rows.plan),

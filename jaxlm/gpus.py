@@ -28,6 +28,7 @@ GPUS = {
     "RTX 4090": 24564,
     "RTX 5090": 32607,
 }
+FRACTION_VARIABLES = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")  # before training.memory_fraction
 UNITS = {"G": 10**9, "GB": 10**9, "GIB": 2**30, "M": 10**6, "MB": 10**6, "MIB": 2**20}
 SMALLEST, LARGEST = 2**20, 2**50  # memory of a device
 

@@ -10,14 +10,27 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxlm.config import TrainingConfig
+
 Sums = tuple[jax.Array, jax.Array]  # the objective and the cross entropy, float32 scalars
-CHUNK_BYTES = 32 * 2**20  # float32 logits alive at a time; 8 to 128 MiB ran equally fast on CPU
+# Float32 logits alive at a time. On CPU 8 to 128 MiB ran equally fast. A GPU needs some thousand tokens at a time to be
+# busy, and reads and writes the gradient of the output matrix once a chunk; its figure is not measured yet.
+CPU_CHUNK, GPU_CHUNK = 32 * 2**20, 512 * 2**20
 
 
-def _chunks(hidden_BTD: jax.Array, w_VD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array) -> Any:
-    """The per-token arrays as [T/C, B, C, ...], C such that its logits fit CHUNK_BYTES; T is padded with weight 0."""
+def bytes_of_chunk(training: TrainingConfig, platform: str) -> int:
+    """Bytes of float32 logits that a device holds at a time; `platform` is JAX's name of its backend, such as "cpu"."""
+    if training.loss_chunk_mib is not None:
+        return training.loss_chunk_mib * 2**20
+    return CPU_CHUNK if platform == "cpu" else GPU_CHUNK
+
+
+def _chunks(
+    hidden_BTD: jax.Array, w_VD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array, chunk_bytes: int
+) -> Any:
+    """The per-token arrays as [T/C, B, C, ...], C such that its logits fit `chunk_bytes`; T is padded with weight 0."""
     b, t = targets_BT.shape
-    fit = max(1, CHUNK_BYTES // (4 * b * w_VD.shape[0]))
+    fit = max(1, chunk_bytes // (4 * b * w_VD.shape[0]))
     n = -(-t // fit)
     c = -(-t // n)
 
@@ -63,7 +76,7 @@ def _add(sums: Sums, chunk: _Chunk, weights_BC: jax.Array, z_loss: float) -> Sum
     return sums[0] + (objective_BC * weights_BC).sum(), sums[1] + (chunk.cross_entropy_BC * weights_BC).sum()
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
 def loss_sums(
     hidden_BTD: jax.Array,
     w_VD: jax.Array,
@@ -71,6 +84,7 @@ def loss_sums(
     weights_BT: jax.Array,
     softcap: float | None = None,
     z_loss: float = 0.0,
+    chunk_bytes: int = CPU_CHUNK,
 ) -> Sums:
     """Sums over tokens of weight * (cross entropy + z_loss * log(Z)^2) and of weight * cross entropy, float32 scalars.
 
@@ -86,6 +100,7 @@ def loss_sums(
       weights_BT: float32, 0 for padding.
       softcap: logits become softcap * tanh(logits / softcap); None: they stay.
       z_loss: weight of log(Z)^2.
+      chunk_bytes: of float32 logits at a time.
     """
     w = w_VD.astype(hidden_BTD.dtype)
 
@@ -93,7 +108,7 @@ def loss_sums(
         hidden, targets, weights = chunk
         return _add(sums, _chunk(hidden, w, targets, softcap), weights, z_loss), None
 
-    chunks = _chunks(hidden_BTD, w_VD, targets_BT, weights_BT)
+    chunks = _chunks(hidden_BTD, w_VD, targets_BT, weights_BT, chunk_bytes)
     return jax.lax.scan(body, (jnp.zeros((), jnp.float32),) * 2, chunks)[0]
 
 
@@ -104,6 +119,7 @@ def _forward(
     weights_BT: jax.Array,
     softcap: float | None,
     z_loss: float,
+    chunk_bytes: int,
 ) -> tuple[Sums, Any]:
     w = w_VD.astype(hidden_BTD.dtype)
 
@@ -123,7 +139,7 @@ def _forward(
         dw_DV = dw_DV + jnp.einsum("bcd,bcv->dv", hidden, dlogits, preferred_element_type=jnp.float32)
         return (_add(sums, of, weights, z_loss), dw_DV), dhidden
 
-    chunks = _chunks(hidden_BTD, w_VD, targets_BT, weights_BT)
+    chunks = _chunks(hidden_BTD, w_VD, targets_BT, weights_BT, chunk_bytes)
     carry = ((jnp.zeros((), jnp.float32),) * 2, jnp.zeros(w_VD.shape[::-1], jnp.float32))
     (sums, dw_DV), dhidden = jax.lax.scan(body, carry, chunks)
     b, t, d = hidden_BTD.shape
@@ -131,7 +147,7 @@ def _forward(
     return sums, (jnp.moveaxis(dhidden, 0, 1).reshape(b, -1, d)[:, :t], dw_DV.T)
 
 
-def _backward(softcap: float | None, z_loss: float, saved: Any, g: Sums) -> tuple[Any, ...]:
+def _backward(softcap: float | None, z_loss: float, chunk_bytes: int, saved: Any, g: Sums) -> tuple[Any, ...]:
     dhidden_BTD, dw_VD = saved
     return dhidden_BTD * g[0].astype(dhidden_BTD.dtype), dw_VD * g[0], None, None
 

@@ -24,17 +24,17 @@ from jax.sharding import NamedSharding
 from jaxlm import deepspeed, sharding
 from jaxlm.config import Config, ModelConfig, resolved, validate
 from jaxlm.errors import UserError
-from jaxlm.loss import CHUNK_BYTES
+from jaxlm.gpus import FRACTION_VARIABLES
+from jaxlm.loss import bytes_of_chunk
 from jaxlm.model import Transformer
-from jaxlm.model.attention import BLOCK, UNROLL, choose_attention
+from jaxlm.model.attention import BLOCK, FUSED_FROM, UNROLL, choose_attention, compute_capability
+from jaxlm.model.flash import TILES, padded_head_size
 from jaxlm.model.layers import GATES
 from jaxlm.optim import build_optimizer, build_schedule, check_optimizer
 from jaxlm.precision import compute_dtype
 from jaxlm.sharding import STACKED, TENSOR_AXES, Layout
 from jaxlm.step import TrainState, compile_train_step, init_state, make_train_step
 
-MEM_FRACTION = 0.75  # JAX's default share of a GPU's memory
-FRACTION_VARIABLES = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
 BATCHES = 4  # on the device at a time: one computed with, the others sent ahead
 MOST_ROWS = 2**20  # where the search for the largest batch_size ends
 MOST_DEVICES = 2**20  # of all hosts together
@@ -162,28 +162,44 @@ def block_bytes(config: Config, attention: str, policy: str = "none") -> float:
 
     Args:
       config: the run's; `training.tensor_parallel` splits what lies between the matrices that it splits.
-      attention: "blockwise" or "cudnn".
+      attention: "blockwise", "cudnn" or "pallas".
       policy: "none" (keep all), "full" or "dots".
     """
     model, c, tensor = config.model, _compute_bytes(config), config.training.tensor_parallel
-    d, f, heads = model.d_model, model.d_ff / tensor, model.n_heads / tensor
+    d, f = model.d_model, model.d_ff / tensor
     kv = d * model.kv_heads / model.n_heads
     if policy == "full":
         return c * d  # the block's input
     if policy == "dots":  # and the products that the rest is made of again: qkv, out, up; down if a norm follows it
         up = 2 * f if model.activation in GATES else f
         return c * (d + (d + 2 * kv) / tensor + d + up + (0 if model.pre_norm else d))
-    length = config.data.max_length
-    blocks = -(-length // BLOCK)
-    padded = blocks * -(-length // blocks) / length if attention == "blockwise" else 1
     norms: float = 2 * _norm_keeps(model)
     if model.qk_norm:
         norms += (3 * 4 * (d + kv) + 2 * 4 * (model.n_heads + model.kv_heads)) / tensor
-    inputs = c * 2 * d + (c * d / tensor if attention == "blockwise" else 0)  # of qkv, up, out (cuDNN's is its output)
-    flash = padded * (4 * c * d / tensor + 4 * heads)  # q, k and v (as many heads), output, log-sum-exp
+    flash, copied = _flash_keeps(config, attention)
+    inputs = c * 2 * d + (c * d / tensor if copied else 0)  # of qkv, up, out (else the kernel's output itself)
     masks = 2 * d if model.dropout else 0  # one byte an element; those of attention are made again
     widths = 3 if model.activation in GATES else 2  # the products of up, and the input of down
     return norms + inputs + flash + masks + widths * c * f
+
+
+def _flash_keeps(config: Config, attention: str) -> tuple[float, bool]:
+    """Bytes a token that the attention kernel keeps, and whether its output is copied before it is used.
+
+    It keeps queries, keys, values and output as it took them, padded, and the log-sum-exp.
+    """
+    model, c, length = config.model, _compute_bytes(config), config.data.max_length
+    head_size = width = model.d_model // model.n_heads
+    heads, kv_heads, padded = model.n_heads, model.kv_heads, length
+    if attention == "blockwise":
+        kv_heads = heads
+        blocks = -(-length // BLOCK)
+        padded = blocks * -(-length // blocks)
+    elif attention == "pallas":
+        width = padded_head_size(head_size)
+        padded += -length % TILES[width].longest
+    kept = padded / length * (2 * c * width * (heads + kv_heads) + 4 * heads)
+    return kept / config.training.tensor_parallel, attention == "blockwise" or (padded, width) != (length, head_size)
 
 
 def _norm_keeps(model: ModelConfig) -> int:
@@ -249,7 +265,7 @@ def _loss_at_work(config: Config) -> float:
     """
     copies = 2 if config.model.logit_softcap is None else 3
     rows, vocabulary, tensor = config.training.batch_size, config.model.vocab_size, config.training.tensor_parallel
-    logits = max(min(CHUNK_BYTES, 4 * _tokens(config) * vocabulary), 4 * rows * vocabulary)
+    logits = max(min(bytes_of_chunk(config.training, "gpu"), 4 * _tokens(config) * vocabulary), 4 * rows * vocabulary)
     return (logits * (copies + _compute_bytes(config) / 4) + 4 * vocabulary * config.model.d_model) / tensor
 
 
@@ -275,7 +291,7 @@ def _estimate(config: Config, shape: tuple[int, int, int]) -> Estimate:
         training=dataclasses.replace(training, batch_size=1, gradient_accumulation_steps=1),
     )
     sizes = _sizes(key, shape)
-    attention = choose_attention(model, training, config.data, "gpu")
+    attention = choose_attention(config, FUSED_FROM)
     gradients, in_update = _gradient_bytes(config, sizes)
     work = _weight_copies(config, sizes) + max(_block_at_work(config, attention), _loss_at_work(config))
     # Updates, the moved parameters before they are gathered, and the optimizer state if it comes from the host.
@@ -313,10 +329,11 @@ def largest_batch_size(config: Config, n_devices: int, memory: int) -> int:
       memory: bytes of a device, all of it.
     """
     resolved, shape = _resolve(config, n_devices)
+    share = usable(memory, config.training.memory_fraction)
 
     def fits(rows: int) -> bool:
         training = dataclasses.replace(resolved.training, batch_size=rows)
-        return _estimate(dataclasses.replace(resolved, training=training), shape).total <= usable(memory)
+        return _estimate(dataclasses.replace(resolved, training=training), shape).total <= share
 
     low, high = 0, 1
     while high <= MOST_ROWS and fits(high):
@@ -327,15 +344,15 @@ def largest_batch_size(config: Config, n_devices: int, memory: int) -> int:
     return low
 
 
-def usable(memory: int) -> int:
-    """Bytes of a device's `memory` that JAX takes: three quarters, or the share that the environment names for a run.
+def usable(memory: int, fraction: float) -> int:
+    """Bytes of a device's `memory` that JAX takes: the share that the environment names for a run, else `fraction`.
 
     Raises:
       UserError: it names none.
     """
     name = next((name for name in FRACTION_VARIABLES if os.environ.get(name)), None)
     if name is None:
-        return int(memory * MEM_FRACTION)
+        return int(memory * fraction)
     try:
         share = float(os.environ[name])
     except ValueError:
@@ -352,7 +369,7 @@ def compiled_bytes(config: Config, devices: list[jax.Device]) -> int:
     """
     config, shape = _resolve(config, len(devices))
     mesh, training = sharding.make_mesh(devices, shape), config.training
-    attention = choose_attention(config.model, training, config.data, devices[0].platform)
+    attention = choose_attention(config, compute_capability(devices[0]))
     graphdef, layout, state = _abstract_run(config, mesh, attention)
     placement = sharding.train_batch_sharding(mesh)
     rows = (training.gradient_accumulation_steps, training.batch_size * sharding.row_shards(mesh))
@@ -393,7 +410,7 @@ def table(result: dict[str, Any]) -> str:
     lines.append(line("compiled", result["compiled"], f"the compiler's own figure {where}"))
     if "memory" in result:
         share = f"{result['usable'] / result['memory']:.0%} of the device's memory"
-        lines.append(line("usable", result["usable"], f"{share}, which JAX takes ({FRACTION_VARIABLES[0]} sets it)"))
+        lines.append(line("usable", result["usable"], f"{share}, which JAX takes (training.memory_fraction)"))
         verdict = "fits" if result["fits"] else "does not fit"
         most = result["largest_batch_size"]
         lines.append(f"{verdict}; largest training.batch_size: {most if most else 'none, not even 1'}")

@@ -239,6 +239,11 @@ class Layout:
         """Devices that share one sharded copy, tensor parallelism left out."""
         return self.mesh.shape[DATA]
 
+    @property
+    def platform(self) -> str:
+        """JAX's name of the devices' backend; an abstract mesh stands for GPUs."""
+        return self.mesh.devices.flat[0].platform if isinstance(self.mesh, Mesh) else "gpu"
+
     def describe(self) -> str:
         """A line for the start-up report."""
         names = ("replicated", "optimizer state", "optimizer state and gradients", "all of the state")

@@ -18,8 +18,9 @@ import optax
 from flax import nnx
 from jax.sharding import PartitionSpec
 
+from jaxlm.compiler import Options
 from jaxlm.config import Config
-from jaxlm.loss import Sums, loss_sums
+from jaxlm.loss import CPU_CHUNK, Sums, bytes_of_chunk, loss_sums
 from jaxlm.model import Transformer
 from jaxlm.model.dropout import row_keys
 from jaxlm.model.transformer import Fetch
@@ -72,6 +73,7 @@ def batch_loss(
     factor: Any = 1.0,
     fetch: Fetch | None = None,
     z_loss: float = 0.0,
+    chunk_bytes: int = CPU_CHUNK,
 ) -> Sums:
     """What is minimised, and the cross entropy in nats: sums over the targets of `batch` ([B, T]), times `factor`.
 
@@ -81,7 +83,8 @@ def batch_loss(
     segments = batch["segments"] if packed else None  # padding stands at the end: causality hides it
     hidden = model(batch["tokens"], segments, batch["positions"], keys, fetch)
     weights = jnp.where(batch["segments"] > 0, jnp.asarray(factor, jnp.float32), 0.0)
-    return loss_sums(hidden, model.output_matrix(), batch["targets"], weights, model.config.logit_softcap, z_loss)
+    w, softcap = model.output_matrix(), model.config.logit_softcap
+    return loss_sums(hidden, w, batch["targets"], weights, softcap, z_loss, chunk_bytes)
 
 
 def make_gradients(graphdef: Any, config: Config, layout: Layout) -> Callable[..., tuple[jax.Array, Params]]:
@@ -94,6 +97,7 @@ def make_gradients(graphdef: Any, config: Config, layout: Layout) -> Callable[..
     """
     model, training = config.model, config.training
     dtype, accumulator = compute_dtype(training), jnp.dtype(training.accumulator_dtype)
+    chunk_bytes = bytes_of_chunk(training, layout.platform)
     uses_dropout = model.dropout > 0 or model.attention_dropout > 0
 
     def on_device(params: Params, batch: Batch, step: jax.Array, factor: jax.Array) -> tuple[jax.Array, Params]:
@@ -106,7 +110,7 @@ def make_gradients(graphdef: Any, config: Config, layout: Layout) -> Callable[..
             def scaled_loss(params: Params) -> Sums:
                 params, fetch = layout.gather(params, dtype)
                 packed, z_loss = config.data.pack_sequences, training.z_loss
-                return batch_loss(graphdef, params, micro_batch, keys, packed, factor, fetch, z_loss)
+                return batch_loss(graphdef, params, micro_batch, keys, packed, factor, fetch, z_loss, chunk_bytes)
 
             (_, loss), gradients = jax.value_and_grad(scaled_loss, has_aux=True)(held)
             return loss, layout.reduce_micro_batch(gradients)
@@ -180,10 +184,13 @@ def make_train_step(graphdef: Any, config: Config, schedule: Schedule, layout: L
     return train_step
 
 
-def compile_train_step(step: TrainStep, abstract_state: TrainState, abstract_batch: Any) -> Any:
+def compile_train_step(
+    step: TrainStep, abstract_state: TrainState, abstract_batch: Any, options: Options | None = None
+) -> Any:
     """The update, compiled for placed abstract arguments; the state that is passed in is donated."""
     out = (jax.tree.map(lambda x: x.sharding, abstract_state), None)
-    return jax.jit(step, donate_argnums=0, out_shardings=out).lower(abstract_state, abstract_batch).compile()
+    jitted = jax.jit(step, donate_argnums=0, out_shardings=out)
+    return jitted.lower(abstract_state, abstract_batch).compile(compiler_options=options)
 
 
 def make_eval_step(
@@ -193,7 +200,8 @@ def make_eval_step(
 
     def on_device(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
         params, fetch = layout.gather(params, compute_dtype(config.training))
-        _, nats = batch_loss(graphdef, params, batch, None, config.data.pack_sequences, fetch=fetch)
+        packed, chunk_bytes = config.data.pack_sequences, bytes_of_chunk(config.training, layout.platform)
+        _, nats = batch_loss(graphdef, params, batch, None, packed, fetch=fetch, chunk_bytes=chunk_bytes)
         return layout.sum_over(ROWS, (nats, (batch["segments"] > 0).sum()))
 
     return jax.shard_map(

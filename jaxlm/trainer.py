@@ -19,7 +19,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from jaxlm import checkpoint, deepspeed, folder, pretrained, sharding
+from jaxlm import checkpoint, compiler, deepspeed, folder, pretrained, sharding
 from jaxlm.config import Config, changed_fields, resolved, to_dict, validate
 from jaxlm.data.loader import Rows, documents_of_step, eval_batches, total_steps, train_batches
 from jaxlm.data.packing import plan_cached
@@ -42,7 +42,7 @@ from jaxlm.health import LossSpikes, SkippedUpdates
 from jaxlm.histograms import make_histograms, named_histograms
 from jaxlm.metrics import MetricsTracker, flops_per_token, memory_gib, model_flops_utilization
 from jaxlm.model import Transformer
-from jaxlm.model.attention import choose_attention
+from jaxlm.model.attention import choose_attention, compute_capability, describe_attention
 from jaxlm.optim import build_optimizer, build_schedule, check_optimizer
 from jaxlm.precision import compute_dtype, scales_loss, scales_loss_dynamically
 from jaxlm.profiling import Profiler
@@ -216,7 +216,7 @@ class Trainer:
     def _build_model(self) -> None:
         """Abstract model and state, where they live, and the functions that will be compiled."""
         config, training = self.config, self.config.training
-        self.attention = choose_attention(config.model, training, config.data, self.devices[0].platform)
+        self.attention = choose_attention(config, compute_capability(self.devices[0]))
         dtype = compute_dtype(training)
 
         def make() -> Transformer:
@@ -231,7 +231,9 @@ class Trainer:
         self.abstract_state = self.layout.place(jax.eval_shape(init))
         self._init = jax.jit(init, out_shardings=jax.tree.map(lambda x: x.sharding, self.abstract_state))
         self.schedule = build_schedule(training, self.total_steps)
-        self._eval_step = jax.jit(make_eval_step(self.graphdef, config, self.layout))
+        self._compiler_options = compiler.compiler_options(training, self.layout.platform, say)
+        eval_step = make_eval_step(self.graphdef, config, self.layout)
+        self._eval_step = jax.jit(eval_step, compiler_options=self._compiler_options)
         self._whole = jax.jit(self.layout.to_whole, out_shardings=sharding.replicated(self.mesh))
 
     def _build_state(self, resume_from: Path | None) -> None:
@@ -262,7 +264,8 @@ class Trainer:
             config=self.config,
             devices=self.devices,
             layout=self.layout.describe(),
-            attention=self.attention,
+            attention=describe_attention(self.config, compute_capability(self.devices[0])),
+            compiler=compiler.describe(training, self._compiler_options) if self.layout.platform == "gpu" else None,
             parameters=self.parameters,
             bytes_of_state=self.layout.bytes_of_state(self.abstract_state),
             loss_scale=float(self.state.loss_scale.scale) if scales_loss(training) else None,
@@ -349,7 +352,8 @@ class Trainer:
         with self._watchdog.during("compiling the step"):
             started = time.perf_counter()
             step = make_train_step(self.graphdef, self.config, self.schedule, self.layout)
-            self.train_step = compile_train_step(step, self.abstract_state, self._abstract_batch())
+            abstract = self.abstract_state, self._abstract_batch()
+            self.train_step = compile_train_step(step, *abstract, self._compiler_options)
             say(f"compiled the step in {time.perf_counter() - started:.1f} s")
         every = self.config.training.histogram_steps
         if every is not None:

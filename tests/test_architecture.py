@@ -14,7 +14,8 @@ LAYERS = [
     [""],  # the package itself, for its version
     ["errors", "host_memory"],
     ["config"],
-    ["manifest", "health", "signals", "distributed", "sharding", "precision", "optim", "loss", "sinks", "gpus"],
+    ["gpus"],
+    ["manifest", "health", "signals", "distributed", "sharding", "precision", "optim", "loss", "sinks", "compiler"],
     ["metrics", "progress"],
     ["report.elements"],
     ["report.runs", "report.charts"],
@@ -23,6 +24,7 @@ LAYERS = [
     ["tokenizer", "deepspeed", "watchdog", "folder", "huggingface"],
     ["cli"],
     ["model.dropout", "model.positions"],
+    ["model.flash"],
     ["model.attention"],
     ["model.layers"],
     ["model.transformer"],

@@ -255,7 +255,7 @@ def test_values_at_the_bounds_are_valid(dotted: str) -> None:
             "model.rope_scaling (yarn) needs model.rope_theta (1.0) greater than 1",
         ),
         ({"data.validation_files": ("a.txt",)}, "data.validation_files is set but data.train_files is not"),
-        ({"model.attention": "cudnn"}, "model.attention (cudnn)"),
+        ({"training.xla_options": ("gpu=1",)}, "training.xla_options ('gpu=1') must be xla_NAME=VALUE"),
         ({"training.checkpoint_dir": ""}, "training.checkpoint_dir is empty"),
         ({"training.resume_from_checkpoint": "runs/checkpoint-10000.pt"}, "training.resume_from_checkpoint (runs/"),
     ],

@@ -365,8 +365,7 @@ def test_initialisation_is_gpt2s():
 
 @pytest.mark.parametrize(("softcap", "z_loss"), [(None, 0.0), (None, 1e-2), (2.0, 0.0), (2.0, 1e-2)])
 @pytest.mark.parametrize("chunk_bytes", [2**30, 4 * 2 * 97 * 7, 1])  # one chunk, chunks of 7 that don't divide T, of 1
-def test_loss_equals_the_unchunked_one(monkeypatch, chunk_bytes, softcap, z_loss):
-    monkeypatch.setattr("jaxlm.loss.CHUNK_BYTES", chunk_bytes)
+def test_loss_equals_the_unchunked_one(chunk_bytes, softcap, z_loss):
     rng = np.random.default_rng(3)
     hidden = jnp.asarray(rng.normal(size=(2, 24, 16)).astype(np.float32))
     w = jnp.asarray(rng.normal(size=(97, 16)).astype(np.float32))
@@ -381,19 +380,19 @@ def test_loss_equals_the_unchunked_one(monkeypatch, chunk_bytes, softcap, z_loss
         return 3.0 * ((nll + z_loss * z**2) * weights).sum(), 3.0 * (nll * weights).sum()
 
     def ours(hidden, w):
-        objective, cross_entropy = loss_sums(hidden, w, targets, weights, softcap, z_loss)
+        objective, cross_entropy = loss_sums(hidden, w, targets, weights, softcap, z_loss, chunk_bytes)
         return 3.0 * objective, 3.0 * cross_entropy
 
     close(ours(hidden, w), reference(hidden, w), 1e-6)  # without gradient, the other code path
     close(*(jax.value_and_grad(f, (0, 1), has_aux=True)(hidden, w) for f in (ours, reference)), 1e-5)
 
 
-def test_loss_never_holds_all_logits(monkeypatch):
+def test_loss_never_holds_all_logits():
     """Of 8 chunks; a whole [B, T, V] array would be 8 times as large as all that the compiled gradient needs."""
-    monkeypatch.setattr("jaxlm.loss.CHUNK_BYTES", 4 * 2 * 4096 * 32)
+    chunk_bytes = 4 * 2 * 4096 * 32
     hidden, w = jax.ShapeDtypeStruct((2, 256, 8), jnp.float32), jax.ShapeDtypeStruct((4096, 8), jnp.float32)
     targets, weights = jax.ShapeDtypeStruct((2, 256), jnp.int32), jax.ShapeDtypeStruct((2, 256), jnp.float32)
-    gradient = jax.grad(lambda h, w, *rest: loss_sums(h, w, *rest, 5.0, 1e-4)[0], (0, 1))
+    gradient = jax.grad(lambda h, w, *rest: loss_sums(h, w, *rest, 5.0, 1e-4, chunk_bytes)[0], (0, 1))
     scratch = jax.jit(gradient).lower(hidden, w, targets, weights).compile().memory_analysis().temp_size_in_bytes
     assert scratch < 4 * 2 * 256 * 4096
 

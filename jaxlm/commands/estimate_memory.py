@@ -48,6 +48,7 @@ def run(arguments: argparse.Namespace) -> None:
     result: dict[str, Any] = {"devices": devices, **dataclasses.asdict(estimate), "total": estimate.total}
     result["compiled"] = memory.compiled_on_gpus(config, devices)
     if size is not None:
-        result |= {"memory": size, "usable": memory.usable(size), "fits": estimate.total <= memory.usable(size)}
+        usable = memory.usable(size, config.training.memory_fraction)
+        result |= {"memory": size, "usable": usable, "fits": estimate.total <= usable}
         result["largest_batch_size"] = memory.largest_batch_size(config, devices, size)
     print(json.dumps(result) if arguments.json else memory.table(result))

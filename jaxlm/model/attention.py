@@ -5,8 +5,8 @@ a block, N = T / Q blocks.
 
 `blockwise` is FlashAttention (Dao et al. 2022, arXiv:2205.14135) in plain JAX: queries go block by block, each block
 sees only the keys at or before it, softmax statistics are float32, and the backward pass recomputes the weights from
-the saved log-sum-exp. It runs on every backend and honours segments and attention dropout. `cudnn` is NVIDIA's own
-flash kernel, for plain causal attention only.
+the saved log-sum-exp. It runs on every backend, and can do everything. On GPUs `cudnn` is NVIDIA's own flash kernel,
+for plain causal attention, and `pallas` (flash.py) is ours, for packed documents and dropout.
 """
 
 import functools
@@ -15,29 +15,71 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxlm.config import DataConfig, ModelConfig, TrainingConfig
+from jaxlm.config import Config
 from jaxlm.errors import UserError
 from jaxlm.model.dropout import keep_mask
+from jaxlm.model.flash import MAX_HEAD_SIZE, flash_attention
 
+FUSED = ("cudnn", "pallas")  # kernels, in the order of preference
+FUSED_FROM = 8.0  # compute capability, that of the A100
 BLOCK = 128  # queries a block: of 64, 128, 256 and 512, 64 and 128 were the fastest on 2 CPU cores at 512 tokens
 UNROLL = 8  # up to this many blocks are unrolled, each against its whole prefix; longer sequences loop over key blocks
 _MASKED = -1e30  # finite, so that a row of masked scores gives no NaN
 
 
-def choose_attention(model: ModelConfig, training: TrainingConfig, data: DataConfig, platform: str) -> str:
-    """The kernel that a run uses: cuDNN's where it can do what the run needs, unless the configuration says otherwise.
+def compute_capability(device: jax.Device) -> float | None:
+    """Of an NVIDIA GPU, such as 9.0; None for a CPU."""
+    return float(device.compute_capability) if device.platform == "gpu" else None
+
+
+def obstacle(kernel: str, config: Config, capability: float | None) -> str | None:
+    """Why a fused kernel, "cudnn" or "pallas", can't do what the configuration needs; None if it can.
+
+    Args:
+      capability: the GPU's, as `compute_capability` gives it.
+    """
+    model, training = config.model, config.training
+    head_size = model.d_model // model.n_heads
+    if capability is None:
+        return "needs an NVIDIA GPU"
+    if capability < FUSED_FROM:
+        return f"needs a GPU of compute capability {FUSED_FROM:g} or later, not {capability:g}"
+    if not training.use_amp:
+        return "has no float32 (training.use_amp false)"
+    if kernel == "pallas":
+        if head_size > MAX_HEAD_SIZE:
+            return f"needs a head size up to {MAX_HEAD_SIZE}, not {head_size}"
+        return "can't be split over devices (training.tensor_parallel)" if training.tensor_parallel > 1 else None
+    if config.data.pack_sequences:
+        return "can't keep packed documents apart (data.pack_sequences)"
+    if model.attention_dropout:
+        return "has no dropout that a resumed run can repeat (model.attention_dropout)"
+    largest = 256 if capability >= 9 else 128
+    fits = head_size % 8 == 0 and head_size <= largest
+    return None if fits else f"needs a head size that is a multiple of 8 up to {largest}, not {head_size}"
+
+
+def choose_attention(config: Config, capability: float | None) -> str:
+    """The kernel that a run uses: cuDNN's where it can do what the run needs, else ours, else blockwise.
 
     Raises:
-      UserError: the configuration asks for a kernel that does not run here.
+      UserError: the configuration asks for a kernel that can't do it on this device.
     """
-    if model.attention == "cudnn" and platform != "gpu":
-        raise UserError("model.attention (cudnn) needs an NVIDIA GPU; use auto or blockwise")
-    head_size = model.d_model // model.n_heads
-    plain = not data.pack_sequences and not model.attention_dropout and training.use_amp
-    fits = platform == "gpu" and plain and head_size % 8 == 0 and head_size <= 128
-    if model.attention == "cudnn" and not fits:
-        raise UserError(f"model.attention (cudnn) needs a head size that is a multiple of 8 up to 128, not {head_size}")
-    return "cudnn" if fits and model.attention != "blockwise" else "blockwise"
+    asked = config.model.attention
+    if asked == "auto":
+        return next((kernel for kernel in FUSED if obstacle(kernel, config, capability) is None), "blockwise")
+    why = obstacle(asked, config, capability) if asked in FUSED else None
+    if why is not None:
+        raise UserError(f"model.attention ({asked}) {why}; use auto or blockwise")
+    return asked
+
+
+def describe_attention(config: Config, capability: float | None) -> str:
+    """The kernel in words; on a GPU, with the reason why it is no fused one."""
+    kernel = choose_attention(config, capability)
+    if kernel in FUSED or capability is None or config.model.attention == "blockwise":
+        return kernel
+    return f"{kernel}, which is not fused (pallas {obstacle('pallas', config, capability)}),"
 
 
 def causal_attention(
@@ -56,7 +98,8 @@ def causal_attention(
 
     Args:
       segments_BT: int32; positions of different segments don't see each other. None: one segment.
-      implementation: "blockwise" or "cudnn" (needs a GPU, 16-bit inputs, no segments, no dropout).
+      implementation: "blockwise", "cudnn" (needs a GPU, 16-bit inputs, no segments, no dropout) or "pallas" (needs a
+        GPU, or is interpreted; the positions of a segment lie together).
       key_B2: uint32 dropout key of each row; None: no dropout.
       rate: dropout rate of the attention weights.
 
@@ -65,6 +108,8 @@ def causal_attention(
     """
     if implementation == "cudnn":
         return jax.nn.dot_product_attention(q_BTHK, k_BTGK, v_BTGK, is_causal=True, implementation="cudnn")
+    if implementation == "pallas":
+        return flash_attention(q_BTHK, k_BTGK, v_BTGK, segments_BT, key_B2, rate)
     if key_B2 is None:
         rate = 0.0
     groups = q_BTHK.shape[2] // k_BTGK.shape[2]

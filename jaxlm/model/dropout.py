@@ -33,22 +33,26 @@ def _mix(x: jax.Array) -> jax.Array:
     return x ^ (x >> 16)
 
 
-def keep_mask(key_B2: jax.Array, coordinates: tuple[jax.Array, ...], rate: float) -> jax.Array:
-    """Boolean mask, True with probability 1 - rate.
+def keep(first: jax.Array, second: jax.Array, coordinates: tuple[jax.Array, ...], rate: float) -> jax.Array:
+    """Boolean mask, True with probability 1 - rate, of the shape that all arguments broadcast to.
 
     Args:
-      key_B2: uint32 [B, 2].
-      coordinates: uint32 arrays of the shape of a row's mask, or broadcasting to it; the last one varies fastest.
+      first, second: uint32, a row's key.
+      coordinates: uint32, in the row; the last one varies fastest.
       rate: probability of False.
     """
-    ndim = coordinates[0].ndim
-    first, second = (key_B2[:, i].reshape((-1,) + (1,) * ndim) for i in range(2))
-    coordinates = tuple(c[None] for c in coordinates)
     for coordinate in coordinates[:-1]:  # few elements: a full mix for each coordinate
         first = _mix(first ^ (coordinate * jnp.uint32(_WEYL)))
         second = _mix(second + first)
     bits = _mix((first ^ (coordinates[-1] * jnp.uint32(_WEYL))) + second)
     return bits >= jnp.uint32(round(rate * 2**32))
+
+
+def keep_mask(key_B2: jax.Array, coordinates: tuple[jax.Array, ...], rate: float) -> jax.Array:
+    """`keep` for each row of a batch: [B, ...], where `coordinates` broadcast to [...]."""
+    ndim = coordinates[0].ndim
+    first, second = (key_B2[:, i].reshape((-1,) + (1,) * ndim) for i in range(2))
+    return keep(first, second, tuple(c[None] for c in coordinates), rate)
 
 
 def dropout(x_BTD: jax.Array, key_B2: jax.Array | None, rate: float) -> jax.Array:

@@ -1,0 +1,65 @@
+"""Options of XLA: presets, the user's own, what this XLA does not know, what the environment says."""
+
+import pytest
+from conftest import make_config
+
+from jaxlm import Trainer, compiler
+from jaxlm.compiler import compiler_options, describe
+from jaxlm.config import TrainingConfig, xla_option
+from jaxlm.errors import UserError
+
+
+def options(platform="gpu", **training):
+    """The options, and what was said of others."""
+    said = []
+    return compiler_options(TrainingConfig(**training), platform, said.append), said
+
+
+def test_every_preset_is_known_to_this_xla():
+    for preset in compiler.PRESETS:
+        found, said = options(xla_preset=preset)
+        assert said == [] and found == compiler.PRESETS[preset] | compiler.REPEATABLE
+
+
+def test_a_gpus_run_repeats_unless_it_may_not():
+    on, off = TrainingConfig(), TrainingConfig(deterministic=False)
+    assert describe(on, options()[0]) == "repeatable operations only"
+    assert describe(off, options(deterministic=False)[0]).startswith("a run may not repeat bit for bit")
+    assert options(platform="cpu") == ({}, [])
+
+
+def test_unknown_options_are_left_out_with_a_line(monkeypatch):
+    found, said = options(xla_options=("xla_gpu_no_such_thing=true", "xla_gpu_enable_triton_gemm=false"))
+    assert "xla_gpu_no_such_thing" not in found and found["xla_gpu_enable_triton_gemm"] is False
+    assert len(said) == 1 and said[0].startswith("xla_gpu_no_such_thing=True: left out, this XLA does not take it")
+    monkeypatch.setitem(compiler.REPEATABLE, "xla_gpu_gone", True)
+    found, said = options()
+    assert "may not repeat" in describe(TrainingConfig(), found) and len(said) == 1
+
+
+def test_what_the_environment_says_stays(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_exclude_nondeterministic_ops=false --xla_gpu_autotune_level=0")
+    found, said = options(xla_options=("xla_gpu_autotune_level=4",))
+    assert found == {}
+    assert said == [f"{name}: as XLA_FLAGS has it" for name in (*compiler.REPEATABLE, "xla_gpu_autotune_level")]
+
+
+def test_values():
+    assert xla_option("xla_a=true") == ("xla_a", True) and xla_option("xla_a=8") == ("xla_a", "8")
+    for wrong in ("xla_a", "a=1", "xla_a=", "--xla_a=1", "xla_a=1 2"):
+        with pytest.raises(UserError, match="must be xla_NAME=VALUE"):
+            xla_option(wrong)
+
+
+def test_options_reach_the_compiler(tmp_path, corpus, monkeypatch):
+    """With the real compiler behind it, which refuses what it does not know."""
+    seen = []
+    compile_step = Trainer.__init__.__globals__["compile_train_step"]
+
+    def spy(step, state, batch, given):
+        seen.append(given)
+        return compile_step(step, state, batch, given)
+
+    monkeypatch.setitem(Trainer.__init__.__globals__, "compile_train_step", spy)
+    Trainer(make_config(tmp_path, corpus, **{"training.xla_options": ("xla_cpu_enable_fast_min_max=true",)})).train()
+    assert seen == [{"xla_cpu_enable_fast_min_max": True}]

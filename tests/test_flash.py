@@ -1,0 +1,220 @@
+"""The fused attention kernels, interpreted on CPU, against dense attention; and what of them can be compiled here."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import make_config
+from flax import nnx
+from test_model import dense_attention
+
+import jaxlm.trainer
+from jaxlm import Trainer, sharding
+from jaxlm.config import Config, replace_fields
+from jaxlm.errors import UserError
+from jaxlm.model import Transformer, attention
+from jaxlm.model.attention import choose_attention, describe_attention
+from jaxlm.model.flash import TILES, flash_attention
+from jaxlm.optim import build_optimizer, build_schedule
+from jaxlm.sharding import Layout
+from jaxlm.step import init_state, make_train_step
+
+# T, heads, heads of keys, head size, documents a row, dropout
+GRID = {
+    "plain": (128, 2, 2, 64, 1, 0.0),
+    "T that no block divides": (150, 1, 1, 64, 1, 0.0),
+    "packed": (300, 2, 2, 64, 5, 0.0),
+    "dropout": (140, 3, 3, 64, 1, 0.2),
+    "packed, dropout, grouped heads": (260, 4, 2, 64, 4, 0.1),
+    "one head of keys": (130, 4, 1, 16, 3, 0.1),
+    "head size 80": (130, 2, 2, 80, 3, 0.1),
+    "head size 128": (260, 2, 1, 128, 4, 0.1),
+    "head size 256": (100, 2, 1, 256, 2, 0.1),
+    "less than a block": (5, 1, 1, 8, 2, 0.3),
+}
+
+
+def case(t, heads, groups, size, documents, rate, dtype=jnp.float32, rows=2):
+    """q, k, v, the output's gradient, segments and dropout key."""
+    rng = np.random.default_rng(0)
+    shapes = [(rows, t, n, size) for n in (heads, groups, groups, heads)]
+    arrays = [jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes]
+    segments = None
+    if documents > 1:
+        segments = jnp.asarray(np.sort(rng.integers(1, documents + 1, (rows, t)), axis=1), jnp.int32)
+    key = jnp.asarray(rng.integers(0, 2**32, (rows, 2)), jnp.uint32) if rate else None
+    return *arrays, segments, key
+
+
+def both(f, q, k, v, g):
+    """Output and gradients of q, k and v, float32."""
+
+    def weighed(q, k, v):
+        y = f(q, k, v)
+        return (y.astype(jnp.float32) * g.astype(jnp.float32)).sum(), y
+
+    gradients, y = jax.jit(jax.grad(weighed, (0, 1, 2), has_aux=True))(q, k, v)
+    return [x.astype(jnp.float32) for x in (y, *gradients)]
+
+
+def reference(q, k, v, segments, key, rate):
+    """Dense attention with the same dropout mask."""
+    b, t, heads, _ = q.shape
+    k, v = (jnp.repeat(x, heads // x.shape[2], axis=2) for x in (k, v))
+    keep = None if key is None else attention._keep(key, (b, heads, t, t), 0, 0, rate).swapaxes(2, 3)
+    return dense_attention(q, k, v, jnp.ones((b, t), jnp.int32) if segments is None else segments, keep, rate)
+
+
+def errors(found, expected):
+    """Largest difference of each array, relative to the expected one's largest element."""
+    return [float(jnp.abs(x - y).max() / jnp.abs(y).max()) for x, y in zip(found, expected, strict=True)]
+
+
+@pytest.mark.parametrize("name", GRID)
+def test_flash_equals_dense(name):
+    rate = GRID[name][-1]
+    *arrays, segments, key = case(*GRID[name])
+    found = both(lambda q, k, v: flash_attention(q, k, v, segments, key, rate), *arrays)
+    expected = both(lambda q, k, v: reference(q, k, v, segments, key, rate), *arrays)
+    assert max(errors(found, expected)) < 3e-6
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_sixteen_bits_are_as_near_as_dense_attention_in_them(dtype):
+    *arrays, segments, key = case(*GRID["packed, dropout, grouped heads"], dtype=dtype)
+    wide = [x.astype(jnp.float32) for x in arrays]
+    exact = both(lambda q, k, v: reference(q, k, v, segments, key, 0.1), *wide)
+    dense = both(lambda q, k, v: reference(q, k, v, segments, key, 0.1), *arrays)
+    found = both(lambda q, k, v: flash_attention(q, k, v, segments, key, 0.1), *arrays)
+    for ours, theirs in zip(errors(found, exact), errors(dense, exact), strict=True):
+        assert 0 < ours < 1.5 * theirs
+
+
+def test_other_documents_blocks_are_never_touched():
+    """A NaN in a block that no query of the document sees would spoil its weights, which are 0, times NaN."""
+    q, k, v, g, _, _ = case(256, 1, 1, 64, 1, 0.0, rows=1)
+    segments = jnp.repeat(jnp.asarray([[1, 2]], jnp.int32), 128, axis=1)
+    spoiled = [x.at[:, :128].set(jnp.nan) for x in (q, k, v, g)]
+    run = lambda q, k, v, g: both(lambda *x: flash_attention(*x, segments, None, 0.0), q, k, v, g)  # noqa: E731
+    for clean, found in zip(run(q, k, v, g), run(*spoiled), strict=True):
+        assert jnp.isnan(found[:, :128]).all()
+        np.testing.assert_array_equal(found[:, 128:], clean[:, 128:])
+    later = [x.at[:, 128:].set(jnp.nan) for x in (q, k, v, g)]
+    for clean, found in zip(run(q, k, v, g), run(*later), strict=True):
+        np.testing.assert_array_equal(found[:, :128], clean[:, :128])
+
+
+def test_dropout_repeats_and_depends_on_its_key():
+    *arrays, segments, key = case(*GRID["packed, dropout, grouped heads"])
+    run = lambda key: both(lambda *x: flash_attention(*x, segments, key, 0.1), *arrays)  # noqa: E731
+    first, again, other = run(key), run(key), run(key + jnp.uint32(1))
+    for x, y, z in zip(first, again, other, strict=True):
+        np.testing.assert_array_equal(x, y)
+        assert not np.array_equal(x, z)
+    q, k, v, _ = arrays
+    alone = flash_attention(q[1:], k[1:], v[1:], segments[1:], key[1:], 0.1)  # a row does not depend on its batch
+    np.testing.assert_array_equal(alone, first[0][1:])
+
+
+def test_a_run_with_the_kernels_is_the_run_without(tmp_path, corpus, monkeypatch):
+    """Losses of packed training with dropout, through the whole Trainer."""
+    losses = {}
+    for kernel in ("blockwise", "pallas"):
+        monkeypatch.setattr(jaxlm.trainer, "choose_attention", lambda *_, kernel=kernel: kernel)
+        dropout = {"model.dropout": 0.1, "model.attention_dropout": 0.2, "model.n_kv_heads": 1}
+        trainer = Trainer(make_config(tmp_path / kernel, corpus, **dropout))
+        assert trainer.attention == kernel
+        rows = losses.setdefault(kernel, [])
+        monkeypatch.setattr(Trainer, "_log_metrics", lambda self, loss, rows=rows: rows.append(loss))
+        trainer.train()
+        monkeypatch.undo()
+    assert len(losses["pallas"]) == 4 and losses["pallas"] != losses["blockwise"]  # by rounding
+    assert losses["pallas"] == pytest.approx(losses["blockwise"], rel=1e-5)
+
+
+def lowered_for_cuda(f, *shapes):
+    """The StableHLO of `f` for NVIDIA GPUs, with each kernel lowered to Triton's IR."""
+    return jax.jit(f).trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.parametrize("size", [*TILES, 80])
+def test_kernels_lower_for_cuda(size):
+    array = lambda heads: jax.ShapeDtypeStruct((2, 300, heads, size), jnp.bfloat16)  # noqa: E731
+    others = jax.ShapeDtypeStruct((2, 300), jnp.int32), jax.ShapeDtypeStruct((2, 2), jnp.uint32)
+
+    def gradients(q, k, v, segments, key):
+        return jax.grad(lambda *x: flash_attention(*x, segments, key, 0.1).astype(jnp.float32).sum(), (0, 1, 2))(
+            q, k, v
+        )
+
+    text = lowered_for_cuda(gradients, array(4), array(2), array(2), *others)
+    assert text.count("xla.gpu.triton") == 3
+
+
+def test_the_update_lowers_for_cuda_without_a_square_array(corpus, tmp_path):
+    """The whole update of packed bfloat16 training with dropout, over several devices."""
+    fields = {"model.attention_dropout": 0.1, "training.use_amp": True, "data.max_length": 300}
+    config = replace_fields(make_config(tmp_path, corpus, **fields), {"model.max_seq_len": 300})
+    mesh = sharding.make_mesh(jax.devices()[:2], (1, 2, 1))
+    make = lambda: Transformer(config.model, implementation="pallas", dtype=jnp.bfloat16, rngs=nnx.Rngs(0))  # noqa: E731
+    graphdef, abstract = nnx.split(nnx.eval_shape(make))
+    layout = Layout(mesh, 0, nnx.to_pure_dict(abstract))
+    init = lambda: init_state(make(), build_optimizer(config.training, layout.shapes), config, layout)  # noqa: E731
+    state = layout.place(jax.eval_shape(init))
+    array = lambda *shape: jax.ShapeDtypeStruct(  # noqa: E731
+        shape, np.int32, sharding=sharding.train_batch_sharding(mesh)
+    )
+    batch = dict.fromkeys(("tokens", "targets", "segments", "positions"), array(2, 4, 300)) | {"rows": array(2, 4)}
+    text = lowered_for_cuda(make_train_step(graphdef, config, build_schedule(config.training, 4), layout), state, batch)
+    assert text.count("xla.gpu.triton") == 3 * config.model.n_layers
+    assert "300x300" not in text and "384x384" not in text
+
+
+H100, A100, T4 = 9.0, 8.0, 7.5
+PLAIN = {"data.pack_sequences": False, "model.attention_dropout": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("fields", "capability", "kernel"),
+    [
+        ({}, None, "blockwise"),
+        ({}, H100, "pallas"),
+        ({}, T4, "blockwise"),
+        (PLAIN, H100, "cudnn"),
+        (PLAIN, A100, "cudnn"),
+        (PLAIN | {"training.amp_dtype": "float16"}, A100, "cudnn"),
+        (PLAIN | {"model.d_model": 12 * 160}, A100, "pallas"),
+        (PLAIN | {"model.d_model": 12 * 160}, H100, "cudnn"),
+        (PLAIN | {"model.attention_dropout": 0.1}, H100, "pallas"),
+        (PLAIN | {"data.pack_sequences": True}, H100, "pallas"),
+        (PLAIN | {"training.use_amp": False}, H100, "blockwise"),
+        ({"model.d_model": 12 * 264}, H100, "blockwise"),
+        ({"training.tensor_parallel": 2}, H100, "blockwise"),
+        (PLAIN | {"training.tensor_parallel": 2}, H100, "cudnn"),
+        ({"model.attention": "blockwise"}, H100, "blockwise"),
+        (PLAIN | {"model.attention": "pallas"}, H100, "pallas"),
+    ],
+)
+def test_the_kernel_of_each_case(fields, capability, kernel):
+    config = replace_fields(Config(), fields)
+    assert choose_attention(config, capability) == kernel
+    said = describe_attention(config, capability)
+    fallback = kernel == "blockwise" and capability is not None and config.model.attention == "auto"
+    assert ("not fused (pallas " in said) == fallback and said.startswith(kernel)
+
+
+@pytest.mark.parametrize(
+    ("fields", "capability", "why"),
+    [
+        ({"model.attention": "pallas"}, None, r"model.attention \(pallas\) needs an NVIDIA GPU; use auto or blockwise"),
+        ({"model.attention": "pallas"}, T4, "needs a GPU of compute capability 8 or later, not 7.5"),
+        ({"model.attention": "pallas", "training.use_amp": False}, H100, "float32"),
+        ({"model.attention": "pallas", "training.tensor_parallel": 2}, H100, "training.tensor_parallel"),
+        ({"model.attention": "cudnn"}, H100, "packed documents"),
+        ({"model.attention": "cudnn", "data.pack_sequences": False}, H100, "model.attention_dropout"),
+        (PLAIN | {"model.attention": "cudnn", "model.d_model": 12 * 132}, A100, "a multiple of 8 up to 128, not 132"),
+    ],
+)
+def test_a_kernel_that_cannot_do_it_is_refused(fields, capability, why):
+    with pytest.raises(UserError, match=why):
+        choose_attention(replace_fields(Config(), fields), capability)
