@@ -91,6 +91,8 @@ class Trainer:
         resume_from = self._find_resume(config)
         self._pretrained = pretrained.open_pretrained(config) if resume_from is None else None
         jax.config.update("jax_compilation_cache_dir", str(cache_root(config.data) / "compiled"))
+        if self.devices[0].platform == "gpu" and config.training.deterministic:  # each program, as it was autotuned
+            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
         self._prepare_data(config, resume_from)
         self._divide_batch(resume_from)

@@ -126,3 +126,14 @@ def test_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
         assert "</svg>" in picture.read_text()
         picture.unlink()
     assert capsys.readouterr().out.count("| ---") >= len(kept)
+
+
+def test_the_attention_kernels_compile_for_gpus() -> None:
+    """Down to what NVIDIA's assembler says of them, for A100s and H100s."""
+    pytest.importorskip("triton")
+    command = [sys.executable, str(BENCHMARKS / "gpu" / "sass.py"), "--sizes", "64"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for kernel in ("forward_kernel", "keys_kernel", "queries_kernel"):
+        (for_80, for_90) = (line for line in done.stdout.splitlines() if f"| {kernel} |" in line)
+        assert for_80.endswith("| mma |") and for_90.endswith("| wgmma |")

@@ -1,5 +1,8 @@
 """The fused attention kernels, interpreted on CPU, against dense attention; and what of them can be compiled here."""
 
+import importlib
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -80,14 +83,14 @@ def test_flash_equals_dense(name):
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-def test_sixteen_bits_are_as_near_as_dense_attention_in_them(dtype):
+def test_sixteen_bits_are_nearer_than_dense_attention_in_them(dtype):
     *arrays, segments, key = case(*GRID["packed, dropout, grouped heads"], dtype=dtype)
     wide = [x.astype(jnp.float32) for x in arrays]
     exact = both(lambda q, k, v: reference(q, k, v, segments, key, 0.1), *wide)
     dense = both(lambda q, k, v: reference(q, k, v, segments, key, 0.1), *arrays)
     found = both(lambda q, k, v: flash_attention(q, k, v, segments, key, 0.1), *arrays)
     for ours, theirs in zip(errors(found, exact), errors(dense, exact), strict=True):
-        assert 0 < ours < 1.5 * theirs
+        assert 0 < ours < theirs
 
 
 def test_other_documents_blocks_are_never_touched():
@@ -128,17 +131,25 @@ def test_a_run_with_the_kernels_is_the_run_without(tmp_path, corpus, monkeypatch
         monkeypatch.setattr(Trainer, "_log_metrics", lambda self, loss, rows=rows: rows.append(loss))
         trainer.train()
         monkeypatch.undo()
-    assert len(losses["pallas"]) == 4 and losses["pallas"] != losses["blockwise"]  # by rounding
+    assert len(losses["pallas"]) == 4
     assert losses["pallas"] == pytest.approx(losses["blockwise"], rel=1e-5)
 
 
-def lowered_for_cuda(f, *shapes):
+@pytest.fixture
+def as_h100(monkeypatch):
+    """Of benchmarks/gpu: makes an abstract mesh one of GPUs."""
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks" / "gpu")
+    return importlib.import_module("sass").as_h100
+
+
+def lowered_for_cuda(mesh, f, *shapes):
     """The StableHLO of `f` for NVIDIA GPUs, with each kernel lowered to Triton's IR."""
-    return jax.jit(f).trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
+    with jax.sharding.use_abstract_mesh(mesh):
+        return jax.jit(f).trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
 
 
 @pytest.mark.parametrize("size", [*TILES, 80])
-def test_kernels_lower_for_cuda(size):
+def test_kernels_lower_for_cuda(as_h100, size):
     array = lambda heads: jax.ShapeDtypeStruct((2, 300, heads, size), jnp.bfloat16)  # noqa: E731
     others = jax.ShapeDtypeStruct((2, 300), jnp.int32), jax.ShapeDtypeStruct((2, 2), jnp.uint32)
 
@@ -147,15 +158,16 @@ def test_kernels_lower_for_cuda(size):
             q, k, v
         )
 
-    text = lowered_for_cuda(gradients, array(4), array(2), array(2), *others)
+    mesh = as_h100(jax.sharding.AbstractMesh((), ()))
+    text = lowered_for_cuda(mesh, gradients, array(4), array(2), array(2), *others)
     assert text.count("xla.gpu.triton") == 3
 
 
-def test_the_update_lowers_for_cuda_without_a_square_array(corpus, tmp_path):
+def test_the_update_lowers_for_cuda_without_a_square_array(corpus, tmp_path, as_h100):
     """The whole update of packed bfloat16 training with dropout, over several devices."""
-    fields = {"model.attention_dropout": 0.1, "training.use_amp": True, "data.max_length": 300}
-    config = replace_fields(make_config(tmp_path, corpus, **fields), {"model.max_seq_len": 300})
-    mesh = sharding.make_mesh(jax.devices()[:2], (1, 2, 1))
+    fields = {"model.attention_dropout": 0.1, "training.use_amp": True, "data.max_length": 290}
+    config = replace_fields(make_config(tmp_path, corpus, **fields), {"model.max_seq_len": 290})
+    mesh = as_h100(sharding.abstract_mesh((1, 2, 1)))
     make = lambda: Transformer(config.model, implementation="pallas", dtype=jnp.bfloat16, rngs=nnx.Rngs(0))  # noqa: E731
     graphdef, abstract = nnx.split(nnx.eval_shape(make))
     layout = Layout(mesh, 0, nnx.to_pure_dict(abstract))
@@ -164,10 +176,11 @@ def test_the_update_lowers_for_cuda_without_a_square_array(corpus, tmp_path):
     array = lambda *shape: jax.ShapeDtypeStruct(  # noqa: E731
         shape, np.int32, sharding=sharding.train_batch_sharding(mesh)
     )
-    batch = dict.fromkeys(("tokens", "targets", "segments", "positions"), array(2, 4, 300)) | {"rows": array(2, 4)}
-    text = lowered_for_cuda(make_train_step(graphdef, config, build_schedule(config.training, 4), layout), state, batch)
+    batch = dict.fromkeys(("tokens", "targets", "segments", "positions"), array(2, 4, 290)) | {"rows": array(2, 4)}
+    step = make_train_step(graphdef, config, build_schedule(config.training, 4), layout)
+    text = lowered_for_cuda(mesh, step, state, batch)
     assert text.count("xla.gpu.triton") == 3 * config.model.n_layers
-    assert "300x300" not in text and "384x384" not in text
+    assert "290x290" not in text and "384x384" not in text
 
 
 H100, A100, T4 = 9.0, 8.0, 7.5

@@ -15,7 +15,7 @@ from jaxlm.config import ModelConfig
 from jaxlm.errors import UserError
 from jaxlm.generate import Writer, generate_text, generate_tokens, stream_text
 from jaxlm.generate import generate as generate_all
-from jaxlm.generation.beam import beam_search
+from jaxlm.generation.beam import _Search, beam_search
 from jaxlm.generation.clock import Clock
 from jaxlm.generation.decode import CHUNK, empty_caches, write_slot
 from jaxlm.generation.options import make_options
@@ -245,6 +245,14 @@ def test_as_many_beams_as_tokens_find_the_best_of_all_texts() -> None:
         wanted = [[token for token in text if token != end] for text in best]
         found = generate(model, PROMPT, 2, eos_id=end, num_beams=VOCAB, num_samples=5, length_penalty=penalty)
         assert found == wanted
+
+
+def test_a_beams_length_counts_its_end() -> None:
+    """As in transformers: the score of [7, <eos>] is its log-probability over 2."""
+    search = _Search(PROMPT, 2, make_options(max_new_tokens=9, num_beams=2, length_penalty=1.0))
+    assert search.grow(np.array([-1.0, -2.0, -3.0, -4.0]), np.array([7, 8, 9, 5]), 10)
+    search.grow(np.array([-3.0, -4.0, -5.0, -6.0]), np.array([2, 7, 10 + 7, 8]), 10)
+    assert [(beam.tokens, beam.score) for beam in search.ended] == [([7], -1.5)]
 
 
 def test_beams_beyond_the_window() -> None:

@@ -59,6 +59,11 @@ def test_nothing_of_a_stop_string_or_of_half_a_character_is_shown(stop: str, sho
     assert stream.stopped == (stop in text)
 
 
+@pytest.mark.parametrize("stops", [("c", "bc"), ("bc", "c")])
+def test_of_stop_strings_that_end_together_the_longest_goes(stops: tuple[str, ...]) -> None:
+    assert streamed(TOKENIZER.encode("abcd"), stops)[1].text == "a"
+
+
 def test_a_decoder_that_drops_the_first_space() -> None:
     """As SentencePiece's: the space before a word is part of its token, and shown only after another token."""
     words = ["", "▁the", "▁cat", "s"]
