@@ -191,6 +191,7 @@ def with_batches(spec: dict[str, Any], folder: Path, facts: dict[str, Any]) -> d
       spec: `shape`, `seq_len`, `tokens` an update, `updates_a_lap`, `text` and `cache_dir`, as the options say.
     """
     spec = spec | {"batch": spec["tokens"] // spec["seq_len"], "training": TRAINING, "folder": str(folder)}
+    spec |= {"device": "cpu", "overrides": {}}
     path = folder / f"batches_{spec['seq_len']}.npz"
     facts |= dump_batches(spec | {"contender": "ours", "precision": "float32", "dropout": 0.0}, path)
     shape = spec["shape"] | {"vocab_size": facts["vocab_size"]}

@@ -1,4 +1,4 @@
-"""The jaxlm side of cpu.py: a run of `Trainer.train()` as it is, with its data, metrics, sinks and progress bar.
+"""The jaxlm side of cpu.py and gpu/speed.py: `Trainer.train()` as it is, with data, metrics, sinks and progress bar.
 
 A subclass of Trainer, in the way that the README shows, hears of every logged step, where it waits for its turns.
 """
@@ -14,16 +14,19 @@ import numpy as np
 from lib.machine import say
 from lib.worker import Turns
 
-from jaxlm.config import LARGEST_INT, Config, DataConfig, ModelConfig, TrainingConfig
+from jaxlm.config import LARGEST_INT, Config, DataConfig, ModelConfig, TrainingConfig, replace_fields
 
 BATCHES = 16  # of real text that the peers go round
 
 
 def configuration(spec: dict[str, Any]) -> Config:
-    """A run without end of the model in `spec`: one micro-batch an update, and the peers' optimizer."""
+    """A run without end of the model in `spec`: one micro-batch an update, and the peers' optimizer.
+
+    What `spec["overrides"]`, {"section.field": value}, says comes last.
+    """
     text = {"train_files": spec["text"]} if spec["text"] else {"dataset_name": "python-stdlib", "dataset_config": None}
     dropout, seq_len = spec["dropout"], spec["seq_len"]
-    return Config(
+    config = Config(
         model=ModelConfig(**spec["shape"], max_seq_len=seq_len, dropout=dropout, attention_dropout=dropout),
         training=TrainingConfig(
             batch_size=spec["batch"],
@@ -41,6 +44,7 @@ def configuration(spec: dict[str, Any]) -> Config:
         ),
         data=DataConfig(max_length=seq_len, packing_strategy="first_fit", cache_dir=spec["cache_dir"], **text),
     )
+    return replace_fields(config, spec["overrides"])
 
 
 def dump_batches(spec: dict[str, Any], path: Path) -> dict[str, Any]:
@@ -74,11 +78,15 @@ def train(spec: dict[str, Any], turns: Turns) -> None:
     class Timed(Trainer):
         def _log_metrics(self, loss: float) -> None:
             super()._log_metrics(loss)
+            turns.updated()
             if self.current_step % spec["updates_a_lap"] == 0:  # step 1 is logged, too
                 turns.lap(loss)
 
     trainer = Timed(configuration(spec))
-    turns.about |= {"parameters": trainer.parameters, "attention": trainer.attention}
+    device = trainer.devices[0]
+    if device.platform == "gpu":
+        turns.peak = lambda: device.memory_stats()["peak_bytes_in_use"]
+    turns.about |= {"parameters": trainer.parameters, "attention": trainer.attention, "device": device.device_kind}
     trainer.train()
 
 

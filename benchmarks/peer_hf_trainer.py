@@ -3,14 +3,12 @@
 It logs as often as jaxlm does, shows its progress bar, and saves nothing. Needs torch, transformers, accelerate, NumPy.
 """
 
-import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 from lib.worker import Turns
-from peer_torch import Batches, gpt2
+from peer_torch import Batches, gpt2, start
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 
@@ -36,8 +34,7 @@ class Laps(TrainerCallback):
 
 
 def main() -> None:
-    turns, spec = Turns(), json.loads(sys.argv[1])
-    torch.manual_seed(0)
+    turns, spec = start()
     model, training = gpt2(spec), spec["training"]
     arguments = TrainingArguments(
         output_dir=str(Path(spec["folder"]) / "run_hf_trainer"),

@@ -5,13 +5,11 @@ there is no dropout. Tied embeddings, biases, tanh GELU, LayerNorm before each s
 The loss is litgpt's chunked cross entropy. Needs torch, litgpt and NumPy.
 """
 
-import json
-import sys
 from typing import Any
 
 import torch
-from lib.worker import Turns, train_forever
-from peer_torch import Batches, recipe
+from lib.worker import train_forever
+from peer_torch import Batches, recipe, start
 
 
 def gpt(spec: dict[str, Any]) -> torch.nn.Module:
@@ -40,10 +38,9 @@ def gpt(spec: dict[str, Any]) -> torch.nn.Module:
 
 
 def main() -> None:
-    turns, spec = Turns(), json.loads(sys.argv[1])
+    turns, spec = start()
     from litgpt.utils import chunked_cross_entropy
 
-    torch.manual_seed(0)
     model, batches = gpt(spec), Batches(spec)
     forward = torch.compile(model)
 

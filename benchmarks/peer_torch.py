@@ -1,6 +1,6 @@
-"""PyTorch peers of cpu.py: transformers' GPT-2 in a plain training loop, as it is and compiled.
+"""PyTorch peers of cpu.py and gpu/speed.py: transformers' GPT-2 in a plain training loop, as it is and compiled.
 
-Needs torch, transformers and NumPy alone. `recipe` and `Batches` serve the other peers, too.
+Needs torch, transformers and NumPy alone. `recipe`, `Batches` and `start` serve the other peers, too.
 """
 
 import json
@@ -14,13 +14,17 @@ from lib.worker import Turns, train_forever
 
 
 class Batches:
-    """The rows of real text that jaxlm packed, with the targets that count; `batches[number]` goes round them."""
+    """The rows of real text that jaxlm packed, with the targets that count; `batches[number]` goes round them.
+
+    All are on the device from the start.
+    """
 
     def __init__(self, spec: dict[str, Any]) -> None:
         with np.load(spec["data"]) as arrays:
             self.tokens_NBT = torch.from_numpy(arrays["tokens"]).long()
             counts = torch.from_numpy(arrays["segments"] > 0) & (self.tokens_NBT != spec["bos_id"])
-        self.labels_NBT = torch.where(counts, self.tokens_NBT, -100)  # the models shift them
+        self.labels_NBT = torch.where(counts, self.tokens_NBT, -100).to(spec["device"])  # the models shift them
+        self.tokens_NBT = self.tokens_NBT.to(spec["device"])
 
     def __len__(self) -> int:
         return len(self.tokens_NBT)
@@ -50,11 +54,11 @@ def gpt2(spec: dict[str, Any]) -> torch.nn.Module:
         bos_token_id=None,
         eos_token_id=None,
     )
-    return GPT2LMHeadModel(config).train()
+    return GPT2LMHeadModel(config).train().to(spec["device"])
 
 
 def autocast(spec: dict[str, Any]) -> torch.autocast:
-    return torch.autocast("cpu", dtype=torch.bfloat16, enabled=spec["precision"] == "bf16")
+    return torch.autocast(spec["device"], dtype=torch.bfloat16, enabled=spec["precision"] == "bf16")
 
 
 def recipe(
@@ -78,9 +82,18 @@ def recipe(
     return update
 
 
-def main() -> None:
+def start() -> tuple[Turns, dict[str, Any]]:
+    """What a peer begins with; on a GPU TF32 is allowed, and the peak memory is the device's."""
     turns, spec = Turns(), json.loads(sys.argv[1])
     torch.manual_seed(0)
+    if spec["device"] == "cuda":
+        torch.set_float32_matmul_precision("high")
+        turns.peak = torch.cuda.max_memory_allocated
+    return turns, spec
+
+
+def main() -> None:
+    turns, spec = start()
     model, batches = gpt2(spec), Batches(spec)
     forward = torch.compile(model) if spec["contender"] == "compiled" else model
 

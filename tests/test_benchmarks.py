@@ -5,7 +5,8 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -111,6 +112,159 @@ def test_growth(tmp_path: Path) -> None:
     assert "| **documents** | grows as their power |" in shown
 
 
+@pytest.mark.xdist_group("processes")
+def test_gpu_suite_from_end_to_end(tmp_path: Path) -> None:
+    shown, report = run(tmp_path, "gpu/suite.py", "--cut")
+    parts: dict[str, list[dict[str, Any]]] = {}
+    for result in report["results"]:
+        parts.setdefault(result["part"], []).append(result)
+    checks = [result for result in parts["kernels"] if result["what"] == "check"]
+    assert {result["implementation"] for result in checks} == {"blockwise", "pallas"}
+    assert {(result["head_size"], result["dtype"]) for result in checks} == {
+        (64, "bfloat16"),
+        (80, "float16"),
+        (64, "float32"),
+    }
+    assert all(result["passed"] and result["bit_equal"] and result["errors"].keys() == FOUR for result in checks)
+    assert all(result["both_ms"] > 0 for result in parts["kernels"] if result["what"] == "time")
+    losses = {result["precision"]: result for result in parts["losses"]}
+    assert losses.keys() == {"float32", "bfloat16 with dropout"}
+    for result in losses.values():
+        assert result["passed"] and len(result["losses"]) == 20 and 3 < result["losses"][0] < 8
+    resumed = [(result["setting"], result["what"], result["difference"]) for result in parts["resume"]]
+    assert resumed == [("default", what, None) for what in ("again", "compiled anew", "killed")]
+    assert [result.get("passed") for result in parts["resume"]] == [True, None, True]
+    peers = ["gpt", "compiled"] if find_spec("torch") and find_spec("transformers") else []
+    measured = [result for result in parts["speed"] if "tokens_per_second" in result]
+    assert [result["contender"] for result in measured] == ["ours", *peers, "ours"]
+    for result in measured:
+        median = [2 * 32 / seconds for (seconds,) in result["turns"]]
+        assert result["tokens_per_second"]["median"] == pytest.approx(sum(median) / 2)
+        assert 3 < result["loss"] < 8 and result["mfu"] is None and result["peak_bytes"] > 50 * 2**20
+    assert measured[0]["first_update_seconds"]["warm"] > 0 and report["seconds"].keys() == parts.keys()
+    assert "| 124m, unpacked, dropout 0.1, recomputed | 2 x 32 | jaxlm |" in shown and "WRONG" not in shown
+
+
+FOUR = {"output", "dq", "dk", "dv"}
+
+
+@pytest.fixture
+def gpu_modules(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
+    """Imports a module of benchmarks/gpu."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    monkeypatch.syspath_prepend(BENCHMARKS / "gpu")
+    return importlib.import_module
+
+
+def test_a_kernel_that_is_wrong_is_found(gpu_modules: Callable[[str], Any]) -> None:
+    attention, kernels = gpu_modules("attention"), gpu_modules("kernels")
+    case = attention.Case(16, 24, segments=True, dropout=True, grouped=True, rows=2, heads=2)
+
+    def leaks(q: Any, k: Any, v: Any, segments: Any, **rest: Any) -> Any:
+        return kernels.causal_attention(q, k, v, segments // 2, **rest)
+
+    def drops_others(q: Any, k: Any, v: Any, segments: Any, key_B2: Any, **rest: Any) -> Any:
+        return kernels.causal_attention(q, k, v, segments, key_B2=key_B2 + 1, **rest)
+
+    with ThreadPoolExecutor() as pool:
+        for called, passed in ((kernels.causal_attention, True), (leaks, False), (drops_others, False)):
+            made = kernels.programs(pool, case, None, called)
+            found = {result["implementation"]: result["passed"] for result in kernels.check(case, made)}
+            assert found == {"pallas": passed, "blockwise": passed}
+
+
+def test_a_part_that_fails_is_noted_and_is_an_error(tmp_path: Path) -> None:
+    command = [sys.executable, str(BENCHMARKS / "gpu/suite.py"), "--cut", "--only", "losses"]
+    command += ["--text", str(tmp_path / "nothing.jsonl"), "--out", str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1, done.stderr
+    (written,) = (tmp_path / "out").iterdir()
+    results = json.loads(written.read_text())["results"]
+    assert len(results) == 2 and all("data.train_files" in result["error"] for result in results)
+    assert "FAILED: error: data.train_files" in done.stdout
+
+
+def test_a_part_ends_with_all_it_started(gpu_modules: Callable[[str], Any], capfd: Any) -> None:
+    workers = gpu_modules("lib.workers")
+    child = "import subprocess as s, sys; print(s.Popen(['sleep', '60']).pid, flush=True); {}"
+    answers = workers.stream([sys.executable, "-c", child.format("import time; time.sleep(60)")], {}, 3)
+    pid = next(answers)
+    assert Path(f"/proc/{pid}").exists()
+    with pytest.raises(workers.OutOfTime):
+        next(answers)
+    status = Path(f"/proc/{pid}/status")  # gone, or waiting for init to look
+    assert not status.exists() or "zombie" in status.read_text()
+    with pytest.raises(workers.WorkerFailed, match="^no such thing$"):
+        list(workers.stream([sys.executable, "-c", child.format("sys.exit('no such thing')")], {}, 60))
+
+
+def test_options_of_the_gpu_suite(gpu_modules: Callable[[str], Any], capsys: pytest.CaptureFixture[str]) -> None:
+    suite, speed = gpu_modules("suite"), gpu_modules("speed")
+    options = suite.parse(["--ab", "model.scan_layers=true,none", "--set", "model.dropout=0.1", "--rows", "124m=4"])
+    assert options.only == ["speed"] and options.rows == speed.ROWS | {"124m": 4}
+    cells = speed.cells(options.models, options.ab, options.fixed, False)
+    assert [dict(cell.overrides) for cell in cells] == [
+        {"model.dropout": 0.1, "model.scan_layers": True},
+        {"model.dropout": 0.1, "model.scan_layers": None},
+    ]
+    for arguments, named in (
+        (["--ab", "model.atention=blockwise"], "model.atention"),
+        (["--ab", "model.attention"], "NAME=VALUE"),
+        (["--set", "model.attention=fast"], "model.attention"),
+        (["--set", "training.batch_size=4"], "--rows"),
+        (["--rows", "7b=1"], "124m"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            suite.parse(arguments)
+        assert named in capsys.readouterr().err
+
+
+def test_full_memory_is_a_result(gpu_modules: Callable[[str], Any], tmp_path: Path) -> None:
+    speed, log = gpu_modules("speed"), tmp_path / "log"
+    failure = gpu_modules("lib.workers").WorkerFailed("it ended")
+    assert speed.why(failure, log, late=True).keys() == {"left_out"}
+    for text, what in (
+        ("jax.errors.JaxRuntimeError: RESOURCE_EXHAUSTED: Out of memory while trying to allocate", "out_of_memory"),
+        ("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB", "out_of_memory"),
+        ("ValueError: no", "error"),
+    ):
+        log.write_text(text)
+        assert speed.why(failure, log, late=False).keys() == {what}
+    about = {"model": "124m", "rows": 32, "seq_len": 1024, "dropout": 0.0}
+    results = [about | {"contender": name, "tokens_per_second": {"median": rate}} for name, rate in PEERS.items()]
+    best_peer = gpu_modules("lib.gpu_tables").best_peer
+    assert best_peer(results, about | {"packed": False}) == 3.0 and best_peer(results, about | {"dropout": 0.1}) is None
+
+
+def test_what_a_cell_says(gpu_modules: Callable[[str], Any]) -> None:
+    speed, tables = gpu_modules("speed"), gpu_modules("lib.tables")
+    spec = {"batch": 32, "seq_len": 1024, "updates_a_lap": 10, "shape": {"n_layers": 12, "d_model": 768}}
+    measured = {"turns": [[1.0, 1.0], [0.5]], "parameters": 124475904, "loss": 4.0, "peak_bytes": 2**30}
+    measured |= {"first_update_seconds": {"cold": 40.0, "warm": None}}
+    result = speed.summarized(measured, spec, "NVIDIA H100 80GB HBM3")
+    assert result["tokens_per_second"] == {"median": 1.5 * 327680, "min": 327680, "max": 2 * 327680}
+    assert result["mfu"] == pytest.approx(1.5 * 327680 * 860101632 / 989e12)
+    assert speed.summarized(measured, spec, None)["mfu"] is None
+    assert speed.summarized(measured | {"loss": float("nan")}, spec, None) == {"error": "the loss is nan"}
+
+    about = {"part": "speed", "contender": "ours", "model": "124m", "packed": True, "dropout": 0.0, "remat": False}
+    about |= {"overrides": {"model.scan_layers": True}, "rows": 32, "seq_len": 1024}
+    others = [
+        about | {"left_out": "no time"},
+        about | {"out_of_memory": "it ended"},
+        {"part": "resume", "error": "why"},
+    ]
+    content = {"benchmark": "gpu", "date": "2026-11-25T00:00:00", "gpu": None, "versions": {}, "results": others}
+    shown = tables.table(content | {"results": [about | result, *others]})
+    cell = "| 124m, packed, dropout 0, model.scan_layers=True | 32 x 1024 | jaxlm |"
+    assert f"{cell} 491,520 | 327,680 - 655,360 | - | 42.7% | 1.0 GiB | 40 s | - | 4.000 |" in shown
+    assert f"{cell} left out: no time |" in shown and f"{cell} out of memory |" in shown
+    assert "**resume**: FAILED: why." in shown
+
+
+PEERS = {"ours": 4.0, "gpt": 3.0, "compiled": 2.0}
+
+
 def test_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("matplotlib")
     monkeypatch.syspath_prepend(BENCHMARKS)
@@ -119,7 +273,7 @@ def test_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
     kept = sorted((BENCHMARKS / "results").glob("*_*.json"))
     assert kept
     for result in kept:
-        if result.name.startswith("data"):
+        if result.name.startswith(("data", "gpu")):  # which have tables alone
             continue
         monkeypatch.setattr(sys, "argv", ["plot.py", str(result), "--out", str(picture)])
         plot.main()

@@ -16,14 +16,19 @@ RESULTS = Path(__file__).resolve().parents[1] / "results"
 class Report:
     """A result file, <folder>/<benchmark>_<date>_<machine>.json; `write` after each result, so that nothing is lost.
 
+    `device` is what was measured, where that is not the CPU, for the file's name.
+
     Attributes: `content`, what is written: what kind of benchmark, when, how, where, and `results`.
     """
 
-    def __init__(self, benchmark: str, command: list[str], folder: Path = RESULTS, **facts: Any) -> None:
+    def __init__(
+        self, benchmark: str, command: list[str], folder: Path = RESULTS, *, device: str | None = None, **facts: Any
+    ) -> None:
         now, here = datetime.datetime.now(datetime.UTC), machine()
-        slug = re.sub(r"[^a-z0-9]+", "-", here["cpu"].lower()).strip("-")
+        slug = re.sub(r"[^a-z0-9]+", "-", (device or here["cpu"]).lower()).strip("-")
+        where = slug if device else f"{slug}_{here['cores']}cores"
         folder.mkdir(parents=True, exist_ok=True)
-        self.path = folder / f"{benchmark}_{now:%Y-%m-%dT%H%M}_{slug}_{here['cores']}cores.json"
+        self.path = folder / f"{benchmark}_{now:%Y-%m-%dT%H%M}_{where}.json"
         self.content: dict[str, Any] = {
             "benchmark": benchmark,
             "date": now.isoformat(timespec="seconds"),

@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from lib.gpu_tables import gpu
 from lib.report import markdown
 
 Content = dict[str, Any]
@@ -179,7 +180,13 @@ def _power(power: float | None, limit: float | None) -> str:
     return f"**{power:.2f}, at most {limit:g}**" if power > limit + TOLERANCE else f"{power:.2f}, at most {limit:g}"
 
 
-TABLES: dict[str, Callable[[Content], str]] = {"cpu": speed, "start": start, "data": data, "growth": growth}
+TABLES: dict[str, Callable[[Content], str]] = {
+    "cpu": speed,
+    "start": start,
+    "data": data,
+    "growth": growth,
+    "gpu": gpu,
+}
 
 
 def table(content: Content) -> str:

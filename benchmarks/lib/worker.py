@@ -1,7 +1,8 @@
 """A measured process's side. Standard library alone.
 
 A contender of cpu.py trains on and on, and stops after each turn until it is asked for the next one. It is asked by a
-line "run N" on stdin, and answers with a line of JSON on stdout. A part of data.py or growth.py answers once.
+line "run N" on stdin, and answers with a line of JSON on stdout. A part of data.py or growth.py answers once, a part of
+gpu/suite.py as often as it has a result.
 """
 
 import contextlib
@@ -23,18 +24,24 @@ class Turns:
     """Times laps (a lap is a fixed number of updates), and waits where a turn is over.
 
     Call `lap` after every lap, when all that it started is done. The first answer, after WARM_UP laps, holds `about`
-    and `first_lap`, the Unix time at which the first lap was done. Later ones hold `seconds` of each timed lap, the
-    last `loss`, `cpu_seconds` of the turn and `peak_bytes`, the most memory that the process has had resident so far.
+    and `first_lap`, the Unix time at which the first lap was done; where `updated` was called after the first update,
+    `first_update`, too. Later ones hold `seconds` of each timed lap, the last `loss`, `cpu_seconds` of the turn and
+    `peak_bytes`: what `peak` says, by itself the most memory that the process has had resident so far.
     """
 
-    def __init__(self, about: dict[str, Any] | None = None) -> None:
+    def __init__(self, about: dict[str, Any] | None = None, peak: Callable[[], int] | None = None) -> None:
         """Takes stdout for the answers; what libraries print goes to stderr from here on."""
+        self.peak = peak_bytes if peak is None else peak
         self._answers = os.fdopen(os.dup(1), "w", buffering=1)
         os.dup2(2, 1)
         self.about = {} if about is None else about
         self._ready, self._untimed, self._wanted = False, WARM_UP, 0
         self._seconds: list[float] = []
         self._begin = 0.0
+
+    def updated(self) -> None:
+        """An update is done, loss and all."""
+        self.about.setdefault("first_update", time.time())
 
     def lap(self, loss: float) -> None:
         """A lap is done, and the last update's loss was `loss`. Ends the process when nobody asks any more."""
@@ -52,7 +59,7 @@ class Turns:
     def _answer(self, loss: float) -> None:
         if self._ready:
             used = time.process_time() - self._cpu_before
-            turn = {"seconds": self._seconds, "loss": loss, "cpu_seconds": used, "peak_bytes": peak_bytes()}
+            turn = {"seconds": self._seconds, "loss": loss, "cpu_seconds": used, "peak_bytes": self.peak()}
         else:
             self._ready, turn = True, self.about
         self._answers.write(json.dumps(turn) + "\n")
@@ -69,6 +76,9 @@ def train_forever(update: Callable[[int], Any], turns: Turns, updates_a_lap: int
     """Calls `update(number)`, which returns the loss (anything `float()` takes), until nobody asks any more."""
     for number in itertools.count():
         loss = update(number)
+        if number == 0:
+            float(loss)
+            turns.updated()
         if (number + 1) % updates_a_lap == 0:
             turns.lap(float(loss))
 
@@ -78,6 +88,13 @@ def answer_part(parts: dict[str, Callable[[dict[str, Any]], Any]]) -> None:
     with os.fdopen(os.dup(1), "w") as answers:
         os.dup2(2, 1)
         json.dump(parts[sys.argv[2]](json.loads(sys.argv[3])), answers)
+
+
+def answers() -> Callable[[dict[str, Any]], None]:
+    """A function that writes an answer for `lib.workers.stream`; what is printed goes to stderr from here on."""
+    file = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+    return lambda answer: print(json.dumps(answer), file=file)
 
 
 def status_bytes(name: str) -> int:

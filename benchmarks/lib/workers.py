@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import pty
+import signal
 import subprocess
 import sys
 import termios
@@ -26,11 +27,69 @@ def in_a_process(program: str, part: str, spec: dict[str, Any], environment: dic
 
 
 class WorkerFailed(RuntimeError):
-    """A worker ended without an answer; the message is the last line it wrote on stderr."""
+    """A worker ended without an answer, or with an error; the message is the last line it wrote on stderr."""
+
+
+class OutOfTime(RuntimeError):
+    """A part was ended because its time was over."""
+
+
+def stream(command: list[str], environment: dict[str, str], seconds: float) -> Iterator[dict[str, Any]]:
+    """What `lib.worker.answers` writes in a process of its own, answer by answer; its stderr is shown.
+
+    The process and all that it started are gone when this ends, however it ends.
+
+    Raises:
+      WorkerFailed: it ended with another exit code than 0.
+      OutOfTime: it was still running after `seconds`.
+    """
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+        env=os.environ | environment,
+    )
+    last, over = [""], threading.Event()
+
+    def relay() -> None:
+        for line in process.stderr:
+            sys.stderr.write(line)
+            last[0] = line.strip() or last[0]
+
+    def end() -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+    reader = threading.Thread(target=relay, daemon=True)
+    timer = threading.Timer(seconds, lambda: (over.set(), end()))
+    follower = threading.Thread(target=lambda: (process.wait(), end()), daemon=True)  # what it left behind goes, too
+    for thread in (reader, timer, follower):
+        thread.start()
+    try:
+        for line in process.stdout:
+            yield json.loads(line)
+        code = process.wait()
+    finally:
+        timer.cancel()
+        end()
+        for thread in (follower, reader):
+            thread.join()
+        process.stdout.close()
+        process.stderr.close()
+    if over.is_set():
+        raise OutOfTime(f"ended after {seconds:.0f} s")
+    if code:
+        raise WorkerFailed(without_paths(last[0]) or f"exit code {code}")
 
 
 class Worker:
-    """A contender's process. Its stderr is a terminal, as it is for most people, whose content goes to `log`."""
+    """A contender's process. Its stderr is a terminal, as it is for most people, whose content goes to `log`.
+
+    `environment` is added to this process's own.
+    """
 
     def __init__(self, command: list[str], spec: dict[str, Any], log: Path, environment: dict[str, str]) -> None:
         self.log, self.started = log, time.time()
@@ -42,7 +101,7 @@ class Worker:
             stdout=subprocess.PIPE,
             stderr=slave,
             text=True,
-            env=os.environ | ENVIRONMENT | environment,
+            env=os.environ | environment,
         )
         os.close(slave)
         self._reader = threading.Thread(target=self._keep, args=(master,), daemon=True)
@@ -111,7 +170,7 @@ def take_turns(
 
     try:
         for name, command in commands.items():  # all compile at once: only what comes later is timed
-            workers[name] = Worker(command, spec | {"contender": name}, folder / f"{name}.log", {})
+            workers[name] = Worker(command, spec | {"contender": name}, folder / f"{name}.log", ENVIRONMENT)
         for name in commands:
             yield attempt(name, workers[name].answer)
         for _ in range(repeats):
