@@ -256,6 +256,8 @@ def training_devices(config: TrainingConfig) -> list[jax.Device]:
         os.environ[FRACTION_VARIABLES[0]] = str(config.memory_fraction)  # read when JAX's backend starts
     if _cpu_is_meant() or not _nvidia_device_visible():
         keep_freed_memory()
+        # Else an update begins while the one before it still holds its temporary arrays, and both are kept for good.
+        jax.config.update("jax_cpu_enable_async_dispatch", False)
     devices = find_devices()
     if config.world_size is not None and config.world_size != len(devices):
         raise UserError(

@@ -33,7 +33,8 @@ class Start:
     config: Config  # resolved
     devices: Sequence[jax.Device]
     layout: str  # in words
-    attention: str  # kernel, in words
+    attention: str  # kernel
+    not_fused: str | None  # why it is no fused one, on GPUs
     compiler: str | None  # what was asked of XLA, on GPUs
     parameters: int
     bytes_of_state: int  # on a device: parameters, optimizer, gradients
@@ -64,6 +65,8 @@ class Start:
         yield f"layout: {self.layout}"
         yield f"precision: float32 parameters, {compute_dtype(training)} compute{scaled}"
         yield f"kernels: {self.attention} attention, chunked cross entropy"
+        if self.not_fused is not None:
+            yield f"attention is not fused: {self.not_fused}"
         if self.compiler is not None:
             yield f"compiler: {self.compiler}"
         yield (f"memory: {self.bytes_of_state / 2**20:,.0f} MiB a device of parameters, optimizer and gradients")

@@ -42,7 +42,7 @@ from jaxlm.health import LossSpikes, SkippedUpdates
 from jaxlm.histograms import make_histograms, named_histograms
 from jaxlm.metrics import MetricsTracker, flops_per_token, memory_gib, model_flops_utilization
 from jaxlm.model import Transformer
-from jaxlm.model.attention import choose_attention, compute_capability, describe_attention
+from jaxlm.model.attention import choose_attention, compute_capability, why_not_fused
 from jaxlm.optim import build_optimizer, build_schedule, check_optimizer
 from jaxlm.precision import compute_dtype, scales_loss, scales_loss_dynamically
 from jaxlm.profiling import Profiler
@@ -266,7 +266,8 @@ class Trainer:
             config=self.config,
             devices=self.devices,
             layout=self.layout.describe(),
-            attention=describe_attention(self.config, compute_capability(self.devices[0])),
+            attention=self.attention,
+            not_fused=why_not_fused(self.config, compute_capability(self.devices[0])),
             compiler=compiler.describe(training, self._compiler_options) if self.layout.platform == "gpu" else None,
             parameters=self.parameters,
             bytes_of_state=self.layout.bytes_of_state(self.abstract_state),

@@ -291,3 +291,38 @@ def test_the_attention_kernels_compile_for_gpus() -> None:
     for kernel in ("forward_kernel", "keys_kernel", "queries_kernel"):
         (for_80, for_90) = (line for line in done.stdout.splitlines() if f"| {kernel} |" in line)
         assert for_80.endswith("| mma |") and for_90.endswith("| wgmma |")
+
+
+UPDATES = """
+import sys
+from lib.worker import peak_bytes
+from jaxlm import Trainer, cli
+from jaxlm.config import replace_fields
+
+peaks = []
+
+class Measured(Trainer):
+    def _log_metrics(self, loss):
+        super()._log_metrics(loss)
+        peaks.append(peak_bytes())
+
+sizes = {"model.d_model": 128, "model.d_ff": 512, "model.n_layers": 2, "training.gradient_accumulation_steps": 1}
+updates = {"training.max_steps": 10, "training.logging_steps": 10, "training.sample_tokens": 0}
+files = {"training.checkpoint_dir": sys.argv[1], "data.train_files": (sys.argv[2],), "data.cache_dir": sys.argv[3]}
+trainer = Measured(replace_fields(cli.load_config("small"), sizes | updates | files))
+trainer.train()
+print(peaks[0], peaks[-1], trainer.train_step.memory_analysis().temp_size_in_bytes)
+"""
+
+
+def test_updates_do_not_hold_their_temporary_memory_twice(tmp_path: Path, corpus: Path) -> None:
+    """Freed memory stays with the process, so what two updates held at once would be there for good."""
+    words = json.loads((corpus / "train.jsonl").read_text().splitlines()[0])["text"]
+    (tmp_path / "text.txt").write_text(words * 20_000)
+    arguments = [str(tmp_path / "run"), str(tmp_path / "text.txt"), str(tmp_path / "cache")]
+    environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "1", "PYTHONPATH": f"{BENCHMARKS.parent}:{BENCHMARKS}"}
+    command = [sys.executable, "-c", UPDATES, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    first, last, temporary = map(int, done.stdout.split())
+    assert temporary > 50 * 2**20 and last - first < temporary / 2

@@ -155,7 +155,7 @@ OTHERS: dict[str, Callable[[list[str]], None]] = {
     r"(\S*bin/)?pip install .*": check_pip,
     r"pytest( .*)?": check_pytest,
     r"python (benchmarks|tests|examples)/\w+\.py.*": check_program,
-    r"(sudo )?(benchmarks/hosts|launch/ssh)\.sh .*|sbatch .*launch/slurm\.sh.*": check_program,
+    r"(sudo )?(benchmarks/hosts|launch/ssh)\.sh .*|benchmarks/gpu/run|sbatch .*launch/slurm\.sh.*": check_program,
 }
 # ... and those of which nothing can be, with what takes care of them.
 UNCHECKED = {

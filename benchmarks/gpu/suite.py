@@ -100,13 +100,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON file (default: ../results)")
     options = parser.parse_args(arguments)
     try:
-        pairs = [pair.split("=", 1) for pair in options.set]
-        options.fixed = {name: setting(text, name) for name, text in pairs}
-        tried = [
-            (name, text) for name, texts in (pair.split("=", 1) for pair in options.ab) for text in texts.split(",")
-        ]
-        options.ab = [[name, setting(text, name)] for name, text in tried]
-        options.rows = ROWS | {name: int(count) for name, count in (pair.split("=", 1) for pair in options.rows)}
+        options.fixed = {name: setting(text, name) for name, text in pairs(options.set)}
+        options.ab = [[name, setting(text, name)] for name, texts in pairs(options.ab) for text in texts.split(",")]
+        options.rows = ROWS | {name: int(count) for name, count in pairs(options.rows)}
     except (ValueError, UserError) as error:
         parser.error(str(error))
     if options.rows.keys() != ROWS.keys() or min(options.rows.values()) < 1:

@@ -74,12 +74,11 @@ def choose_attention(config: Config, capability: float | None) -> str:
     return asked
 
 
-def describe_attention(config: Config, capability: float | None) -> str:
-    """The kernel in words; on a GPU, with the reason why it is no fused one."""
-    kernel = choose_attention(config, capability)
-    if kernel in FUSED or capability is None or config.model.attention == "blockwise":
-        return kernel
-    return f"{kernel}, which is not fused (pallas {obstacle('pallas', config, capability)}),"
+def why_not_fused(config: Config, capability: float | None) -> str | None:
+    """Why a run on a GPU that might have a fused kernel has none; None if it has one, or on a CPU."""
+    if capability is None or config.model.attention != "auto" or choose_attention(config, capability) in FUSED:
+        return None
+    return f"pallas {obstacle('pallas', config, capability)}"
 
 
 def causal_attention(
