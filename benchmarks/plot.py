@@ -2,6 +2,7 @@
 
     python benchmarks/plot.py RESULTS.json [RESULTS.json ...]       their tables, in Markdown, on stdout
     python benchmarks/plot.py RESULTS.json --out FILE               and a picture of the first
+    python benchmarks/plot.py --short RESULTS.json [...]            of files of cpu.py: a row a cell, and its ratio
 
 FILE ends in .png or .svg. Needs matplotlib: pip install -e ".[bench]"
 """
@@ -15,7 +16,7 @@ import matplotlib
 
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
-from lib.tables import CONTENDERS, QUANTITIES, by_axis, table
+from lib.tables import CONTENDERS, QUANTITIES, by_axis, short_speed, table
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -167,6 +168,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, usage="%(prog)s [options]"
     )
     parser.add_argument("results", nargs="+", type=Path, metavar="RESULTS.json", help="written by the benchmarks here")
+    parser.add_argument("--short", action="store_true", help="one table of all, of files of cpu.py")
     parser.add_argument("--out", type=Path, metavar="FILE", help="picture to write, .png or .svg")
     options = parser.parse_args()
     if options.out is not None and options.out.suffix not in (".png", ".svg"):
@@ -175,7 +177,11 @@ def main() -> None:
         if not source.is_file():
             parser.error(f"{source}: no such file")
     reports = [json.loads(source.read_text(encoding="utf-8")) for source in options.results]
-    for source, report in zip(options.results, reports, strict=True):
+    if options.short:
+        if not all(report["benchmark"].startswith("cpu-") for report in reports):
+            parser.error("--short is for files of cpu.py")
+        print(short_speed(reports))
+    for source, report in () if options.short else zip(options.results, reports, strict=True):
         print(f"{source.name}: `{report['command']}`\n\n{table(report)}\n")
     if options.out is not None:
         kind = reports[0]["benchmark"].partition("-")[0]

@@ -280,6 +280,13 @@ def test_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
         assert "</svg>" in picture.read_text()
         picture.unlink()
     assert capsys.readouterr().out.count("| ---") >= len(kept)
+    small = next(result for result in kept if result.name.startswith("cpu-small"))
+    monkeypatch.setattr(sys, "argv", ["plot.py", "--short", str(small)])
+    plot.main()
+    lines = capsys.readouterr().out.splitlines()
+    content = json.loads(small.read_text())
+    best = [r["ratio_to_best_pytorch"] for r in content["results"] if r["contender"] == "ours"]
+    assert [line.split(" | ")[-1] for line in lines[2:]] == [f"{ratio:.2f} x |" for ratio in best]
 
 
 def test_the_attention_kernels_compile_for_gpus() -> None:

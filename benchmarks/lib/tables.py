@@ -61,6 +61,25 @@ def speed(content: Content) -> str:
     return "\n".join(lines)
 
 
+def short_speed(contents: list[Content]) -> str:
+    """Of several files of cpu.py: one row a cell, with the best PyTorch there."""
+    heads = ["model", "tokens a row", "precision", "dropout", ">jaxlm, tokens/s", "best PyTorch", ">tokens/s", ">ratio"]
+    rows = []
+    for content in contents:
+        key = lambda result: (result["seq_len"], result["precision"], result["dropout"])  # noqa: E731
+        for cell, found in itertools.groupby(content["results"], key):
+            done = {result["contender"]: result for result in found if "tokens_per_second" in result}
+            ours, peers = done.pop("ours", None), list(done.values())
+            if ours is None or not peers:
+                continue
+            best = max(peers, key=lambda result: result["tokens_per_second"]["median"])
+            rates = [result["tokens_per_second"]["median"] for result in (ours, best)]
+            shown = [f"{rates[0]:,.0f}", CONTENDERS[best["contender"]].label, f"{rates[1]:,.0f}"]
+            setting = [content["setup"]["preset"], str(cell[0]), cell[1], f"{cell[2]:g}"]
+            rows.append([*setting, *shown, f"{rates[0] / rates[1]:.2f} x"])
+    return markdown(heads, rows)
+
+
 def _speed_setup(content: Content) -> str:
     setup = content["setup"]
     shape = ", ".join(f"{name} {size}" for name, size in setup["shape"].items())
