@@ -153,10 +153,16 @@ def _dot(x: jax.Array, y: jax.Array, *, trans_b: bool = False) -> jax.Array:
     return triton.dot(x, y, trans_b=trans_b, precision=precision)
 
 
-def _visible(q_at: jax.Array, k_at: jax.Array, q_segments: Any, k_segments: Any) -> jax.Array:
-    """Which keys each query sees; the arguments broadcast to the shape of the block."""
-    causal = k_at <= q_at
-    return causal if q_segments is None else causal & (q_segments == k_segments)
+def _scores(x: jax.Array, y: jax.Array, at: tuple[Any, Any], segments: tuple[Any, Any], case: _Case) -> jax.Array:
+    """Scores of base 2 of two blocks, queries and keys in either order, masked where a query does not see a key.
+
+    Args:
+      at, segments: of the queries and of the keys, as they broadcast to the scores; segments may be None.
+    """
+    visible = at[1] <= at[0]
+    if segments[0] is not None:
+        visible = visible & (segments[0] == segments[1])
+    return jnp.where(visible, _dot(x, y, trans_b=True) * (case.scale * _LOG2_E), _MASKED)
 
 
 def _kept(key_ref: Any, head: Any, q_at: jax.Array, k_at: jax.Array, rate: float) -> jax.Array:
@@ -198,15 +204,13 @@ def _forward_kernel(
     def keys(j: Any, carry: Any) -> Any:
         max_M, total_M, acc_MK = carry
         block = pl.ds(j * n, n)
-        k_at = j * n + jnp.arange(n)
-        s_MN = _dot(q_MK, k_ref[block, :], trans_b=True) * (case.scale * _LOG2_E)
-        visible = _visible(_column(q_at), _row(k_at), _column(q_segments), _row(_some(segments_ref, block)))
-        s_MN = jnp.where(visible, s_MN, _MASKED)
+        at = _column(q_at), _row(j * n + jnp.arange(n))
+        s_MN = _scores(q_MK, k_ref[block, :], at, (_column(q_segments), _row(_some(segments_ref, block))), case)
         new_M = jnp.maximum(max_M, s_MN.max(axis=1))
         p_MN, shrink_M = jnp.exp2(s_MN - new_M[:, None]), jnp.exp2(max_M - new_M)
         total_M = total_M * shrink_M + p_MN.sum(axis=1)
         if case.rate:
-            p_MN = jnp.where(_kept(key_ref, head, _column(q_at), _row(k_at), case.rate), p_MN, 0.0)
+            p_MN = jnp.where(_kept(key_ref, head, *at, case.rate), p_MN, 0.0)
         v_NK = v_ref[block, :]
         return new_M, total_M, acc_MK * shrink_M[:, None] + _dot(p_MN.astype(v_NK.dtype), v_NK)
 
@@ -243,14 +247,13 @@ def _keys_kernel(
     def queries(i: Any, carry: Any, r: Any) -> Any:
         dk_NK, dv_NK = carry
         block = pl.ds(i * m, m)
-        q_at, q_MK, g_MK = i * m + jnp.arange(m), q_ref[block, r, :], g_ref[block, r, :]
-        s_NM = _dot(k_NK, q_MK, trans_b=True) * (case.scale * _LOG2_E)
-        visible = _visible(_row(q_at), _column(k_at), _row(_some(segments_ref, block)), _column(k_segments))
-        p_NM = jnp.exp2(jnp.where(visible, s_NM, _MASKED) - lse_ref[r, block][None, :])
+        at, q_MK, g_MK = (_row(i * m + jnp.arange(m)), _column(k_at)), q_ref[block, r, :], g_ref[block, r, :]
+        s_NM = _scores(k_NK, q_MK, at, (_row(_some(segments_ref, block)), _column(k_segments)), case)
+        p_NM = jnp.exp2(s_NM - lse_ref[r, block][None, :])
         dp_NM = _dot(v_NK, g_MK, trans_b=True)
         dropped_NM = p_NM
         if case.rate:
-            kept = _kept(key_ref, group * shared + r, _row(q_at), _column(k_at), case.rate)
+            kept = _kept(key_ref, group * shared + r, *at, case.rate)
             dropped_NM, dp_NM = (jnp.where(kept, x * (1 / (1 - case.rate)), 0.0) for x in (p_NM, dp_NM))
         ds_NM = p_NM * (dp_NM - delta_ref[r, block][None, :])
         return dk_NK + _dot(ds_NM.astype(q_MK.dtype), q_MK), dv_NK + _dot(dropped_NM.astype(g_MK.dtype), g_MK)
@@ -289,13 +292,12 @@ def _queries_kernel(
 
     def keys(j: Any, dq_MK: Any) -> Any:
         block = pl.ds(j * n, n)
-        k_at, k_NK = j * n + jnp.arange(n), k_ref[block, :]
-        s_MN = _dot(q_MK, k_NK, trans_b=True) * (case.scale * _LOG2_E)
-        visible = _visible(_column(q_at), _row(k_at), _column(q_segments), _row(_some(segments_ref, block)))
-        p_MN = jnp.exp2(jnp.where(visible, s_MN, _MASKED) - lse_M[:, None])
+        at, k_NK = (_column(q_at), _row(j * n + jnp.arange(n))), k_ref[block, :]
+        s_MN = _scores(q_MK, k_NK, at, (_column(q_segments), _row(_some(segments_ref, block))), case)
+        p_MN = jnp.exp2(s_MN - lse_M[:, None])
         dp_MN = _dot(g_MK, v_ref[block, :], trans_b=True)
         if case.rate:
-            kept = _kept(key_ref, head, _column(q_at), _row(k_at), case.rate)
+            kept = _kept(key_ref, head, *at, case.rate)
             dp_MN = jnp.where(kept, dp_MN * (1 / (1 - case.rate)), 0.0)
         ds_MN = p_MN * (dp_MN - delta_M[:, None])
         return dq_MK + _dot(ds_MN.astype(k_NK.dtype), k_NK)
