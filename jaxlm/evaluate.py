@@ -17,6 +17,7 @@ from jaxlm.sharding import Layout, make_mesh
 from jaxlm.step import Params, make_eval_step
 
 EvalStep = Callable[[Params, Any], tuple[jax.Array, jax.Array]]
+BATCHES_AHEAD = 3  # dispatched at most. Without a bound all batches would be held, and several CPU devices get stuck
 
 
 def evaluate_rows(eval_step: EvalStep, params: Params, batches: Iterable[Any], utf8_bytes: int) -> dict[str, float]:
@@ -24,7 +25,10 @@ def evaluate_rows(eval_step: EvalStep, params: Params, batches: Iterable[Any], u
 
     Batches are summed on the host in float64, in order.
     """
-    sums = [eval_step(params, batch) for batch in batches]
+    sums: list[tuple[jax.Array, jax.Array]] = []
+    for batch in batches:
+        sums.append(eval_step(params, batch))
+        jax.block_until_ready(sums[-BATCHES_AHEAD:][0])
     nats, tokens = np.sum(np.array(jax.device_get(sums), np.float64), axis=0)
     loss = float(nats / tokens)
     perplexity = math.exp(loss) if loss < 700 else math.inf
