@@ -128,7 +128,19 @@ def causal_attention(
 
 
 def _product(spec: str, x: jax.Array, y: jax.Array) -> jax.Array:
-    return jnp.einsum(spec, x, y, preferred_element_type=jnp.float32)
+    """`jnp.einsum` of arrays whose first two axes are rows and heads, in float32.
+
+    On CPU the two are one axis meanwhile. By that XLA leaves a transposition before the product alone; one that it
+    takes into a product it can't do in 16 bits, and in float32 with one of its slower programs.
+    """
+
+    def one_axis(x: jax.Array, y: jax.Array) -> jax.Array:
+        x, y, shape = x.reshape(-1, *x.shape[2:]), y.reshape(-1, *y.shape[2:]), x.shape[:2]
+        z = jnp.einsum(spec.replace("bh", "b"), x, y, preferred_element_type=jnp.float32)
+        return z.reshape(*shape, *z.shape[1:])
+
+    direct = functools.partial(jnp.einsum, spec, preferred_element_type=jnp.float32)
+    return jax.lax.platform_dependent(x, y, cpu=one_axis, default=direct)
 
 
 def _scores(q_BHQK: jax.Array, k_BHSK: jax.Array, segments: Any, q0: Any, k0: Any) -> jax.Array:

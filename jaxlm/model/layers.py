@@ -171,11 +171,9 @@ class Attention(nnx.Module):
         b, t, d = x_BTD.shape
         config = self.config
         if config.kv_heads == config.n_heads:
-            qkv_BT3D = self.qkv(x_BTD)
-            flat = [qkv_BT3D[:, :, i] for i in range(3)]
+            flat = jax.lax.split(self.qkv(x_BTD), (1, 1, 1), axis=2)  # its gradient joins them; that of slices adds
         else:
-            kv_BT2D = self.kv(x_BTD)
-            flat = [self.q(x_BTD), kv_BT2D[:, :, 0], kv_BT2D[:, :, 1]]
+            flat = [self.q(x_BTD), *jax.lax.split(self.kv(x_BTD), (1, 1), axis=2)]
         q, k, v = (x.reshape(b, t, -1, d // config.n_heads) for x in flat)
         if config.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
