@@ -70,9 +70,10 @@ class Start:
         if self.compiler is not None:
             yield f"compiler: {self.compiler}"
         yield (f"memory: {self.bytes_of_state / 2**20:,.0f} MiB a device of parameters, optimizer and gradients")
+        accumulated = training.gradient_accumulation_steps
         yield (
             f"batch: {training.batch_size} rows x {self.row_shards} x "
-            f"{training.gradient_accumulation_steps} micro-batches = {self.global_batch} rows, "
+            f"{accumulated} micro-batch{'es' * (accumulated > 1)} = {self.global_batch} rows, "
             f"{self.global_batch * self.config.data.max_length:,} tokens"
         )
         yield from self._lines_of_schedule()

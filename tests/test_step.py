@@ -17,7 +17,7 @@ from jaxlm.model import Transformer
 from jaxlm.optim import build_optimizer, build_schedule
 from jaxlm.precision import compute_dtype
 from jaxlm.sharding import Layout
-from jaxlm.step import init_state, make_train_step
+from jaxlm.step import CPU_PART_TOKENS, in_parts, init_state, make_train_step
 
 VOCAB, T, ROWS = 61, 24, 16
 MODEL = ModelConfig(vocab_size=VOCAB, d_model=32, n_heads=2, n_layers=2, d_ff=64, max_seq_len=T, scan_layers=True)
@@ -110,6 +110,33 @@ def test_dropout_belongs_to_the_row():
     assert abs(float(step(later, batch)[1]["loss"]) - loss(batch)) > 1e-4
     for only in ("dropout", "attention_dropout"):  # both kinds are honoured
         assert abs(loss(batch, dataclasses.replace(off, **{only: 0.5})) - loss(batch, off)) > 1e-4
+
+
+def test_parts_beside_each_other_equal_all_rows_at_once(monkeypatch):
+    """What a CPU does with large batches, here with a small one: the same loss and update, dropout and all."""
+    half = dataclasses.replace(MODEL, dropout=0.5, attention_dropout=0.5)
+    config, batches = config_of(half, optimizer="sgd"), [make_batch(seed=s) for s in range(3)]
+    whole, whole_losses, _ = run(config, batches)
+    monkeypatch.setattr("jaxlm.step.CPU_PART_TOKENS", ROWS * T // 4)
+    start.cache_clear()
+    parts, losses, _ = run(config, batches)
+    start.cache_clear()
+    np.testing.assert_allclose(losses, whole_losses, rtol=1e-5)
+    assert_close(parts.params, whole.params, 1e-5)
+    assert not all(np.array_equal(*pair) for pair in zip(*map(jax.tree.leaves, (parts, whole)), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("rows", "tokens", "devices", "parts"),
+    [(16, 1, 1, 4), (6, 1, 1, 3), (7, 1, 1, 1), (16, 1, 2, 1), (16, 0.25, 1, 4), (16, 0.125, 1, 2), (16, 0.1, 1, 1)],
+)
+def test_parts_are_equal_and_large(rows, tokens, devices, parts):
+    layout = Layout(sharding.make_mesh(jax.devices()[:devices], (1, 1, devices)), 0, {})
+    batch = {"tokens": jnp.arange(rows * int(tokens * CPU_PART_TOKENS)).reshape(rows, -1)}
+    seen = []
+    in_parts(lambda part: seen.append(part["tokens"]) or (jnp.zeros(()),) * 2, batch, layout)
+    assert len(seen) == parts
+    np.testing.assert_array_equal(jnp.concatenate(seen), batch["tokens"])
 
 
 @pytest.mark.parametrize("k", [1, 4])
