@@ -91,17 +91,21 @@ def batch_loss(
     return loss_sums(hidden, w, batch["targets"], weights, softcap, z_loss, chunk_bytes)
 
 
-def in_parts(loss_of: Callable[[Batch], Sums], batch: Batch, layout: Layout) -> Sums:
+def in_parts(loss_of: Callable[[Params, Batch], Sums], params: Params, batch: Batch, layout: Layout) -> Sums:
     """`loss_of` a device's rows ([B, T]): on a CPU with one device, of equal parts of them, added up.
 
-    Nothing in one part waits for another, so that they are computed at the same time, each closer to the caches.
+    Nothing in one part waits for another, so that they are computed at the same time, each closer to the caches. Their
+    gradients are added when they are whole: XLA's sum would put the layers together itself, slowly.
     """
     b, t = batch["tokens"].shape
     alone = layout.platform == "cpu" and layout.mesh.size == 1
     fit = [n for n in range(2, CPU_PARTS + 1) if b % n == 0 and b // n * t >= CPU_PART_TOKENS] if alone else []
-    n = max(fit, default=1)
-    parts = [jax.tree.map(lambda x: x[i * b // n : (i + 1) * b // n], batch) for i in range(n)]  # noqa: B023
-    return jax.tree.map(lambda *sums: sum(sums), *map(loss_of, parts))
+    if not fit:
+        return loss_of(params, batch)
+    parts = zip(*(jnp.split(x, fit[-1]) for x in batch.values()), strict=True)
+    whole = lambda: jax.tree.map(jax.lax.optimization_barrier, params)  # noqa: E731
+    each = [loss_of(whole(), dict(zip(batch, part, strict=True))) for part in parts]
+    return jax.tree.map(lambda *sums: sum(sums), *each)
 
 
 def make_gradients(graphdef: Any, config: Config, layout: Layout) -> Callable[..., tuple[jax.Array, Params]]:
@@ -127,11 +131,11 @@ def make_gradients(graphdef: Any, config: Config, layout: Layout) -> Callable[..
                 params, fetch = layout.gather(params, dtype)
                 packed, z_loss = config.data.pack_sequences, training.z_loss
 
-                def of_rows(part: Batch) -> Sums:
-                    keys = row_keys(step_key, part["rows"], model.n_layers) if uses_dropout else None
-                    return batch_loss(graphdef, params, part, keys, packed, factor, fetch, z_loss, chunk_bytes)
+                def loss_of(params: Params, rows: Batch) -> Sums:
+                    keys = row_keys(step_key, rows["rows"], model.n_layers) if uses_dropout else None
+                    return batch_loss(graphdef, params, rows, keys, packed, factor, fetch, z_loss, chunk_bytes)
 
-                return in_parts(of_rows, micro_batch, layout)
+                return in_parts(loss_of, params, micro_batch, layout)
 
             (_, loss), gradients = jax.value_and_grad(scaled_loss, has_aux=True)(held)
             return loss, layout.reduce_micro_batch(gradients)
@@ -222,8 +226,11 @@ def make_eval_step(
     def on_device(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
         params, fetch = layout.gather(params, compute_dtype(config.training))
         packed, chunk_bytes = config.data.pack_sequences, bytes_of_chunk(config.training, layout.platform)
-        of_rows = lambda part: batch_loss(graphdef, params, part, None, packed, fetch=fetch, chunk_bytes=chunk_bytes)  # noqa: E731
-        _, nats = in_parts(of_rows, batch, layout)
+
+        def loss_of(params: Params, rows: Batch) -> Sums:
+            return batch_loss(graphdef, params, rows, None, packed, fetch=fetch, chunk_bytes=chunk_bytes)
+
+        _, nats = in_parts(loss_of, params, batch, layout)
         return layout.sum_over(ROWS, (nats, (batch["segments"] > 0).sum()))
 
     return jax.shard_map(
