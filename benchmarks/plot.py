@@ -152,7 +152,8 @@ def heading(axes: Axes, title: str, small: str) -> None:
     """A bold title, and smaller lines under it."""
     lines = small.count("\n") + 1
     axes.set_title(title, loc="left", fontsize=13, fontweight="bold", pad=6 + 12 * lines)
-    axes.text(0, 1, small, transform=axes.transAxes, fontsize=9, va="bottom", color="#666666", linespacing=1.3)
+    said = axes.text(0, 1, small, transform=axes.transAxes, fontsize=9, va="bottom", color="#666666", linespacing=1.3)
+    said.set_in_layout(False)  # it may reach over the next panel, which would be moved away
 
 
 PLOTS = {"cpu": plot_speed, "start": plot_start, "growth": plot_growth}

@@ -134,7 +134,7 @@ def test_parts_are_equal_and_large(rows, tokens, devices, parts):
     layout = Layout(sharding.make_mesh(jax.devices()[:devices], (1, 1, devices)), 0, {})
     batch = {"tokens": jnp.arange(rows * int(tokens * CPU_PART_TOKENS)).reshape(rows, -1)}
     seen = []
-    in_parts(lambda _, part: seen.append(part["tokens"]) or (jnp.zeros(()),) * 2, {}, batch, layout)
+    in_parts(lambda _, part: seen.append(part["tokens"]) or (jnp.zeros(()),) * 2, {}, batch, layout, 4)
     assert len(seen) == parts
     np.testing.assert_array_equal(jnp.concatenate(seen), batch["tokens"])
 
