@@ -107,8 +107,7 @@ def random_lengths(documents: int, mean: int) -> np.ndarray:
 def packing(options: dict[str, Any]) -> list[dict[str, Any]]:
     """One strategy, PLANS times; `peak_bytes` is what the first added to the most memory that the process had before.
 
-    The first is what a run waits for. A machine can take longer to hand out memory than the plan to be made: the
-    others have most of it already.
+    The first is what a run waits for, which may be for memory more than for the plan; the others have it already.
     """
     from jaxlm.data.packing import plan
 
