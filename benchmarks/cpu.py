@@ -42,6 +42,8 @@ PROGRAMS = {
 }
 PRECISIONS = ("float32", "bf16")
 WITHOUT_DROPOUT = {"litgpt"}  # what has none can't be measured with it
+QUICK = 512  # rows of the matrices that tell without the peak whether PyTorch can be measured
+LONGEST_LAP = 60.0  # seconds that the peers' products alone may take
 QUIET = 0.05  # share of the CPU that other processes may take in a turn
 TRAINING = {"learning_rate": 3e-4, "weight_decay": 0.01, "max_grad_norm": 1.0}  # no warm-up, so a low rate
 
@@ -84,6 +86,11 @@ def summarize(results: list[dict[str, Any]], tokens: int, flops: float, peak: fl
         result["ratio_to_best_pytorch"] = result["tokens_per_second"]["median"] / max(peers) if peers else None
 
 
+def _result(contender: str, cell: dict[str, Any]) -> dict[str, Any]:
+    setting = {name: cell[name] for name in ("seq_len", "batch", "precision", "dropout")}
+    return {"contender": contender, **setting, "turns": [], "others": []}
+
+
 def measure_cell(
     commands: dict[str, list[str]],
     cell: dict[str, Any],
@@ -94,11 +101,10 @@ def measure_cell(
     """Puts results of all contenders at one sequence length, precision and dropout into `report`, turn by turn."""
     from jaxlm.metrics import flops_per_token
 
-    setting = {name: cell[name] for name in ("seq_len", "batch", "precision", "dropout")}
     shown = f"{cell['seq_len']} tokens, {cell['precision']}, dropout {cell['dropout']:g}"
     say(f"{shown}: {', '.join(commands)} are compiling and warming up")
     lap_tokens = cell["batch"] * cell["seq_len"] * cell["updates_a_lap"]
-    results = {name: {"contender": name, **setting, "turns": [], "others": []} for name in commands}
+    results = {name: _result(name, cell) for name in commands}
     report.content["results"] += results.values()
     shape, parameters = cell["shape"], 0
     for name, answer in take_turns(commands, cell, options.repeats, options.laps, Path(cell["folder"])):
@@ -117,16 +123,29 @@ def measure_cell(
         report.write()
 
 
-def measure_peaks(python: str | None) -> dict[str, dict[str, float]]:
+def measure_peaks(python: str | None, *sizes: int) -> dict[str, dict[str, float]]:
     """{library: {precision: FLOP/s}} of square matrix products; torch's where the peers' interpreter is known."""
     asked = {"jax": sys.executable} | ({} if python is None else {"torch": python})
     peaks = {}
     for library, interpreter in asked.items():
         say(f"the peak of matrix products by {library}")
-        command = [interpreter, str(HERE / "peak.py"), library]
+        command = [interpreter, str(HERE / "peak.py"), library, *map(str, sizes)]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=os.environ | ENVIRONMENT)
         peaks[library] = json.loads(done.stdout)
     return peaks
+
+
+def why_not_pytorch(cell: dict[str, Any], rate: float) -> str | None:
+    """Why a cell has no peers: at `rate` FLOP/s, as in bf16 on a CPU that has none, they take hours. None: they don't."""
+    from jaxlm.metrics import flops_per_token
+
+    shape = cell["shape"]
+    parameters = 12 * shape["n_layers"] * shape["d_model"] ** 2 + shape["vocab_size"] * shape["d_model"]
+    flops = flops_per_token(parameters, shape["n_layers"], cell["seq_len"], shape["d_model"])
+    seconds = flops * cell["tokens"] * cell["updates_a_lap"] / rate
+    if seconds < LONGEST_LAP:
+        return None
+    return f"at {rate / 1e9:.1f} GFLOP/s, a lap's updates take {seconds / 60:.0f} minutes or more"
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -216,7 +235,8 @@ def main(arguments: list[str]) -> int:
         say(f"{CONTENDERS[name].label}: left out, {reason}")
     if not commands:
         return 1
-    peaks = {} if options.no_peak else measure_peaks(options.peer_python if "torch" in versions else None)
+    rates = measure_peaks(options.peer_python if "torch" in versions else None, *[QUICK] * options.no_peak)
+    peaks = {} if options.no_peak else rates
     method = {"repeats": options.repeats, "laps": options.laps, "updates_a_lap": options.updates_a_lap}
     report = Report(
         f"cpu-{options.preset}",
@@ -233,9 +253,14 @@ def main(arguments: list[str]) -> int:
     with tempfile.TemporaryDirectory() as folder:
         for cell in cells(options, Path(folder), content["data"]):
             able = [name for name in commands if not cell["dropout"] or name not in WITHOUT_DROPOUT]
-            running = {name: commands[name] for name in able}
+            slow = why_not_pytorch(cell, rates["torch"][cell["precision"]]) if "torch" in rates else None
+            running = {name: commands[name] for name in able if slow is None or name == "ours"}
             peak = max((peak[cell["precision"]] for peak in peaks.values()), default=None)
-            measure_cell(running, cell, options, peak, report)
+            if running:
+                measure_cell(running, cell, options, peak, report)
+            for name in (name for name in able if name not in running):
+                say(f"{CONTENDERS[name].label}, {cell['precision']}: left out, {slow}")
+                content["results"].append(_result(name, cell) | {"left_out": slow})
     print(table(content))
     disturbed = max((share for result in content["results"] for share in result["others"] if share), default=0.0)
     if disturbed > QUIET:

@@ -20,6 +20,7 @@ from jaxlm.data.loader import Rows
 from jaxlm.data.packing import Plan
 from jaxlm.optim import Schedule, effective_warmup, schedule_end
 from jaxlm.precision import compute_dtype
+from jaxlm.products import cpu_has_bfloat16
 from jaxlm.sinks import open_lines
 
 FILE = "starts.jsonl"
@@ -63,7 +64,10 @@ class Start:
         yield f"layers: {layers}, activations {remat}"
         yield f"devices: {self._devices}{processes}"
         yield f"layout: {self.layout}"
-        yield f"precision: float32 parameters, {compute_dtype(training)} compute{scaled}"
+        dtype = compute_dtype(training)
+        instead = self.devices[0].platform == "cpu" and dtype == "bfloat16" and not cpu_has_bfloat16()
+        in_float32 = " (multiplied in float32: this CPU has no bfloat16)" if instead else ""
+        yield f"precision: float32 parameters, {dtype} compute{in_float32}{scaled}"
         yield f"kernels: {self.attention} attention, chunked cross entropy"
         if self.not_fused is not None:
             yield f"attention is not fused: {self.not_fused}"

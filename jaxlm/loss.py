@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm.config import TrainingConfig
+from jaxlm.products import product
 
 Sums = tuple[jax.Array, jax.Array]  # the objective and the cross entropy, float32 scalars
 # Float32 logits alive at a time. On CPU 8 to 128 MiB ran equally fast. A GPU needs some thousand tokens at a time to be
@@ -54,7 +55,7 @@ class _Chunk:
 
 
 def _chunk(hidden_BCD: jax.Array, w_VD: jax.Array, targets_BC: jax.Array, softcap: float | None) -> _Chunk:
-    logits_BCV = jnp.einsum("bcd,vd->bcv", hidden_BCD, w_VD, preferred_element_type=jnp.float32)
+    logits_BCV = product("bcd,vd->bcv", hidden_BCD, w_VD)
     slope_BCV = None
     if softcap is not None:
         tanh_BCV = jnp.tanh(logits_BCV / softcap)
@@ -134,9 +135,9 @@ def _forward(
         if of.slope_BCV is not None:
             dlogits = dlogits * of.slope_BCV
         dlogits = dlogits.astype(hidden.dtype)
-        dhidden = jnp.einsum("bcv,vd->bcd", dlogits, w, preferred_element_type=jnp.float32).astype(hidden.dtype)
+        dhidden = product("bcv,vd->bcd", dlogits, w).astype(hidden.dtype)
         # As [D, V]: transposing the hidden states is cheap, transposing the logits' gradient is not.
-        dw_DV = dw_DV + jnp.einsum("bcd,bcv->dv", hidden, dlogits, preferred_element_type=jnp.float32)
+        dw_DV = dw_DV + product("bcd,bcv->dv", hidden, dlogits)
         return (_add(sums, of, weights, z_loss), dw_DV), dhidden
 
     chunks = _chunks(hidden_BTD, w_VD, targets_BT, weights_BT, chunk_bytes)

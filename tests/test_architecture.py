@@ -12,7 +12,7 @@ PACKAGE = ROOT / "jaxlm"
 # Rooms from the ground up. A module imports from rooms below its own; inside `data` and `model`, in the order given.
 LAYERS = [
     [""],  # the package itself, for its version
-    ["errors", "host_memory"],
+    ["errors", "host_memory", "products"],
     ["config"],
     ["gpus"],
     ["manifest", "health", "signals", "distributed", "sharding", "precision", "optim", "loss", "sinks", "compiler"],
@@ -60,7 +60,7 @@ LAYERS = [
     ["__main__"],
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
-MODEL_MAY_IMPORT = {"config", "errors"}
+MODEL_MAY_IMPORT = {"config", "errors", "products"}
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 ALL_SOURCES = [*SOURCES, *sorted((ROOT / "scripts").glob("*.py"))]
 

@@ -67,6 +67,27 @@ def test_a_turn_is_kept_when_the_command_is_cut(tmp_path: Path, monkeypatch: pyt
     assert "not measured" in cpu.table(content)
 
 
+def test_peers_that_would_take_hours_are_left_out(
+    tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    cpu = importlib.import_module("cpu")
+    measured: list[list[str]] = []
+
+    def take_turns(commands: dict[str, list[str]], *_: Any) -> Any:
+        measured.append(list(commands))
+        return ((name, {"seconds": [1.0], "others": 0.0, "loss": 5.0, "peak_bytes": 2**20}) for name in commands)
+
+    monkeypatch.setattr(cpu, "take_turns", take_turns)
+    monkeypatch.setattr(cpu, "versions_in", lambda *_: {"torch": "2", "transformers": "5"})
+    monkeypatch.setattr(cpu, "measure_peaks", lambda *_: {"torch": {"float32": 1e11, "bf16": 5e8}})  # as on a Zen 3
+    text = ["--text", str(corpus / "train.jsonl"), "--cache_dir", str(corpus / "cache"), "--out", str(tmp_path)]
+    assert cpu.main(["--preset=small", "--only", "ours", "eager", "--dropout=0", "--seq_len=32", *text]) == 0
+    assert measured == [["ours", "eager"], ["ours"]]
+    shown = capsys.readouterr().out
+    assert "| transformers, eager | left out: at 0.5 GFLOP/s, a lap's updates take" in shown
+
+
 @pytest.mark.xdist_group("processes")
 def test_data_pipeline(tmp_path: Path, corpus: Path) -> None:
     text = ["--text", str(corpus / "train.jsonl"), "--vocab_size=300", "--repeats=1"]

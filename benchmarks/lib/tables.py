@@ -39,6 +39,9 @@ def speed(content: Content) -> str:
         if "error" in result:
             rows.append([*head, f"failed: {result['error']}", *[""] * 6])
             continue
+        if "left_out" in result:
+            rows.append([*head, f"left out: {result['left_out']}", *[""] * 6])
+            continue
         if not result["turns"]:  # the command was ended before
             rows.append([*head, "not measured", *[""] * 6])
             continue

@@ -19,6 +19,7 @@ from jaxlm.config import Config
 from jaxlm.errors import UserError
 from jaxlm.model.dropout import keep_mask
 from jaxlm.model.flash import MAX_HEAD_SIZE, flash_attention
+from jaxlm.products import on_cpu, product
 
 FUSED = ("cudnn", "pallas")  # kernels, in the order of preference
 FUSED_FROM = 8.0  # compute capability, that of the A100
@@ -136,7 +137,7 @@ def _product(spec: str, x: jax.Array, y: jax.Array) -> jax.Array:
 
     def one_axis(x: jax.Array, y: jax.Array) -> jax.Array:
         x, y, shape = x.reshape(-1, *x.shape[2:]), y.reshape(-1, *y.shape[2:]), x.shape[:2]
-        z = jnp.einsum(spec.replace("bh", "b"), x, y, preferred_element_type=jnp.float32)
+        z = on_cpu(spec.replace("bh", "b"), x, y)
         return z.reshape(*shape, *z.shape[1:])
 
     direct = functools.partial(jnp.einsum, spec, preferred_element_type=jnp.float32)
@@ -307,7 +308,7 @@ def cached_attention(q_B1HK: jax.Array, k_BGTK: jax.Array, v_BGTK: jax.Array, le
     """
     b, _, h, k = q_B1HK.shape
     q_BGRK = q_B1HK.reshape(b, k_BGTK.shape[1], -1, k).astype(k_BGTK.dtype)  # R query heads share a head of keys
-    s_BGRT = jnp.einsum("bgrk,bgtk->bgrt", q_BGRK, k_BGTK, preferred_element_type=jnp.float32) * k**-0.5
+    s_BGRT = product("bgrk,bgtk->bgrt", q_BGRK, k_BGTK) * k**-0.5
     visible_BT = jnp.arange(k_BGTK.shape[2])[None] < length_B[:, None]
     p_BGRT = jax.nn.softmax(jnp.where(visible_BT[:, None, None], s_BGRT, _MASKED), axis=-1)
     y_BGRK = jnp.einsum("bgrt,bgtk->bgrk", p_BGRT.astype(v_BGTK.dtype), v_BGTK)

@@ -17,6 +17,7 @@ from jaxlm.config import ModelConfig
 from jaxlm.model.dropout import dropout
 from jaxlm.model.layers import PRODUCT, Block, Cache, make_norm
 from jaxlm.model.positions import sinusoids
+from jaxlm.products import product
 
 REMAT_POLICIES = {"full": None, "dots": jax.checkpoint_policies.save_only_these_names(PRODUCT)}
 
@@ -147,7 +148,7 @@ class Transformer(nnx.Module):
     def logits(self, hidden_BTD: jax.Array) -> jax.Array:
         """float32 [B, T, V]. For short sequences; training never holds all of them (see `loss.py`)."""
         w = self.output_matrix().astype(self.dtype)
-        logits_BTV = jnp.einsum("btd,vd->btv", hidden_BTD, w, preferred_element_type=jnp.float32)
+        logits_BTV = product("btd,vd->btv", hidden_BTD, w)
         cap = self.config.logit_softcap
         return logits_BTV if cap is None else cap * jnp.tanh(logits_BTV / cap)
 

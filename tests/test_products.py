@@ -1,0 +1,85 @@
+"""Products in 16 bits on CPUs that can and can't multiply them."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from jaxlm import products
+from jaxlm.config import ModelConfig
+from jaxlm.loss import loss_sums
+from jaxlm.model import Transformer
+
+PRODUCT = re.compile(r"stablehlo\.dot_general.*: \(tensor<(?:\d+x)*(\w+)>, tensor<(?:\d+x)*(\w+)>\)")
+
+
+@pytest.fixture
+def cpu(monkeypatch, tmp_path):
+    """Makes the CPU say something else of itself."""
+
+    def says(text):
+        (tmp_path / "cpuinfo").write_text(text)
+        monkeypatch.setattr(products, "CPU_INFO", tmp_path / "cpuinfo")
+        products.cpu_has_bfloat16.cache_clear()
+
+    yield says
+    products.cpu_has_bfloat16.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("text", "has"),
+    [
+        ("processor\t: 0\nflags\t\t: fpu fma avx2 avx512f avx512_bf16 vaes\n", True),
+        ("processor\t: 0\nflags\t\t: fpu avx512f amx_bf16 amx_tile\n", True),
+        ("processor\t: 0\nFeatures\t: fp asimd asimdhp i8mm bf16\n", True),
+        ("processor\t: 0\nflags\t\t: fpu fma avx2\n", False),
+        ("processor\t: 0\nflags\t\t: fma avx512f\nbugs\t\t: avx512_bf16\n", False),
+        ("processor\t: 0\n", False),
+    ],
+)
+def test_a_cpu_says_what_it_can_do(cpu, text, has):
+    cpu(text)
+    assert products.cpu_has_bfloat16() is has
+
+
+def test_where_the_system_does_not_say(cpu, monkeypatch, tmp_path):
+    cpu("flags : avx512_bf16\n")
+    monkeypatch.setattr(products, "CPU_INFO", tmp_path / "missing")
+    assert not products.cpu_has_bfloat16()
+
+
+def factors_of(function, *arguments, platform="cpu"):
+    """Dtypes of all factors of the products in a program."""
+    text = jax.jit(function).trace(*arguments).lower(lowering_platforms=(platform,)).as_text()
+    found = {dtype for pair in PRODUCT.findall(text) for dtype in pair}
+    assert found, text
+    return found
+
+
+@pytest.mark.parametrize(("flags", "expected"), [("avx2 avx512_bf16", "bf16"), ("avx2", "f32")])
+def test_an_update_multiplies_what_the_cpu_can(cpu, flags, expected):
+    cpu(f"flags : {flags}\n")
+    config = ModelConfig(vocab_size=64, d_model=16, n_heads=2, n_layers=1, d_ff=32, max_seq_len=8)
+    model = Transformer(config, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    tokens = jnp.zeros((1, 8), jnp.int32)
+    graphdef, params = nnx.split(model)
+
+    def loss(params):
+        of = nnx.merge(graphdef, params)
+        return loss_sums(of(tokens), of.output_matrix(), tokens, jnp.ones((1, 8)))[0]
+
+    assert factors_of(jax.grad(loss), params) == {expected}
+    assert factors_of(jax.grad(loss), params, platform="cuda") == {"bf16"}
+
+
+def test_the_result_is_the_same(cpu):
+    x, y = (jax.random.normal(jax.random.key(i), (8, 64), jnp.bfloat16) for i in range(2))
+    exact = np.asarray(x, np.float64) @ np.asarray(y, np.float64).T
+    for flags in ("avx2", "avx2 avx512_bf16"):
+        cpu(f"flags : {flags}\n")
+        z = products.product("ik,jk->ij", x, y)
+        assert z.dtype == jnp.float32
+        np.testing.assert_allclose(np.asarray(z), exact, rtol=1e-5, atol=1e-5)
