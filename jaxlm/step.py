@@ -104,6 +104,7 @@ def in_parts(loss_of: Callable[[Params, Batch], Sums], params: Params, batch: Ba
         return loss_of(params, batch)
     parts = zip(*(jnp.split(x, fit[-1]) for x in batch.values()), strict=True)
     whole = lambda: jax.tree.map(jax.lax.optimization_barrier, params)  # noqa: E731
+    loss_of = jax.jit(loss_of)  # traced once for all parts
     each = [loss_of(whole(), dict(zip(batch, part, strict=True))) for part in parts]
     return jax.tree.map(lambda *sums: sum(sums), *each)
 
@@ -125,6 +126,7 @@ def make_gradients(graphdef: Any, config: Config, layout: Layout) -> Callable[..
     def on_device(params: Params, batch: Batch, step: jax.Array, factor: jax.Array) -> tuple[jax.Array, Params]:
         step_key = jax.random.fold_in(jax.random.key(training.seed), step)
 
+        @jax.jit  # traced once, though its shapes are asked for, too
         def of_micro_batch(micro_batch: Batch) -> tuple[jax.Array, Params]:
             held, micro_batch = jax.lax.optimization_barrier((params, micro_batch))  # no gathering ahead of the loop
 

@@ -14,6 +14,7 @@ from flax import nnx
 from jaxlm import sharding
 from jaxlm.config import Config, DataConfig, ModelConfig, TrainingConfig
 from jaxlm.model import Transformer
+from jaxlm.model.layers import Block
 from jaxlm.optim import build_optimizer, build_schedule
 from jaxlm.precision import compute_dtype
 from jaxlm.sharding import Layout
@@ -133,9 +134,23 @@ def test_parts_are_equal_and_large(rows, tokens, devices, parts):
     layout = Layout(sharding.make_mesh(jax.devices()[:devices], (1, 1, devices)), 0, {})
     batch = {"tokens": jnp.arange(rows * int(tokens * CPU_PART_TOKENS)).reshape(rows, -1)}
     seen = []
-    in_parts(lambda _, part: seen.append(part["tokens"]) or (jnp.zeros(()),) * 2, {}, batch, layout, 4)
-    assert len(seen) == parts
-    np.testing.assert_array_equal(jnp.concatenate(seen), batch["tokens"])
+
+    def sums(_, part):
+        seen.append(part["tokens"].shape[0])
+        return part["tokens"].sum(), jnp.ones((), jnp.int32)
+
+    assert in_parts(sums, {}, batch, layout, 4) == (batch["tokens"].sum(), parts)
+    assert seen == [rows // parts]
+
+
+def test_a_block_is_traced_once(monkeypatch):
+    """For all layers, parts and micro-batches: otherwise an update of configs/small.py begins 10 seconds later."""
+    monkeypatch.setattr("jaxlm.step.CPU_PART_TOKENS", ROWS * T // 8)
+    calls, whole = [], Block.__call__
+    monkeypatch.setattr(Block, "__call__", lambda self, *a: calls.append(1) or whole(self, *a))
+    step, state = start.__wrapped__(config_of(dataclasses.replace(MODEL, scan_layers=False)))
+    step.trace(state, regroup(make_batch(), 2))
+    assert len(calls) == 1
 
 
 @pytest.mark.parametrize("k", [1, 4])

@@ -94,7 +94,7 @@ class Transformer(nnx.Module):
             body = jax.checkpoint(body, policy=policy, prevent_cse=not config.scan_layers)
         if config.scan_layers:
             return jax.lax.scan(body, x, (params, per_layer))
-        outs = []
+        body, outs = jax.jit(body), []  # traced once for all layers
         for layer in _unstack((params, per_layer), config.n_layers):
             x, out = body(x, layer)
             outs.append(out)
@@ -171,9 +171,13 @@ class Transformer(nnx.Module):
         """
         graphdef, state = nnx.split(self.blocks)
         params = nnx.to_pure_dict(state)
+
+        @jax.jit  # traced once for all layers
+        def step(block: Any, x_B1D: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+            return nnx.merge(graphdef, block).decode(x_B1D, position_B, cache)
+
         x_B1D, after = self.embed(tokens_B1, position_B[:, None]), []
         for layer, cache in enumerate(caches):
-            block = nnx.merge(graphdef, jax.tree.map(lambda x: x[layer], params))  # noqa: B023 - called at once
-            x_B1D, cache = block.decode(x_B1D, position_B, cache)
+            x_B1D, cache = step(jax.tree.map(lambda x: x[layer], params), x_B1D, cache)  # noqa: B023 - called at once
             after.append(cache)
         return self.logits(self._finish(x_B1D))[:, 0], tuple(after)
