@@ -179,7 +179,7 @@ def test_the_update_lowers_for_cuda_without_a_square_array(corpus, tmp_path, as_
     batch = dict.fromkeys(("tokens", "targets", "segments", "positions"), array(2, 4, 290)) | {"rows": array(2, 4)}
     step = make_train_step(graphdef, config, build_schedule(config.training, 4), layout)
     text = lowered_for_cuda(mesh, step, state, batch)
-    assert text.count("xla.gpu.triton") == 3 * config.model.n_layers
+    assert text.count("xla.gpu.triton") == 3  # forward and two backward kernels, in functions that all layers share
     assert "290x290" not in text and "384x384" not in text
 
 
