@@ -136,7 +136,7 @@ def measure_peaks(python: str | None, *sizes: int) -> dict[str, dict[str, float]
 
 
 def why_not_pytorch(cell: dict[str, Any], rate: float) -> str | None:
-    """Why a cell has no peers: at `rate` FLOP/s, as in bf16 on a CPU that has none, they take hours. None: they don't."""
+    """Why a cell has no peers: at `rate` FLOP/s, as in bf16 on a CPU that has none, they take hours. None: it has."""
     from jaxlm.metrics import flops_per_token
 
     shape = cell["shape"]
