@@ -2,7 +2,7 @@
 
     python scripts/train.py --config configs/small.py
 
-10 to 11 minutes on 2 CPU cores (measured), validation loss 4.59, 1.94 bits per byte.
+9 to 10 minutes on 2 CPU cores with bfloat16 instructions (measured), validation loss 4.59, 1.94 bits per byte.
 The guide's values but for the learning rate (5e-4), the epochs (3) and the packing (greedy).
 """
 
