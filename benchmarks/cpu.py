@@ -123,11 +123,10 @@ def measure_cell(
         report.write()
 
 
-def measure_peaks(python: str | None, *sizes: int) -> dict[str, dict[str, float]]:
-    """{library: {precision: FLOP/s}} of square matrix products; torch's where the peers' interpreter is known."""
-    asked = {"jax": sys.executable} | ({} if python is None else {"torch": python})
+def measure_peaks(interpreters: dict[str, str], *sizes: int) -> dict[str, dict[str, float]]:
+    """{library: {precision: FLOP/s}} of square matrix products, by each library's interpreter."""
     peaks = {}
-    for library, interpreter in asked.items():
+    for library, interpreter in interpreters.items():
         say(f"the peak of matrix products by {library}")
         command = [interpreter, str(HERE / "peak.py"), library, *map(str, sizes)]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=os.environ | ENVIRONMENT)
@@ -145,7 +144,7 @@ def why_not_pytorch(cell: dict[str, Any], rate: float) -> str | None:
     seconds = flops * cell["tokens"] * cell["updates_a_lap"] / rate
     if seconds < LONGEST_LAP:
         return None
-    return f"at {rate / 1e9:.1f} GFLOP/s, a lap's updates take {seconds / 60:.0f} minutes or more"
+    return f"at {rate / 1e9:.1f} GFLOP/s, a lap's updates take {seconds:,.0f} s or more"
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -235,7 +234,8 @@ def main(arguments: list[str]) -> int:
         say(f"{CONTENDERS[name].label}: left out, {reason}")
     if not commands:
         return 1
-    rates = measure_peaks(options.peer_python if "torch" in versions else None, *[QUICK] * options.no_peak)
+    torch = {"torch": options.peer_python} if "torch" in versions else {}
+    rates = measure_peaks(torch, QUICK) if options.no_peak else measure_peaks({"jax": sys.executable} | torch)
     peaks = {} if options.no_peak else rates
     method = {"repeats": options.repeats, "laps": options.laps, "updates_a_lap": options.updates_a_lap}
     report = Report(

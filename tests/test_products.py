@@ -60,10 +60,10 @@ def factors_of(function, *arguments, platform="cpu"):
 
 
 @pytest.mark.parametrize(("flags", "expected"), [("avx2 avx512_bf16", "bf16"), ("avx2", "f32")])
-def test_an_update_multiplies_what_the_cpu_can(cpu, flags, expected):
+def test_updates_and_generation_multiply_what_the_cpu_can(cpu, flags, expected):
     cpu(f"flags : {flags}\n")
     config = ModelConfig(vocab_size=64, d_model=16, n_heads=2, n_layers=1, d_ff=32, max_seq_len=8)
-    model = Transformer(config, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    model = nnx.eval_shape(lambda: Transformer(config, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
     tokens = jnp.zeros((1, 8), jnp.int32)
     graphdef, params = nnx.split(model)
 
@@ -71,8 +71,14 @@ def test_an_update_multiplies_what_the_cpu_can(cpu, flags, expected):
         of = nnx.merge(graphdef, params)
         return loss_sums(of(tokens), of.output_matrix(), tokens, jnp.ones((1, 8)))[0]
 
-    assert factors_of(jax.grad(loss), params) == {expected}
-    assert factors_of(jax.grad(loss), params, platform="cuda") == {"bf16"}
+    def next_token(params):
+        of = nnx.merge(graphdef, params)
+        _, caches = of.prefill(tokens[:, :4])
+        return of.decode(tokens[:, :1], jnp.array([3]), caches)[0]
+
+    for function in (jax.grad(loss), next_token):
+        assert factors_of(function, params) == {expected}
+        assert factors_of(function, params, platform="cuda") == {"bf16"}
 
 
 def test_the_result_is_the_same(cpu):

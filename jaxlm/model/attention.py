@@ -311,5 +311,5 @@ def cached_attention(q_B1HK: jax.Array, k_BGTK: jax.Array, v_BGTK: jax.Array, le
     s_BGRT = product("bgrk,bgtk->bgrt", q_BGRK, k_BGTK) * k**-0.5
     visible_BT = jnp.arange(k_BGTK.shape[2])[None] < length_B[:, None]
     p_BGRT = jax.nn.softmax(jnp.where(visible_BT[:, None, None], s_BGRT, _MASKED), axis=-1)
-    y_BGRK = jnp.einsum("bgrt,bgtk->bgrk", p_BGRT.astype(v_BGTK.dtype), v_BGTK)
+    y_BGRK = product("bgrt,bgtk->bgrk", p_BGRT.astype(v_BGTK.dtype), v_BGTK)
     return y_BGRK.reshape(b, 1, h, k).astype(q_B1HK.dtype)
