@@ -201,17 +201,22 @@ def _greedy(length: np.ndarray, max_length: int, block: int = 2**20) -> Packed:
 def _first_fit(length: np.ndarray, max_length: int) -> Packed:
     # All rows but one are more than half full, or a later one would have gone into an earlier.
     most_rows = min(len(length), 2 * int(length.sum(dtype=np.int64)) // max_length + 1)
-    return _by_row(_compiled()["first_fit"](length, max_length, most_rows))
+    return _sorted(_compiled()["first_fit"](length, max_length, most_rows))
 
 
 def _best_fit(length: np.ndarray, max_length: int) -> Packed:
-    order = np.argsort(-length, kind="stable")
-    return _by_row(_compiled()["best_fit"](length, order, max_length))
+    longest_first, begins = _sorted(max_length - length)
+    return _sorted(_compiled()["best_fit"](longest_first, begins, max_length))
 
 
-def _by_row(row: np.ndarray) -> Packed:
-    """From the row of each piece [pieces]; pieces of one row stay in the order of the text."""
-    return np.argsort(row, kind="stable"), np.append(0, np.cumsum(np.bincount(row)))
+def _sorted(key: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The stable order of `key` [pieces], from 0 up, and where each value begins in it.
+
+    Of the row of each piece it makes a plan: pieces of one row stay in the order of the text. `np.argsort` would not
+    take a time in proportion.
+    """
+    begins = np.append(0, np.cumsum(np.bincount(key)))
+    return _compiled()["counting_sort"](key, begins), begins
 
 
 STRATEGIES: dict[str, Callable[[np.ndarray, int], Packed]] = {
@@ -223,7 +228,7 @@ STRATEGIES: dict[str, Callable[[np.ndarray, int], Packed]] = {
 
 @cache
 def _compiled() -> dict[str, Any]:
-    """The two loops that need a data structure, in machine code. Compiled at first use, and only then imported."""
+    """The loops that NumPy has nothing for, in machine code. Compiled at first use, and only then imported."""
     import numba
 
     def compiled(function: Callable[..., Any]) -> Any:
@@ -232,7 +237,12 @@ def _compiled() -> dict[str, Any]:
         except RuntimeError:  # no folder that numba could keep its result in: compile in every process
             return numba.njit(function)
 
-    return {"first_fit": compiled(_first_fit_rows), "best_fit": compiled(_best_fit_rows)}
+    loops: dict[str, Callable[..., Any]] = {
+        "first_fit": _first_fit_rows,
+        "best_fit": _best_fit_rows,
+        "counting_sort": _counting_sort,
+    }
+    return {name: compiled(loop) for name, loop in loops.items()}
 
 
 def _first_fit_rows(length, max_length, most_rows):  # type: ignore[no-untyped-def]
@@ -252,11 +262,14 @@ def _first_fit_rows(length, max_length, most_rows):  # type: ignore[no-untyped-d
         room[node] -= length[piece]
         while node > 1:
             node //= 2
-            room[node] = max(room[2 * node], room[2 * node + 1])
+            most = max(room[2 * node], room[2 * node + 1])
+            if room[node] == most:
+                break
+            room[node] = most
     return row
 
 
-def _best_fit_rows(length, order, max_length):  # type: ignore[no-untyped-def]
+def _best_fit_rows(longest_first, begins, max_length):  # type: ignore[no-untyped-def]
     """int32 [pieces]: the row of each; of equally full rows the one that was last added to.
 
     `newest[r]` is the newest row with room r, `older[row]` the next older one with as much; a tree of flags over r
@@ -267,11 +280,14 @@ def _best_fit_rows(length, order, max_length):  # type: ignore[no-untyped-def]
         leaves *= 2
     some = np.zeros(2 * leaves, np.bool_)
     newest = np.full(max_length + 1, -1, np.int32)
-    older = np.full(len(length), -1, np.int32)
-    row = np.empty(len(length), np.int32)
-    rows = 0
-    for piece in order:
-        node = leaves + length[piece]
+    older = np.full(len(longest_first), -1, np.int32)
+    row = np.empty(len(longest_first), np.int32)
+    rows = spare = 0
+    for at, piece in enumerate(longest_first):
+        while at == begins[spare + 1]:
+            spare += 1
+        length = max_length - spare  # `length[piece]` would be anywhere in memory
+        node = leaves + length
         while node > 1 and not some[node]:  # up, to the right, until there is something
             while node > 1 and node % 2 == 1:
                 node //= 2
@@ -292,7 +308,7 @@ def _best_fit_rows(length, order, max_length):  # type: ignore[no-untyped-def]
             room, chosen = max_length, rows
             rows += 1
         row[piece] = chosen
-        room -= length[piece]
+        room -= length
         older[chosen] = newest[room]
         newest[room] = chosen
         node = leaves + room
@@ -300,3 +316,13 @@ def _best_fit_rows(length, order, max_length):  # type: ignore[no-untyped-def]
             some[node] = True
             node //= 2
     return row
+
+
+def _counting_sort(key, begins):  # type: ignore[no-untyped-def]
+    """int64 [pieces]: the stable order of `key`, whose value v begins at `begins[v]` in it."""
+    free = begins.copy()
+    order = np.empty(len(key), np.int64)
+    for piece in range(len(key)):
+        order[free[key[piece]]] = piece
+        free[key[piece]] += 1
+    return order
