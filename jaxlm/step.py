@@ -29,8 +29,8 @@ from jaxlm.precision import LossScale, compute_dtype, initial_loss_scale, next_l
 from jaxlm.sharding import ROWS, Layout
 
 # A CPU's cores don't all find work in one operation: up to so many parts of the rows, of at least so many tokens, go
-# through the model beside each other. With dropout, four would compile 12 s longer than two, for 3% of an update.
-CPU_PARTS, CPU_PARTS_WITH_DROPOUT, CPU_PART_TOKENS = 4, 2, 1024
+# through the model beside each other.
+CPU_PARTS, CPU_PART_TOKENS = 4, 1024
 
 Batch = dict[str, jax.Array]
 Params = Any  # nested dict of float32 arrays
@@ -91,15 +91,15 @@ def batch_loss(
     return loss_sums(hidden, w, batch["targets"], weights, softcap, z_loss, chunk_bytes)
 
 
-def in_parts(loss_of: Callable[[Params, Batch], Sums], params: Params, batch: Batch, layout: Layout, most: int) -> Sums:
-    """`loss_of` a device's rows ([B, T]): on a CPU with one device, of up to `most` equal parts of them, added up.
+def in_parts(loss_of: Callable[[Params, Batch], Sums], params: Params, batch: Batch, layout: Layout) -> Sums:
+    """`loss_of` a device's rows ([B, T]): on a CPU with one device, of up to CPU_PARTS equal parts of them, added up.
 
     Nothing in one part waits for another, so that they are computed at the same time, each closer to the caches. Their
     gradients are added when they are whole: XLA's sum would put the layers together itself, slowly.
     """
     b, t = batch["tokens"].shape
     alone = layout.platform == "cpu" and layout.mesh.size == 1
-    fit = [n for n in range(2, most + 1) if b % n == 0 and b // n * t >= CPU_PART_TOKENS] if alone else []
+    fit = [n for n in range(2, CPU_PARTS + 1) if b % n == 0 and b // n * t >= CPU_PART_TOKENS] if alone else []
     if not fit:
         return loss_of(params, batch)
     parts = zip(*(jnp.split(x, fit[-1]) for x in batch.values()), strict=True)
@@ -121,7 +121,6 @@ def make_gradients(graphdef: Any, config: Config, layout: Layout) -> Callable[..
     dtype, accumulator = compute_dtype(training), jnp.dtype(training.accumulator_dtype)
     chunk_bytes = bytes_of_chunk(training, layout.platform)
     uses_dropout = model.dropout > 0 or model.attention_dropout > 0
-    most_parts = CPU_PARTS_WITH_DROPOUT if uses_dropout else CPU_PARTS
 
     def on_device(params: Params, batch: Batch, step: jax.Array, factor: jax.Array) -> tuple[jax.Array, Params]:
         step_key = jax.random.fold_in(jax.random.key(training.seed), step)
@@ -138,7 +137,7 @@ def make_gradients(graphdef: Any, config: Config, layout: Layout) -> Callable[..
                     keys = row_keys(step_key, rows["rows"], model.n_layers) if uses_dropout else None
                     return batch_loss(graphdef, params, rows, keys, packed, factor, fetch, z_loss, chunk_bytes)
 
-                return in_parts(loss_of, params, micro_batch, layout, most_parts)
+                return in_parts(loss_of, params, micro_batch, layout)
 
             (_, loss), gradients = jax.value_and_grad(scaled_loss, has_aux=True)(held)
             return loss, layout.reduce_micro_batch(gradients)
@@ -233,7 +232,7 @@ def make_eval_step(
         def loss_of(params: Params, rows: Batch) -> Sums:
             return batch_loss(graphdef, params, rows, None, packed, fetch=fetch, chunk_bytes=chunk_bytes)
 
-        _, nats = in_parts(loss_of, params, batch, layout, CPU_PARTS)
+        _, nats = in_parts(loss_of, params, batch, layout)
         return layout.sum_over(ROWS, (nats, (batch["segments"] > 0).sum()))
 
     return jax.shard_map(

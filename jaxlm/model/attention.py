@@ -178,14 +178,18 @@ def _slice(x: jax.Array | None, start: Any, size: int, axis: int) -> Any:
 
 
 def _over_blocks(body: Any, carry: Any, blocks: int) -> tuple[Any, Any]:
-    """`lax.scan` of `body(carry, i)` over the blocks, unrolled with static `i` while they are few."""
+    """`lax.scan` of `body(carry, i)` over the blocks, unrolled with static `i` while they are few.
+
+    Outputs [B, H, S, ...] of the blocks are joined to [B, H, N * S, ...].
+    """
     if blocks > UNROLL:
-        return jax.lax.scan(body, carry, jnp.arange(blocks))
+        carry, out_N = jax.lax.scan(body, carry, jnp.arange(blocks))
+        return carry, jax.tree.map(_join, out_N)
     outs = []
     for i in range(blocks):
         carry, out = body(carry, i)
         outs.append(out)
-    return carry, jax.tree.map(lambda *xs: jnp.stack(xs), *outs)
+    return carry, jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=2), *outs)
 
 
 def _forward(
@@ -221,8 +225,7 @@ def _forward(
         out_BHQK = (acc / total).astype(q.dtype).swapaxes(2, 3)
         return None, (out_BHQK, (m + jnp.log(total))[:, :, 0])
 
-    _, (out_N, lse_N) = _over_blocks(query_block, None, t // size)
-    return _join(out_N), _join(lse_N)
+    return _over_blocks(query_block, None, t // size)[1]
 
 
 def _join(x_NBHS: jax.Array) -> jax.Array:
@@ -254,7 +257,8 @@ def _flash_backward(size: int, rate: float, saved: Any, g: jax.Array) -> tuple[A
     q, k, v, segments, key, out, lse = saved
     scale = q.shape[-1] ** -0.5
     t = q.shape[2]
-    delta_BHT = (g.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1)
+    along = (g.astype(jnp.float32) * out.astype(jnp.float32)).reshape(-1, t, q.shape[-1])  # as in layers.normalised
+    delta_BHT = along.sum(-1).reshape(lse.shape)
 
     def key_block(dq_BHKT: jax.Array, j: Any) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         k0 = j * size
@@ -287,8 +291,8 @@ def _flash_backward(size: int, rate: float, saved: Any, g: jax.Array) -> tuple[A
         return dq_BHKT, (dk_j.astype(k.dtype), dv_j.astype(v.dtype))
 
     b, h, _, d = q.shape
-    dq_BHKT, (dk_N, dv_N) = _over_blocks(key_block, jnp.zeros((b, h, d, t), jnp.float32), t // size)
-    return dq_BHKT.swapaxes(2, 3).astype(q.dtype), _join(dk_N), _join(dv_N), None, None
+    dq_BHKT, (dk, dv) = _over_blocks(key_block, jnp.zeros((b, h, d, t), jnp.float32), t // size)
+    return dq_BHKT.swapaxes(2, 3).astype(q.dtype), dk, dv, None, None
 
 
 _flash.defvjp(_flash_forward, _flash_backward)

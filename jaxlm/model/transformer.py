@@ -15,7 +15,7 @@ from flax import nnx
 
 from jaxlm.config import ModelConfig
 from jaxlm.model.dropout import dropout
-from jaxlm.model.layers import PRODUCT, Block, Cache, make_norm
+from jaxlm.model.layers import PRODUCT, Block, Cache, make_norm, normalised
 from jaxlm.model.positions import sinusoids
 from jaxlm.products import product
 
@@ -101,7 +101,7 @@ class Transformer(nnx.Module):
         return x, jax.tree.map(lambda *layers: jnp.stack(layers), *outs)
 
     def _finish(self, x_BTD: jax.Array) -> jax.Array:
-        return self.final_norm(x_BTD) if self.config.pre_norm else x_BTD
+        return normalised(self.final_norm, x_BTD) if self.config.pre_norm else x_BTD
 
     def __call__(
         self,
