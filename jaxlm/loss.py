@@ -54,19 +54,44 @@ class _Chunk:
     slope_BCV: jax.Array | None  # d logits / d raw logits, where they are capped
 
 
+def _statistics(logits_BCV: jax.Array, targets_BC: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The largest logit and the sum of exp(logits - largest), [B, C, 1], and the target's logit less the largest.
+
+    On a GPU, where a pass over the logits takes as long as reading them, in one: the largest so far and the sum for it.
+    """
+
+    def in_passes(logits_BCV: jax.Array, targets_BC: jax.Array) -> tuple[jax.Array, ...]:
+        max_BC1 = logits_BCV.max(-1, keepdims=True)
+        shifted_BCV = logits_BCV - max_BC1
+        target_BC = jnp.where(_is_target(logits_BCV, targets_BC), shifted_BCV, 0.0).sum(-1)
+        return max_BC1, jnp.exp(shifted_BCV).sum(-1, keepdims=True), target_BC
+
+    def in_one_pass(logits_BCV: jax.Array, targets_BC: jax.Array) -> tuple[jax.Array, ...]:
+        def join(x: tuple[jax.Array, jax.Array], y: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+            largest = jnp.maximum(x[0], y[0])
+            return largest, x[1] * jnp.exp(x[0] - largest) + y[1] * jnp.exp(y[0] - largest)
+
+        nothing = jnp.float32(jnp.finfo(jnp.float32).min), jnp.float32(0)
+        max_BC, total_BC = jax.lax.reduce((logits_BCV, jnp.ones_like(logits_BCV)), nothing, join, (2,))
+        target_BC1 = jnp.take_along_axis(logits_BCV, targets_BC[..., None], axis=-1)
+        return max_BC[..., None], total_BC[..., None], target_BC1[..., 0] - max_BC
+
+    return jax.lax.platform_dependent(logits_BCV, targets_BC, cpu=in_passes, default=in_one_pass)
+
+
+def _is_target(logits_BCV: jax.Array, targets_BC: jax.Array) -> jax.Array:
+    return targets_BC[..., None] == jnp.arange(logits_BCV.shape[-1], dtype=targets_BC.dtype)[None, None]
+
+
 def _chunk(hidden_BCD: jax.Array, w_VD: jax.Array, targets_BC: jax.Array, softcap: float | None) -> _Chunk:
     logits_BCV = product("bcd,vd->bcv", hidden_BCD, w_VD)
     slope_BCV = None
     if softcap is not None:
         tanh_BCV = jnp.tanh(logits_BCV / softcap)
         logits_BCV, slope_BCV = softcap * tanh_BCV, 1 - tanh_BCV * tanh_BCV
-    is_target_BCV = targets_BC[..., None] == jnp.arange(w_VD.shape[0], dtype=targets_BC.dtype)[None, None]
-    max_BC1 = logits_BCV.max(-1, keepdims=True)
-    shifted_BCV = logits_BCV - max_BC1
-    exp_BCV = jnp.exp(shifted_BCV)
-    total_BC1 = exp_BCV.sum(-1, keepdims=True)
-    target_BC = jnp.where(is_target_BCV, shifted_BCV, 0.0).sum(-1)
-    log_BC = jnp.log(total_BC1[..., 0])
+    max_BC1, total_BC1, target_BC = _statistics(logits_BCV, targets_BC)
+    exp_BCV = jnp.exp(logits_BCV - max_BC1)
+    log_BC, is_target_BCV = jnp.log(total_BC1[..., 0]), _is_target(logits_BCV, targets_BC)
     return _Chunk(log_BC - target_BC, log_BC + max_BC1[..., 0], exp_BCV, total_BC1, is_target_BCV, slope_BCV)
 
 

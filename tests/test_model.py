@@ -14,6 +14,7 @@ from jaxlm.config import ModelConfig
 from jaxlm.loss import loss_sums
 from jaxlm.model import Transformer, attention
 from jaxlm.model.dropout import dropout, keep_mask, row_keys
+from jaxlm.model.embedding import lookup
 
 SMALL = ModelConfig(vocab_size=97, d_model=32, n_heads=4, n_layers=3, d_ff=64, max_seq_len=64)
 MODERN: dict[str, Any] = {  # all that newer models do otherwise than GPT-2
@@ -363,6 +364,14 @@ def test_initialisation_is_gpt2s():
     assert not np.array_equal(blocks["mlp"]["up"]["kernel"][0], blocks["mlp"]["up"]["kernel"][1])
 
 
+@pytest.fixture(params=["cpu", "gpu"])
+def as_on(request, monkeypatch):
+    """What a GPU computes in another way than a CPU is computed in that way here."""
+    if request.param == "gpu":
+        monkeypatch.setattr(jax.lax, "platform_dependent", lambda *given, cpu, default: default(*given))
+
+
+@pytest.mark.usefixtures("as_on")
 @pytest.mark.parametrize(("softcap", "z_loss"), [(None, 0.0), (None, 1e-2), (2.0, 0.0), (2.0, 1e-2)])
 @pytest.mark.parametrize("chunk_bytes", [2**30, 4 * 2 * 97 * 7, 1])  # one chunk, chunks of 7 that don't divide T, of 1
 def test_loss_equals_the_unchunked_one(chunk_bytes, softcap, z_loss):
@@ -385,6 +394,22 @@ def test_loss_equals_the_unchunked_one(chunk_bytes, softcap, z_loss):
 
     close(ours(hidden, w), reference(hidden, w), 1e-6)  # without gradient, the other code path
     close(*(jax.value_and_grad(f, (0, 1), has_aux=True)(hidden, w) for f in (ours, reference)), 1e-5)
+
+
+# ids, rows of the table, how often the same: runs within a block, over two and over many of them, and all in one
+RUNS = [(128, 300, 1), (1000, 300, 1), (1000, 300, 30), (1500, 300, 700), (700, 1, 700), (5, 100_000, 1)]
+
+
+@pytest.mark.usefixtures("as_on")
+@pytest.mark.parametrize(("n", "size", "times"), RUNS)
+def test_an_embedding_s_gradient_is_the_sum_over_its_positions(n, size, times):
+    rng = np.random.default_rng(0)
+    ids = rng.permutation(np.repeat(rng.integers(0, size, -(-n // times)), times)[:n]).reshape(1, n)
+    g = rng.normal(size=(1, n, 8)).astype(np.float32)
+    expected = np.zeros((size, 8))
+    np.add.at(expected, ids, g.astype(np.float64))
+    found = jax.jit(jax.grad(lambda table: (lookup(table, ids) * g).sum()))(jnp.zeros((size, 8)))
+    np.testing.assert_allclose(found, expected, atol=2e-7 * np.abs(g).sum() / len(np.unique(ids)), rtol=1e-6)
 
 
 def test_loss_never_holds_all_logits():

@@ -139,7 +139,7 @@ def test_parts_are_equal_and_large(rows, tokens, devices, parts):
         jax.debug.callback(seen.append, part["tokens"], ordered=True)
         return jnp.zeros(()), jnp.ones(())
 
-    _, count = in_parts(sums, {}, batch, layout, 4)
+    _, count = in_parts(sums, {}, batch, layout)
     jax.effects_barrier()
     assert len(seen) == count == parts
     np.testing.assert_array_equal(np.concatenate(seen), batch["tokens"])

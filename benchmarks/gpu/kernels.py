@@ -28,7 +28,7 @@ FACTORS = {
 }  # times what the dense computation in its precision is off by;
 # gradients more: flash kernels take the output as they wrote it, rounded, and blockwise is up to 1.95 times off on CPU
 FLOOR = {"bfloat16": 2**-7, "float16": 2**-10, "float32": 2**-16}  # and always by this, a rounding (float32: some)
-COMPILERS = 4  # threads: XLA and Triton compile outside of Python's lock
+COMPILERS = 8  # threads: XLA and Triton compile outside of Python's lock
 ROUNDS, ROUND_SECONDS = 5, 0.05  # of timing
 
 
@@ -85,8 +85,10 @@ def reason(error: BaseException) -> str:
     return without_paths(f"{type(error).__name__}: {error}".strip().partition("\n")[0])[:300]
 
 
-def seconds_a_call(function: Attention, arguments: Sequence[jax.Array]) -> float:
-    """The median of several rounds, each of as many calls as fill ROUND_SECONDS."""
+def seconds_a_call(
+    function: Attention, arguments: Sequence[jax.Array], rounds: int = ROUNDS, seconds: float = ROUND_SECONDS
+) -> float:
+    """The median of several rounds, each of as many calls as fill `seconds`."""
 
     def round_of(calls: int) -> float:
         begin = time.perf_counter()
@@ -96,8 +98,8 @@ def seconds_a_call(function: Attention, arguments: Sequence[jax.Array]) -> float
         return (time.perf_counter() - begin) / calls
 
     round_of(2)
-    calls = max(1, round(ROUND_SECONDS / round_of(2)))
-    return statistics.median(round_of(calls) for _ in range(ROUNDS))
+    calls = max(1, round(seconds / round_of(2)))
+    return statistics.median(round_of(calls) for _ in range(rounds))
 
 
 def clock(pool: Executor, case: Case, capability: float | None) -> Iterator[dict[str, Any]]:

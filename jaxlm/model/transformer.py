@@ -15,6 +15,7 @@ from flax import nnx
 
 from jaxlm.config import ModelConfig
 from jaxlm.model.dropout import dropout
+from jaxlm.model.embedding import lookup
 from jaxlm.model.layers import PRODUCT, Block, Cache, make_norm, normalised
 from jaxlm.model.positions import sinusoids
 from jaxlm.products import product
@@ -72,9 +73,9 @@ class Transformer(nnx.Module):
         return (self.token_embedding if self.config.tie_embeddings else self.output_embedding)[...]
 
     def embed(self, tokens_BT: jax.Array, positions_BT: jax.Array) -> jax.Array:
-        x_BTD = self.token_embedding[...][tokens_BT]
+        x_BTD = lookup(self.token_embedding[...], tokens_BT)
         if self.config.positions == "learned":
-            x_BTD = x_BTD + self.position_embedding[...][positions_BT]
+            x_BTD = x_BTD + lookup(self.position_embedding[...], positions_BT)
         elif self.config.positions == "sinusoidal":
             x_BTD = x_BTD * self.config.d_model**0.5 + sinusoids(positions_BT, self.config.d_model)
         return x_BTD.astype(self.dtype)
