@@ -38,7 +38,7 @@ ROWS = {"124m": 32, "350m": 16, "1300m": 8}  # an update; all fit in 80 GB, as M
 SEQ_LEN = 1024
 TINY = {"vocab_size": 300, "d_model": 32, "n_heads": 2, "n_layers": 1, "d_ff": 64}  # of all models, with `cut`
 TURNS, LAPS, UPDATES_A_LAP = 2, 3, 10
-LEAST_SECONDS = 40  # a contender is not begun with less left
+LEAST_SECONDS = 60  # a contender is not begun with less left
 FULL = re.compile(r"RESOURCE_EXHAUSTED|OutOfMemoryError|out of memory", re.IGNORECASE)
 ALL = ("ours", "gpt", "compiled")
 

@@ -53,8 +53,9 @@ class Tiles(NamedTuple):
         return max(max(tile.queries, tile.keys) for tile in self)
 
 
-# By the padded head size. Not timed on a GPU yet. Chosen from what Triton makes of them for 8.0 and 9.0, as
-# benchmarks/gpu/sass.py shows: hardly any registers spilled, at most the 99 KiB of shared memory of the smallest GPUs.
+# By the padded head size. The backward ones of 64 were the fastest on an H200 (benchmarks/gpu/tiles.py). The rest is
+# chosen from what Triton makes of it for 8.0 and 9.0, as benchmarks/gpu/sass.py shows: hardly any registers spilled, at
+# most the 99 KiB of shared memory of the smallest GPUs.
 TILES = {
     16: Tiles(Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)),
     32: Tiles(Tile(128, 64, 4, 3), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)),
