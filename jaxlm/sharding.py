@@ -212,6 +212,25 @@ _gather.defvjp(
 )
 
 
+def _gather_as_one(shards: Params, splits: Params) -> Params:
+    """Whole parameters, by one operation for all of them, and one for their gradients.
+
+    So each of the two waits for the loop over the blocks, or the loop for it. XLA's CPU runtime would start what does
+    not wait for a loop together with the loop's own communication, in another order on another device, and hang.
+    """
+    (leaves, tree), ways = jax.tree.flatten(shards), jax.tree.leaves(splits)
+    if ways[0].shards == 1:
+        return shards
+    rows = [jnp.moveaxis(x, way.axis, 0) for way, x in zip(ways, leaves, strict=True)]
+    of_device = jnp.concatenate([x.reshape(-1) for x in rows])
+    parts = jax.lax.split(jax.lax.all_gather(of_device, DATA), [x.size for x in rows], axis=1)
+    whole = [
+        way.crop(jnp.moveaxis(part.reshape(way.size, *x.shape[1:]), 0, way.axis))
+        for way, part, x in zip(ways, parts, rows, strict=True)
+    ]
+    return jax.tree.unflatten(tree, whole)
+
+
 class Layout:
     """Where the parameters, gradients and optimizer state of one model live.
 
@@ -352,7 +371,8 @@ class Layout:
             return partial(jax.tree_util.tree_map_with_path, one)
 
         rest = {name: leaf for name, leaf in params.items() if name != STACKED}
-        rest = whole(0)({name: self.splits[name] for name in rest}, rest)
+        splits = {name: self.splits[name] for name in rest}
+        rest = _gather_as_one(rest, splits) if self.platform == "cpu" else whole(0)(splits, rest)
         return rest | {STACKED: params[STACKED]}, partial(whole(1), self.splits[STACKED])
 
     def reduce_micro_batch(self, gradients: Params) -> Params:

@@ -23,7 +23,7 @@ LAYERS = [
     ["report"],
     ["tokenizer", "deepspeed", "watchdog", "folder", "huggingface"],
     ["cli"],
-    ["model.dropout", "model.positions"],
+    ["model.dropout", "model.positions", "model.embedding"],
     ["model.flash"],
     ["model.attention"],
     ["model.layers"],

@@ -52,9 +52,10 @@ def test_where_the_system_does_not_say(cpu, monkeypatch, tmp_path):
 
 
 def factors_of(function, *arguments, platform="cpu"):
-    """Dtypes of all factors of the products in a program."""
+    """Dtypes of all factors of the products in a program, but for those that add up an embedding's gradient exactly."""
     text = jax.jit(function).trace(*arguments).lower(lowering_platforms=(platform,)).as_text()
-    found = {dtype for pair in PRODUCT.findall(text) for dtype in pair}
+    rounded = "\n".join(line for line in text.splitlines() if "precision = [HIGHEST, HIGHEST]" not in line)
+    found = {dtype for pair in PRODUCT.findall(rounded) for dtype in pair}
     assert found, text
     return found
 
