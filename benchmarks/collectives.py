@@ -116,12 +116,12 @@ def measure(case: Case, options: argparse.Namespace) -> dict[str, Any]:
     import numpy as np
     from flax import nnx
 
-    from jaxlm import sharding
     from jaxlm.config import Config, DataConfig, ModelConfig, TrainingConfig
     from jaxlm.model import Transformer
-    from jaxlm.optim import build_optimizer, build_schedule
-    from jaxlm.precision import compute_dtype
-    from jaxlm.step import compile_train_step, init_state, make_train_step
+    from jaxlm.parallel import sharding
+    from jaxlm.train.optim import build_optimizer, build_schedule
+    from jaxlm.train.precision import compute_dtype
+    from jaxlm.train.step import compile_train_step, init_state, make_train_step
 
     model = ModelConfig(
         vocab_size=options.vocab_size,

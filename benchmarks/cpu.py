@@ -99,7 +99,7 @@ def measure_cell(
     report: Report,
 ) -> None:
     """Puts results of all contenders at one sequence length, precision and dropout into `report`, turn by turn."""
-    from jaxlm.metrics import flops_per_token
+    from jaxlm.monitor.metrics import flops_per_token
 
     shown = f"{cell['seq_len']} tokens, {cell['precision']}, dropout {cell['dropout']:g}"
     say(f"{shown}: {', '.join(commands)} are compiling and warming up")
@@ -136,7 +136,7 @@ def measure_peaks(interpreters: dict[str, str], *sizes: int) -> dict[str, dict[s
 
 def why_not_pytorch(cell: dict[str, Any], rate: float) -> str | None:
     """Why a cell has no peers: at `rate` FLOP/s, as in bf16 on a CPU that has none, they take hours. None: it has."""
-    from jaxlm.metrics import flops_per_token
+    from jaxlm.monitor.metrics import flops_per_token
 
     shape = cell["shape"]
     parameters = 12 * shape["n_layers"] * shape["d_model"] ** 2 + shape["vocab_size"] * shape["d_model"]

@@ -35,15 +35,26 @@ from typing import Any
 import pyarrow
 from pyarrow import parquet
 
-from jaxlm import cli, deepspeed
-from jaxlm.config import SECTIONS, Config, DataConfig, from_dict, replace_fields, resolved, to_dict, validate
+from jaxlm.commands import cli
+from jaxlm.config import (
+    SECTIONS,
+    Config,
+    DataConfig,
+    from_dict,
+    load_config,
+    replace_fields,
+    resolved,
+    to_dict,
+    validate,
+)
 from jaxlm.data.documents import Document, LeftOut
 from jaxlm.data.files import READERS
 from jaxlm.data.loader import Rows
 from jaxlm.data.packing import plan_cached
 from jaxlm.data.sources import open_source
 from jaxlm.data.tokens import prepare
-from jaxlm.errors import UserError
+from jaxlm.errors import UserError, printable
+from jaxlm.interop import deepspeed
 
 OUT = Path(tempfile.gettempdir()) / "jaxlm-fuzz"
 SECONDS_EACH = 20
@@ -199,7 +210,7 @@ def json_config(rng: random.Random, folder: Path) -> None:
         damage_leaf(rng, values)
     path = folder / rng.choice(("c.json", "c.json", "c.json", "c.py", "c.toml", "c"))
     path.write_bytes(as_json(rng, values))
-    check_config(cli.load_config(str(path)))
+    check_config(load_config(str(path)))
 
 
 def python_config(rng: random.Random, folder: Path) -> None:
@@ -220,7 +231,7 @@ def python_config(rng: random.Random, folder: Path) -> None:
     path = folder / "c.py"
     path.write_bytes(damaged_bytes(rng, content) if rng.random() < 0.3 else content)
     with warnings.catch_warnings(action="ignore"), redirect_stdout(io.StringIO()):
-        config = cli.load_config(str(path))
+        config = load_config(str(path))
     check_config(config)
 
 
@@ -431,7 +442,7 @@ def outcome(kind: str, rng: random.Random, folder: Path) -> tuple[str, str]:
             KINDS[kind](rng, folder)
         return "loaded", ""
     except UserError as error:
-        said = cli._printable(error)
+        said = printable(error)
         return ("refused", said) if said else ("defect", "a message without words")
     except (KeyboardInterrupt, GeneratorExit):
         raise

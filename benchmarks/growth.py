@@ -26,7 +26,8 @@ from lib.tables import table
 from lib.worker import answer_part, forget_peak, peak_bytes, status_bytes
 from lib.workers import ENVIRONMENT, in_a_process
 
-from jaxlm.config import LARGEST_INT, Config, DataConfig, ModelConfig, TrainingConfig
+from jaxlm.config import Config, DataConfig, ModelConfig, TrainingConfig
+from jaxlm.config.validate import LARGEST_INT
 
 SECONDS = 2.0  # of timed updates, at least
 UPDATES = 3  # timed, at least
@@ -86,7 +87,7 @@ def chosen(axis: str, value: int, tokens: int) -> dict[str, int]:
 
 def write_text(folder: Path) -> None:
     """<folder>/text.txt, one long document of made-up words, and <folder>/tokenizer.json, learned from it."""
-    from jaxlm.tokenizer import Tokenizer
+    from jaxlm.data.tokenizer import Tokenizer
 
     text = " ".join(made_up_words(WORDS, seed=0))
     (folder / "text.txt").write_text(text, encoding="utf-8")

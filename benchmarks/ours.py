@@ -14,7 +14,8 @@ import numpy as np
 from lib.machine import say
 from lib.worker import Turns
 
-from jaxlm.config import LARGEST_INT, Config, DataConfig, ModelConfig, TrainingConfig, replace_fields
+from jaxlm.config import Config, DataConfig, ModelConfig, TrainingConfig, replace_fields
+from jaxlm.config.validate import LARGEST_INT
 
 BATCHES = 16  # of real text that the peers go round
 

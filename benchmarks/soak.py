@@ -25,8 +25,8 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from jaxlm.checkpoints.folder import checkpoint_steps
 from jaxlm.config import Config, DataConfig, ModelConfig, TrainingConfig, to_dict
-from jaxlm.folder import checkpoint_steps
 
 ROOT = Path(__file__).parents[1]
 WORDS = ["the", "small", "model", "reads", "a", "row", "and", "writes", "it", "again"]

@@ -7,8 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm import Trainer
-from jaxlm.cli import load_config
-from jaxlm.config import replace_fields
+from jaxlm.config import load_config, replace_fields
 
 
 @jax.jit

@@ -12,9 +12,8 @@ from pathlib import Path
 from pydoc_data.topics import topics
 
 from jaxlm import Trainer, load
-from jaxlm.cli import load_config
-from jaxlm.config import Config, ModelConfig, replace_fields
-from jaxlm.export import export
+from jaxlm.config import Config, ModelConfig, load_config, replace_fields
+from jaxlm.interop.export import export
 
 FOLDER = Path("runs/fine_tune")
 EXPORTED = FOLDER / "exported"

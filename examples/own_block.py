@@ -10,8 +10,7 @@ from typing import Any
 import jax
 
 from jaxlm import Trainer, load
-from jaxlm.cli import load_config
-from jaxlm.config import replace_fields
+from jaxlm.config import load_config, replace_fields
 from jaxlm.model import Transformer
 from jaxlm.model.dropout import dropout
 from jaxlm.model.layers import Block, Cache

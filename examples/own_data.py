@@ -11,8 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from jaxlm import Trainer
-from jaxlm.cli import load_config
-from jaxlm.config import replace_fields
+from jaxlm.config import load_config, replace_fields
 
 TEXT = Path("runs/own_data/docstrings.jsonl")
 

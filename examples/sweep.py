@@ -7,8 +7,7 @@ end, runs/sweep/report.html compares them. A minute on 2 CPU cores.
 from pathlib import Path
 
 from jaxlm import Trainer
-from jaxlm.cli import load_config
-from jaxlm.config import replace_fields
+from jaxlm.config import load_config, replace_fields
 from jaxlm.report import write_report
 
 FOLDER = Path("runs/sweep")

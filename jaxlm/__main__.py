@@ -5,8 +5,8 @@ import sys
 from functools import partial
 from typing import Any, NoReturn
 
-from jaxlm import __version__, cli
-from jaxlm.commands import completion, estimate_memory, evaluate, export, generate, report, train
+from jaxlm import __version__
+from jaxlm.commands import cli, completion, estimate_memory, evaluate, export, generate, report, train
 
 COMMANDS: dict[str, Any] = {
     "train": train,

@@ -1,5 +1,7 @@
 """The ways a run ends early on purpose; everything else that raises is a bug."""
 
+LONGEST_MESSAGE = 2000  # characters
+
 
 class UserError(Exception):
     """Something the user can mend: bad configuration, file, folder or checkpoint. Its text is one line; exit code 2."""
@@ -16,3 +18,11 @@ class Stopped(BaseException):  # as KeyboardInterrupt: no library may take it fo
 def one_line(error: BaseException) -> str:
     """What an error says, on one line."""
     return " ".join(str(error).split())
+
+
+def printable(error: BaseException) -> str:
+    """Its text on one line, harmless to a terminal; what a file or an argument put into it may be long."""
+    text = "".join(character if character.isprintable() else ascii(character)[1:-1] for character in one_line(error))
+    return (
+        text if len(text) <= LONGEST_MESSAGE else f"{text[: LONGEST_MESSAGE // 2]} ... {text[-LONGEST_MESSAGE // 2 :]}"
+    )

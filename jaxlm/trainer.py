@@ -19,12 +19,29 @@ import jax
 import numpy as np
 from flax import nnx
 
-from jaxlm import checkpoint, compiler, deepspeed, folder, pretrained, sharding
+from jaxlm.checkpoints import checkpoint, folder
 from jaxlm.config import Config, changed_fields, resolved, to_dict, validate
 from jaxlm.data.loader import Rows, documents_of_step, eval_batches, total_steps, train_batches
 from jaxlm.data.packing import plan_cached
+from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.data.tokens import cache_root, prepare, prepared_once
-from jaxlm.distributed import (
+from jaxlm.errors import RunFailed, Stopped, UserError
+from jaxlm.generation.api import answer, encode_prompts
+from jaxlm.interop import deepspeed, pretrained
+from jaxlm.model import Transformer
+from jaxlm.model.attention import choose_attention, compute_capability, why_not_fused
+from jaxlm.monitor.anomalies import LossSpikes, SkippedUpdates
+from jaxlm.monitor.histograms import make_histograms, named_histograms
+from jaxlm.monitor.metrics import MetricsTracker, flops_per_token, memory_gib, model_flops_utilization
+from jaxlm.monitor.profiling import Profiler
+from jaxlm.monitor.progress import Progress
+from jaxlm.monitor.signals import StopRequest
+from jaxlm.monitor.sinks import Sink, check_report_to, make_sinks
+from jaxlm.monitor.start import Start
+from jaxlm.monitor.watchdog import Watchdog
+from jaxlm.ops import compiler
+from jaxlm.parallel import sharding
+from jaxlm.parallel.processes import (
     StatusBoard,
     StopVote,
     barrier,
@@ -34,23 +51,11 @@ from jaxlm.distributed import (
     told_by_any,
     training_devices,
 )
-from jaxlm.errors import RunFailed, Stopped, UserError
-from jaxlm.evaluate import evaluate_rows
-from jaxlm.facts import Start
-from jaxlm.generate import answer, encode_prompts
-from jaxlm.health import LossSpikes, SkippedUpdates
-from jaxlm.histograms import make_histograms, named_histograms
-from jaxlm.metrics import MetricsTracker, flops_per_token, memory_gib, model_flops_utilization
-from jaxlm.model import Transformer
-from jaxlm.model.attention import choose_attention, compute_capability, why_not_fused
-from jaxlm.optim import build_optimizer, build_schedule, check_optimizer
-from jaxlm.precision import compute_dtype, scales_loss, scales_loss_dynamically
-from jaxlm.profiling import Profiler
-from jaxlm.progress import Progress
 from jaxlm.report import write_report_of_run
-from jaxlm.signals import StopRequest
-from jaxlm.sinks import Sink, check_report_to, make_sinks
-from jaxlm.step import (
+from jaxlm.run.evaluate import evaluate_rows
+from jaxlm.train.optim import build_optimizer, build_schedule, check_optimizer
+from jaxlm.train.precision import compute_dtype, scales_loss, scales_loss_dynamically
+from jaxlm.train.step import (
     TrainState,
     TrainStep,
     compile_train_step,
@@ -59,8 +64,6 @@ from jaxlm.step import (
     make_train_step,
     state_from,
 )
-from jaxlm.tokenizer import Tokenizer
-from jaxlm.watchdog import Watchdog
 
 SHOWN_DOCUMENTS = 12  # of a skipped update
 STEPS_AHEAD = 2  # updates dispatched before the oldest is waited for: the host stays ahead, a stop signal is not late
@@ -595,7 +598,7 @@ class Trainer:
             checkpoint.save_model(Path(path), self.state.params, self.config, self.tokenizer, self._saved_progress())
 
     def generate_text(self, prompt: str | Sequence[str], **options: Any) -> Any:
-        """`prompt` and a continuation by the current parameters; options as in `jaxlm.generate.generate_text`.
+        """`prompt` and a continuation by the current parameters; options as in `jaxlm.generation.api.generate_text`.
 
         Returns:
           A str; a list of str for a list of prompts, or for several samples of one.

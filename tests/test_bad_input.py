@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 from conftest import make_config
 
+from jaxlm.checkpoints.manifest import MANIFEST, seal
 from jaxlm.config import to_dict
-from jaxlm.manifest import MANIFEST, seal
 
 pytestmark = pytest.mark.xdist_group("bad_input")  # one process, so that the cases are driven once
 ROOT = Path(__file__).parents[1]

@@ -324,8 +324,9 @@ def test_the_attention_kernels_compile_for_gpus() -> None:
 UPDATES = """
 import sys
 from lib.worker import peak_bytes
-from jaxlm import Trainer, cli
-from jaxlm.config import replace_fields
+from jaxlm import Trainer
+from jaxlm.commands import cli
+from jaxlm.config import load_config, replace_fields
 
 peaks = []
 
@@ -337,7 +338,7 @@ class Measured(Trainer):
 sizes = {"model.d_model": 128, "model.d_ff": 512, "model.n_layers": 2, "training.gradient_accumulation_steps": 1}
 updates = {"training.max_steps": 10, "training.logging_steps": 10, "training.sample_tokens": 0}
 files = {"training.checkpoint_dir": sys.argv[1], "data.train_files": (sys.argv[2],), "data.cache_dir": sys.argv[3]}
-trainer = Measured(replace_fields(cli.load_config("small"), sizes | updates | files))
+trainer = Measured(replace_fields(load_config("small"), sizes | updates | files))
 trainer.train()
 print(peaks[0], peaks[-1], trainer.train_step.memory_analysis().temp_size_in_bytes)
 """

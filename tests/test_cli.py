@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from jaxlm import cli
-from jaxlm.config import SECTIONS, Config, validate
+from jaxlm.commands import cli
+from jaxlm.config import SECTIONS, Config, load_config, validate
 from jaxlm.errors import Stopped, UserError
 
 ROOT = Path(__file__).parents[1]
@@ -131,7 +131,7 @@ def test_help_lists_every_field_with_its_default_at_once() -> None:
 def test_mistakes_are_found_before_jax_is_imported() -> None:
     program = """
 import sys
-from jaxlm import cli
+from jaxlm.commands import cli
 from jaxlm.config import validate
 parser = cli.Parser("test")
 cli.add_config_options(parser)
@@ -166,7 +166,7 @@ def test_file_and_overrides(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
 def test_shipped_configurations(path: Path) -> None:
-    config = cli.load_config(str(path))
+    config = load_config(str(path))
     assert isinstance(config, Config)
     if path.suffix == ".py":
         assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))), "says what it is"
@@ -188,7 +188,7 @@ def test_shipped_configurations(path: Path) -> None:
 def test_exit_codes(body: str, code: int, last_line: str) -> None:
     program = f"""
 import os, signal
-from jaxlm import cli
+from jaxlm.commands import cli
 from jaxlm.errors import RunFailed, Stopped, UserError
 def command():
     {body}
@@ -201,7 +201,9 @@ cli.main(command)
 
 
 def test_a_full_device_is_told_in_one_line() -> None:
-    done = run("-c", "import jax; from jaxlm import cli; cli.main(lambda: jax.numpy.zeros(2**50).block_until_ready())")
+    done = run(
+        "-c", "import jax; from jaxlm.commands import cli; cli.main(lambda: jax.numpy.zeros(2**50).block_until_ready())"
+    )
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.startswith("failed: the device's memory is full: set model.gradient_checkpointing true, or ")
     assert "RESOURCE_EXHAUSTED" in done.stderr and done.stderr.count("\n") == 1
@@ -210,7 +212,7 @@ def test_a_full_device_is_told_in_one_line() -> None:
 def test_second_signal_ends_at_once() -> None:
     program = """
 import os, signal
-from jaxlm.signals import StopRequest
+from jaxlm.monitor.signals import StopRequest
 with StopRequest() as stop:
     os.kill(os.getpid(), signal.SIGTERM)
     assert stop.signal is signal.SIGTERM
@@ -225,7 +227,7 @@ with StopRequest() as stop:
 def test_handlers_are_put_back() -> None:
     program = """
 import signal
-from jaxlm.signals import STOP_SIGNALS, StopRequest
+from jaxlm.monitor.signals import STOP_SIGNALS, StopRequest
 before = [signal.getsignal(number) for number in STOP_SIGNALS]
 with StopRequest(at_once=True), StopRequest():
     assert [signal.getsignal(number) for number in STOP_SIGNALS] != before
@@ -236,7 +238,7 @@ assert [signal.getsignal(number) for number in STOP_SIGNALS] == before
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 def test_reader_that_goes_away_gets_no_complaint(unbuffered: str) -> None:
-    program = "import time\nfrom jaxlm import cli\ncli.main(lambda: (input(), print('x' * 100_000)))"
+    program = "import time\nfrom jaxlm.commands import cli\ncli.main(lambda: (input(), print('x' * 100_000)))"
     with subprocess.Popen(
         [sys.executable, "-c", program],
         stdin=subprocess.PIPE,

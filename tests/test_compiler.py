@@ -3,10 +3,11 @@
 import pytest
 from conftest import make_config
 
-from jaxlm import Trainer, compiler
-from jaxlm.compiler import compiler_options, describe
+from jaxlm import Trainer
 from jaxlm.config import TrainingConfig, xla_option
 from jaxlm.errors import UserError
+from jaxlm.ops import compiler
+from jaxlm.ops.compiler import compiler_options, describe
 
 
 def options(platform="gpu", **training):

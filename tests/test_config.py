@@ -17,13 +17,13 @@ from jaxlm.config import (
     DataConfig,
     ModelConfig,
     TrainingConfig,
-    accepts,
     changed_fields,
     from_dict,
     replace_fields,
     to_dict,
     validate,
 )
+from jaxlm.config.fields import accepts
 from jaxlm.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -295,7 +295,7 @@ def read_fields() -> dict[str, set[str]]:
     holders = {"model": {"model", "config", "c"}, "training": {"training", "config", "c"}, "data": {"data", "config"}}
     read: dict[str, set[str]] = {name: set() for name in SECTIONS}
     for path in [*(ROOT / "jaxlm").rglob("*.py"), *(ROOT / "scripts").glob("*.py")]:
-        if path.name == "config.py":
+        if path.parent.name == "config":
             continue
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):

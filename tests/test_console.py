@@ -13,14 +13,14 @@ import pytest
 from conftest import documents
 from test_generate import TINY, lively
 
-from jaxlm.checkpoint import LoadedModel, Progress
+from jaxlm.checkpoints.checkpoint import LoadedModel, Progress
+from jaxlm.commands.console import BETWEEN, converse, show_texts
 from jaxlm.config import Config
-from jaxlm.console import BETWEEN, converse, show_texts
+from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.errors import UserError
-from jaxlm.generate import generate_text
+from jaxlm.generation.api import generate_text
 from jaxlm.generation.options import make_options
 from jaxlm.generation.prompts import read_prompts
-from jaxlm.tokenizer import Tokenizer
 
 PROMPTS = ["the café", "my", "a model"]
 OPTIONS: dict[str, Any] = {"max_new_tokens": 24, "temperature": 1.0, "seed": 3}

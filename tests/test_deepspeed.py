@@ -13,8 +13,18 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from jaxlm.config import Config, TrainingConfig, replace_fields
-from jaxlm.deepspeed import DEFAULTS, OPTIMIZERS, OTHER_OPTIMIZERS, SCHEDULERS, TABLE, Rule, _fields, apply, load
 from jaxlm.errors import UserError
+from jaxlm.interop.deepspeed import (
+    DEFAULTS,
+    OPTIMIZERS,
+    OTHER_OPTIMIZERS,
+    SCHEDULERS,
+    TABLE,
+    Rule,
+    _fields,
+    apply,
+    load,
+)
 
 PAGE = Path(__file__).parents[1] / "docs" / "deepspeed.md"
 BATCH = {"train_micro_batch_size_per_gpu": 8, "gradient_accumulation_steps": 8}  # TrainingConfig's own defaults

@@ -5,8 +5,8 @@ import socket
 import jax
 import pytest
 
-from jaxlm import distributed
 from jaxlm.errors import RunFailed, UserError
+from jaxlm.parallel import processes as distributed
 
 
 @pytest.mark.parametrize(

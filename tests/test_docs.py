@@ -24,9 +24,9 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from jaxlm import cli
 from jaxlm.__main__ import COMMANDS, main, program
-from jaxlm.config import SECTIONS, replace_fields, validate
+from jaxlm.commands import cli
+from jaxlm.config import SECTIONS, load_config, replace_fields, validate
 from jaxlm.trainer import Trainer
 
 ROOT = Path(__file__).parents[1]
@@ -185,7 +185,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
     """The folder of a finished tiny run, for commands that want a model that their page has not trained."""
     folder = tmp_path_factory.mktemp("trained") / "run"
     run = {"training.checkpoint_dir": str(folder), "training.report_to": ()}
-    Trainer(replace_fields(cli.load_config("small"), TINY | data_of(corpus) | run)).train()
+    Trainer(replace_fields(load_config("small"), TINY | data_of(corpus) | run)).train()
     return folder
 
 

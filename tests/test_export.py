@@ -25,13 +25,14 @@ from flax import nnx
 from flax.traverse_util import flatten_dict
 from safetensors.numpy import load_file, save_file
 
-from jaxlm import Trainer, export, load, pretrained
-from jaxlm.checkpoint import LoadedModel, Progress
+from jaxlm import Trainer, load
+from jaxlm.checkpoints.checkpoint import LoadedModel, Progress
 from jaxlm.config import Config, DataConfig, ModelConfig, TrainingConfig, replace_fields
+from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.errors import UserError
-from jaxlm.huggingface import ARCHITECTURE, FAMILIES, ROPE_TYPES, family_for, from_config
+from jaxlm.interop import export, pretrained
+from jaxlm.interop.families import ARCHITECTURE, FAMILIES, ROPE_TYPES, family_for, from_config
 from jaxlm.model import Transformer
-from jaxlm.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.xdist_group("export")
 
@@ -423,7 +424,7 @@ FETCH = """
 import json, sys
 from jaxlm.config import Config, replace_fields
 from jaxlm.errors import UserError
-from jaxlm.pretrained import with_architecture
+from jaxlm.interop.pretrained import with_architecture
 for name in sys.argv[1:]:
     try:
         print(with_architecture(replace_fields(Config(), {"training.init_from": name})).model.d_model)
@@ -582,7 +583,7 @@ def vocabulary(trainer: Trainer) -> dict[str, Any]:
 
 def test_padding_of_shards_is_undone() -> None:
     """What 4 devices hold of an axis of 6 is padded to 8, with zeros."""
-    from jaxlm.sharding import DATA, make_mesh, put_whole
+    from jaxlm.parallel.sharding import DATA, make_mesh, put_whole
 
     mesh = make_mesh(jax.devices())
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, DATA))

@@ -12,15 +12,16 @@ from flax import nnx
 from test_model import dense_attention
 
 import jaxlm.trainer
-from jaxlm import Trainer, sharding
+from jaxlm import Trainer
 from jaxlm.config import Config, replace_fields
 from jaxlm.errors import UserError
 from jaxlm.model import Transformer, attention
 from jaxlm.model.attention import choose_attention, why_not_fused
-from jaxlm.model.flash import TILES, flash_attention
-from jaxlm.optim import build_optimizer, build_schedule
-from jaxlm.sharding import Layout
-from jaxlm.step import init_state, make_train_step
+from jaxlm.ops.flash import TILES, flash_attention
+from jaxlm.parallel import sharding
+from jaxlm.parallel.sharding import Layout
+from jaxlm.train.optim import build_optimizer, build_schedule
+from jaxlm.train.step import init_state, make_train_step
 
 # T, heads, heads of keys, head size, documents a row, dropout
 GRID = {

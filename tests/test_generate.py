@@ -12,16 +12,16 @@ from conftest import documents
 from flax import nnx
 
 from jaxlm.config import ModelConfig
+from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.errors import UserError
-from jaxlm.generate import Writer, generate_text, generate_tokens, stream_text
-from jaxlm.generate import generate as generate_all
+from jaxlm.generation.api import Writer, generate_text, generate_tokens, stream_text
+from jaxlm.generation.api import generate as generate_all
 from jaxlm.generation.beam import _Search, beam_search
 from jaxlm.generation.clock import Clock
 from jaxlm.generation.decode import CHUNK, empty_caches, write_slot
 from jaxlm.generation.options import make_options
 from jaxlm.generation.sampling import choose, filter_logits, penalize
 from jaxlm.model import Transformer
-from jaxlm.tokenizer import Tokenizer
 
 VOCAB, WINDOW, NO_EOS = 61, 24, -1
 TINY = ModelConfig(

@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 
 import jaxlm
-from jaxlm import cli
 from jaxlm.__main__ import COMMANDS
+from jaxlm.commands import cli
+from jaxlm.config import load_config
 
 pytestmark = pytest.mark.xdist_group("install")  # one process, so that the wheel is built once
 ROOT = Path(__file__).parents[1]
@@ -138,10 +139,10 @@ def test_mistakes(
 
 def test_a_file_goes_before_a_shipped_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert cli.load_config("small") == cli.load_config(str(ROOT / "configs" / "small.py"))
+    assert load_config("small") == load_config(str(ROOT / "configs" / "small.py"))
     (tmp_path / "small").mkdir()
     with pytest.raises(cli.UserError, match=r"--config \(small\): is a folder"):
-        cli.load_config("small")
+        load_config("small")
 
 
 @pytest.mark.parametrize(

@@ -17,18 +17,19 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from jaxlm import cli, gpus, memory, sharding
 from jaxlm.__main__ import run
-from jaxlm.config import Config, DataConfig, ModelConfig, TrainingConfig, replace_fields
+from jaxlm.config import Config, DataConfig, ModelConfig, TrainingConfig, load_config, replace_fields
 from jaxlm.errors import UserError
-from jaxlm.memory import estimate, largest_batch_size
 from jaxlm.model import Transformer
 from jaxlm.model.attention import FUSED_FROM, choose_attention
 from jaxlm.model.dropout import row_keys
-from jaxlm.optim import build_optimizer
-from jaxlm.precision import compute_dtype
-from jaxlm.sharding import Layout
-from jaxlm.step import batch_loss, init_state
+from jaxlm.parallel import gpus, sharding
+from jaxlm.parallel.sharding import Layout
+from jaxlm.plan import memory
+from jaxlm.plan.memory import estimate, largest_batch_size
+from jaxlm.train.optim import build_optimizer
+from jaxlm.train.precision import compute_dtype
+from jaxlm.train.step import batch_loss, init_state
 
 ROOT = Path(__file__).parents[1]
 DOCUMENT = ROOT / "docs" / "memory.md"
@@ -48,7 +49,7 @@ REMAT = {
 
 
 def gpt2(name="124m", **dotted):
-    return replace_fields(cli.load_config(str(GPT2[name])), dotted)
+    return replace_fields(load_config(str(GPT2[name])), dotted)
 
 
 # ------------------------------------------------------------ state
@@ -386,9 +387,10 @@ def test_the_scripts_errors(capsys, arguments, message):
 def test_an_estimate_starts_no_backend():
     """So that it can be made where the GPUs are busy, or JAX can't use them, and of models that fit nowhere."""
     program = f"""if True:
-        from jaxlm import cli, memory
+        from jaxlm.commands import cli
+        from jaxlm.plan import memory
         from jax._src import xla_bridge
-        config = cli.load_config({str(GPT2["6700m"])!r})
+        config = load_config({str(GPT2["6700m"])!r})
         assert memory.largest_batch_size(config, 64, 2**36) > 0
         assert not xla_bridge._backends, xla_bridge._backends
         assert memory.compiled_on_gpus(config, 64) is None"""
@@ -411,7 +413,7 @@ def test_the_configurations_say_what_they_need(name):
 
 def test_the_llama_configuration_says_what_it_needs():
     path = ROOT / "configs" / "llama_125m.py"
-    config, text = cli.load_config(str(path)), path.read_text(encoding="utf-8")
+    config, text = load_config(str(path)), path.read_text(encoding="utf-8")
     training = config.training
     assert training.batch_size * training.gradient_accumulation_steps * config.data.max_length * 8 == 2**19
     assert f"{memory.parameters(config):,} parameters" in text
@@ -420,7 +422,7 @@ def test_the_llama_configuration_says_what_it_needs():
 
 def test_the_large_configuration_says_what_it_needs():
     path = ROOT / "configs" / "large.py"
-    config, text = cli.load_config(str(path)), path.read_text(encoding="utf-8")
+    config, text = load_config(str(path)), path.read_text(encoding="utf-8")
     assert f"{memory.parameters(config):,} parameters" in text
     on_8, on_1 = (estimate(config, n).total / GIB for n in (8, 1))
     assert f"estimated {on_8:.1f} GiB a GPU on 8, {on_1:.1f} GiB on one" in text

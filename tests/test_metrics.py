@@ -25,9 +25,9 @@ from tensorboardX.proto.event_pb2 import Event
 from jaxlm import Trainer, load
 from jaxlm.config import Config, TrainingConfig, from_dict, to_dict, validate
 from jaxlm.errors import UserError
-from jaxlm.histograms import count_values
-from jaxlm.metrics import MetricsTracker, flops_per_token, memory_gib, model_flops_utilization
-from jaxlm.sinks import Histogram, JsonLines, Samples, TensorBoard, check_report_to, hyperparameters, make_sinks
+from jaxlm.monitor.histograms import count_values
+from jaxlm.monitor.metrics import MetricsTracker, flops_per_token, memory_gib, model_flops_utilization
+from jaxlm.monitor.sinks import Histogram, JsonLines, Samples, TensorBoard, check_report_to, hyperparameters, make_sinks
 
 pytestmark = pytest.mark.xdist_group("metrics")  # one process, so that the run is done once
 
@@ -471,8 +471,8 @@ import sys
 from pathlib import Path
 from jaxlm.config import Config, TrainingConfig
 from jaxlm.errors import UserError
-from jaxlm.metrics import MetricsTracker
-from jaxlm.sinks import Histogram, check_report_to, make_sinks
+from jaxlm.monitor.metrics import MetricsTracker
+from jaxlm.monitor.sinks import Histogram, check_report_to, make_sinks
 import numpy as np
 if sys.argv[2] == "missing":
     sys.modules[sys.argv[3]] = None  # what its import finds where it is not installed

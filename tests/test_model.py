@@ -11,10 +11,10 @@ import pytest
 from flax import nnx
 
 from jaxlm.config import ModelConfig
-from jaxlm.loss import loss_sums
 from jaxlm.model import Transformer, attention
 from jaxlm.model.dropout import dropout, keep_mask, row_keys
 from jaxlm.model.embedding import lookup
+from jaxlm.train.loss import loss_sums
 
 SMALL = ModelConfig(vocab_size=97, d_model=32, n_heads=4, n_layers=3, d_ff=64, max_seq_len=64)
 MODERN: dict[str, Any] = {  # all that newer models do otherwise than GPT-2

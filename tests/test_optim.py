@@ -17,7 +17,7 @@ from flax import nnx
 from jaxlm.config import ModelConfig, TrainingConfig
 from jaxlm.errors import UserError
 from jaxlm.model import Transformer
-from jaxlm.optim import SCHEDULES, build_optimizer, build_schedule, check_optimizer, decay_mask, effective_warmup
+from jaxlm.train.optim import SCHEDULES, build_optimizer, build_schedule, check_optimizer, decay_mask, effective_warmup
 
 MODEL = ModelConfig(vocab_size=61, d_model=32, n_heads=2, n_layers=2, d_ff=64, max_seq_len=24)
 TRAINING = TrainingConfig(learning_rate=1e-2, warmup_steps=0, eps=1e-4)

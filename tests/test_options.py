@@ -4,7 +4,7 @@ import dataclasses
 import typing
 from pathlib import Path
 
-from jaxlm.cli import _shown
+from jaxlm.commands.cli import _shown
 from jaxlm.config import SECTIONS, type_name
 
 PAGE = Path(__file__).parents[1] / "docs" / "options.md"

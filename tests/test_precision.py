@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import pytest
 
 from jaxlm.config import TrainingConfig
-from jaxlm.precision import MAX_LOSS_SCALE, initial_loss_scale, next_loss_scale
+from jaxlm.train.precision import MAX_LOSS_SCALE, initial_loss_scale, next_loss_scale
 
 FLOAT16 = TrainingConfig(amp_dtype="float16", loss_scale_window=3, loss_scale_hysteresis=2, min_loss_scale=4.0)
 

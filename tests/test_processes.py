@@ -14,7 +14,7 @@ from conftest import make_config
 
 from jaxlm import Trainer
 from jaxlm.config import to_dict
-from jaxlm.distributed import HEARTBEAT_SECONDS
+from jaxlm.parallel.processes import HEARTBEAT_SECONDS
 
 ROOT = Path(__file__).parents[1]
 STEPS = {"training.gradient_accumulation_steps": 2, "training.max_steps": 9, "training.save_steps": 3}

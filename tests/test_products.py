@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxlm import products
 from jaxlm.config import ModelConfig
-from jaxlm.loss import loss_sums
 from jaxlm.model import Transformer
+from jaxlm.ops import matmul as products
+from jaxlm.train.loss import loss_sums
 
 PRODUCT = re.compile(r"stablehlo\.dot_general.*: \(tensor<(?:\d+x)*(\w+)>, tensor<(?:\d+x)*(\w+)>\)")
 

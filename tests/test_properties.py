@@ -16,12 +16,13 @@ import numpy as np
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
-from jaxlm import cli
-from jaxlm.config import SECTIONS, Config, TrainingConfig, accepts, from_dict, replace_fields, to_dict
+from jaxlm.commands import cli
+from jaxlm.config import SECTIONS, Config, TrainingConfig, from_dict, replace_fields, to_dict
+from jaxlm.config.fields import accepts
 from jaxlm.data.loader import Rows, documents_of_step, train_batches
 from jaxlm.data.packing import plan
 from jaxlm.errors import UserError
-from jaxlm.optim import SCHEDULES, build_schedule, effective_warmup
+from jaxlm.train.optim import SCHEDULES, build_schedule, effective_warmup
 
 ROOT = Path(__file__).parents[1]
 FIELD_TYPES = {

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from test_step import MODEL, assert_close, config_of, make_batch, regroup, run, start
 
-from jaxlm import sharding
-from jaxlm.sharding import Layout, Split
+from jaxlm.parallel import sharding
+from jaxlm.parallel.sharding import Layout, Split
 
 ROOT = Path(__file__).parents[1]
 UNROLLED = dataclasses.replace(MODEL, scan_layers=False)

@@ -25,9 +25,9 @@ from jaxlm.data import tokens
 from jaxlm.data.documents import Document
 from jaxlm.data.held_out import HeldOut
 from jaxlm.data.sources import Source, open_source
+from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.data.tokens import SPLITS, cache_root, prepare
 from jaxlm.errors import UserError
-from jaxlm.tokenizer import Tokenizer
 
 LINES = [f"document {i}: {'some words to tokenize ' * (i % 7 + 1)}" for i in range(40)]
 

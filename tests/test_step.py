@@ -11,14 +11,14 @@ import optax
 import pytest
 from flax import nnx
 
-from jaxlm import sharding
 from jaxlm.config import Config, DataConfig, ModelConfig, TrainingConfig
 from jaxlm.model import Transformer
 from jaxlm.model.layers import Block
-from jaxlm.optim import build_optimizer, build_schedule
-from jaxlm.precision import compute_dtype
-from jaxlm.sharding import Layout
-from jaxlm.step import CPU_PART_TOKENS, in_parts, init_state, make_train_step
+from jaxlm.parallel import sharding
+from jaxlm.parallel.sharding import Layout
+from jaxlm.train.optim import build_optimizer, build_schedule
+from jaxlm.train.precision import compute_dtype
+from jaxlm.train.step import CPU_PART_TOKENS, in_parts, init_state, make_train_step
 
 VOCAB, T, ROWS = 61, 24, 16
 MODEL = ModelConfig(vocab_size=VOCAB, d_model=32, n_heads=2, n_layers=2, d_ff=64, max_seq_len=T, scan_layers=True)
@@ -118,7 +118,7 @@ def test_parts_beside_each_other_equal_all_rows_at_once(monkeypatch):
     half = dataclasses.replace(MODEL, dropout=0.5, attention_dropout=0.5)
     config, batches = config_of(half, optimizer="sgd"), [make_batch(seed=s) for s in range(3)]
     whole, whole_losses, _ = run(config, batches)
-    monkeypatch.setattr("jaxlm.step.CPU_PART_TOKENS", ROWS * T // 4)
+    monkeypatch.setattr("jaxlm.train.step.CPU_PART_TOKENS", ROWS * T // 4)
     monkeypatch.setitem(globals(), "start", start.__wrapped__)  # not the step from the cache
     parts, losses, _ = run(config, batches)
     np.testing.assert_allclose(losses, whole_losses, rtol=1e-5)
@@ -147,7 +147,7 @@ def test_parts_are_equal_and_large(rows, tokens, devices, parts):
 
 def test_a_block_is_traced_once(monkeypatch):
     """For all layers, parts and micro-batches: otherwise an update of configs/small.py begins 10 seconds later."""
-    monkeypatch.setattr("jaxlm.step.CPU_PART_TOKENS", ROWS * T // 8)
+    monkeypatch.setattr("jaxlm.train.step.CPU_PART_TOKENS", ROWS * T // 8)
     calls, whole = [], Block.__call__
     monkeypatch.setattr(Block, "__call__", lambda self, *a: calls.append(1) or whole(self, *a))
     step, state = start.__wrapped__(config_of(dataclasses.replace(MODEL, scan_layers=False)))

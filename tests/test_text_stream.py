@@ -5,8 +5,8 @@ from conftest import documents
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.generation.text import TextStream
-from jaxlm.tokenizer import Tokenizer
 
 TOKENIZER = Tokenizer.train(documents(60, 1), 300)
 IDS = st.lists(st.integers(3, TOKENIZER.vocab_size - 1), max_size=25)  # any bytes, so mostly no UTF-8

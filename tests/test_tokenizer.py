@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import models, pre_tokenizers, processors
 
+from jaxlm.data.tokenizer import BOS_NAMES, EOS_NAMES, Tokenizer, split_safely
 from jaxlm.errors import UserError
-from jaxlm.tokenizer import BOS_NAMES, EOS_NAMES, Tokenizer, split_safely
 
 PROSE = [f"The {i}th line of text, isn't it?\n    def f{i}(x):\r\n\treturn x  # <bos> <eos>\n\n" for i in range(60)]
 TOKENIZER = Tokenizer.train(PROSE, 400)

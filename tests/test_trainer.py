@@ -15,11 +15,12 @@ import numpy as np
 import pytest
 from conftest import make_config
 
-from jaxlm import Trainer, checkpoint, load
+from jaxlm import Trainer, load
+from jaxlm.checkpoints import checkpoint
+from jaxlm.checkpoints.folder import checkpoint_steps
 from jaxlm.config import resolved, to_dict
 from jaxlm.errors import RunFailed, Stopped, UserError
-from jaxlm.evaluate import evaluate_model
-from jaxlm.folder import checkpoint_steps
+from jaxlm.run.evaluate import evaluate_model
 
 pytestmark = pytest.mark.xdist_group("trainer")  # one worker makes the reference run, once
 

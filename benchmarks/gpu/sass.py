@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxlm.model.flash import TILES, Tile, flash_attention
+from jaxlm.ops.flash import TILES, Tile, flash_attention
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from lib.report import markdown

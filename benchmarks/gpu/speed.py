@@ -26,8 +26,8 @@ from lib.worker import answers
 from lib.workers import Worker, WorkerFailed
 from ours import dump_batches
 
-from jaxlm.cli import load_config
-from jaxlm.metrics import flops_per_token, model_flops_utilization
+from jaxlm.config import load_config
+from jaxlm.monitor.metrics import flops_per_token, model_flops_utilization
 
 BENCHMARKS = Path(__file__).resolve().parents[1]
 PROGRAMS = {"ours": "ours.py", "gpt": "peer_gpt.py", "compiled": "peer_torch.py"}

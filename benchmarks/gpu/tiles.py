@@ -1,7 +1,7 @@
 """Which tiles of the fused attention kernels are fastest on this GPU: python benchmarks/gpu/tiles.py [--sizes 64 128]
 
 Each kernel is timed by itself, packed with and without dropout and unpacked, at GPT-2's 32 x 1024 tokens. The tiles in
-use stand first. What does not compile is shown as such. For choosing TILES in jaxlm/model/flash.py.
+use stand first. What does not compile is shown as such. For choosing TILES in jaxlm/ops/flash.py.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from kernels import reason, seconds_a_call
 from lib.report import markdown
 
 from jaxlm.model import flash
-from jaxlm.model.flash import TILES, Tile
+from jaxlm.ops.flash import TILES, Tile
 
 KERNELS = {"forward": "forward", "keys": "keys_and_values", "queries": "queries"}  # and their fields of Tiles
 TRIED = {

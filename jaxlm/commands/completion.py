@@ -2,7 +2,7 @@
 
 import argparse
 
-from jaxlm import cli
+from jaxlm.commands import cli
 
 SHELLS = {  # shell: how it is switched on for good
     "bash": "echo 'eval \"$(jaxlm completion bash)\"' >> ~/.bashrc",

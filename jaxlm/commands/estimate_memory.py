@@ -5,7 +5,8 @@ import dataclasses
 import json
 from typing import Any
 
-from jaxlm import cli, gpus
+from jaxlm.commands import cli
+from jaxlm.parallel import gpus
 
 
 def add_options(parser: cli.Parser) -> None:
@@ -40,8 +41,8 @@ def run(arguments: argparse.Namespace) -> None:
         size = gpus.parse_memory(arguments.memory)
     devices = arguments.devices if arguments.devices is not None else config.training.world_size or 1
 
-    from jaxlm import memory
-    from jaxlm.pretrained import with_architecture
+    from jaxlm.interop.pretrained import with_architecture
+    from jaxlm.plan import memory
 
     config = with_architecture(config)
     estimate = memory.estimate(config, devices)

@@ -5,7 +5,7 @@ import dataclasses
 import json
 import sys
 
-from jaxlm import cli
+from jaxlm.commands import cli
 
 
 def add_options(parser: cli.Parser) -> None:
@@ -19,9 +19,9 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.batch_size is not None and arguments.batch_size < 1:
         raise cli.UserError(f"--batch_size ({arguments.batch_size}) must be at least 1")
 
-    from jaxlm.checkpoint import load
-    from jaxlm.distributed import find_devices
-    from jaxlm.evaluate import evaluate_model
+    from jaxlm.checkpoints.checkpoint import load
+    from jaxlm.parallel.processes import find_devices
+    from jaxlm.run.evaluate import evaluate_model
 
     find_devices()
     loaded = load(arguments.model)

@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from jaxlm import cli
+from jaxlm.commands import cli
 
 
 def add_options(parser: cli.Parser) -> None:
@@ -21,9 +21,9 @@ def add_options(parser: cli.Parser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     source, to = Path(arguments.model), Path(arguments.to)
 
-    from jaxlm.checkpoint import load
-    from jaxlm.distributed import find_devices
-    from jaxlm.export import check_dtype, check_target, export, parse_size
+    from jaxlm.checkpoints.checkpoint import load
+    from jaxlm.interop.export import check_dtype, check_target, export, parse_size
+    from jaxlm.parallel.processes import find_devices
 
     max_shard_size = parse_size(arguments.max_shard_size)
     check_dtype(arguments.dtype)

@@ -2,7 +2,7 @@
 
 import argparse
 
-from jaxlm import cli
+from jaxlm.commands import cli
 from jaxlm.generation import options as generation_options
 from jaxlm.generation.prompts import read_prompts
 
@@ -35,7 +35,7 @@ def run(arguments: argparse.Namespace) -> None:
         raise cli.UserError("--interactive takes no --prompt, --prompts_file, --json or --stream false; leave them out")
     prompts = [] if arguments.interactive else read_prompts(arguments.prompt or [], arguments.prompts_file)
 
-    from jaxlm.console import converse, open_model, show_texts
+    from jaxlm.commands.console import converse, open_model, show_texts
 
     loaded = open_model(arguments.model)
     if arguments.interactive:

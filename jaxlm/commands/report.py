@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from jaxlm import cli
+from jaxlm.commands import cli
 from jaxlm.report import FILE, write_report
 
 

@@ -2,8 +2,9 @@
 
 import argparse
 
-from jaxlm import cli, deepspeed
+from jaxlm.commands import cli
 from jaxlm.config import validate
+from jaxlm.interop import deepspeed
 
 
 def add_options(parser: cli.Parser) -> None:
@@ -26,12 +27,12 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.resume_from_checkpoint is not None:
         config = cli.replace_fields(config, {"training.resume_from_checkpoint": arguments.resume_from_checkpoint})
 
-    from jaxlm.pretrained import with_architecture
+    from jaxlm.interop.pretrained import with_architecture
 
     # Before JAX is imported, so that a mistake shows at once.
     deepspeed.apply(validate(with_architecture(config, arguments.fresh)), world=None)
 
-    from jaxlm import distributed
+    from jaxlm.parallel import processes as distributed
     from jaxlm.trainer import Trainer
 
     distributed.start(arguments.coordinator_address, arguments.num_processes, arguments.process_id)

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxlm.config import LARGEST_INT
+from jaxlm.config.validate import LARGEST_INT
 from jaxlm.data.packing import Plan
 from jaxlm.data.tokens import TokenDocuments
 from jaxlm.errors import UserError

@@ -30,8 +30,8 @@ import numpy as np
 from jaxlm.config import DataConfig
 from jaxlm.data.documents import Document, LeftOut
 from jaxlm.data.sources import Source, open_source
+from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.errors import UserError
-from jaxlm.tokenizer import Tokenizer
 
 FORMAT = 2  # raise it when what is stored, or how text becomes tokens, changes
 SPLITS = ("train", "validation")

@@ -6,8 +6,10 @@ import json
 import typing
 from typing import Any
 
-from jaxlm import cli
-from jaxlm.config import check_field, nearest, option, type_name
+from jaxlm.commands import cli
+from jaxlm.config import nearest, type_name
+from jaxlm.config.schema import option
+from jaxlm.config.validate import check_field
 from jaxlm.errors import UserError
 
 

@@ -18,8 +18,8 @@ import jax.numpy as jnp
 from jaxlm.config import Config
 from jaxlm.errors import UserError
 from jaxlm.model.dropout import keep_mask
-from jaxlm.model.flash import MAX_HEAD_SIZE, flash_attention
-from jaxlm.products import on_cpu, product
+from jaxlm.ops.flash import MAX_HEAD_SIZE, flash_attention
+from jaxlm.ops.matmul import on_cpu, product
 
 FUSED = ("cudnn", "pallas")  # kernels, in the order of preference
 FUSED_FROM = 8.0  # compute capability, that of the A100

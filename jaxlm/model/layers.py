@@ -17,7 +17,7 @@ from jaxlm.config import ModelConfig
 from jaxlm.model.attention import cached_attention, causal_attention, write_cache
 from jaxlm.model.dropout import dropout
 from jaxlm.model.positions import rotate
-from jaxlm.products import on_cpu
+from jaxlm.ops.matmul import on_cpu
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {  # of float32 values
     "gelu": lambda x: jax.nn.gelu(x, approximate=True),

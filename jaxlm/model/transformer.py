@@ -18,7 +18,7 @@ from jaxlm.model.dropout import dropout
 from jaxlm.model.embedding import lookup
 from jaxlm.model.layers import PRODUCT, Block, Cache, make_norm, normalised
 from jaxlm.model.positions import sinusoids
-from jaxlm.products import product
+from jaxlm.ops.matmul import product
 
 REMAT_POLICIES = {"full": None, "dots": jax.checkpoint_policies.save_only_these_names(PRODUCT)}
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from jaxlm.config import Config, to_dict
 from jaxlm.errors import UserError
-from jaxlm.health import LossSpikes
+from jaxlm.monitor.anomalies import LossSpikes
 from jaxlm.report.elements import duration, number
 
 Points = list[tuple[int, float]]  # (step, value); NaN where the value was not finite

@@ -8,9 +8,9 @@ import pytest
 from conftest import make_config
 
 from jaxlm import Trainer, load
+from jaxlm.checkpoints.folder import checkpoint_steps, newest_intact
+from jaxlm.checkpoints.manifest import damage
 from jaxlm.errors import UserError
-from jaxlm.folder import checkpoint_steps, newest_intact
-from jaxlm.manifest import damage
 
 STEPS = {"training.max_steps": 6, "training.save_steps": 2, "training.eval_steps": 3}
 

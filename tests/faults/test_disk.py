@@ -13,12 +13,13 @@ import jax
 import pytest
 from conftest import make_config
 
-from jaxlm import Trainer, checkpoint
+from jaxlm import Trainer
+from jaxlm.checkpoints import checkpoint
+from jaxlm.checkpoints.folder import checkpoint_steps
+from jaxlm.checkpoints.manifest import damage
 from jaxlm.errors import RunFailed, UserError
-from jaxlm.folder import checkpoint_steps
-from jaxlm.manifest import damage
-from jaxlm.metrics import MetricsTracker
-from jaxlm.sinks import JsonLines, TensorBoard
+from jaxlm.monitor.metrics import MetricsTracker
+from jaxlm.monitor.sinks import JsonLines, TensorBoard
 
 STEPS = {"training.max_steps": 8, "training.save_steps": 2, "training.eval_steps": 3}
 Usage = namedtuple("Usage", "total used free")

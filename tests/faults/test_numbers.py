@@ -8,15 +8,15 @@ import jax.numpy as jnp
 import pytest
 from conftest import make_config
 
-import jaxlm.step
+import jaxlm.train.step
 from jaxlm import Trainer
 from jaxlm.errors import RunFailed
-from jaxlm.health import LossSpikes
+from jaxlm.monitor.anomalies import LossSpikes
 
 
 def poison_gradients(monkeypatch, steps):
     """Makes one gradient of each of these updates (from 1) not a number."""
-    make = jaxlm.step.make_gradients
+    make = jaxlm.train.step.make_gradients
 
     def poisoned(*arguments):
         gradients_of = make(*arguments)
@@ -30,7 +30,7 @@ def poison_gradients(monkeypatch, steps):
 
         return with_nan
 
-    monkeypatch.setattr(jaxlm.step, "make_gradients", poisoned)
+    monkeypatch.setattr(jaxlm.train.step, "make_gradients", poisoned)
 
 
 def test_skipped_updates_are_named_with_their_documents(tmp_path, corpus, monkeypatch, capsys):

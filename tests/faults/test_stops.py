@@ -14,9 +14,11 @@ import pytest
 from conftest import make_config
 
 import jaxlm.trainer
-from jaxlm import Trainer, checkpoint, cli
+from jaxlm import Trainer
+from jaxlm.checkpoints import checkpoint
+from jaxlm.checkpoints.folder import checkpoint_steps
+from jaxlm.commands import cli
 from jaxlm.config import to_dict
-from jaxlm.folder import checkpoint_steps
 
 STEPS = {"training.max_steps": 6, "training.save_steps": 2, "training.eval_steps": 3}
 
@@ -67,8 +69,10 @@ def test_sigterm_at_any_moment(tmp_path, corpus, monkeypatch, capsys, moment):
 
 HANG = """
     import sys, threading
-    from jaxlm import Trainer, cli, distributed
-    from jaxlm.config import replace_fields
+    from jaxlm import Trainer
+    from jaxlm.commands import cli
+    from jaxlm.parallel import processes as distributed
+    from jaxlm.config import load_config, replace_fields
 
     class Hanging(Trainer):
         def _log_metrics(self, loss):
@@ -79,7 +83,7 @@ HANG = """
     def run():
         if len(sys.argv) > 3:
             distributed.start(f"127.0.0.1:{sys.argv[2]}", 2, int(sys.argv[3]))
-        config = replace_fields(cli.load_config(sys.argv[1]), {"training.watchdog_seconds": 5})
+        config = replace_fields(load_config(sys.argv[1]), {"training.watchdog_seconds": 5})
         trainer = Hanging(config)
         if sys.argv[3:] == ["1"]:
             trainer._watchdog.limit = 100  # the one that waits shall speak first

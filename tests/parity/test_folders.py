@@ -16,14 +16,15 @@ from conftest import documents
 from flax import nnx
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from jaxlm import export, huggingface, pretrained
-from jaxlm.checkpoint import LoadedModel, Progress
+from jaxlm.checkpoints.checkpoint import LoadedModel, Progress
 from jaxlm.config import Config, DataConfig, ModelConfig, TrainingConfig, replace_fields
-from jaxlm.generate import generate_text
-from jaxlm.huggingface import FAMILIES, Family, family_for
+from jaxlm.data.tokenizer import Tokenizer
+from jaxlm.generation.api import generate_text
+from jaxlm.interop import export, pretrained
+from jaxlm.interop import families as huggingface
+from jaxlm.interop.families import FAMILIES, Family, family_for
 from jaxlm.model import Transformer
-from jaxlm.sharding import path_name
-from jaxlm.tokenizer import Tokenizer
+from jaxlm.parallel.sharding import path_name
 
 SMALL = {"vocab_size": 320, "d_model": 32, "n_heads": 4, "n_layers": 2, "d_ff": 48, "max_seq_len": 40}
 LLAMA = {**SMALL, "norm": "rmsnorm", "use_bias": False, "activation": "swiglu", "positions": "rotary"}

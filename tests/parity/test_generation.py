@@ -14,7 +14,7 @@ from flax import nnx
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from jaxlm.config import ModelConfig
-from jaxlm.generate import generate_tokens
+from jaxlm.generation.api import generate_tokens
 from jaxlm.model import Transformer
 
 VOCAB, LAYERS, HEADS, WIDTH, WINDOW = 97, 2, 2, 32, 64

@@ -13,9 +13,9 @@ import pytest
 from conftest import documents
 from test_folders import LLAMA, exported, loaded_model
 
-from jaxlm.checkpoint import LoadedModel
-from jaxlm.loss import loss_sums
-from jaxlm.tokenizer import Tokenizer
+from jaxlm.checkpoints.checkpoint import LoadedModel
+from jaxlm.data.tokenizer import Tokenizer
+from jaxlm.train.loss import loss_sums
 
 TASKS = {
     "whole_text": """

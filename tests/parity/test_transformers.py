@@ -31,15 +31,15 @@ from transformers import (
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from jaxlm.config import Config, DataConfig, ModelConfig, TrainingConfig, replace_fields
-from jaxlm.generate import generate_tokens
-from jaxlm.huggingface import FAMILIES, Family, from_tensors
-from jaxlm.loss import loss_sums
+from jaxlm.generation.api import generate_tokens
+from jaxlm.interop.families import FAMILIES, Family, from_tensors
+from jaxlm.interop.pretrained import open_pretrained, with_architecture
 from jaxlm.model import Transformer
 from jaxlm.model.positions import rotary_frequencies
-from jaxlm.optim import build_optimizer, build_schedule
-from jaxlm.pretrained import open_pretrained, with_architecture
-from jaxlm.sharding import Layout, make_mesh, path_name
-from jaxlm.step import init_state, make_train_step
+from jaxlm.parallel.sharding import Layout, make_mesh, path_name
+from jaxlm.train.loss import loss_sums
+from jaxlm.train.optim import build_optimizer, build_schedule
+from jaxlm.train.step import init_state, make_train_step
 
 ROWS = 2
 IDS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": 0}

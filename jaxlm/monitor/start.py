@@ -18,10 +18,10 @@ import jaxlm
 from jaxlm.config import Config
 from jaxlm.data.loader import Rows
 from jaxlm.data.packing import Plan
-from jaxlm.optim import Schedule, effective_warmup, schedule_end
-from jaxlm.precision import compute_dtype
-from jaxlm.products import cpu_has_bfloat16
-from jaxlm.sinks import open_lines
+from jaxlm.monitor.sinks import open_lines
+from jaxlm.ops.matmul import cpu_has_bfloat16
+from jaxlm.train.optim import Schedule, effective_warmup, schedule_end
+from jaxlm.train.precision import compute_dtype
 
 FILE = "starts.jsonl"
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "datasets", "tokenizers", "numpy")
@@ -121,7 +121,7 @@ def of_program() -> dict[str, Any]:
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "command": _command(sys.orig_argv),
-        "commit": commit_of(Path(__file__).parents[1]),
+        "commit": commit_of(Path(__file__).parents[2]),
         "versions": {"jaxlm": jaxlm.__version__, "python": platform.python_version()} | found,
         "system": f"{platform.system()} {platform.machine()}",
     }

@@ -287,7 +287,7 @@ def _own_class(name: str) -> Callable[[Path, Config], Sink]:
     except ImportError as error:
         raise UserError(f"{where}: {one_line(error)}; put the module's folder on PYTHONPATH, or install it") from error
     if not isinstance(found, type) or not all(callable(getattr(found, method, None)) for method in ("write", "close")):
-        raise UserError(f"{where}: is not a class with write(row, step) and close(); see jaxlm.sinks.Sink")
+        raise UserError(f"{where}: is not a class with write(row, step) and close(); see jaxlm.monitor.sinks.Sink")
     return found
 
 

@@ -15,9 +15,9 @@ from pathlib import Path
 import jax
 from filelock import FileLock, Timeout
 
-from jaxlm.distributed import barrier, is_leader, say, told_by_any
+from jaxlm.checkpoints.manifest import damage, is_sealed
 from jaxlm.errors import UserError
-from jaxlm.manifest import damage, is_sealed
+from jaxlm.parallel.processes import barrier, is_leader, say, told_by_any
 
 PREFIX = "checkpoint"
 MODELS = ("best_model", "final_model")

@@ -8,8 +8,8 @@ from typing import Any
 import jax
 
 from jaxlm.config import profiled_steps
-from jaxlm.distributed import is_leader, say
 from jaxlm.errors import UserError
+from jaxlm.parallel.processes import is_leader, say
 
 
 class Profiler:

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlm.config import Config
-from jaxlm.sharding import STACKED, Layout, path_name
-from jaxlm.sinks import Histogram
-from jaxlm.step import Batch, TrainState, make_gradients
+from jaxlm.monitor.sinks import Histogram
+from jaxlm.parallel.sharding import STACKED, Layout, path_name
+from jaxlm.train.step import Batch, TrainState, make_gradients
 
 BINS = 64
 

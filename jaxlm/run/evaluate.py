@@ -8,13 +8,13 @@ import jax
 import numpy as np
 from flax import nnx
 
-from jaxlm.checkpoint import LoadedModel
+from jaxlm.checkpoints.checkpoint import LoadedModel
 from jaxlm.config import DataConfig, validate
 from jaxlm.data.loader import Rows, eval_batches
 from jaxlm.data.packing import plan_cached
 from jaxlm.data.tokens import prepare
-from jaxlm.sharding import Layout, make_mesh
-from jaxlm.step import Params, make_eval_step
+from jaxlm.parallel.sharding import Layout, make_mesh
+from jaxlm.train.step import Params, make_eval_step
 
 EvalStep = Callable[[Params, Any], tuple[jax.Array, jax.Array]]
 BATCHES_AHEAD = 3  # dispatched at most. Without a bound all batches would be held, and several CPU devices get stuck

@@ -19,8 +19,8 @@ from jax.experimental import multihost_utils
 
 from jaxlm.config import TrainingConfig
 from jaxlm.errors import RunFailed, UserError
-from jaxlm.gpus import FRACTION_VARIABLES
-from jaxlm.host_memory import keep_freed_memory
+from jaxlm.ops.host_memory import keep_freed_memory
+from jaxlm.parallel.gpus import FRACTION_VARIABLES
 
 HEARTBEAT_SECONDS = 30  # a process that was silent for this long is taken for dead, and the whole job ends
 START_SECONDS = 300  # to wait for all processes to have started

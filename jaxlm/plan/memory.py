@@ -21,19 +21,20 @@ import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding
 
-from jaxlm import deepspeed, sharding
 from jaxlm.config import Config, ModelConfig, resolved, validate
 from jaxlm.errors import UserError
-from jaxlm.gpus import FRACTION_VARIABLES
-from jaxlm.loss import bytes_of_chunk
+from jaxlm.interop import deepspeed
 from jaxlm.model import Transformer
 from jaxlm.model.attention import BLOCK, FUSED_FROM, UNROLL, choose_attention, compute_capability
-from jaxlm.model.flash import TILES, padded_head_size
 from jaxlm.model.layers import GATES
-from jaxlm.optim import build_optimizer, build_schedule, check_optimizer
-from jaxlm.precision import compute_dtype
-from jaxlm.sharding import STACKED, TENSOR_AXES, Layout
-from jaxlm.step import TrainState, compile_train_step, init_state, make_train_step
+from jaxlm.ops.flash import TILES, padded_head_size
+from jaxlm.parallel import sharding
+from jaxlm.parallel.gpus import FRACTION_VARIABLES
+from jaxlm.parallel.sharding import STACKED, TENSOR_AXES, Layout
+from jaxlm.train.loss import bytes_of_chunk
+from jaxlm.train.optim import build_optimizer, build_schedule, check_optimizer
+from jaxlm.train.precision import compute_dtype
+from jaxlm.train.step import TrainState, compile_train_step, init_state, make_train_step
 
 BATCHES = 4  # on the device at a time: one computed with, the others sent ahead
 MOST_ROWS = 2**20  # where the search for the largest batch_size ends

@@ -23,12 +23,12 @@ from flax.traverse_util import flatten_dict
 from tokenizers.processors import TemplateProcessing
 
 import jaxlm
-from jaxlm.checkpoint import LoadedModel, Progress, reason_of
+from jaxlm.checkpoints.checkpoint import LoadedModel, Progress, reason_of
+from jaxlm.checkpoints.manifest import sync
 from jaxlm.config import Config, DataConfig, nearest, replace_fields, to_dict
+from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.errors import UserError
-from jaxlm.huggingface import family_for, to_config, to_tensors
-from jaxlm.manifest import sync
-from jaxlm.tokenizer import Tokenizer
+from jaxlm.interop.families import family_for, to_config, to_tensors
 
 DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}

@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from jaxlm.config import ModelConfig, check_field
+from jaxlm.config import ModelConfig
+from jaxlm.config.validate import check_field
 from jaxlm.errors import UserError
 
 # What a run may choose for itself, whatever the model that it starts from.

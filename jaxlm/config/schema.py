@@ -1,24 +1,16 @@
-"""Every option of a run, its default, its meaning and its bounds; imports nothing heavy.
+"""Every option of a run, its default, its meaning and its bounds.
 
 A field is declared once, with `option(default, help, ...)`: the command line, `--help`, the JSON reader and
 `validate` are all driven by these declarations. Values are never changed in place: use `dataclasses.replace`.
 """
 
 import dataclasses
-import difflib
 import re
-import types
 import typing
-from collections.abc import Callable, Iterable, Mapping
-from fnmatch import fnmatchcase
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any, TypeVar
 
-from jaxlm.errors import UserError
-
 T = TypeVar("T")
-LARGEST_INT, LARGEST_FLOAT = 2**31 - 1, 3.4e38  # what JAX computes with: int32, float32
-SHOWN = 200  # characters of a wrong value that a message repeats
 
 
 def option(
@@ -45,7 +37,7 @@ def option(
 
 
 def _is_own_sink(item: Any) -> bool:
-    """Whether an entry of report_to is a sink of the user's own: "module:Class", or an object (see jaxlm/sinks.py)."""
+    """Whether an entry of report_to is a sink of the user's own: "module:Class", or an object (jaxlm.monitor.sinks)."""
     if isinstance(item, str):
         return re.fullmatch(r"[^:]+:[^:]+", item) is not None
     methods = (getattr(item, name, None) for name in ("write", "close"))
@@ -219,7 +211,7 @@ class TrainingConfig(_Section):
     )
     report_to: tuple[Any, ...] = option(
         ("tensorboard",),
-        "where metrics go beside metrics.jsonl; also module:Class, a sink of your own (jaxlm/sinks.py)",
+        "where metrics go beside metrics.jsonl; also module:Class, a sink of your own (jaxlm/monitor/sinks.py)",
         choices=("tensorboard", "wandb", "trackio", "jsonl"),
         others=_is_own_sink,
         resumable=True,
@@ -332,286 +324,3 @@ class Config:
 
 
 SECTIONS: dict[str, type[_Section]] = {"model": ModelConfig, "training": TrainingConfig, "data": DataConfig}
-
-
-def nearest(name: str, known: typing.Iterable[str]) -> str:
-    """' (did you mean X?)' for the known name closest to `name`, or ''."""
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f" (did you mean {close[0]}?)" if close else ""
-
-
-def accepts(annotation: Any, value: Any) -> bool:
-    """Whether `value` has the declared type: an int passes for a float, a bool passes for neither."""
-    options = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
-    for kind in options:
-        if typing.get_origin(kind) is tuple:
-            item_type = typing.get_args(kind)[0]
-            if isinstance(value, tuple) and all(item_type is Any or isinstance(item, item_type) for item in value):
-                return True
-        elif kind is float:
-            if isinstance(value, int | float) and not isinstance(value, bool):
-                return True
-        elif isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
-            return True
-    return False
-
-
-def type_name(annotation: Any) -> str:
-    """How a declared type is called in messages, such as 'int or none'."""
-    options = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
-    names = {type(None): "none", bool: "true or false", str: "text"}
-    return " or ".join(
-        "list of text" if typing.get_origin(kind) is tuple else names.get(kind, kind.__name__) for kind in options
-    )
-
-
-def replace_fields(config: Config, values: Mapping[str, Any]) -> Config:
-    """A copy of `config` with the fields named in `values` ("section.field") set.
-
-    Raises:
-      UserError: a name is unknown.
-    """
-    changes: dict[str, dict[str, Any]] = {name: {} for name in SECTIONS}
-    for dotted, value in values.items():
-        section, _, field = dotted.partition(".")
-        if section not in SECTIONS:
-            raise UserError(
-                f"{dotted}: unknown section {section!r}{nearest(section, SECTIONS)}; use model, training or data"
-            )
-        known = [f.name for f in dataclasses.fields(SECTIONS[section])]
-        if field not in known:
-            elsewhere = [f"{s}.{field}" for s in SECTIONS if field in {f.name for f in dataclasses.fields(SECTIONS[s])}]
-            hint = f" (did you mean {elsewhere[0]}?)" if elsewhere else nearest(field, known)
-            raise UserError(f"{dotted}: unknown field{hint}")
-        changes[section][field] = value
-    sections = {name: dataclasses.replace(getattr(config, name), **changes[name]) for name in SECTIONS}
-    return Config(**typing.cast(Any, sections))
-
-
-def to_dict(config: Config) -> dict[str, dict[str, Any]]:
-    """The configuration as plain JSON values, by section; an object in report_to as the name of its class."""
-    return {
-        name: {field.name: plain(getattr(getattr(config, name), field.name)) for field in dataclasses.fields(section)}
-        for name, section in SECTIONS.items()
-    }
-
-
-def plain(value: Any) -> Any:
-    """A field's value as JSON has it: a tuple as a list, an object as "module:Class"."""
-    if isinstance(value, tuple):
-        return [plain(item) for item in value]
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    return f"{type(value).__module__}:{type(value).__qualname__}"
-
-
-def from_dict(values: Any, where: str) -> Config:
-    """The configuration held by the JSON object `values`; fields left out keep their defaults.
-
-    Raises:
-      UserError: not an object of sections, or an unknown name. `where` says where it came from.
-    """
-    if not isinstance(values, dict) or not all(isinstance(section, dict) for section in values.values()):
-        raise UserError(f'{where}: expected {{"model": {{}}, "training": {{}}, "data": {{}}}}')
-    unknown = [name for name in values if name not in SECTIONS]
-    if unknown:
-        raise UserError(
-            f"{where}: unknown section {unknown[0]!r}{nearest(unknown[0], SECTIONS)}; use model, training, data"
-        )
-    fields = {f"{section}.{name}": value for section in values for name, value in values[section].items()}
-    try:
-        return replace_fields(Config(), fields)
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from error
-
-
-def resolved(config: Config) -> Config:
-    """With what follows from other fields filled in: zero_stage and scan_layers."""
-    stage = config.training.zero_stage or 0
-    scan = config.model.scan_layers
-    if scan is None:
-        scan = config.model.gradient_checkpointing or stage == 3
-    return replace_fields(config, {"training.zero_stage": stage, "model.scan_layers": scan})
-
-
-def changed_fields(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
-    """{"section.field": (old, new)} for the fields that change the training and differ."""
-    return {
-        f"{name}.{field.name}": (getattr(getattr(old, name), field.name), getattr(getattr(new, name), field.name))
-        for name, section in SECTIONS.items()
-        for field in dataclasses.fields(section)
-        if not field.metadata["resumable"]
-        and getattr(getattr(old, name), field.name) != getattr(getattr(new, name), field.name)
-    }
-
-
-def excerpt(value: Any) -> str:
-    """`value` for a message, cut where it is long."""
-    try:
-        text = repr(value)
-    except ValueError:  # Python refuses to write out an int of thousands of digits
-        return f"{type(value).__name__} too large to show"
-    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
-
-
-def _is_choice(item: Any, choices: Iterable[str]) -> bool:
-    return isinstance(item, str) and any(fnmatchcase(item, choice) for choice in choices)
-
-
-def _check_other(dotted: str, limits: Mapping[str, Any], item: Any) -> None:
-    """Raises UserError unless `item`, which is none of the choices, is valid all the same."""
-    if limits["others"] is not None and limits["others"](item):
-        return
-    shown, hint = (item[:SHOWN], nearest(item, limits["choices"])) if isinstance(item, str) else (excerpt(item), "")
-    own = "" if limits["others"] is None else ", module:Class, or an object with write(row, step) and close()"
-    raise UserError(f"{dotted} ({shown}) is not one of {', '.join(limits['choices'])}{own}{hint}")
-
-
-def check_field(dotted: str, field: Any, annotation: Any, value: Any) -> None:
-    """Checks one value against its declared type and bounds; UserError names it `dotted`."""
-    if not accepts(annotation, value):
-        raise UserError(f"{dotted} ({excerpt(value)}) must be {type_name(annotation)}")
-    limits = field.metadata
-    if value is None:
-        return
-    for item in value if isinstance(value, tuple) else (value,):
-        if limits["choices"] and not _is_choice(item, limits["choices"]):
-            _check_other(dotted, limits, item)
-        if isinstance(item, str) and "\0" in item:
-            raise UserError(f"{dotted} ({excerpt(item)}) holds a NUL character; remove it")
-    if isinstance(value, int | float):
-        largest = LARGEST_FLOAT if accepts(annotation, 0.5) else LARGEST_INT
-        if not abs(value) <= largest:  # NaN compares with nothing
-            raise UserError(f"{dotted} ({excerpt(value)}) must be a finite number, at most {largest}")
-        if limits["low"] is not None and value < limits["low"]:
-            raise UserError(f"{dotted} ({value}) must be at least {limits['low']}")
-        if limits["above"] is not None and value <= limits["above"]:
-            raise UserError(f"{dotted} ({value}) must be greater than {limits['above']}")
-        if limits["high"] is not None and value > limits["high"]:
-            raise UserError(f"{dotted} ({value}) must be at most {limits['high']}")
-        if limits["below"] is not None and value >= limits["below"]:
-            raise UserError(f"{dotted} ({value}) must be less than {limits['below']}")
-
-
-def _check_home_folders(config: Config) -> None:
-    """Refuses paths such as ~nobody/text, where there is no user of that name."""
-    training, data = config.training, config.data
-    paths: dict[str, Iterable[str | None]] = {
-        "training.checkpoint_dir": [training.checkpoint_dir],
-        "training.resume_from_checkpoint": [training.resume_from_checkpoint],
-        "training.init_from": [training.init_from],
-        "data.train_files": data.train_files,
-        "data.validation_files": data.validation_files,
-        "data.tokenizer_path": [data.tokenizer_path],
-        "data.cache_dir": [data.cache_dir],
-    }
-    for dotted, named in paths.items():
-        for path in named:
-            try:
-                Path(path or "").expanduser()
-            except RuntimeError as error:
-                raise UserError(f"{dotted} ({path}): there is no such user; write the path in full") from error
-
-
-def _check_model(model: ModelConfig) -> None:
-    """What has to fit together in the model."""
-    if model.d_model % model.n_heads:
-        raise UserError(f"model.n_heads ({model.n_heads}) must divide model.d_model ({model.d_model})")
-    if model.n_heads % model.kv_heads:
-        raise UserError(f"model.n_kv_heads ({model.n_kv_heads}) must divide model.n_heads ({model.n_heads})")
-    if model.positions != "learned" and model.d_model // model.n_heads % 2:
-        raise UserError(
-            f"model.positions ({model.positions}) needs an even head size; "
-            f"model.d_model / model.n_heads is {model.d_model // model.n_heads}"
-        )
-    if model.rope_scaling is None:
-        return
-    named = f"model.rope_scaling ({model.rope_scaling})"
-    if model.positions != "rotary":
-        raise UserError(f"{named} needs model.positions rotary, not {model.positions}")
-    if model.rope_scaling != "linear" and model.rope_original_length is None:
-        raise UserError(f"{named} needs model.rope_original_length, the context in tokens before it was stretched")
-    if model.rope_scaling == "llama3" and model.rope_high_freq_factor <= model.rope_low_freq_factor:
-        raise UserError(
-            f"model.rope_high_freq_factor ({model.rope_high_freq_factor}) must be greater than "
-            f"model.rope_low_freq_factor ({model.rope_low_freq_factor})"
-        )
-    if model.rope_scaling == "yarn" and model.rope_theta <= 1:
-        raise UserError(f"{named} needs model.rope_theta ({model.rope_theta}) greater than 1")
-
-
-def check_fields(config: Config) -> None:
-    """Checks each value by itself, against its declared type and bounds; UserError names it."""
-    for name, section in SECTIONS.items():
-        hints = typing.get_type_hints(section)
-        for field in dataclasses.fields(section):
-            check_field(f"{name}.{field.name}", field, hints[field.name], getattr(getattr(config, name), field.name))
-    _check_home_folders(config)
-
-
-def profiled_steps(text: str) -> tuple[int, int]:
-    """First and last update of training.profile_steps, "A:B", counted from 1.
-
-    Raises:
-      UserError: not of that form, or A is 0 or after B.
-    """
-    found = re.fullmatch(r"(\d+):(\d+)", text)
-    first, last = (int(found[1]), int(found[2])) if found else (0, 0)
-    if not 1 <= first <= last:
-        raise UserError(f"training.profile_steps ({text}) must be A:B, the first and the last update, such as 11:15")
-    return first, last
-
-
-def xla_option(text: str) -> tuple[str, str | bool]:
-    """Name and value of an item of training.xla_options, "NAME=VALUE".
-
-    Raises:
-      UserError: not of that form.
-    """
-    found = re.fullmatch(r"(xla_\w+)=(\S+)", text)
-    if not found:
-        raise UserError(
-            f"training.xla_options ({excerpt(text)}) must be xla_NAME=VALUE, such as xla_gpu_enable_triton_gemm=false"
-        )
-    name, value = found.groups()
-    return name, value == "true" if value in ("true", "false") else value
-
-
-def validate(config: Config) -> Config:
-    """Checks everything that can be known without touching files or devices; returns `config`.
-
-    Raises:
-      UserError: names the field, its value and what to do.
-    """
-    check_fields(config)
-    model, training, data = config.model, config.training, config.data
-    _check_model(model)
-    if training.profile_steps is not None:
-        profiled_steps(training.profile_steps)
-    for text in training.xla_options:
-        xla_option(text)
-    if data.max_length > model.max_seq_len:
-        raise UserError(
-            f"data.max_length ({data.max_length}) exceeds model.max_seq_len ({model.max_seq_len}); lower it"
-        )
-    if model.vocab_size < 259 and data.tokenizer_path is None and training.init_from is None:
-        raise UserError(f"model.vocab_size ({model.vocab_size}) must be at least 259: 256 bytes and 3 special tokens")
-    if data.validation_files and not data.train_files:
-        raise UserError("data.validation_files is set but data.train_files is not; set both, or validation_split")
-    if data.min_length > data.max_length:
-        raise UserError(f"data.min_length ({data.min_length}) exceeds data.max_length ({data.max_length}); lower it")
-    if not training.loss_scale and training.min_loss_scale > 2**training.initial_loss_scale_power:
-        raise UserError(
-            f"training.min_loss_scale ({training.min_loss_scale:g}) exceeds what the dynamic loss scale starts at, 2 "
-            f"to training.initial_loss_scale_power ({training.initial_loss_scale_power}); lower it"
-        )
-    if training.checkpoint_dir == "":
-        raise UserError("training.checkpoint_dir is empty; name a folder")
-    resume = training.resume_from_checkpoint
-    if resume is not None and resume.endswith((".pt", ".pth", ".bin", ".ckpt")):
-        path = Path(resume)
-        raise UserError(
-            f"training.resume_from_checkpoint ({resume}): checkpoints here are folders; "
-            f"use {path.with_name(path.stem.replace('-', '_'))}"
-        )
-    return config

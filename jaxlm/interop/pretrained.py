@@ -14,9 +14,17 @@ import numpy as np
 
 from jaxlm.config import Config, check_fields, from_dict
 from jaxlm.data.hub import SECONDS, why_unreachable
+from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.errors import UserError, one_line
-from jaxlm.huggingface import ARCHITECTURE, DEFAULTS, NO_PARAMETERS, from_config, from_tensors, tensor_names, to_tensors
-from jaxlm.tokenizer import Tokenizer
+from jaxlm.interop.families import (
+    ARCHITECTURE,
+    DEFAULTS,
+    NO_PARAMETERS,
+    from_config,
+    from_tensors,
+    tensor_names,
+    to_tensors,
+)
 
 INDEX, ALONE = "model.safetensors.index.json", "model.safetensors"
 FETCHED = ("config.json", "tokenizer.json", INDEX, "*.safetensors")  # from the Hub
@@ -193,7 +201,7 @@ class _OwnFolder:
     kind = "of jaxlm"
 
     def __init__(self, folder: Path, where: str) -> None:
-        from jaxlm import checkpoint
+        from jaxlm.checkpoints import checkpoint
 
         self.folder, self.where = folder, where
         try:
@@ -204,15 +212,15 @@ class _OwnFolder:
         self.fields = {field: values[field] for field in ARCHITECTURE}
 
     def check(self, whole: Params) -> None:
-        from jaxlm import checkpoint
-        from jaxlm.manifest import damage
+        from jaxlm.checkpoints import checkpoint
+        from jaxlm.checkpoints.manifest import damage
 
         wrong = damage(self.folder, ("params", *checkpoint.JSON_ITEMS))
         if wrong is not None:
             raise UserError(f"{self.where}: is damaged: {wrong}; name another")
 
     def params(self, whole: Params, held: Params, shards: int) -> Params:
-        from jaxlm import checkpoint
+        from jaxlm.checkpoints import checkpoint
 
         return checkpoint.restore_params(self.folder, held, shards)
 
@@ -290,7 +298,7 @@ class _HuggingFaceFolder:
     def params(self, whole: Params, held: Params, shards: int) -> Params:
         import jax
 
-        from jaxlm.sharding import path_name, put_whole
+        from jaxlm.parallel.sharding import path_name, put_whole
 
         stored = {self._here(name): (opened, name) for name, opened in self._tensors.items()}
 

@@ -13,7 +13,9 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from jaxlm.config import SECTIONS, SHOWN, Config, accepts, check_field, nearest, plain, replace_fields, type_name
+from jaxlm.config import SECTIONS, Config, nearest, plain, replace_fields, type_name
+from jaxlm.config.fields import SHOWN, accepts
+from jaxlm.config.validate import check_field
 from jaxlm.errors import UserError
 
 PAIR = "two numbers"  # a kind, beside Python's types

@@ -24,18 +24,18 @@ import orbax.checkpoint as ocp
 from absl import logging as absl_logging
 from flax import nnx
 
+from jaxlm.checkpoints.folder import PREFIX, checkpoint_steps, clean, delete, new_name
+from jaxlm.checkpoints.manifest import damage, seal
 from jaxlm.config import Config, from_dict, to_dict, validate
-from jaxlm.distributed import is_leader, told_by_any
+from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.errors import UserError
-from jaxlm.folder import PREFIX, checkpoint_steps, clean, delete, new_name
-from jaxlm.generate import answer
-from jaxlm.manifest import damage, seal
+from jaxlm.generation.api import answer
 from jaxlm.model import Transformer
 from jaxlm.model.attention import compute_capability, obstacle
-from jaxlm.precision import compute_dtype
-from jaxlm.sharding import path_name
-from jaxlm.step import TrainState
-from jaxlm.tokenizer import Tokenizer
+from jaxlm.parallel.processes import is_leader, told_by_any
+from jaxlm.parallel.sharding import path_name
+from jaxlm.train.precision import compute_dtype
+from jaxlm.train.step import TrainState
 
 T = TypeVar("T")
 

@@ -10,7 +10,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 
-from jaxlm.distributed import StatusBoard
+from jaxlm.parallel.processes import StatusBoard
 
 EXIT_FAILED = 1
 TICK = 1.0  # seconds between looks

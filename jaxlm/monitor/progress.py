@@ -3,7 +3,7 @@
 import sys
 import time
 
-from jaxlm.sinks import Row
+from jaxlm.monitor.sinks import Row
 
 PROGRESS_FORMATS = {
     "train/loss": "loss {:.4f}",

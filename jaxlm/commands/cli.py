@@ -5,42 +5,21 @@ import dataclasses
 import json
 import os
 import re
-import runpy
 import sys
-import traceback
 import types
 import typing
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, NoReturn
 
-from jaxlm.config import SECTIONS, Config, excerpt, from_dict, nearest, replace_fields, type_name
-from jaxlm.errors import RunFailed, Stopped, UserError, one_line
-from jaxlm.signals import StopRequest
+from jaxlm.config import SECTIONS, Config, excerpt, load_config, nearest, replace_fields, shipped_configs, type_name
+from jaxlm.errors import RunFailed, Stopped, UserError, printable
+from jaxlm.monitor.signals import StopRequest
 
 EXIT_FAILED, EXIT_USER_ERROR, EXIT_STOPPED = 1, 2, 75
-PACKAGE = Path(__file__).parent
 OUT_OF_MEMORY = (
     "the device's memory is full: set model.gradient_checkpointing true, or lower training.batch_size and raise "
     "training.gradient_accumulation_steps by as much; jaxlm estimate_memory says what fits"
-)
-LONGEST_MESSAGE = 2000  # characters
-CONFIG_FILE_ERRORS = (  # what the user's own code in a configuration file is likely to raise
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    EOFError,
-    ImportError,
-    LookupError,
-    MemoryError,
-    NameError,
-    OSError,
-    RuntimeError,
-    StopIteration,
-    SystemExit,
-    TypeError,
-    ValueError,
 )
 
 
@@ -208,59 +187,9 @@ def _convert_list(dotted: str, text: str) -> tuple[str, ...]:
     return tuple(values)
 
 
-def shipped_configs() -> dict[str, Path]:
-    """{name: file} of the configurations that come with the program: its own, or those of the checkout."""
-    folder = next(parent for parent in (PACKAGE, PACKAGE.parent) if (parent / "configs").is_dir()) / "configs"
-    return {file.stem: file for file in sorted(folder.glob("*.py"))}
-
-
-def load_config(path: str) -> Config:
-    """The configuration in a Python file (a module that defines `config`) or a JSON file, or a shipped one by its name.
-
-    Raises:
-      UserError: missing, unreadable, not valid, or without a configuration.
-    """
-    shipped = shipped_configs()
-    if path in shipped and not os.path.lexists(path):
-        path = str(shipped[path])
-    file = Path(path)
-    if not os.path.isfile(file):  # Path's own would raise where a name is too long, or a folder is closed to us
-        reason = "is a folder" if os.path.isdir(file) else "no such file"
-        raise UserError(
-            f"--config ({path}): {reason}{nearest(path, shipped)}; name a .py or .json file, or one that comes along: "
-            f"{', '.join(shipped)}"
-        )
-    if file.suffix == ".json":
-        try:
-            return from_dict(json.loads(file.read_text(encoding="utf-8")), f"--config ({path})")
-        except (ValueError, RecursionError, OSError) as error:
-            raise UserError(f"--config ({path}): not readable as JSON: {error}") from error
-    if file.suffix != ".py":
-        raise UserError(f"--config ({path}): must end in .py or .json")
-    try:
-        found = runpy.run_path(path)
-    except SyntaxError as error:
-        raise UserError(f"--config ({path}): line {error.lineno}: {error.msg}") from error
-    except CONFIG_FILE_ERRORS as error:
-        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
-        where = f"--config ({path})" + (f": line {lines[-1]}" if lines else "")
-        raise UserError(f"{where}: {type(error).__name__}: {_printable(error)}") from error
-    if not isinstance(found.get("config"), Config):
-        raise UserError(f"--config ({path}): must define `config = Config(...)` (from jaxlm.config import Config)")
-    return found["config"]
-
-
 def config_from(arguments: argparse.Namespace) -> Config:
     """The file given by --config with the command line's overrides."""
     return replace_fields(load_config(arguments.config), overrides(arguments))
-
-
-def _printable(error: BaseException) -> str:
-    """Its text on one line, harmless to a terminal; what a file or an argument put into it may be long."""
-    text = "".join(character if character.isprintable() else ascii(character)[1:-1] for character in one_line(error))
-    return (
-        text if len(text) <= LONGEST_MESSAGE else f"{text[: LONGEST_MESSAGE // 2]} ... {text[-LONGEST_MESSAGE // 2 :]}"
-    )
 
 
 def main(command: Callable[[], None]) -> NoReturn:
@@ -273,16 +202,16 @@ def main(command: Callable[[], None]) -> NoReturn:
             finally:
                 sys.stdout.flush()  # here, where a reader that went away can still be dealt with
     except UserError as error:
-        _end(f"error: {_printable(error)}", EXIT_USER_ERROR)
+        _end(f"error: {printable(error)}", EXIT_USER_ERROR)
     except RunFailed as error:
-        _end(f"failed: {_printable(error)}", EXIT_FAILED)
+        _end(f"failed: {printable(error)}", EXIT_FAILED)
     except Stopped as stopped:
-        print(f"stopped: {_printable(stopped)}", file=sys.stderr)
+        print(f"stopped: {printable(stopped)}", file=sys.stderr)
         sys.exit(EXIT_STOPPED)
     except RuntimeError as error:
         if not _is_out_of_memory(error):
             raise
-        _end(f"failed: {OUT_OF_MEMORY} ({_printable(error)})", EXIT_FAILED)
+        _end(f"failed: {OUT_OF_MEMORY} ({printable(error)})", EXIT_FAILED)
     except BrokenPipeError:  # the reader of what we print went away, as with `| head`: nobody to tell, so end quietly
         nowhere = os.open(os.devnull, os.O_WRONLY)
         for stream in (sys.stdout, sys.stderr):

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm.config import TrainingConfig
-from jaxlm.products import product
+from jaxlm.ops.matmul import product
 
 Sums = tuple[jax.Array, jax.Array]  # the objective and the cross entropy, float32 scalars
 # Float32 logits alive at a time. On CPU 8 to 128 MiB ran equally fast. A GPU needs some thousand tokens at a time to be

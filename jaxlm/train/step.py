@@ -18,15 +18,15 @@ import optax
 from flax import nnx
 from jax.sharding import PartitionSpec
 
-from jaxlm.compiler import Options
 from jaxlm.config import Config
-from jaxlm.loss import CPU_CHUNK, Sums, bytes_of_chunk, loss_sums
 from jaxlm.model import Transformer
 from jaxlm.model.dropout import row_keys
 from jaxlm.model.transformer import Fetch
-from jaxlm.optim import Schedule, build_optimizer
-from jaxlm.precision import LossScale, compute_dtype, initial_loss_scale, next_loss_scale
-from jaxlm.sharding import ROWS, Layout
+from jaxlm.ops.compiler import Options
+from jaxlm.parallel.sharding import ROWS, Layout
+from jaxlm.train.loss import CPU_CHUNK, Sums, bytes_of_chunk, loss_sums
+from jaxlm.train.optim import Schedule, build_optimizer
+from jaxlm.train.precision import LossScale, compute_dtype, initial_loss_scale, next_loss_scale
 
 # A CPU's cores don't all find work in one operation: up to so many parts of the rows, of at least so many tokens, go
 # through the model beside each other.

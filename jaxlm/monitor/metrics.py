@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxlm.errors import one_line
-from jaxlm.sinks import Histogram, HistogramSink, Row, Sink, TextSink, finite
+from jaxlm.monitor.sinks import Histogram, HistogramSink, Row, Sink, TextSink, finite
 
 # Dense 16-bit peak of one device in FLOP/s, by words of its name, the more specific names first (makers' datasheets).
 PEAK_FLOPS = {

@@ -6,6 +6,7 @@ from typing import Any
 
 from flax import nnx
 
+from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.errors import UserError
 from jaxlm.generation.beam import beam_search
 from jaxlm.generation.clock import Clock
@@ -13,7 +14,6 @@ from jaxlm.generation.decode import CHUNK, STREAM_CHUNK, Decoder, Job, News
 from jaxlm.generation.options import GenerationOptions, make_options
 from jaxlm.generation.text import TextStream
 from jaxlm.model.transformer import Transformer
-from jaxlm.tokenizer import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)

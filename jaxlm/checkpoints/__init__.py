@@ -1,0 +1,1 @@
+"""What a run's folder holds: saving, loading, what is complete and undamaged."""

@@ -1,0 +1,39 @@
+"""The configuration of a run: its options, files and rules; imports nothing heavy."""
+
+from jaxlm.config.fields import (
+    changed_fields,
+    excerpt,
+    from_dict,
+    nearest,
+    plain,
+    replace_fields,
+    resolved,
+    to_dict,
+    type_name,
+)
+from jaxlm.config.files import load_config, shipped_configs
+from jaxlm.config.schema import SECTIONS, Config, DataConfig, ModelConfig, TrainingConfig
+from jaxlm.config.validate import check_fields, profiled_steps, validate, xla_option
+
+__all__ = [
+    "SECTIONS",
+    "Config",
+    "DataConfig",
+    "ModelConfig",
+    "TrainingConfig",
+    "changed_fields",
+    "check_fields",
+    "excerpt",
+    "from_dict",
+    "load_config",
+    "nearest",
+    "plain",
+    "profiled_steps",
+    "replace_fields",
+    "resolved",
+    "shipped_configs",
+    "to_dict",
+    "type_name",
+    "validate",
+    "xla_option",
+]

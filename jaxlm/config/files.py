@@ -1,0 +1,71 @@
+"""Configuration files: a Python module that defines `config`, JSON, or one that comes along, by its name."""
+
+import json
+import os
+import runpy
+import traceback
+from pathlib import Path
+
+from jaxlm.config.fields import from_dict, nearest
+from jaxlm.config.schema import Config
+from jaxlm.errors import UserError, printable
+
+PACKAGE = Path(__file__).parents[1]
+CONFIG_FILE_ERRORS = (  # what the user's own code in a configuration file is likely to raise
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    EOFError,
+    ImportError,
+    LookupError,
+    MemoryError,
+    NameError,
+    OSError,
+    RuntimeError,
+    StopIteration,
+    SystemExit,
+    TypeError,
+    ValueError,
+)
+
+
+def shipped_configs() -> dict[str, Path]:
+    """{name: file} of the configurations that come with the program: its own, or those of the checkout."""
+    folder = next(parent for parent in (PACKAGE, PACKAGE.parent) if (parent / "configs").is_dir()) / "configs"
+    return {file.stem: file for file in sorted(folder.glob("*.py"))}
+
+
+def load_config(path: str) -> Config:
+    """The configuration in a Python file (a module that defines `config`) or a JSON file, or a shipped one by its name.
+
+    Raises:
+      UserError: missing, unreadable, not valid, or without a configuration.
+    """
+    shipped = shipped_configs()
+    if path in shipped and not os.path.lexists(path):
+        path = str(shipped[path])
+    file = Path(path)
+    if not os.path.isfile(file):  # Path's own would raise where a name is too long, or a folder is closed to us
+        reason = "is a folder" if os.path.isdir(file) else "no such file"
+        raise UserError(
+            f"--config ({path}): {reason}{nearest(path, shipped)}; name a .py or .json file, or one that comes along: "
+            f"{', '.join(shipped)}"
+        )
+    if file.suffix == ".json":
+        try:
+            return from_dict(json.loads(file.read_text(encoding="utf-8")), f"--config ({path})")
+        except (ValueError, RecursionError, OSError) as error:
+            raise UserError(f"--config ({path}): not readable as JSON: {error}") from error
+    if file.suffix != ".py":
+        raise UserError(f"--config ({path}): must end in .py or .json")
+    try:
+        found = runpy.run_path(path)
+    except SyntaxError as error:
+        raise UserError(f"--config ({path}): line {error.lineno}: {error.msg}") from error
+    except CONFIG_FILE_ERRORS as error:
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+        where = f"--config ({path})" + (f": line {lines[-1]}" if lines else "")
+        raise UserError(f"{where}: {type(error).__name__}: {printable(error)}") from error
+    if not isinstance(found.get("config"), Config):
+        raise UserError(f"--config ({path}): must define `config = Config(...)` (from jaxlm.config import Config)")
+    return found["config"]

@@ -1,0 +1,1 @@
+"""Formats of other programs: Hugging Face's folders, DeepSpeed's JSON files."""

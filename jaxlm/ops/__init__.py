@@ -1,0 +1,1 @@
+"""Operations that are done differently on a CPU and on a GPU, each behind one function."""

@@ -1,0 +1,1 @@
+"""Processes, devices, the mesh, and where each array of the state lives on it."""

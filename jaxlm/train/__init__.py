@@ -1,0 +1,1 @@
+"""The mathematics of training: loss, accumulation, optimizer, schedules, precision; pure functions."""
