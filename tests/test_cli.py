@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from jaxlm.commands import cli
-from jaxlm.config import SECTIONS, Config, load_config, validate
+from jaxlm.config import SECTIONS, Config, load_config, shown, validate
 from jaxlm.errors import Stopped, UserError
 
 ROOT = Path(__file__).parents[1]
@@ -121,7 +121,7 @@ def test_help_lists_every_field_with_its_default_at_once() -> None:
         for field in dataclasses.fields(section):
             entry = said.partition(f" --{name}.{field.name} VALUE ")[2].partition(" --")[0]
             assert entry.startswith(field.metadata["help"])
-            assert f"; default: {cli._shown(field.default)})" in entry
+            assert f"; default: {shown(field.default)})" in entry
     assert "(true or false; default: true) --training.amp_dtype VALUE" in said
     assert "(int or none; default: none) --training.stop_at_step VALUE" in said
     assert "[tensorboard|wandb|trackio|jsonl] (list of text; default: tensorboard)" in said

@@ -24,6 +24,7 @@ from jaxlm.config import (
     validate,
 )
 from jaxlm.config.fields import accepts
+from jaxlm.config.sizes import parse_size
 from jaxlm.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -315,3 +316,16 @@ def test_every_field_has_a_reader() -> None:
     read = read_fields()
     unread = {dotted for dotted in FIELDS if dotted.partition(".")[2] not in read[dotted.partition(".")[0]]}
     assert unread == set(), "options that nothing reads"
+
+
+@pytest.mark.parametrize(
+    "text", ["80", "GB", "0GB", "-1GB", "80PB", "5 XB", "1e3GB", "", "0.0000000001MB", "0.9MiB", "9" * 400 + "G"]
+)
+def test_sizes_need_a_number_and_a_unit(text: str) -> None:
+    with pytest.raises(UserError, match=r"^--memory \(.*\) must be (a number with a unit|from 1MiB to 1024TiB)"):
+        parse_size("--memory", text, low=2**20)
+
+
+def test_sizes() -> None:
+    sizes = {"80GB": 80e9, "80g": 80e9, "80000M": 80e9, "1.5 gib": 3 * 2**29, "1536MiB": 3 * 2**29, "10kb": 10_000}
+    assert {text: parse_size("--memory", text) for text in sizes} == sizes

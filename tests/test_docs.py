@@ -26,7 +26,7 @@ import pytest
 
 from jaxlm.__main__ import COMMANDS, main, program
 from jaxlm.commands import cli
-from jaxlm.config import SECTIONS, load_config, replace_fields, validate
+from jaxlm.config import SECTIONS, load_config, replace_fields, shown, validate
 from jaxlm.trainer import Trainer
 
 ROOT = Path(__file__).parents[1]
@@ -256,7 +256,7 @@ class Reader:
             cut = {"data.cache_dir": str(self.corpus / "cache")}
         elif name == "generate":
             cut = {"max_new_tokens": 2}
-        return [f"--{dotted}={cli._shown(value)}" for dotted, value in cut.items()]
+        return [f"--{dotted}={shown(value)}" for dotted, value in cut.items()]
 
     def provide_models(self, options: Any) -> None:
         """Puts a model where (option, value) say that one is, unless the page has made it."""

@@ -519,16 +519,6 @@ def test_nothing_is_left_of_an_export_that_fails(
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-@pytest.mark.parametrize("text", ["5", "GB", "0GB", "-1GB", "5 XB", ""])
-def test_sizes_that_are_none(text: str) -> None:
-    with pytest.raises(UserError, match=r"^--max_shard_size \(.*\) must be a number with KB, MB, GB or TB"):
-        export.parse_size(text)
-
-
-def test_sizes() -> None:
-    assert [export.parse_size(text) for text in ("5GB", "1.5 mb", "10kb")] == [5 * 10**9, 1_500_000, 10_000]
-
-
 # -------------------------------------------------------------------- a run
 
 

@@ -1,11 +1,10 @@
-"""docs/options.md is the declarations in config.py; `python tests/test_options.py` rewrites it."""
+"""docs/options.md is the declarations in jaxlm/config/schema.py; `python tests/test_options.py` rewrites it."""
 
 import dataclasses
 import typing
 from pathlib import Path
 
-from jaxlm.commands.cli import _shown
-from jaxlm.config import SECTIONS, type_name
+from jaxlm.config import SECTIONS, shown, type_name
 
 PAGE = Path(__file__).parents[1] / "docs" / "options.md"
 
@@ -15,7 +14,7 @@ def option_rows():
         hints = typing.get_type_hints(section)
         for field in dataclasses.fields(section):
             choices = f" ({', '.join(field.metadata['choices'])})" if field.metadata["choices"] else ""
-            kind, default = type_name(hints[field.name]), _shown(field.default) or '""'
+            kind, default = type_name(hints[field.name]), shown(field.default)
             yield f"| `{name}.{field.name}` | {kind} | `{default}` | {field.metadata['help']}{choices} |"
 
 

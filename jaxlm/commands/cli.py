@@ -12,7 +12,17 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, NoReturn
 
-from jaxlm.config import SECTIONS, Config, excerpt, load_config, nearest, replace_fields, shipped_configs, type_name
+from jaxlm.config import (
+    SECTIONS,
+    Config,
+    excerpt,
+    load_config,
+    nearest,
+    replace_fields,
+    shipped_configs,
+    shown,
+    type_name,
+)
 from jaxlm.errors import RunFailed, Stopped, UserError, printable
 from jaxlm.monitor.signals import StopRequest
 
@@ -84,7 +94,7 @@ def add_config_options(parser: Parser, sections: Sequence[str] = tuple(SECTIONS)
         hints = typing.get_type_hints(SECTIONS[name])
         for field in dataclasses.fields(SECTIONS[name]):
             choices = f" [{'|'.join(field.metadata['choices'])}]" if field.metadata["choices"] else ""
-            default = _shown(field.default)
+            default = shown(field.default)
             action = group.add_argument(
                 f"--{name}.{field.name}",
                 metavar="VALUE",
@@ -125,20 +135,6 @@ def _complete_config(prefix: str, **_: Any) -> list[str]:
     from argcomplete.completers import FilesCompleter
 
     return [*shipped_configs(), *FilesCompleter(("py", "json"))(prefix)]
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, tuple):
-        return ",".join(value) or "[]"
-    return (
-        json.dumps(value)
-        if isinstance(value, bool)
-        else "none"
-        if value is None
-        else repr(value)
-        if value == ""
-        else str(value)
-    )
 
 
 def overrides(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 from jaxlm.commands import cli
+from jaxlm.config.sizes import parse_size
 from jaxlm.parallel import gpus
 
 
@@ -38,7 +39,7 @@ def run(arguments: argparse.Namespace) -> None:
         config = cli.replace_fields(config, {dotted: stage})
     size = None if arguments.gpu is None else gpus.memory_of(arguments.gpu)
     if arguments.memory is not None:
-        size = gpus.parse_memory(arguments.memory)
+        size = parse_size("--memory", arguments.memory, low=2**20)
     devices = arguments.devices if arguments.devices is not None else config.training.world_size or 1
 
     from jaxlm.interop.pretrained import with_architecture

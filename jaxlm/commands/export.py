@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 from jaxlm.commands import cli
+from jaxlm.config.sizes import parse_size
 
 
 def add_options(parser: cli.Parser) -> None:
@@ -22,10 +23,10 @@ def run(arguments: argparse.Namespace) -> None:
     source, to = Path(arguments.model), Path(arguments.to)
 
     from jaxlm.checkpoints.checkpoint import load
-    from jaxlm.interop.export import check_dtype, check_target, export, parse_size
+    from jaxlm.interop.export import check_dtype, check_target, export
     from jaxlm.parallel.processes import find_devices
 
-    max_shard_size = parse_size(arguments.max_shard_size)
+    max_shard_size = parse_size("--max_shard_size", arguments.max_shard_size)
     check_dtype(arguments.dtype)
     check_target(to)
     find_devices()

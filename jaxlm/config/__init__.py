@@ -8,6 +8,7 @@ from jaxlm.config.fields import (
     plain,
     replace_fields,
     resolved,
+    shown,
     to_dict,
     type_name,
 )
@@ -32,6 +33,7 @@ __all__ = [
     "replace_fields",
     "resolved",
     "shipped_configs",
+    "shown",
     "to_dict",
     "type_name",
     "validate",

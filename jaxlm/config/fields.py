@@ -53,6 +53,15 @@ def excerpt(value: Any) -> str:
     return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
 
 
+def shown(value: Any) -> str:
+    """A field's value as the command line takes it: true, none, 0.1, a,b or []."""
+    if isinstance(value, tuple | list):
+        return ",".join(map(str, map(plain, value))) or "[]"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return "none" if value is None else str(plain(value)) or '""'
+
+
 def replace_fields(config: Config, values: Mapping[str, Any]) -> Config:
     """A copy of `config` with the fields named in `values` ("section.field") set.
 

@@ -9,7 +9,6 @@ README.md                                  the model card: what it was trained o
 import json
 import math
 import os
-import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -31,7 +30,6 @@ from jaxlm.errors import UserError
 from jaxlm.interop.families import family_for, to_config, to_tensors
 
 DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
-UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 # What has no part in the training, and may say more of a machine than a model card should.
 NOT_ON_THE_CARD = ("checkpoint_dir", "cache_dir", "resume_from_checkpoint", "stop_at_step", "wandb_project")
 
@@ -51,15 +49,6 @@ def check_dtype(name: str) -> None:
     """Raises UserError unless it is one of DTYPES."""
     if name not in DTYPES:
         raise UserError(f"--dtype ({name}) is not one of {', '.join(DTYPES)}{nearest(name, DTYPES)}")
-
-
-def parse_size(text: str) -> int:
-    """Bytes in "5GB", "500MB" or "100KB"; UserError if it is none of these."""
-    match = re.fullmatch(rf"(\d+(?:\.\d+)?) ?({'|'.join(UNITS)})", text.strip().upper())
-    size = int(float(match[1]) * UNITS[match[2]]) if match else 0
-    if size < 1:
-        raise UserError(f"--max_shard_size ({text}) must be a number with KB, MB, GB or TB, such as 5GB")
-    return size
 
 
 def export(loaded: LoadedModel, source: Path, to: Path, *, max_shard_size: int, dtype: str) -> str:

@@ -11,26 +11,7 @@ from typing import Any
 
 from jaxlm.errors import one_line
 from jaxlm.monitor.sinks import Histogram, HistogramSink, Row, Sink, TextSink, finite
-
-# Dense 16-bit peak of one device in FLOP/s, by words of its name, the more specific names first (makers' datasheets).
-PEAK_FLOPS = {
-    "B200": 2250e12,
-    "GH200": 989e12,
-    "H200 NVL": 835e12,
-    "H200": 989e12,
-    "H100 NVL": 835e12,
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "A40": 150e12,
-    "A10": 125e12,
-    "L40S": 362e12,
-    "L4": 121e12,
-    "RTX 4090": 165e12,
-    "RTX 3090": 71e12,
-    "V100": 125e12,
-    "T4": 65e12,
-}
+from jaxlm.parallel.gpus import peak_flops
 
 
 def flops_per_token(parameters: int, n_layers: int, max_length: int, d_model: int) -> float:
@@ -44,8 +25,7 @@ def flops_per_token(parameters: int, n_layers: int, max_length: int, d_model: in
 
 def model_flops_utilization(tokens_per_second: float, flops_a_token: float, device_kind: str, devices: int) -> float:
     """tokens/s * FLOPs a token / (devices * peak), NaN where the device's peak is not known."""
-    peak = next((peak for name, peak in PEAK_FLOPS.items() if re.search(rf"\b{name}\b", device_kind)), math.nan)
-    return tokens_per_second * flops_a_token / (devices * peak)
+    return tokens_per_second * flops_a_token / (devices * peak_flops(device_kind))
 
 
 def memory_gib(devices: Sequence[Any]) -> Row:

@@ -1,36 +1,47 @@
 """Names of GPUs and sizes of their memory, as people write them; imports nothing heavy."""
 
+import math
 import re
+from typing import NamedTuple
 
 from jaxlm.config import nearest
 from jaxlm.errors import UserError
 
-# Bytes of memory that nvidia-smi shows, in MiB; names in upper case.
-GPUS = {
-    "T4": 15360,
-    "V100-16GB": 16384,
-    "V100-32GB": 32768,
-    "P100": 16384,
-    "A10": 23028,
-    "A10G": 23028,
-    "L4": 23034,
-    "L40S": 46068,
-    "A40": 46068,
-    "RTX A6000": 49140,
-    "A100-40GB": 40960,
-    "A100-80GB": 81920,
-    "H100": 81559,
-    "H200": 143771,
-    "B200": 183359,
-    "RTX 3080": 10240,
-    "RTX 3090": 24576,
-    "RTX 4080": 16376,
-    "RTX 4090": 24564,
-    "RTX 5090": 32607,
+
+class GPU(NamedTuple):
+    """What is known of a GPU."""
+
+    memory_mib: int  # as nvidia-smi shows it
+    peak: float = math.nan  # dense 16-bit FLOP/s with float32 sums, by the maker's datasheet; NaN: not known
+
+
+GPUS = {  # names in upper case, as people write them
+    "T4": GPU(15360, 65e12),
+    "V100-16GB": GPU(16384, 125e12),
+    "V100-32GB": GPU(32768, 125e12),
+    "P100": GPU(16384),
+    "A10": GPU(23028, 125e12),
+    "A10G": GPU(23028),
+    "L4": GPU(23034, 121e12),
+    "L40S": GPU(46068, 362e12),
+    "A40": GPU(46068, 150e12),
+    "RTX A6000": GPU(49140),
+    "A100-40GB": GPU(40960, 312e12),
+    "A100-80GB": GPU(81920, 312e12),
+    "H100": GPU(81559, 989e12),
+    "H100 PCIE": GPU(81559, 756e12),
+    "H100 NVL": GPU(95830, 835e12),
+    "H200": GPU(143771, 989e12),
+    "H200 NVL": GPU(143771, 835e12),
+    "GH200": GPU(97871, 989e12),
+    "B200": GPU(183359, 2250e12),
+    "RTX 3080": GPU(10240),
+    "RTX 3090": GPU(24576, 71e12),
+    "RTX 4080": GPU(16376),
+    "RTX 4090": GPU(24564, 165e12),
+    "RTX 5090": GPU(32607),
 }
 FRACTION_VARIABLES = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")  # before training.memory_fraction
-UNITS = {"G": 10**9, "GB": 10**9, "GIB": 2**30, "M": 10**6, "MB": 10**6, "MIB": 2**20}
-SMALLEST, LARGEST = 2**20, 2**50  # memory of a device
 
 
 def memory_of(gpu: str) -> int:
@@ -45,19 +56,16 @@ def memory_of(gpu: str) -> int:
         shorter = [name for name in GPUS if asked.startswith((f"{name}-", f"{name} "))]
         near = f" (did you mean {' or '.join(longer or shorter)}?)" if longer or shorter else nearest(asked, GPUS)
         raise UserError(f"--gpu ({gpu}) is unknown{near}; known: {', '.join(GPUS)}; or give --memory")
-    return GPUS[asked] * 2**20
+    return GPUS[asked].memory_mib * 2**20
 
 
-def parse_memory(text: str) -> int:
-    """Bytes in "80GB" or "80G" (10^9), "79.6GiB" (2^30), "500MB", "500M" or "500MiB", in any case.
+def peak_flops(device_kind: str) -> float:
+    """Dense 16-bit peak in FLOP/s of a device by the name that JAX gives it ("NVIDIA H100 PCIe"); NaN: not known."""
+    kind = device_kind.upper()
+    names = (name for name in sorted(GPUS, key=len, reverse=True) if re.search(rf"\b{model_of(name)}\b", kind))
+    return next((GPUS[name].peak for name in names), math.nan)
 
-    Raises:
-      UserError: it is none of these, or no size that a device has.
-    """
-    match = re.fullmatch(rf"(\d+(?:\.\d+)?) ?({'|'.join(UNITS)})", text.strip().upper())
-    if match is None:
-        raise UserError(f"--memory ({text}) must be a number with G, GB, GiB, M, MB or MiB, such as 80GB")
-    size = float(match[1]) * UNITS[match[2]]
-    if not SMALLEST <= size <= LARGEST:
-        raise UserError(f"--memory ({text}) must be from {SMALLEST // 2**20}MiB to {LARGEST // 2**30}GiB")
-    return int(size)
+
+def model_of(name: str) -> str:
+    """A GPU's name without the size of its memory."""
+    return re.sub(r"-\d+GB$", "", name)
