@@ -43,9 +43,9 @@ from jaxlm.config import (
     from_dict,
     load_config,
     replace_fields,
-    resolved,
     to_dict,
     validate,
+    with_derived,
 )
 from jaxlm.data.documents import Document, LeftOut
 from jaxlm.data.files import READERS
@@ -199,7 +199,7 @@ def some_values(rng: random.Random) -> dict[str, dict[str, Any]]:
 def check_config(config: Config) -> None:
     """What every start does with a configuration, and that it survives being saved."""
     deepspeed.apply(validate(config), world=None)
-    validate(resolved(config))
+    validate(with_derived(config))
     if from_dict(json.loads(json.dumps(to_dict(config))), "saved") != config:
         raise Defect("a saved configuration is another one")
 
@@ -270,7 +270,7 @@ def deepspeed_file(rng: random.Random, folder: Path) -> None:
     path.write_bytes(as_json(rng, values))
     given = {"training.use_deepspeed": True, "training.deepspeed_config": str(path)}
     config, _ = deepspeed.apply(validate(replace_fields(Config(), given)), world=rng.choice((None, 1, 4)))
-    validate(resolved(config))
+    validate(with_derived(config))
 
 
 # ---- Text ------------------------------------------------------------------------------------------------------------

@@ -13,7 +13,8 @@ import pytest
 from conftest import documents
 from test_generate import TINY, lively
 
-from jaxlm.checkpoints.checkpoint import LoadedModel, Progress
+from jaxlm.checkpoints.items import Progress
+from jaxlm.checkpoints.load import LoadedModel
 from jaxlm.commands.console import BETWEEN, converse, show_texts
 from jaxlm.config import Config
 from jaxlm.data.tokenizer import Tokenizer

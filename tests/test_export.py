@@ -26,7 +26,8 @@ from flax.traverse_util import flatten_dict
 from safetensors.numpy import load_file, save_file
 
 from jaxlm import Trainer, load
-from jaxlm.checkpoints.checkpoint import LoadedModel, Progress
+from jaxlm.checkpoints.items import Progress
+from jaxlm.checkpoints.load import LoadedModel
 from jaxlm.config import Config, DataConfig, ModelConfig, TrainingConfig, replace_fields
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.errors import UserError
@@ -573,7 +574,8 @@ def vocabulary(trainer: Trainer) -> dict[str, Any]:
 
 def test_padding_of_shards_is_undone() -> None:
     """What 4 devices hold of an axis of 6 is padded to 8, with zeros."""
-    from jaxlm.parallel.sharding import DATA, make_mesh, put_whole
+    from jaxlm.parallel.layout import put_whole
+    from jaxlm.parallel.mesh import DATA, make_mesh
 
     mesh = make_mesh(jax.devices())
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, DATA))

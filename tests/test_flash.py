@@ -8,20 +8,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import make_config
-from flax import nnx
 from test_model import dense_attention
 
 import jaxlm.trainer
 from jaxlm import Trainer
 from jaxlm.config import Config, replace_fields
 from jaxlm.errors import UserError
-from jaxlm.model import Transformer, attention
+from jaxlm.model import attention
 from jaxlm.model.attention import choose_attention, why_not_fused
 from jaxlm.ops.flash import TILES, flash_attention
-from jaxlm.parallel import sharding
-from jaxlm.parallel.sharding import Layout
-from jaxlm.train.optim import build_optimizer, build_schedule
-from jaxlm.train.step import init_state, make_train_step
+from jaxlm.parallel.mesh import abstract_mesh
+from jaxlm.train.assemble import Resolved, assemble
+from jaxlm.train.step import make_train_step
 
 # T, heads, heads of keys, head size, documents a row, dropout
 GRID = {
@@ -167,19 +165,13 @@ def test_kernels_lower_for_cuda(as_h100, size):
 def test_the_update_lowers_for_cuda_without_a_square_array(corpus, tmp_path, as_h100):
     """The whole update of packed bfloat16 training with dropout, over several devices."""
     fields = {"model.attention_dropout": 0.1, "training.use_amp": True, "data.max_length": 290}
+    fields |= {"training.gradient_accumulation_steps": 2}
     config = replace_fields(make_config(tmp_path, corpus, **fields), {"model.max_seq_len": 290})
-    mesh = as_h100(sharding.abstract_mesh((1, 2, 1)))
-    make = lambda: Transformer(config.model, implementation="pallas", dtype=jnp.bfloat16, rngs=nnx.Rngs(0))  # noqa: E731
-    graphdef, abstract = nnx.split(nnx.eval_shape(make))
-    layout = Layout(mesh, 0, nnx.to_pure_dict(abstract))
-    init = lambda: init_state(make(), build_optimizer(config.training, layout.shapes), config, layout)  # noqa: E731
-    state = layout.place(jax.eval_shape(init))
-    array = lambda *shape: jax.ShapeDtypeStruct(  # noqa: E731
-        shape, np.int32, sharding=sharding.train_batch_sharding(mesh)
-    )
-    batch = dict.fromkeys(("tokens", "targets", "segments", "positions"), array(2, 4, 290)) | {"rows": array(2, 4)}
-    step = make_train_step(graphdef, config, build_schedule(config.training, 4), layout)
-    text = lowered_for_cuda(mesh, step, state, batch)
+    mesh = as_h100(abstract_mesh((1, 2, 1)))
+    assembly = assemble(Resolved(config, mesh), attention="pallas")
+    step = make_train_step(assembly.graphdef, config, assembly.layout)
+    numbers = {"learning_rate": jax.ShapeDtypeStruct((), np.float32)}
+    text = lowered_for_cuda(mesh, step, assembly.abstract_state, assembly.abstract_batch, numbers)
     assert text.count("xla.gpu.triton") == 3  # forward and two backward kernels, in functions that all layers share
     assert "290x290" not in text and "384x384" not in text
 

@@ -11,10 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_step import MODEL, assert_close, config_of, make_batch, regroup, run, start
+from test_step import MODEL, assembled, assert_close, config_of, make_batch, regroup, run, start
 
-from jaxlm.parallel import sharding
-from jaxlm.parallel.sharding import Layout, Split
+from jaxlm.parallel.layout import HOST_MEMORY, Layout
+from jaxlm.parallel.mesh import make_mesh, replicated, train_batch_sharding
+from jaxlm.parallel.split import Split, split_parameter
 
 ROOT = Path(__file__).parents[1]
 UNROLLED = dataclasses.replace(MODEL, scan_layers=False)
@@ -47,15 +48,13 @@ LAYOUTS = [
 
 
 def on_mesh(batches, shape):
-    placement = sharding.train_batch_sharding(sharding.make_mesh(jax.devices()[:4], shape))
+    placement = train_batch_sharding(make_mesh(jax.devices()[:4], shape))
     return [jax.device_put(batch, placement) for batch in batches]
 
 
 def whole(params, shape, stage, config):
     """Parameters with their own shapes, on the host."""
-    abstract = jax.eval_shape(lambda: start(config)[1].params)
-    layout = Layout(sharding.make_mesh(jax.devices()[:4], shape), stage, abstract)
-    return jax.device_get(jax.jit(layout.to_whole)(params))
+    return jax.device_get(jax.jit(assembled(config, shape, stage).layout.to_whole)(params))
 
 
 @pytest.mark.parametrize(("model", "layout"), [(model, layout) for model, *layout in LAYOUTS])
@@ -111,8 +110,8 @@ def test_a_missing_reduction_is_noticed(monkeypatch, stage, fault):
 
 
 def own_part(split: Split, gradient: jax.Array) -> jax.Array:
-    index = jax.lax.axis_index("data") * (split.size // split.shards)
-    return jax.lax.dynamic_slice_in_dim(split.pad(gradient), index, split.size // split.shards, split.axis)
+    index = jax.lax.axis_index("data") * (split.padded_size // split.shards)
+    return jax.lax.dynamic_slice_in_dim(split.pad(gradient), index, split.padded_size // split.shards, split.axis)
 
 
 def bytes_on_first_device(tree):
@@ -136,7 +135,7 @@ def test_an_unsharded_leaf_is_noticed(monkeypatch):
     place = Layout.place
 
     def forgetful(self, abstract):
-        spread = sharding.replicated(self.mesh)
+        spread = replicated(self.mesh)
         forget = lambda path, x: x.update(sharding=spread) if "token" in str(path) else x  # noqa: E731
         return jax.tree_util.tree_map_with_path(forget, place(self, abstract))
 
@@ -149,7 +148,7 @@ def test_an_unsharded_leaf_is_noticed(monkeypatch):
 def test_offloaded_state_stays_in_host_memory():
     state, _, _ = run(config_of(MODEL), on_mesh(BATCHES[:1], (1, 4, 1)), (1, 4, 1), 2, True)
     moments = [x for x in jax.tree.leaves(state.opt_state) if x.ndim]
-    assert moments and {x.sharding.memory_kind for x in moments} == {sharding.HOST_MEMORY}
+    assert moments and {x.sharding.memory_kind for x in moments} == {HOST_MEMORY}
 
 
 @pytest.mark.parametrize("shards", [1, 2, 3, 5, 7, 8, 64])
@@ -158,8 +157,8 @@ def test_splitting_wastes_next_to_nothing(shards, shape):
     """Whatever the devices: an axis of its own is split, with less than one row of padding a shard."""
     name = {4: "blocks/attention/qkv/kernel", 2: "token_embedding"}[len(shape)] if shape[0] != 12 else "blocks/x/bias"
     path = tuple(jax.tree_util.DictKey(key) for key in name.split("/"))
-    split = sharding.split_of(path, shape, shards)
-    assert split.size % shards == 0 and 0 <= split.size - shape[split.axis] < shards
+    split = split_parameter(path, shape, shards)
+    assert split.padded_size % shards == 0 and 0 <= split.padded_size - shape[split.axis] < shards
     assert not (name.startswith("blocks") and split.axis == 0), "layers are gathered one by one"
     x = jnp.zeros(split.shape, jnp.int8)
     assert split.pad(x).shape == split.padded_shape and split.crop(split.pad(x)).shape == shape

@@ -9,16 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import nnx
 
 from jaxlm.config import Config, DataConfig, ModelConfig, TrainingConfig
-from jaxlm.model import Transformer
 from jaxlm.model.layers import Block
-from jaxlm.parallel import sharding
-from jaxlm.parallel.sharding import Layout
-from jaxlm.train.optim import build_optimizer, build_schedule
-from jaxlm.train.precision import compute_dtype
-from jaxlm.train.step import CPU_PART_TOKENS, in_parts, init_state, make_train_step
+from jaxlm.parallel.layout import Layout
+from jaxlm.parallel.mesh import make_mesh
+from jaxlm.train.assemble import Resolved, assemble
+from jaxlm.train.schedules import build_schedule
+from jaxlm.train.step import CPU_PART_TOKENS, in_parts
 
 VOCAB, T, ROWS = 61, 24, 16
 MODEL = ModelConfig(vocab_size=VOCAB, d_model=32, n_heads=2, n_layers=2, d_ff=64, max_seq_len=T, scan_layers=True)
@@ -48,15 +46,20 @@ def regroup(batch, k):
 
 @functools.cache
 def start(config, mesh_shape=(1, 1, 1), stage=0, offload=False):
-    """The compiled-on-demand step and the first state, on the first devices of a mesh."""
-    mesh = sharding.make_mesh(jax.devices()[: math.prod(mesh_shape)], mesh_shape)
-    make = lambda: Transformer(config.model, dtype=compute_dtype(config.training), rngs=nnx.Rngs(0))  # noqa: E731
-    graphdef, abstract = nnx.split(nnx.eval_shape(make))
-    layout = Layout(mesh, stage, nnx.to_pure_dict(abstract), offload)
-    init = lambda: init_state(make(), build_optimizer(config.training, layout.shapes), config, layout)  # noqa: E731
-    placed = jax.tree.map(lambda x: x.sharding, layout.place(jax.eval_shape(init)))
-    step = make_train_step(graphdef, config, build_schedule(config.training, 100), layout)
-    return jax.jit(step, out_shardings=(placed, None)), jax.jit(init, out_shardings=placed)()
+    """The step, compiled when it is first called, and the first state, on the first devices of a mesh."""
+    assembly = assembled(config, mesh_shape, stage, offload)
+    jitted, schedule = assembly.jit_step(donate=False), build_schedule(config.training, 100)
+
+    def step(state, batch):
+        return jitted(state, batch, {"learning_rate": np.float32(schedule(int(state.step)))})
+
+    return step, assembly.init()
+
+
+def assembled(config, mesh_shape=(1, 1, 1), stage=0, offload=False):
+    training = dataclasses.replace(config.training, zero_stage=stage, offload_optimizer=offload)
+    mesh = make_mesh(jax.devices()[: math.prod(mesh_shape)], mesh_shape)
+    return assemble(Resolved(dataclasses.replace(config, training=training), mesh))
 
 
 def run(config, batches, *layout):
@@ -131,7 +134,7 @@ def test_parts_beside_each_other_equal_all_rows_at_once(monkeypatch):
     [(16, 1, 1, 4), (6, 1, 1, 3), (7, 1, 1, 1), (16, 1, 2, 1), (16, 0.25, 1, 4), (16, 0.125, 1, 2), (16, 0.1, 1, 1)],
 )
 def test_parts_are_equal_and_large(rows, tokens, devices, parts):
-    layout = Layout(sharding.make_mesh(jax.devices()[:devices], (1, 1, devices)), 0, {})
+    layout = Layout(make_mesh(jax.devices()[:devices], (1, 1, devices)), 0, {})
     batch = {"tokens": jnp.arange(rows * int(tokens * CPU_PART_TOKENS)).reshape(rows, -1)}
     seen = []
 
@@ -150,8 +153,9 @@ def test_a_block_is_traced_once(monkeypatch):
     monkeypatch.setattr("jaxlm.train.step.CPU_PART_TOKENS", ROWS * T // 8)
     calls, whole = [], Block.__call__
     monkeypatch.setattr(Block, "__call__", lambda self, *a: calls.append(1) or whole(self, *a))
-    step, state = start.__wrapped__(config_of(dataclasses.replace(MODEL, scan_layers=False)))
-    step.trace(state, regroup(make_batch(), 2))
+    assembly = assembled(config_of(dataclasses.replace(MODEL, scan_layers=False)))
+    numbers = {"learning_rate": np.float32(1e-2)}
+    assembly.jit_step().trace(assembly.abstract_state, regroup(make_batch(), 2), numbers)
     assert len(calls) == 1
 
 

@@ -16,9 +16,9 @@ import pytest
 from conftest import make_config
 
 from jaxlm import Trainer, load
-from jaxlm.checkpoints import checkpoint
 from jaxlm.checkpoints.folder import checkpoint_steps
-from jaxlm.config import resolved, to_dict
+from jaxlm.checkpoints.items import read_progress
+from jaxlm.config import to_dict, with_derived
 from jaxlm.errors import RunFailed, Stopped, UserError
 from jaxlm.run.evaluate import evaluate_model
 
@@ -204,9 +204,9 @@ def test_run_folder(reference, corpus):
     assert rows[1]["train/mfu"] is None  # a CPU's peak is not known
     assert {"eval/loss", "eval/perplexity", "eval/bits_per_byte"} <= set(rows[9])
     best = min((row["eval/loss"], step) for step, row in rows.items() if "eval/loss" in row)
-    progress = checkpoint.read_progress(folder / "best_model")
+    progress = read_progress(folder / "best_model")
     assert (progress.best_loss, progress.step) == best
-    assert checkpoint.read_progress(folder / "final_model").step == 9
+    assert read_progress(folder / "final_model").step == 9
 
 
 def test_load_gives_the_evaluated_model(reference, corpus):
@@ -219,7 +219,7 @@ def test_load_gives_the_evaluated_model(reference, corpus):
         result = evaluate_model(loaded, loaded.config.data, 3, lambda line: None)
         assert result["loss"] == pytest.approx(logged["eval/loss"], rel=1e-5)
         assert result["bits_per_byte"] == pytest.approx(logged["eval/bits_per_byte"], rel=1e-5)
-    assert to_dict(loaded.config)["model"] == to_dict(resolved(config))["model"]
+    assert to_dict(loaded.config)["model"] == to_dict(with_derived(config))["model"]
     assert loaded.tokenizer.decode(loaded.tokenizer.encode("naïve  text\r\n")) == "naïve  text\r\n"
 
 
@@ -267,7 +267,7 @@ def test_save_total_limit_and_longer_run(tmp_path, corpus):
     assert set(checkpoint_steps(folder)) == {3, 4}
     Trainer(make_config(tmp_path, corpus, **short | {"training.max_steps": 6})).train()  # max_steps may grow
     assert set(checkpoint_steps(folder)) == {5, 6}
-    assert checkpoint.read_progress(folder / "final_model").step == 6
+    assert read_progress(folder / "final_model").step == 6
 
 
 def test_resume_at_an_earlier_checkpoint(tmp_path, corpus, reference):

@@ -9,7 +9,8 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import jax
@@ -17,7 +18,7 @@ from filelock import FileLock, Timeout
 
 from jaxlm.checkpoints.manifest import damage, is_sealed
 from jaxlm.errors import UserError
-from jaxlm.parallel.processes import barrier, is_leader, say, told_by_any
+from jaxlm.parallel.processes import barrier, is_leader, say, text_from_any_process
 
 PREFIX = "checkpoint"
 MODELS = ("best_model", "final_model")
@@ -34,23 +35,22 @@ def open_folder(folder: Path, fresh: bool) -> FileLock:
     """
     where = f"training.checkpoint_dir ({folder})"
     lock = FileLock(folder / ".lock", timeout=0, is_singleton=True)
-    try:
-        if fresh and folder.exists() and is_leader():
-            with lock:
-                aside = _unused(folder.with_name(f"{folder.name}.{time.strftime('%Y%m%d_%H%M%S')}"))
-                folder.rename(aside)
-            say(f"moved aside: {folder} is now {aside}")
-        barrier("moved the old folder aside")
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".write_test_{jax.process_index()}_{os.getpid()}"
-        probe.touch()
-        probe.unlink()
-        if is_leader():
-            lock.acquire()
-    except Timeout as error:
-        raise UserError(f"{where}: another run is using it; wait for its end, or name another folder") from error
-    except OSError as error:
-        raise not_writable(folder, error) from error
+    with writing_to(folder):
+        try:
+            if fresh and folder.exists() and is_leader():
+                with lock:
+                    aside = _unused(folder.with_name(f"{folder.name}.{time.strftime('%Y%m%d_%H%M%S')}"))
+                    folder.rename(aside)
+                say(f"moved aside: {folder} is now {aside}")
+            barrier("moved the old folder aside")
+            folder.mkdir(parents=True, exist_ok=True)
+            probe = folder / f".write_test_{jax.process_index()}_{os.getpid()}"
+            probe.touch()
+            probe.unlink()
+            if is_leader():
+                lock.acquire()
+        except Timeout as error:  # which is an OSError
+            raise UserError(f"{where}: another run is using it; wait for its end, or name another folder") from error
     return lock
 
 
@@ -60,10 +60,16 @@ def _unused(path: Path) -> Path:
     return path if not path.exists() else next(name for name in numbered if not name.exists())
 
 
-def not_writable(folder: Path, error: OSError) -> UserError:
-    return UserError(
-        f"training.checkpoint_dir ({folder}): cannot be written to ({error.strerror}); mend that or name another folder"
-    )
+@contextmanager
+def writing_to(folder: Path) -> Iterator[None]:
+    """Makes an error of the block's writing to the run's folder one of the user's."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"training.checkpoint_dir ({folder}): cannot be written to ({error.strerror}); mend that or name another "
+            "folder"
+        ) from error
 
 
 def new_name(path: Path) -> Path:
@@ -108,7 +114,7 @@ def _numbered(folder: Path) -> dict[int, Path]:
 
 def _damage(path: Path) -> str | None:
     """As `manifest.damage`; all processes call it together, and each looks into its part."""
-    return told_by_any(damage(path, part=jax.process_index(), parts=jax.process_count()))
+    return text_from_any_process(damage(path, part=jax.process_index(), parts=jax.process_count()))
 
 
 def is_intact(path: Path) -> bool:

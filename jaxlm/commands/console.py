@@ -11,14 +11,14 @@ from types import FrameType
 
 import jax
 
-from jaxlm.checkpoints.checkpoint import LoadedModel, load
+from jaxlm.checkpoints.load import LoadedModel, load
 from jaxlm.config import DataConfig
 from jaxlm.data.tokens import cache_root
 from jaxlm.errors import UserError
 from jaxlm.generation.api import Generation, Piece, Writer
 from jaxlm.generation.decode import CHUNK, STREAM_CHUNK
 from jaxlm.generation.options import GenerationOptions
-from jaxlm.parallel.processes import find_devices
+from jaxlm.parallel.devices import find_devices
 
 BETWEEN = "-" * 40  # a line between texts
 INTERACTIVE_CACHE = 1024  # positions; one cache for all lines, so that everything is compiled before the first one

@@ -19,8 +19,8 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.batch_size is not None and arguments.batch_size < 1:
         raise cli.UserError(f"--batch_size ({arguments.batch_size}) must be at least 1")
 
-    from jaxlm.checkpoints.checkpoint import load
-    from jaxlm.parallel.processes import find_devices
+    from jaxlm.checkpoints.load import load
+    from jaxlm.parallel.devices import find_devices
     from jaxlm.run.evaluate import evaluate_model
 
     find_devices()

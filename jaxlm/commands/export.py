@@ -22,9 +22,9 @@ def add_options(parser: cli.Parser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     source, to = Path(arguments.model), Path(arguments.to)
 
-    from jaxlm.checkpoints.checkpoint import load
+    from jaxlm.checkpoints.load import load
     from jaxlm.interop.export import check_dtype, check_target, export
-    from jaxlm.parallel.processes import find_devices
+    from jaxlm.parallel.devices import find_devices
 
     max_shard_size = parse_size("--max_shard_size", arguments.max_shard_size)
     check_dtype(arguments.dtype)

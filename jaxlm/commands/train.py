@@ -1,10 +1,14 @@
 """Trains a language model. The same command again goes on where an unfinished run stopped."""
 
 import argparse
+from typing import TYPE_CHECKING
 
 from jaxlm.commands import cli
-from jaxlm.config import validate
-from jaxlm.interop import deepspeed
+from jaxlm.config import Config
+from jaxlm.run.setup import resolve
+
+if TYPE_CHECKING:
+    import jax
 
 
 def add_options(parser: cli.Parser) -> None:
@@ -27,13 +31,15 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.resume_from_checkpoint is not None:
         config = cli.replace_fields(config, {"training.resume_from_checkpoint": arguments.resume_from_checkpoint})
 
-    from jaxlm.interop.pretrained import with_architecture
+    def devices(config: Config) -> list["jax.Device"]:
+        from jaxlm.parallel.devices import start_backend
+        from jaxlm.parallel.processes import start
 
-    # Before JAX is imported, so that a mistake shows at once.
-    deepspeed.apply(validate(with_architecture(config, arguments.fresh)), world=None)
+        start(arguments.coordinator_address, arguments.num_processes, arguments.process_id)
+        return start_backend(config.training)
 
-    from jaxlm.parallel import processes as distributed
+    resolved = resolve(config, devices, arguments.fresh)
+
     from jaxlm.trainer import Trainer
 
-    distributed.start(arguments.coordinator_address, arguments.num_processes, arguments.process_id)
-    Trainer(config, fresh=arguments.fresh).train()
+    Trainer(resolved, fresh=arguments.fresh).train()

@@ -122,7 +122,7 @@ def from_dict(values: Any, where: str) -> Config:
         raise UserError(f"{where}: {error}") from error
 
 
-def resolved(config: Config) -> Config:
+def with_derived(config: Config) -> Config:
     """With what follows from other fields filled in: zero_stage and scan_layers."""
     stage = config.training.zero_stage or 0
     scan = config.model.scan_layers

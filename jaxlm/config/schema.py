@@ -12,6 +12,14 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
+# Optimizers of optax whose steps need nothing but gradients and parameters, are in proportion to the learning rate, and
+# treat each parameter by itself (tests/test_optim.py tries each).
+FROM_OPTAX = (
+    "acprop", "adabelief", "adadelta", "adagrad", "adamax", "adamaxw", "adan", "ademamix", "adopt", "amsgrad", "galore",
+    "lars", "nadam", "nadamw", "optimistic_adam_v2", "optimistic_gradient_descent", "radam", "rmsprop", "rprop",
+    "sign_sgd", "signum", "simplified_ademamix", "sm3", "yogi",
+)  # fmt: skip
+
 
 def option(
     default: T,
@@ -27,8 +35,7 @@ def option(
 ) -> T:
     """Declares a field. `low`/`high` are inclusive bounds, `above`/`below` exclusive ones.
 
-    A choice may end in a star, which stands for anything; `others` tells whether what is none of `choices` is valid all
-    the same.
+    `others` tells whether a value that is none of `choices` is valid all the same.
 
     `resumable` marks a field that does not change the training itself, so that a run may go on with another value.
     """
@@ -158,9 +165,9 @@ class TrainingConfig(_Section):
     optimizer: str = option(
         "adamw",
         "update rule; muon: for the blocks' matrices, adam for the rest; adafactor: without momentum, steps are "
-        "learning_rate times the parameter's size, so try 0.01; optax.NAME: optax's own of that name, such as "
-        "optax.nadamw, built with beta1, beta2, eps and weight_decay where it takes them",
-        choices=("adamw", "adam", "sgd", "lion", "lamb", "muon", "adafactor", "optax.*"),
+        "learning_rate times the parameter's size, so try 0.01; optax.NAME: optax's own of that name, built with "
+        "beta1, beta2, eps and weight_decay where it takes them",
+        choices=("adamw", "adam", "sgd", "lion", "lamb", "muon", "adafactor", *(f"optax.{n}" for n in FROM_OPTAX)),
     )
     beta1: float = option(0.9, "first-moment decay (sgd: momentum; adafactor: unused)", low=0, below=1)
     beta2: float = option(0.999, "second-moment decay (lion: momentum decay; adafactor: unused)", low=0, below=1)

@@ -4,19 +4,17 @@ import dataclasses
 import re
 import typing
 from collections.abc import Iterable, Mapping
-from fnmatch import fnmatchcase
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from jaxlm.config.fields import SHOWN, accepts, excerpt, nearest, type_name
 from jaxlm.config.schema import SECTIONS, Config, ModelConfig
-from jaxlm.errors import UserError
+from jaxlm.errors import UserError, one_line
 
+SINK_PACKAGES = ("wandb", "trackio")  # names in training.report_to that need a package of that name
 LARGEST_INT, LARGEST_FLOAT = 2**31 - 1, 3.4e38  # what JAX computes with: int32, float32
-
-
-def _is_choice(item: Any, choices: Iterable[str]) -> bool:
-    return isinstance(item, str) and any(fnmatchcase(item, choice) for choice in choices)
 
 
 def _check_other(dotted: str, limits: Mapping[str, Any], item: Any) -> None:
@@ -36,7 +34,7 @@ def check_field(dotted: str, field: Any, annotation: Any, value: Any) -> None:
     if value is None:
         return
     for item in value if isinstance(value, tuple) else (value,):
-        if limits["choices"] and not _is_choice(item, limits["choices"]):
+        if limits["choices"] and item not in limits["choices"]:
             _check_other(dotted, limits, item)
         if isinstance(item, str) and "\0" in item:
             raise UserError(f"{dotted} ({excerpt(item)}) holds a NUL character; remove it")
@@ -101,6 +99,37 @@ def _check_model(model: ModelConfig) -> None:
         raise UserError(f"{named} needs model.rope_theta ({model.rope_theta}) greater than 1")
 
 
+def _check_tensor_parallel(model: ModelConfig, tensor: int) -> None:
+    for name, value in {"n_heads": model.n_heads, "n_kv_heads": model.kv_heads, "d_ff": model.d_ff}.items():
+        if value % tensor:
+            raise UserError(f"training.tensor_parallel ({tensor}) must divide model.{name} ({value})")
+
+
+def _check_report_to(report_to: tuple[Any, ...]) -> None:
+    for name in report_to:
+        if name in SINK_PACKAGES and find_spec(name) is None:
+            raise UserError(f'training.report_to ({name}): the package is not installed; pip install -e ".[{name}]"')
+        if isinstance(name, str) and ":" in name:
+            own_sink(name)
+
+
+def own_sink(name: str) -> type:
+    """The class that "module:Class" in training.report_to names.
+
+    Raises:
+      UserError: there is none, or it has no write(row, step) and close().
+    """
+    module, _, attribute = name.partition(":")
+    where = f"training.report_to ({name})"
+    try:
+        found = vars(import_module(module)).get(attribute)
+    except ImportError as error:
+        raise UserError(f"{where}: {one_line(error)}; put the module's folder on PYTHONPATH, or install it") from error
+    if not isinstance(found, type) or not all(callable(getattr(found, method, None)) for method in ("write", "close")):
+        raise UserError(f"{where}: is not a class with write(row, step) and close(); see jaxlm.monitor.sinks.Sink")
+    return found
+
+
 def check_fields(config: Config) -> None:
     """Checks each value by itself, against its declared type and bounds; UserError names it."""
     for name, section in SECTIONS.items():
@@ -138,6 +167,54 @@ def xla_option(text: str) -> tuple[str, str | bool]:
     return name, value == "true" if value in ("true", "false") else value
 
 
+def mesh_shape(config: Config, n_devices: int) -> tuple[int, int, int]:
+    """Devices along (replica, data, tensor) for a configuration on `n_devices`.
+
+    Raises:
+      UserError: there are other numbers of devices than it expects, or they can't be divided as it asks.
+    """
+    training = config.training
+    if training.world_size not in (None, n_devices):
+        raise UserError(
+            f"training.world_size ({training.world_size}) differs from the {n_devices} device(s) found; "
+            "start it where there are as many, or unset it"
+        )
+    tensor, group = training.tensor_parallel, training.zero_group_size or n_devices
+    if n_devices % tensor:
+        raise UserError(f"training.tensor_parallel ({tensor}) must divide the {n_devices} device(s)")
+    if n_devices % group or group % tensor:
+        raise UserError(
+            f"training.zero_group_size ({group}) must divide the {n_devices} device(s) and be a multiple of "
+            f"training.tensor_parallel ({tensor})"
+        )
+    return n_devices // group, group // tensor, tensor
+
+
+def check_platform(config: Config, platform: str) -> None:
+    """Raises UserError if it asks for other collectives than those of JAX's `platform`, such as "cpu"."""
+    asked, backend = config.training.distributed_backend, "gloo" if platform == "cpu" else "nccl"
+    if asked not in (None, backend):
+        raise UserError(
+            f"training.distributed_backend ({asked}) does not fit {platform} devices; unset it, or use {backend}"
+        )
+
+
+def check_steps(config: Config, total_steps: int, last_step: int) -> None:
+    """Raises UserError if the run has too many updates, or ends before what is to be profiled.
+
+    Args:
+      total_steps: updates of the whole run.
+      last_step: the update at which it stops this time.
+    """
+    training = config.training
+    if total_steps > LARGEST_INT:
+        raise UserError(f"training.num_epochs ({training.num_epochs}) is more than {LARGEST_INT} updates; lower it")
+    if training.profile_steps is not None and profiled_steps(training.profile_steps)[0] > last_step:
+        raise UserError(
+            f"training.profile_steps ({training.profile_steps}) begins after the run's last update, {last_step}"
+        )
+
+
 def validate(config: Config) -> Config:
     """Checks everything that can be known without touching files or devices; returns `config`.
 
@@ -145,12 +222,20 @@ def validate(config: Config) -> Config:
       UserError: names the field, its value and what to do.
     """
     check_fields(config)
+    check_together(config)
+    return config
+
+
+def check_together(config: Config) -> None:
+    """Checks what has to hold between fields, each of which is valid; UserError names them."""
     model, training, data = config.model, config.training, config.data
     _check_model(model)
+    _check_tensor_parallel(model, training.tensor_parallel)
     if training.profile_steps is not None:
         profiled_steps(training.profile_steps)
     for text in training.xla_options:
         xla_option(text)
+    _check_report_to(training.report_to)
     if data.max_length > model.max_seq_len:
         raise UserError(
             f"data.max_length ({data.max_length}) exceeds model.max_seq_len ({model.max_seq_len}); lower it"
@@ -175,4 +260,3 @@ def validate(config: Config) -> Config:
             f"training.resume_from_checkpoint ({resume}): checkpoints here are folders; "
             f"use {path.with_name(path.stem.replace('-', '_'))}"
         )
-    return config

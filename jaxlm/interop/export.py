@@ -22,8 +22,10 @@ from flax.traverse_util import flatten_dict
 from tokenizers.processors import TemplateProcessing
 
 import jaxlm
-from jaxlm.checkpoints.checkpoint import LoadedModel, Progress, reason_of
+from jaxlm.checkpoints.items import Progress
+from jaxlm.checkpoints.load import LoadedModel
 from jaxlm.checkpoints.manifest import sync
+from jaxlm.checkpoints.save import reason_of
 from jaxlm.config import Config, DataConfig, nearest, replace_fields, to_dict
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.errors import UserError

@@ -201,28 +201,28 @@ class _OwnFolder:
     kind = "of jaxlm"
 
     def __init__(self, folder: Path, where: str) -> None:
-        from jaxlm.checkpoints import checkpoint
+        from jaxlm.checkpoints.items import read_config, read_tokenizer
 
         self.folder, self.where = folder, where
         try:
-            values = dataclasses.asdict(checkpoint.read_config(folder).model)
-            self.tokenizer: Tokenizer | None = checkpoint.read_tokenizer(folder)
+            values = dataclasses.asdict(read_config(folder).model)
+            self.tokenizer: Tokenizer | None = read_tokenizer(folder)
         except UserError as error:
             raise UserError(f"{where}: {error}") from error
         self.fields = {field: values[field] for field in ARCHITECTURE}
 
     def check(self, whole: Params) -> None:
-        from jaxlm.checkpoints import checkpoint
+        from jaxlm.checkpoints.items import JSON_ITEMS
         from jaxlm.checkpoints.manifest import damage
 
-        wrong = damage(self.folder, ("params", *checkpoint.JSON_ITEMS))
+        wrong = damage(self.folder, ("params", *JSON_ITEMS))
         if wrong is not None:
             raise UserError(f"{self.where}: is damaged: {wrong}; name another")
 
     def params(self, whole: Params, held: Params, shards: int) -> Params:
-        from jaxlm.checkpoints import checkpoint
+        from jaxlm.checkpoints.load import restore_params
 
-        return checkpoint.restore_params(self.folder, held, shards)
+        return restore_params(self.folder, held, shards)
 
 
 class _HuggingFaceFolder:
@@ -298,7 +298,8 @@ class _HuggingFaceFolder:
     def params(self, whole: Params, held: Params, shards: int) -> Params:
         import jax
 
-        from jaxlm.parallel.sharding import path_name, put_whole
+        from jaxlm.parallel.layout import put_whole
+        from jaxlm.parallel.split import path_name
 
         stored = {self._here(name): (opened, name) for name, opened in self._tensors.items()}
 

@@ -11,9 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlm.config import Config
+from jaxlm.monitor.metrics import MetricsTracker, Throughput
 from jaxlm.monitor.sinks import Histogram
-from jaxlm.parallel.sharding import STACKED, Layout, path_name
-from jaxlm.train.step import Batch, TrainState, make_gradients
+from jaxlm.monitor.watchdog import Watchdog
+from jaxlm.parallel.layout import Layout
+from jaxlm.parallel.mesh import replicated
+from jaxlm.parallel.split import STACKED, path_name
+from jaxlm.train.accumulate import Batch
+from jaxlm.train.assemble import Assembly
+from jaxlm.train.step import TrainState, make_gradients
 
 BINS = 64
 
@@ -31,7 +37,7 @@ def make_histograms(graphdef: Any, config: Config, layout: Layout) -> Callable[[
         n_targets = (batch["segments"] > 0).sum().astype(jnp.float32)
         _, gradients = gradients_of(state.params, batch, state.step, scale / n_targets)
         gradients = jax.tree.map(lambda x: x / scale, gradients)
-        trees = {"parameters": layout.cropped(state.params), "gradients": layout.cropped(gradients)}
+        trees = {"parameters": layout.to_whole(state.params), "gradients": layout.to_whole(gradients)}
         return {name: _of_leaves(tree) for name, tree in trees.items()}
 
     return histograms
@@ -75,3 +81,29 @@ def _named(name: str, values: dict[str, np.ndarray]) -> Iterator[tuple[str, Hist
     if values["low"] <= values["high"]:
         rest = {key: float(values[key]) for key in ("low", "high", "total", "squares")}
         yield name, Histogram(counts=values["counts"], **rest)
+
+
+class HistogramWriter:
+    """Writes histograms of parameters and gradients every training.histogram_steps updates, and at the last one."""
+
+    def __init__(
+        self,
+        assembly: Assembly,
+        total_steps: int,
+        tracker: MetricsTracker,
+        throughput: Throughput,
+        watchdog: Watchdog,
+    ) -> None:
+        self.every, self.total_steps = assembly.config.training.histogram_steps, total_steps
+        self.tracker, self.throughput, self.watchdog = tracker, throughput, watchdog
+        histograms = make_histograms(assembly.graphdef, assembly.config, assembly.layout)
+        self._histograms = jax.jit(histograms, out_shardings=replicated(assembly.mesh))
+
+    def before_update(self, step: int, state: TrainState, batch: Batch) -> None:
+        """Computes and writes the histograms of update `step`, if they are due; `state` is that before it."""
+        if self.every is None or (step % self.every and step != self.total_steps):
+            return
+        jax.block_until_ready(state.step)
+        with self.throughput.paused(), self.watchdog.during("computing histograms"):
+            for name, histogram in named_histograms(self._histograms(state, batch)):
+                self.tracker.write_histogram(name, histogram, step)

@@ -5,10 +5,15 @@ import math
 import re
 import resource
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import jax
+
+from jaxlm.config import Config
 from jaxlm.errors import one_line
 from jaxlm.monitor.sinks import Histogram, HistogramSink, Row, Sink, TextSink, finite
 from jaxlm.parallel.gpus import peak_flops
@@ -23,9 +28,33 @@ def flops_per_token(parameters: int, n_layers: int, max_length: int, d_model: in
     return 6 * parameters + 12 * n_layers * max_length * d_model
 
 
-def model_flops_utilization(tokens_per_second: float, flops_a_token: float, device_kind: str, devices: int) -> float:
+def model_flops_utilization(
+    tokens_per_second: float, config: Config, parameters: int, devices: Sequence[jax.Device]
+) -> float:
     """tokens/s * FLOPs a token / (devices * peak), NaN where the device's peak is not known."""
-    return tokens_per_second * flops_a_token / (devices * peak_flops(device_kind))
+    model = config.model
+    flops = flops_per_token(parameters, model.n_layers, config.data.max_length, model.d_model)
+    return tokens_per_second * flops / (len(devices) * peak_flops(devices[0].device_kind))
+
+
+class Throughput:
+    """Tokens a second since the last `restart`. What is not training (evaluating, saving) ends with a restart."""
+
+    def __init__(self) -> None:
+        self.restart()
+
+    def restart(self) -> None:
+        self.tokens, self._started = 0, time.perf_counter()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leaves the block's time out."""
+        begun = time.perf_counter()
+        yield
+        self._started += time.perf_counter() - begun
+
+    def tokens_per_second(self) -> float:
+        return self.tokens / (time.perf_counter() - self._started)
 
 
 def memory_gib(devices: Sequence[Any]) -> Row:

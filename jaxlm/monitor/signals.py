@@ -46,3 +46,15 @@ def _say(text: str) -> None:
     """A line on stderr, past Python's own buffers, which may be in use at this moment."""
     with contextlib.suppress(OSError):
         os.write(2, f"\n{text}\n".encode())
+
+
+def stopped(by: signal.Signals | None, step: int, save_error: str | None) -> Stopped:
+    """What ends a run that a signal stopped after update `step`.
+
+    Args:
+      by: None: another process got it.
+      save_error: why that step is not saved, if it isn't.
+    """
+    name = "a signal to another process" if by is None else by.name
+    saved = "it is saved" if save_error is None else f"that step was not saved ({save_error})"
+    return Stopped(f"{name} at step {step}; {saved}, the same command goes on")

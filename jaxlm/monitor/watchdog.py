@@ -28,11 +28,10 @@ class Watchdog:
 
     Args:
       limit: seconds; 0: never.
-      board: tells the other processes how far this one is, and which of them are behind.
     """
 
-    def __init__(self, limit: float | None, board: StatusBoard) -> None:
-        self.limit, self.board = limit, board
+    def __init__(self, limit: float | None) -> None:
+        self.limit, self.board = limit, StatusBoard()
         self._step = 0  # last one seen
         self._phase: str | None = "starting"  # None: updates
         self._times: deque[float] = deque(maxlen=50)

@@ -1,4 +1,4 @@
-"""Processes and devices: start-up of several processes, who leads, what all must agree on, which devices a run uses.
+"""Processes: start-up of several, which of them leads, what all must agree on.
 
 One process a host uses all the GPUs of its host. All processes run the same program; the first, the leader, alone
 prints and writes what is not sharded.
@@ -9,20 +9,19 @@ import os
 import socket
 import sys
 import time
+from collections.abc import Callable
 from importlib.util import find_spec
-from pathlib import Path
 
 import jax
 import numpy as np
 from jax._src import distributed as jax_distributed
 from jax.experimental import multihost_utils
 
-from jaxlm.config import TrainingConfig
 from jaxlm.errors import RunFailed, UserError
-from jaxlm.ops.host_memory import keep_freed_memory
-from jaxlm.parallel.gpus import FRACTION_VARIABLES
+from jaxlm.parallel.mesh import AnyMesh
 
 HEARTBEAT_SECONDS = 30  # a process that was silent for this long is taken for dead, and the whole job ends
+UPDATES_OF_A_VOTE = 2  # from when it is cast to when it is read
 START_SECONDS = 300  # to wait for all processes to have started
 
 
@@ -159,29 +158,42 @@ def check_same_everywhere(what: str, value: str) -> None:
         raise UserError(f"{what}: differs between process 0 and process(es) {others}; start all of them alike")
 
 
-def told_by_any(text: str | None) -> str | None:
-    """What the first process that says anything says (its first 500 bytes), known to all; None if none does."""
+def text_from_any_process(text: str | None) -> str | None:
+    """The text of the first process that has one (its first 500 bytes), known to all; None if none has."""
     if jax.process_count() == 1:
         return text
     mine = np.frombuffer((text or "").encode()[:500].ljust(500, b"\0"), np.uint8)
     texts = [bytes(row).rstrip(b"\0").decode(errors="ignore") for row in multihost_utils.process_allgather(mine)]
-    return next((said for said in texts if said), None)
+    return next((text for text in texts if text), None)
 
 
 class StopVote:
     """Makes a signal that one process got known to all, at the same step, without waiting for anything.
 
     A vote is dispatched after each update and read some updates later, when it is there anyway.
+
+    Args:
+      mesh: of all processes.
+      before_waiting: called before this waits for a process that may never come here.
     """
 
-    def __init__(self, mesh: jax.sharding.Mesh) -> None:
+    def __init__(self, mesh: AnyMesh, before_waiting: Callable[[], None]) -> None:
         self._everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(mesh.axis_names))
         self._any = jax.jit(lambda votes: votes.max())
+        self._before_waiting = before_waiting
+        self._votes: list[jax.Array] = []
 
-    def cast(self, stop: bool) -> jax.Array:
-        """The outcome (int32 scalar, 1 if any process votes to stop), to be read later."""
+    def agreed(self, stop: bool) -> bool:
+        """Whether to stop here: at once if this process is alone, else when all know that one of them wants to.
+
+        Called after each update by all processes; `stop` is what this one wants.
+        """
+        if jax.process_count() == 1:
+            return stop
+        self._before_waiting()
         mine = np.full(len(self._everywhere.addressable_devices), stop, np.int32)
-        return self._any(jax.make_array_from_process_local_data(self._everywhere, mine))
+        self._votes.append(self._any(jax.make_array_from_process_local_data(self._everywhere, mine)))
+        return len(self._votes) > UPDATES_OF_A_VOTE and bool(self._votes.pop(0))
 
 
 class StatusBoard:
@@ -212,62 +224,3 @@ class StatusBoard:
             if signs[process] == min(signs.values()) < max(signs.values())
         ]
         return f"; behind the others is {', '.join(behind)}" if behind else ""
-
-
-def _nvidia_device_visible() -> bool:
-    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
-    return not hidden and any(Path("/dev").glob("nvidia[0-9]*"))
-
-
-def _cpu_is_meant() -> bool:
-    return os.environ.get("JAX_PLATFORMS", "") == "cpu"
-
-
-def find_devices() -> list[jax.Device]:
-    """The devices of all processes that JAX computes on.
-
-    Raises:
-      UserError: an NVIDIA GPU is there but JAX has only its CPU backend.
-    """
-    try:
-        devices = jax.devices()
-    except (RuntimeError, AssertionError) as error:  # JAX_PLATFORMS names a backend that can't start, or is not here
-        asked = f"JAX_PLATFORMS ({os.environ.get('JAX_PLATFORMS', '')})"
-        reason = f": {str(error).splitlines()[0]}" if str(error) else ""
-        raise UserError(
-            f'{asked}: JAX found no device{reason}; unset it, or for a GPU: pip install -e ".[cuda12]" (or cuda13)'
-        ) from error
-    if devices[0].platform == "cpu" and _nvidia_device_visible() and not _cpu_is_meant():
-        raise UserError(
-            'an NVIDIA GPU is here, but JAX has only its CPU backend: pip install -e ".[cuda12]" (or cuda13), '
-            "or set JAX_PLATFORMS=cpu if the CPU is meant"
-        )
-    return devices
-
-
-def training_devices(config: TrainingConfig) -> list[jax.Device]:
-    """`find_devices` after `start`, checked against what the configuration expects.
-
-    Raises:
-      UserError: the processes don't find each other, another number of devices, other collectives than asked for.
-    """
-    start()
-    if not any(os.environ.get(name) for name in FRACTION_VARIABLES):
-        os.environ[FRACTION_VARIABLES[0]] = str(config.memory_fraction)  # read when JAX's backend starts
-    if _cpu_is_meant() or not _nvidia_device_visible():
-        keep_freed_memory()
-        # Else an update begins while the one before it still holds its temporary arrays, and both are kept for good.
-        jax.config.update("jax_cpu_enable_async_dispatch", False)
-    devices = find_devices()
-    if config.world_size is not None and config.world_size != len(devices):
-        raise UserError(
-            f"training.world_size ({config.world_size}) differs from the {len(devices)} device(s) found; "
-            "start it where there are as many, or unset it"
-        )
-    backend = "gloo" if devices[0].platform == "cpu" else "nccl"
-    if config.distributed_backend is not None and config.distributed_backend != backend:
-        raise UserError(
-            f"training.distributed_backend ({config.distributed_backend}) does not fit {devices[0].platform} devices; "
-            f"unset it, or use {backend}"
-        )
-    return devices

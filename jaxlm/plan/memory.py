@@ -1,10 +1,9 @@
-"""Memory a device of a training run, computed without devices: exact for the state, an analytic model for the rest.
+"""Memory a device of a training run, computed without devices: exact for the state, counted from the code for the rest.
 
-Parameters, optimizer state and gradients are those of `sharding.Layout` over an abstract mesh. Activations are what
-JAX keeps for the backward pass (tests/test_memory.py compares, policy by policy); on a GPU the compiler may fuse some
-of it away. Temporaries are counted from the code that makes them. The GPU's attention kernel is assumed, and
-`model.vocab_size` as asked for. What CUDA, cuDNN and NCCL take for themselves is not counted: it lies outside of JAX's
-share of the memory (`usable`). docs/memory.md has the formulas.
+Parameters, optimizer state and gradients are those of `parallel.layout.Layout` over an abstract mesh; activations are
+what JAX keeps for the backward pass (activations.py). Temporaries are counted from the code that makes them. The GPU's
+attention kernel is assumed, and `model.vocab_size` as asked for. What CUDA, cuDNN and NCCL take for themselves is not
+counted: it lies outside of JAX's share of the memory (`usable`). docs/memory.md has the formulas.
 
 Letters: D model width, F feed-forward width, H heads, V vocabulary, L layers; c bytes of the compute type.
 """
@@ -17,24 +16,20 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from flax import nnx
 from jax.sharding import NamedSharding
 
-from jaxlm.config import Config, ModelConfig, resolved, validate
+from jaxlm.config import Config, replace_fields
 from jaxlm.errors import UserError
-from jaxlm.interop import deepspeed
-from jaxlm.model import Transformer
-from jaxlm.model.attention import BLOCK, FUSED_FROM, UNROLL, choose_attention, compute_capability
+from jaxlm.model.attention import BLOCK, FUSED_FROM, UNROLL, choose_attention
 from jaxlm.model.layers import GATES
-from jaxlm.ops.flash import TILES, padded_head_size
-from jaxlm.parallel import sharding
 from jaxlm.parallel.gpus import FRACTION_VARIABLES
-from jaxlm.parallel.sharding import STACKED, TENSOR_AXES, Layout
+from jaxlm.parallel.layout import bytes_a_device
+from jaxlm.parallel.split import STACKED, TENSOR_AXES, path_name
+from jaxlm.plan.activations import activation_bytes
+from jaxlm.run.setup import resolve
+from jaxlm.train.assemble import Resolved, assemble
 from jaxlm.train.loss import bytes_of_chunk
-from jaxlm.train.optim import build_optimizer, build_schedule, check_optimizer
 from jaxlm.train.precision import compute_dtype
-from jaxlm.train.step import TrainState, compile_train_step, init_state, make_train_step
 
 BATCHES = 4  # on the device at a time: one computed with, the others sent ahead
 MOST_ROWS = 2**20  # where the search for the largest batch_size ends
@@ -99,54 +94,37 @@ class _Sizes:
     unsplit: int  # all parameters, on one device
 
 
-def _resolve(config: Config, n_devices: int) -> tuple[Config, tuple[int, int, int]]:
-    """The configuration as the Trainer would use it, and its mesh."""
-    validate(config)
-    check_optimizer(config.training)
+def _resolve(config: Config, n_devices: int) -> Resolved:
+    """As `run.setup.resolve`, for devices that are not here."""
     if not 1 <= n_devices <= MOST_DEVICES:
         raise UserError(f"--devices ({n_devices}) must be from 1 to {MOST_DEVICES}")
     wanted = config.training.world_size
     if wanted not in (None, n_devices):
         raise UserError(f"--devices ({n_devices}) differs from training.world_size ({wanted}); give --devices {wanted}")
-    shape = sharding.mesh_shape(config, n_devices)
-    config, _ = deepspeed.apply(config, world=shape[0] * shape[1])
-    return validate(resolved(config)), shape
-
-
-def _abstract_run(config: Config, mesh: Any, attention: str) -> tuple[Any, Layout, TrainState]:
-    """The model's graph, the layout and the placed abstract state, as Trainer has them."""
-    training = config.training
-
-    def make() -> Transformer:
-        rngs = nnx.Rngs(training.seed)
-        return Transformer(config.model, implementation=attention, dtype=compute_dtype(training), rngs=rngs)
-
-    graphdef, abstract_model = nnx.split(nnx.eval_shape(make))
-    layout = Layout(mesh, training.zero_stage or 0, nnx.to_pure_dict(abstract_model), training.offload_optimizer)
-    state = jax.eval_shape(lambda: init_state(make(), build_optimizer(training, layout.shapes), config, layout))
-    return graphdef, layout, layout.place(state)
+    return resolve(config, n_devices)
 
 
 @functools.lru_cache(maxsize=64)
-def _sizes(config: Config, shape: tuple[int, int, int]) -> _Sizes:
-    _, layout, state = _abstract_run(config, sharding.abstract_mesh(shape), "blockwise")
+def _sizes(resolved: Resolved) -> _Sizes:
+    assembly = assemble(resolved, attention="blockwise")
+    layout, state = assembly.layout, assembly.abstract_state
 
     def elements(sharded: bool = False, start: str = "", end: str = "") -> int:
         total = 0
         for path, split in jax.tree_util.tree_leaves_with_path(layout.splits):
-            name = sharding.path_name(path)
+            name = path_name(path)
             if name.startswith(start) and name.endswith(end):
                 spec = split.shard_spec if sharded else split.whole_spec
                 of = split.padded_shape if sharded else split.shape
                 total += math.prod(NamedSharding(layout.mesh, spec).shard_shape(of))
         return total
 
-    on_device = sharding.bytes_a_device(state.opt_state)
+    on_device = bytes_a_device(state.opt_state)
     everywhere = sum(
         math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(state.opt_state)
     )
     return _Sizes(
-        parameters=sharding.bytes_a_device(state.params),
+        parameters=bytes_a_device(state.params),
         optimizer=on_device,
         host=everywhere - on_device,
         whole=elements(),
@@ -156,66 +134,6 @@ def _sizes(config: Config, shape: tuple[int, int, int]) -> _Sizes:
         largest_kernel=max(elements(start=STACKED, end=end) for end in TENSOR_AXES if end.endswith("kernel")),
         unsplit=sum(math.prod(split.shape) for split in jax.tree.leaves(layout.splits)),
     )
-
-
-def block_bytes(config: Config, attention: str, policy: str = "none") -> float:
-    """Bytes a token of the activations that one block keeps for its backward pass, on a device.
-
-    Args:
-      config: the run's; `training.tensor_parallel` splits what lies between the matrices that it splits.
-      attention: "blockwise", "cudnn" or "pallas".
-      policy: "none" (keep all), "full" or "dots".
-    """
-    model, c, tensor = config.model, _compute_bytes(config), config.training.tensor_parallel
-    d, f = model.d_model, model.d_ff / tensor
-    kv = d * model.kv_heads / model.n_heads
-    if policy == "full":
-        return c * d  # the block's input
-    if policy == "dots":  # and the products that the rest is made of again: qkv, out, up; down if a norm follows it
-        up = 2 * f if model.activation in GATES else f
-        return c * (d + (d + 2 * kv) / tensor + d + up + (0 if model.pre_norm else d))
-    norms: float = 2 * _norm_keeps(model)
-    if model.qk_norm:
-        norms += (3 * 4 * (d + kv) + 2 * 4 * (model.n_heads + model.kv_heads)) / tensor
-    flash, copied = _flash_keeps(config, attention)
-    inputs = c * 2 * d + (c * d / tensor if copied else 0)  # of qkv, up, out (else the kernel's output itself)
-    masks = 2 * d if model.dropout else 0  # one byte an element; those of attention are made again
-    widths = 3 if model.activation in GATES else 2  # the products of up, and the input of down
-    return norms + inputs + flash + masks + widths * c * f
-
-
-def _flash_keeps(config: Config, attention: str) -> tuple[float, bool]:
-    """Bytes a token that the attention kernel keeps, and whether its output is copied before it is used.
-
-    It keeps queries, keys, values and output as it took them, padded, and the log-sum-exp.
-    """
-    model, c, length = config.model, _compute_bytes(config), config.data.max_length
-    head_size = width = model.d_model // model.n_heads
-    heads, kv_heads, padded = model.n_heads, model.kv_heads, length
-    if attention == "blockwise":
-        kv_heads = heads
-        blocks = -(-length // BLOCK)
-        padded = blocks * -(-length // blocks)
-    elif attention == "pallas":
-        width = padded_head_size(head_size)
-        padded += -length % TILES[width].longest
-    kept = padded / length * (2 * c * width * (heads + kv_heads) + 4 * heads)
-    return kept / config.training.tensor_parallel, attention == "blockwise" or (padded, width) != (length, head_size)
-
-
-def _norm_keeps(model: ModelConfig) -> int:
-    """Bytes a token that one norm of the residual stream keeps, in float32."""
-    return 3 * 4 * model.d_model + (2 if model.norm == "rmsnorm" else 4) * 4
-
-
-def activation_bytes(config: Config, attention: str) -> float:
-    """Bytes of activations that a device keeps for the backward pass of one micro-batch."""
-    model, c = config.model, _compute_bytes(config)
-    policy = model.remat_policy if model.gradient_checkpointing else "none"
-    ends = c * model.d_model + (_norm_keeps(model) if model.pre_norm else 0)  # loss and final norm
-    ends += model.d_model if model.dropout else 0
-    angles = 4 * 4 * (model.d_model // model.n_heads // 2) if model.positions == "rotary" and policy == "none" else 0
-    return _tokens(config) * (model.n_layers * block_bytes(config, attention, policy) + ends + angles)
 
 
 def _compute_bytes(config: Config) -> int:
@@ -240,11 +158,14 @@ def _weight_copies(config: Config, sizes: _Sizes) -> float:
     return embedding + cast * sizes.kernels / (model.n_layers if model.gradient_checkpointing else 1) + stacked
 
 
-def _block_at_work(config: Config, attention: str) -> float:
-    """What the backward pass of one block holds at a time, beside what was kept."""
+def _block_at_work(config: Config, attention: str, recomputed: int) -> float:
+    """What the backward pass of one block holds at a time, beside what was kept.
+
+    Args:
+      recomputed: bytes of the block's activations, if they are made again.
+    """
     model, c, tensor = config.model, _compute_bytes(config), config.training.tensor_parallel
     tokens, d, f = _tokens(config), model.d_model, model.d_ff / tensor
-    again = block_bytes(config, attention) if model.gradient_checkpointing else 0
     widths = 3 if model.activation in GATES else 2  # of the feed-forward: the products of up, and the input of down
     streams = 2 * c * d + widths * c * f + 3 * 4 * d  # gradients of the residual stream, feed-forward and a norm
     flash = 4 * c * d / tensor + 8 * d / tensor  # of output, q, k, v, and float32 sums
@@ -256,7 +177,7 @@ def _block_at_work(config: Config, attention: str) -> float:
         scores = config.training.batch_size * model.n_heads / tensor * size * keys * (3 * 4 + c)
     else:
         scores = 0
-    return tokens * (again + streams + flash) + scores
+    return recomputed + tokens * (streams + flash) + scores
 
 
 def _loss_at_work(config: Config) -> float:
@@ -282,19 +203,27 @@ def _gradient_bytes(config: Config, sizes: _Sizes) -> tuple[int, int]:
     return live + accumulator, in_float32 + (4 * sizes.shard if stage == 1 else 0)
 
 
-def _estimate(config: Config, shape: tuple[int, int, int]) -> Estimate:
-    """`config` is resolved."""
+def _estimate(resolved: Resolved) -> Estimate:
+    config = resolved.config
     model, training = config.model, config.training
     # What changes no size is left out of the key, so that a search over batch sizes computes the state once.
-    key = dataclasses.replace(
+    key = replace_fields(
         config,
-        model=dataclasses.replace(model, gradient_checkpointing=False, remat_policy="full"),
-        training=dataclasses.replace(training, batch_size=1, gradient_accumulation_steps=1),
+        {
+            "model.gradient_checkpointing": False,
+            "model.remat_policy": "full",
+            "training.batch_size": 1,
+            "training.gradient_accumulation_steps": 1,
+        },
     )
-    sizes = _sizes(key, shape)
+    sizes = _sizes(dataclasses.replace(resolved, config=key))
     attention = choose_attention(config, FUSED_FROM)
     gradients, in_update = _gradient_bytes(config, sizes)
-    work = _weight_copies(config, sizes) + max(_block_at_work(config, attention), _loss_at_work(config))
+    recomputed = 0
+    if model.gradient_checkpointing:
+        block = replace_fields(config, {"model.gradient_checkpointing": False, "model.n_layers": 1})
+        recomputed = activation_bytes(dataclasses.replace(resolved, config=block))
+    work = _weight_copies(config, sizes) + max(_block_at_work(config, attention, recomputed), _loss_at_work(config))
     # Updates, the moved parameters before they are gathered, and the optimizer state if it comes from the host.
     update = in_update + 4 * sizes.shard * (2 if training.zero_stage else 1) + sizes.host
     if training.optimizer == "muon":  # the matrices that it works on, whole: one, what it becomes, two squares
@@ -306,7 +235,7 @@ def _estimate(config: Config, shape: tuple[int, int, int]) -> Estimate:
         optimizer=sizes.optimizer,
         batch=BATCHES * 4 * rows * (4 * config.data.max_length + 1),
         gradients=gradients,
-        activations=math.ceil(activation_bytes(config, attention)),
+        activations=activation_bytes(resolved),
         temporaries=math.ceil(work),
         update=update,
         sampling=4 * sizes.unsplit if training.sample_tokens and whole_elsewhere else 0,
@@ -320,7 +249,7 @@ def estimate(config: Config, n_devices: int) -> Estimate:
     Raises:
       UserError: the configuration is not valid, or does not fit the devices.
     """
-    return _estimate(*_resolve(config, n_devices))
+    return _estimate(_resolve(config, n_devices))
 
 
 def largest_batch_size(config: Config, n_devices: int, memory: int) -> int:
@@ -329,12 +258,13 @@ def largest_batch_size(config: Config, n_devices: int, memory: int) -> int:
     Args:
       memory: bytes of a device, all of it.
     """
-    resolved, shape = _resolve(config, n_devices)
+    resolved = _resolve(config, n_devices)
     share = usable(memory, config.training.memory_fraction)
 
     def fits(rows: int) -> bool:
-        training = dataclasses.replace(resolved.training, batch_size=rows)
-        return _estimate(dataclasses.replace(resolved, training=training), shape).total <= share
+        training = dataclasses.replace(resolved.config.training, batch_size=rows)
+        config = dataclasses.replace(resolved.config, training=training)
+        return _estimate(dataclasses.replace(resolved, config=config)).total <= share
 
     low, high = 0, 1
     while high <= MOST_ROWS and fits(high):
@@ -368,18 +298,15 @@ def compiled_bytes(config: Config, devices: list[jax.Device]) -> int:
 
     Only a GPU's figure means something: on CPU it shows neither what 16 bits save nor fused kernels.
     """
-    config, shape = _resolve(config, len(devices))
-    mesh, training = sharding.make_mesh(devices, shape), config.training
-    attention = choose_attention(config, compute_capability(devices[0]))
-    graphdef, layout, state = _abstract_run(config, mesh, attention)
-    placement = sharding.train_batch_sharding(mesh)
-    rows = (training.gradient_accumulation_steps, training.batch_size * sharding.row_shards(mesh))
-    array = lambda *shape: jax.ShapeDtypeStruct(shape, np.int32, sharding=placement)  # noqa: E731
-    names = ("tokens", "targets", "segments", "positions")
-    batch = dict.fromkeys(names, array(*rows, config.data.max_length)) | {"rows": array(*rows)}
-    step = make_train_step(graphdef, config, build_schedule(training, 1), layout)
-    use = compile_train_step(step, state, batch).memory_analysis()
-    held = use.argument_size_in_bytes + use.output_size_in_bytes - use.alias_size_in_bytes
+    return peak_bytes(assemble(resolve(config, devices)).lower_step().compile())
+
+
+def peak_bytes(compiled: jax.stages.Compiled) -> int:
+    """Bytes a device at the peak of a program: arguments, results that don't take their place, temporaries."""
+    use = compiled.memory_analysis()
+    if use is None:
+        raise RuntimeError("this backend says nothing about the memory of compiled programs")
+    held: int = use.argument_size_in_bytes + use.output_size_in_bytes - use.alias_size_in_bytes
     return held + use.temp_size_in_bytes
 
 
@@ -420,4 +347,4 @@ def table(result: dict[str, Any]) -> str:
 
 def parameters(config: Config) -> int:
     """How many numbers the model has."""
-    return _sizes(*_resolve(config, 1)).unsplit
+    return assemble(_resolve(config, 1)).parameters

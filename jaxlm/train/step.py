@@ -1,11 +1,11 @@
 """One optimizer update and one evaluation batch, as pure functions.
 
-Shapes: K micro-batches, B rows of a micro-batch (over all devices), T positions, L layers.
+Shapes: K micro-batches, B rows of a micro-batch (over all devices), T positions.
 A batch is a dict of int32 arrays `tokens`, `targets`, `segments`, `positions` [K, B, T] and `rows` [K, B], each row's
 index in the global batch; an evaluation batch has the first four, as [B, T]. Segment 0 is padding.
 
 Losses and gradients are computed by each device on its own rows (`jax.shard_map`), with the communication between them
-written out in `sharding.Layout`; the optimizer then runs on arrays that are laid out by it, and the compiler follows.
+written out in `parallel.Layout`; the optimizer then runs on arrays that are laid out by it, and the compiler follows.
 """
 
 import dataclasses
@@ -17,24 +17,27 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 from jax.sharding import PartitionSpec
+from jax.typing import ArrayLike
 
 from jaxlm.config import Config
 from jaxlm.model import Transformer
 from jaxlm.model.dropout import row_keys
-from jaxlm.model.transformer import Fetch
-from jaxlm.ops.compiler import Options
-from jaxlm.parallel.sharding import ROWS, Layout
+from jaxlm.parallel.layout import GatherBlock, Layout
+from jaxlm.parallel.mesh import ROWS
+from jaxlm.parallel.split import Params
+from jaxlm.train.accumulate import Batch, accumulate
 from jaxlm.train.loss import CPU_CHUNK, Sums, bytes_of_chunk, loss_sums
-from jaxlm.train.optim import Schedule, build_optimizer
+from jaxlm.train.optim import build_optimizer
 from jaxlm.train.precision import LossScale, compute_dtype, initial_loss_scale, next_loss_scale
 
 # A CPU's cores don't all find work in one operation: up to so many parts of the rows, of at least so many tokens, go
 # through the model beside each other.
 CPU_PARTS, CPU_PART_TOKENS = 4, 1024
 
-Batch = dict[str, jax.Array]
-Params = Any  # nested dict of float32 arrays
-TrainStep = Callable[["TrainState", Batch], tuple["TrainState", dict[str, jax.Array]]]
+Numbers = dict[str, ArrayLike]  # what may differ between runs of one compiled program: `learning_rate`, float32
+Metrics = dict[str, jax.Array]
+TrainStep = Callable[["TrainState", Batch, Numbers], tuple["TrainState", Metrics]]
+EvalStep = Callable[..., tuple[jax.Array, jax.Array]]  # (params, [B, T] batch) -> (nats, targets)
 
 
 @jax.tree_util.register_dataclass
@@ -75,7 +78,7 @@ def batch_loss(
     keys: jax.Array | None,
     packed: bool,
     factor: Any = 1.0,
-    fetch: Fetch | None = None,
+    fetch: GatherBlock | None = None,
     z_loss: float = 0.0,
     chunk_bytes: int = CPU_CHUNK,
 ) -> Sums:
@@ -109,18 +112,21 @@ def in_parts(loss_of: Callable[[Params, Batch], Sums], params: Params, batch: Ba
     return jax.tree.map(lambda *sums: sum(sums), *each)
 
 
-def make_gradients(graphdef: Any, config: Config, layout: Layout) -> Callable[..., tuple[jax.Array, Params]]:
+def uses_dropout(config: Config) -> bool:
+    """Whether training draws random numbers."""
+    return config.model.dropout > 0 or config.model.attention_dropout > 0
+
+
+def make_gradients(graphdef: nnx.GraphDef, config: Config, layout: Layout) -> Callable[..., tuple[jax.Array, Params]]:
     """(params, batch, step, factor) -> the cross entropy times `factor`, and the gradients of what is minimised.
 
-    Both are over all rows and micro-batches.
-
-    On each device: gradients of its rows, micro-batch by micro-batch in a `lax.scan`, summed in accumulator_dtype;
-    then one sum over the devices. A gradient that is not finite leaves a sum that is not finite.
+    Both are sums over all rows and micro-batches. Each device computes the gradients of its own rows, micro-batch by
+    micro-batch, summed in accumulator_dtype; then one sum over the devices. A gradient that is not finite leaves a sum
+    that is not finite.
     """
-    model, training = config.model, config.training
-    dtype, accumulator = compute_dtype(training), jnp.dtype(training.accumulator_dtype)
+    training = config.training
+    dtype = compute_dtype(training)
     chunk_bytes = bytes_of_chunk(training, layout.platform)
-    uses_dropout = model.dropout > 0 or model.attention_dropout > 0
 
     def on_device(params: Params, batch: Batch, step: jax.Array, factor: jax.Array) -> tuple[jax.Array, Params]:
         step_key = jax.random.fold_in(jax.random.key(training.seed), step)
@@ -134,7 +140,7 @@ def make_gradients(graphdef: Any, config: Config, layout: Layout) -> Callable[..
                 packed, z_loss = config.data.pack_sequences, training.z_loss
 
                 def loss_of(params: Params, rows: Batch) -> Sums:
-                    keys = row_keys(step_key, rows["rows"], model.n_layers) if uses_dropout else None
+                    keys = row_keys(step_key, rows["rows"], config.model.n_layers) if uses_dropout(config) else None
                     return batch_loss(graphdef, params, rows, keys, packed, factor, fetch, z_loss, chunk_bytes)
 
                 return in_parts(loss_of, params, micro_batch, layout)
@@ -142,17 +148,7 @@ def make_gradients(graphdef: Any, config: Config, layout: Layout) -> Callable[..
             (_, loss), gradients = jax.value_and_grad(scaled_loss, has_aux=True)(held)
             return loss, layout.reduce_micro_batch(gradients)
 
-        def add(total: Any, micro_batch: Batch) -> tuple[Any, None]:
-            return jax.tree.map(lambda t, x: t + x.astype(t.dtype), total, of_micro_batch(micro_batch)), None
-
-        first = jax.tree.map(lambda x: x[0], batch)
-        if batch["rows"].shape[0] == 1:
-            loss, gradients = of_micro_batch(first)
-        else:
-            loss, shapes = jax.eval_shape(of_micro_batch, first)
-            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, accumulator), shapes)
-            (loss, gradients), _ = jax.lax.scan(add, (jnp.zeros((), loss.dtype), zeros), batch)
-        gradients = jax.tree.map(lambda g: g.astype(jnp.float32), gradients)
+        loss, gradients = accumulate(of_micro_batch, batch, training.accumulator_dtype)
         return layout.sum_over(ROWS, loss), layout.reduce_update(gradients)
 
     everywhere = PartitionSpec()
@@ -166,42 +162,41 @@ def make_gradients(graphdef: Any, config: Config, layout: Layout) -> Callable[..
     )
 
 
-def make_train_step(graphdef: Any, config: Config, schedule: Schedule, layout: Layout) -> TrainStep:
-    """The update: (state, batch) -> (state, metrics).
+def make_train_step(graphdef: nnx.GraphDef, config: Config, layout: Layout) -> TrainStep:
+    """The update: (state, batch, numbers) -> (state, metrics).
 
     Metrics are float32 scalars: `loss` (cross entropy, nats a target; z_loss left out), `grad_norm` (before clipping),
-    `learning_rate`, `skipped`, `loss_scale`, `scale_exhausted` (overflows at the lowest loss scale).
+    `skipped`, `loss_scale`, `scale_exhausted` (overflows at the lowest loss scale).
     The loss of every micro-batch is divided by the targets of all of them, so that K micro-batches equal one batch K
     times as large. An update whose loss or gradient is not finite changes nothing but the counters.
     """
     optimizer = build_optimizer(config.training, layout.shapes)
     gradients_of = make_gradients(graphdef, config, layout)
 
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
+    def train_step(state: TrainState, batch: Batch, numbers: Numbers) -> tuple[TrainState, Metrics]:
         scale = state.loss_scale.scale
         n_targets = (batch["segments"] > 0).sum().astype(jnp.float32)
         loss, gradients = gradients_of(state.params, batch, state.step, scale / n_targets)
         loss, gradients = jax.tree.map(lambda x: x / scale, (loss, gradients))
         norm = optax.tree.norm(gradients)
-        ok = jnp.isfinite(loss) & jnp.isfinite(norm)
+        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
 
         shards = layout.to_shards(state.params)
-        old = layout.on_device(state.opt_state)
-        updates, opt_state = optimizer.update(gradients, old, shards)
-        learning_rate = schedule(state.step)
-        moved = jax.tree.map(lambda p, u: p - learning_rate * u, shards, updates)
-        moved, opt_state = jax.tree.map(lambda new, old: jnp.where(ok, new, old), (moved, opt_state), (shards, old))
+        old_state = layout.on_device(state.opt_state)
+        updates, new_state = optimizer.update(gradients, old_state, shards)
+        moved = jax.tree.map(lambda p, u: p - numbers["learning_rate"] * u, shards, updates)
+        choose = lambda new, old: jnp.where(finite, new, old)  # noqa: E731
+        moved, new_state = jax.tree.map(choose, (moved, new_state), (shards, old_state))
         state = TrainState(
             step=state.step + 1,
-            skipped=state.skipped + jnp.where(ok, 0, 1),
-            loss_scale=next_loss_scale(state.loss_scale, ok, config.training),
+            skipped=state.skipped + jnp.where(finite, 0, 1),
+            loss_scale=next_loss_scale(state.loss_scale, finite, config.training),
             params=layout.to_held(moved),
-            opt_state=opt_state,
+            opt_state=new_state,
         )
         metrics = {
             "loss": loss,
             "grad_norm": norm,
-            "learning_rate": learning_rate,
             "skipped": state.skipped.astype(jnp.float32),
             "loss_scale": scale,
             "scale_exhausted": state.loss_scale.exhausted.astype(jnp.float32),
@@ -211,18 +206,7 @@ def make_train_step(graphdef: Any, config: Config, schedule: Schedule, layout: L
     return train_step
 
 
-def compile_train_step(
-    step: TrainStep, abstract_state: TrainState, abstract_batch: Any, options: Options | None = None
-) -> Any:
-    """The update, compiled for placed abstract arguments; the state that is passed in is donated."""
-    out = (jax.tree.map(lambda x: x.sharding, abstract_state), None)
-    jitted = jax.jit(step, donate_argnums=0, out_shardings=out)
-    return jitted.lower(abstract_state, abstract_batch).compile(compiler_options=options)
-
-
-def make_eval_step(
-    graphdef: Any, config: Config, layout: Layout
-) -> Callable[[Params, Batch], tuple[jax.Array, jax.Array]]:
+def make_eval_step(graphdef: nnx.GraphDef, config: Config, layout: Layout) -> EvalStep:
     """(params, [B, T] batch) -> (nats of all targets, float32; number of targets, int32), without dropout."""
 
     def on_device(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:

@@ -14,8 +14,8 @@ import pytest
 from conftest import make_config
 
 from jaxlm import Trainer
-from jaxlm.checkpoints import checkpoint
 from jaxlm.checkpoints.folder import checkpoint_steps
+from jaxlm.checkpoints.items import read_progress
 from jaxlm.checkpoints.manifest import damage
 from jaxlm.errors import RunFailed, UserError
 from jaxlm.monitor.metrics import MetricsTracker
@@ -157,13 +157,13 @@ def test_a_declined_save_of_another_model_leaves_the_old_one(tmp_path, corpus, m
     config = make_config(tmp_path, corpus, **STEPS)
     trainer = Trainer(config)
     trainer.train()
-    before = jax.tree.map(lambda x: x, checkpoint.read_progress(tmp_path / "run" / "best_model"))
+    before = jax.tree.map(lambda x: x, read_progress(tmp_path / "run" / "best_model"))
 
     def fail(folder, final):
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(checkpoint, "seal", fail)
+    monkeypatch.setattr("jaxlm.checkpoints.save.seal", fail)
     with pytest.raises(OSError, match="Input/output error"):
         trainer.save_model(tmp_path / "run" / "best_model")
     assert damage(tmp_path / "run" / "best_model") is None
-    assert checkpoint.read_progress(tmp_path / "run" / "best_model") == before
+    assert read_progress(tmp_path / "run" / "best_model") == before

@@ -13,10 +13,11 @@ from pathlib import Path
 import pytest
 from conftest import make_config
 
+import jaxlm.checkpoints.save
 import jaxlm.trainer
 from jaxlm import Trainer
-from jaxlm.checkpoints import checkpoint
 from jaxlm.checkpoints.folder import checkpoint_steps
+from jaxlm.checkpoints.save import Checkpoints
 from jaxlm.commands import cli
 from jaxlm.config import to_dict
 
@@ -30,9 +31,9 @@ MOMENTS = {
     "building the model": (jaxlm.trainer, "init_state", 75),
     "compiling": (jaxlm.trainer, "compile_train_step", 75),
     "logging": (Trainer, "_log_metrics", 75),
-    "evaluating": (jaxlm.trainer, "evaluate_rows", 75),
-    "saving a checkpoint": (checkpoint.Checkpoints, "save", 75),
-    "sealing a checkpoint": (checkpoint, "seal", 75),
+    "evaluating": (jaxlm.trainer, "evaluate_batches", 75),
+    "saving a checkpoint": (Checkpoints, "save", 75),
+    "sealing a checkpoint": (jaxlm.checkpoints.save, "seal", 75),
     "saving the best model": (Trainer, "_save_best_model", 75),
     "saving the final model": (Trainer, "_save_final_model", 0),
 }

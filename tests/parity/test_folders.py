@@ -16,7 +16,8 @@ from conftest import documents
 from flax import nnx
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from jaxlm.checkpoints.checkpoint import LoadedModel, Progress
+from jaxlm.checkpoints.items import Progress
+from jaxlm.checkpoints.load import LoadedModel
 from jaxlm.config import Config, DataConfig, ModelConfig, TrainingConfig, replace_fields
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.generation.api import generate_text
@@ -24,7 +25,7 @@ from jaxlm.interop import export, pretrained
 from jaxlm.interop import families as huggingface
 from jaxlm.interop.families import FAMILIES, Family, family_for
 from jaxlm.model import Transformer
-from jaxlm.parallel.sharding import path_name
+from jaxlm.parallel.split import path_name
 
 SMALL = {"vocab_size": 320, "d_model": 32, "n_heads": 4, "n_layers": 2, "d_ff": 48, "max_seq_len": 40}
 LLAMA = {**SMALL, "norm": "rmsnorm", "use_bias": False, "activation": "swiglu", "positions": "rotary"}

@@ -13,7 +13,7 @@ import pytest
 from conftest import documents
 from test_folders import LLAMA, exported, loaded_model
 
-from jaxlm.checkpoints.checkpoint import LoadedModel
+from jaxlm.checkpoints.load import LoadedModel
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.train.loss import loss_sums
 

@@ -7,7 +7,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -15,107 +15,117 @@ from typing import Any
 import jax
 
 import jaxlm
-from jaxlm.config import Config
 from jaxlm.data.loader import Rows
 from jaxlm.data.packing import Plan
+from jaxlm.model.attention import why_not_fused
 from jaxlm.monitor.sinks import open_lines
+from jaxlm.ops import compiler
+from jaxlm.ops.compiler import Options
 from jaxlm.ops.matmul import cpu_has_bfloat16
-from jaxlm.train.optim import Schedule, effective_warmup, schedule_end
-from jaxlm.train.precision import compute_dtype
+from jaxlm.parallel.mesh import show_row_shards
+from jaxlm.train.assemble import Assembly, Resolved
+from jaxlm.train.precision import compute_dtype, scales_loss
+from jaxlm.train.schedules import Schedule, effective_warmup, schedule_end
+from jaxlm.train.step import TrainState
 
 FILE = "starts.jsonl"
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "datasets", "tokenizers", "numpy")
 
 
 @dataclasses.dataclass(frozen=True)
-class Start:
+class StartReport:
     """A run that is about to start, or to go on."""
 
-    config: Config  # resolved
-    devices: Sequence[jax.Device]
-    layout: str  # in words
-    attention: str  # kernel
-    not_fused: str | None  # why it is no fused one, on GPUs
-    compiler: str | None  # what was asked of XLA, on GPUs
-    parameters: int
-    bytes_of_state: int  # on a device: parameters, optimizer, gradients
-    loss_scale: float | None  # float16's
+    resolved: Resolved
+    assembly: Assembly
+    xla_options: Options  # that the run's programs are compiled with
+    state: TrainState
     rows: Rows
     eval_rows: Rows
     data_fingerprint: str
-    row_shards: str  # in words: what a micro-batch's rows are split over
-    global_batch: int  # rows an update
-    step: int  # updates done
     total_steps: int
     schedule: Schedule
 
     @property
     def _devices(self) -> str:
-        return f"{len(self.devices)} x {self.devices[0].device_kind} ({self.devices[0].platform})"
+        devices = self.resolved.devices
+        return f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform})"
+
+    @property
+    def _compiler(self) -> str | None:
+        on_gpu = self.assembly.layout.platform == "gpu"
+        return compiler.describe(self.resolved.config.training, self.xla_options) if on_gpu else None
 
     def lines(self) -> Iterator[str]:
         """The report on stderr."""
-        model, training = self.config.model, self.config.training
+        config, layout = self.resolved.config, self.assembly.layout
+        model = config.model
         processes = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
         layers = "scanned" if model.scan_layers else "unrolled"
         remat = f"recomputed ({model.remat_policy})" if model.gradient_checkpointing else "kept"
-        scaled = f", loss scale from {self.loss_scale:g}" if self.loss_scale is not None else ""
-        yield f"model: {self.parameters:,} parameters, vocabulary {model.vocab_size:,}"
+        yield f"model: {self.assembly.parameters:,} parameters, vocabulary {model.vocab_size:,}"
         yield f"layers: {layers}, activations {remat}"
         yield f"devices: {self._devices}{processes}"
-        yield f"layout: {self.layout}"
-        dtype = compute_dtype(training)
-        instead = self.devices[0].platform == "cpu" and dtype == "bfloat16" and not cpu_has_bfloat16()
-        in_float32 = " (multiplied in float32: this CPU has no bfloat16)" if instead else ""
-        yield f"precision: float32 parameters, {dtype} compute{in_float32}{scaled}"
-        yield f"kernels: {self.attention} attention, chunked cross entropy"
-        if self.not_fused is not None:
-            yield f"attention is not fused: {self.not_fused}"
-        if self.compiler is not None:
-            yield f"compiler: {self.compiler}"
-        yield (f"memory: {self.bytes_of_state / 2**20:,.0f} MiB a device of parameters, optimizer and gradients")
+        yield f"layout: {layout.describe()}"
+        yield self._line_of_precision()
+        yield f"kernels: {self.assembly.attention} attention, chunked cross entropy"
+        not_fused = why_not_fused(config, self.resolved.capability)
+        if not_fused is not None:
+            yield f"attention is not fused: {not_fused}"
+        if self._compiler is not None:
+            yield f"compiler: {self._compiler}"
+        state = layout.bytes_of_state(self.assembly.abstract_state)
+        yield f"memory: {state / 2**20:,.0f} MiB a device of parameters, optimizer and gradients"
+        training, global_batch = config.training, self.resolved.global_batch
         accumulated = training.gradient_accumulation_steps
         yield (
-            f"batch: {training.batch_size} rows x {self.row_shards} x "
-            f"{accumulated} micro-batch{'es' * (accumulated > 1)} = {self.global_batch} rows, "
-            f"{self.global_batch * self.config.data.max_length:,} tokens"
+            f"batch: {training.batch_size} rows x {show_row_shards(self.resolved.mesh)} x "
+            f"{accumulated} micro-batch{'es' * (accumulated > 1)} = {global_batch} rows, "
+            f"{global_batch * config.data.max_length:,} tokens"
         )
         yield from self._lines_of_schedule()
 
+    def _line_of_precision(self) -> str:
+        training = self.resolved.config.training
+        dtype = compute_dtype(training)
+        widened = self.assembly.layout.platform == "cpu" and dtype == "bfloat16" and not cpu_has_bfloat16()
+        in_float32 = " (multiplied in float32: this CPU has no bfloat16)" if widened else ""
+        scaled = f", loss scale from {float(self.state.loss_scale.scale):g}" if scales_loss(training) else ""
+        return f"precision: float32 parameters, {dtype} compute{in_float32}{scaled}"
+
     def _lines_of_schedule(self) -> Iterator[str]:
-        training, steps = self.config.training, self.total_steps
+        training, steps = self.resolved.config.training, self.total_steps
         warmup, end = effective_warmup(training, steps), schedule_end(training, steps)
         yield (
-            f"steps: {steps:,} ({steps * self.global_batch / len(self.rows):.2f} epochs), "
+            f"steps: {steps:,} ({steps * self.resolved.global_batch / len(self.rows):.2f} epochs), "
             f"{training.lr_scheduler} schedule, {warmup} of warm-up"
         )
         if end != steps:
-            last = float(self.schedule(jax.numpy.int32(end)))
-            yield f"the schedule ends at step {end:,}: the learning rate is {last:.3g} from there on"
+            yield f"the schedule ends at step {end:,}: the learning rate is {self.schedule(end):.3g} from there on"
         if warmup < training.warmup_steps:
             yield f"training.warmup_steps ({training.warmup_steps}) exceeds a tenth of the run: shortened to {warmup}"
 
     def append_to(self, folder: Path) -> None:
         """Adds this start to starts.jsonl of the run in `folder`."""
-        facts = of_program() | {
-            "step": self.step,
+        start = describe_program() | {
+            "step": int(self.state.step),
             "total_steps": self.total_steps,
-            "parameters": self.parameters,
+            "parameters": self.assembly.parameters,
             "devices": self._devices,
             "processes": jax.process_count(),
-            "layout": self.layout,
-            "attention": self.attention,
-            "compiler": self.compiler,
-            "rows_an_update": self.global_batch,
+            "layout": self.assembly.layout.describe(),
+            "attention": self.assembly.attention,
+            "compiler": self._compiler,
+            "rows_an_update": self.resolved.global_batch,
             "data_fingerprint": self.data_fingerprint,
-            "train": of_plan(self.rows.plan),
-            "validation": of_plan(self.eval_rows.plan),
+            "train": describe_plan(self.rows.plan),
+            "validation": describe_plan(self.eval_rows.plan),
         }
         with open_lines(folder / FILE) as file:
-            file.write(json.dumps(facts) + "\n")
+            file.write(json.dumps(start) + "\n")
 
 
-def of_program() -> dict[str, Any]:
+def describe_program() -> dict[str, Any]:
     """The command, and the versions of what it runs on."""
     found = {name: installed for name in PACKAGES if (installed := _version(name)) is not None}
     return {
@@ -152,7 +162,7 @@ def commit_of(folder: Path) -> str | None:
     return done.stdout.strip() or None
 
 
-def of_plan(plan: Plan) -> dict[str, int | float]:
+def describe_plan(plan: Plan) -> dict[str, int | float]:
     """How documents were put into rows; `tokens` are those that the rows hold."""
     return {
         "rows": len(plan),

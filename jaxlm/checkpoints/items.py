@@ -1,0 +1,56 @@
+"""What a saved folder holds beside arrays, and reading it.
+
+Every saved folder holds the same items: `params` (Orbax), `config/config.json`, `tokenizer/tokenizer.json` and
+`progress/progress.json`; a checkpoint also holds `optimizer` (Orbax).
+"""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from jaxlm.config import Config, from_dict
+from jaxlm.data.tokenizer import Tokenizer
+from jaxlm.errors import UserError
+
+T = TypeVar("T")
+
+JSON_ITEMS = {"config": "config.json", "tokenizer": "tokenizer.json", "progress": "progress.json"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Progress:
+    """What a resumed run has to know beside arrays."""
+
+    step: int  # optimizer updates done
+    total_steps: int
+    best_loss: float | None  # lowest validation loss so far, nats a token
+    requested_vocab_size: int  # what the BPE was asked for; config.json has what it reached
+    data_fingerprint: str
+    global_batch: int  # rows an update; with the step, it says where in the data the run is
+    shards: int  # devices that arrays were sharded over: an axis that it does not divide was saved padded with zeros
+    model_class: str = "Transformer"  # folders from before there were others don't say
+
+
+def _read_json(path: Path, item: str, build: Callable[[Any], T]) -> T:
+    file = path / item / JSON_ITEMS[item]
+    try:
+        return build(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{file}: not readable ({error}); it is of another version: name another") from error
+
+
+def read_progress(path: Path) -> Progress:
+    """The progress saved in a checkpoint or model folder; UserError if it can't be read."""
+    return _read_json(path, "progress", lambda values: Progress(**values))
+
+
+def read_config(path: Path) -> Config:
+    """The resolved configuration saved in a checkpoint or model folder; UserError if it can't be read."""
+    return _read_json(path, "config", lambda values: from_dict(values, str(path)))
+
+
+def read_tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer saved in a checkpoint or model folder; UserError if it can't be read."""
+    return Tokenizer.load(path / "tokenizer", name=str(path))

@@ -1,0 +1,217 @@
+"""Where each array of the training state lives on the mesh: ZeRO, hybrid ZeRO and tensor parallelism.
+
+ZeRO is Rajbhandari et al. 2020, arXiv:1910.02054:
+
+| stage | parameters | gradients | optimizer state |
+|---|---|---|---|
+| 0 | whole | whole | whole |
+| 1 | whole | whole; reduced once an update, into shards | shard |
+| 2 | whole | shard; reduced every micro-batch | shard |
+| 3 | shard; gathered block by block | shard; reduced every micro-batch | shard |
+"""
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
+
+from jaxlm.parallel.collectives import all_gather, all_gather_as_one, reduce_scatter
+from jaxlm.parallel.mesh import AXES, DATA, REPLICA, ROWS, TENSOR, AnyMesh
+from jaxlm.parallel.split import STACKED, Params, Path, Split, path_name, split_parameter
+
+HOST_MEMORY = "pinned_host"
+
+GatherBlock = Callable[[Params], Params]  # the shards of one block's parameters -> the whole ones
+
+
+class Layout:
+    """Where the parameters, gradients and optimizer state of one model live. The model knows nothing of it.
+
+    A parameter stands in one of three forms:
+
+        whole  its own shape, split over "tensor" only: what the model computes with
+        held   between updates: as whole, or at stage 3 as shard
+        shard  as the optimizer sees it: at stage 0 as whole; else split over "data" along one axis too, which is padded
+               with zeros where the devices don't divide it
+
+        whole --from_whole--> held --to_shards--> shard --to_held--> held --to_whole--> whole
+
+    Args:
+      mesh: the devices, or an abstract mesh where only shapes are wanted.
+      stage: of ZeRO, 0 to 3.
+      params: abstract whole parameters.
+      offload: keep the optimizer state in host memory.
+    """
+
+    def __init__(self, mesh: AnyMesh, stage: int, params: Params, offload: bool = False) -> None:
+        self.mesh, self.stage, self.offload = mesh, stage, offload
+        shards, tensor = mesh.shape[DATA], mesh.shape[TENSOR]
+        self.splits: Params = jax.tree_util.tree_map_with_path(
+            lambda path, x: split_parameter(path, x.shape, shards, tensor), params
+        )
+
+    @property
+    def shapes(self) -> Params:
+        """Each parameter's own shape, without padding."""
+        return jax.tree.map(lambda split: jax.ShapeDtypeStruct(split.shape, jnp.float32), self.splits)
+
+    @property
+    def shards(self) -> int:
+        """Devices that share one sharded copy, tensor parallelism left out."""
+        return self.mesh.shape[DATA]
+
+    @property
+    def platform(self) -> str:
+        """JAX's name of the devices' backend; an abstract mesh stands for GPUs."""
+        platform: str = self.mesh.devices.flat[0].platform if isinstance(self.mesh, Mesh) else "gpu"
+        return "gpu" if platform == "cuda" else platform
+
+    def describe(self) -> str:
+        """A line for the start-up report."""
+        names = ("replicated", "optimizer state", "optimizer state and gradients", "all of the state")
+        shape = " x ".join(f"{self.mesh.shape[axis]} {axis}" for axis in AXES)
+        sharded = f"{names[self.stage]} sharded over {self.shards}" if self.stage else names[0]
+        return f"{shape}; ZeRO stage {self.stage} ({sharded}){', optimizer in host memory' if self.offload else ''}"
+
+    def bytes_of_state(self, abstract_state: Any) -> int:
+        """Bytes a device of the placed state, and of gradients as they are kept between micro-batches."""
+        sharded = self.stage >= 2
+
+        def gradient(split: Split) -> jax.ShapeDtypeStruct:
+            shape, spec = (split.padded_shape, split.shard_spec) if sharded else (split.shape, split.whole_spec)
+            return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(self.mesh, spec))
+
+        return bytes_a_device(abstract_state) + bytes_a_device(jax.tree.map(gradient, self.splits))
+
+    def _map(self, function: Callable[..., Any], tree: Params) -> Params:
+        return jax.tree.map(function, self.splits, tree)
+
+    def _constrain(self, tree: Params, sharded: bool) -> Params:
+        def constrain(split: Split, x: jax.Array) -> jax.Array:
+            spec = split.shard_spec if sharded else split.whole_spec
+            return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, spec))
+
+        return self._map(constrain, tree)
+
+    # ------------------------------------------------------------ on global arrays, in jit
+
+    def from_whole(self, whole: Params) -> Params:
+        """Fresh whole parameters, as they are held between updates."""
+        return self._map(Split.pad, whole) if self.stage == 3 else whole
+
+    def to_shards(self, held: Params) -> Params:
+        """Held parameters, as the optimizer sees them."""
+        if self.stage == 0:
+            return held
+        return self._constrain(held if self.stage == 3 else self._map(Split.pad, held), sharded=True)
+
+    def to_held(self, shards: Params) -> Params:
+        """Parameters as the optimizer sees them, as they are held between updates."""
+        if self.stage == 0:
+            return shards
+        shards = self._constrain(shards, sharded=True)
+        return shards if self.stage == 3 else self._constrain(self._map(Split.crop, shards), sharded=False)
+
+    def to_whole(self, tree: Params) -> Params:
+        """Held parameters or reduced gradients in their own shapes; the compiler decides where they live."""
+        return self._map(Split.crop, tree)
+
+    def on_device(self, opt_state: Any) -> Any:
+        """The optimizer state to compute with, fetched from host memory if it is kept there."""
+        if not self.offload:
+            return opt_state
+        return jax.device_put(opt_state, jax.memory.Space.Device)
+
+    def place(self, abstract_state: Any) -> Any:
+        """The shapes and dtypes of the tree `abstract_state` (a TrainState), each with its sharding.
+
+        A leaf whose path ends in that of a parameter and has its shape (padded, where it is sharded) is laid out like
+        it; all others are replicated.
+        """
+        by_name = {path_name(path): split for path, split in jax.tree_util.tree_leaves_with_path(self.splits)}
+
+        def placed(path: Path, x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+            keys = path_name(path).split("/")
+            split = next((by_name[n] for i in range(len(keys)) if (n := "/".join(keys[i:])) in by_name), None)
+            optimizer, memory = keys[0] == "opt_state", None
+            sharded = self.stage >= (1 if optimizer else 3)
+            spec = PartitionSpec()
+            if split is not None and x.shape == (split.padded_shape if sharded else split.shape):
+                spec = split.shard_spec if sharded else split.whole_spec
+                memory = HOST_MEMORY if optimizer and self.offload else None
+            sharding = NamedSharding(self.mesh, spec, memory_kind=memory)
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+        return jax.tree_util.tree_map_with_path(placed, abstract_state)
+
+    # ------------------------------------------------------------ on each device, in a shard_map over ROWS
+
+    def held_specs(self) -> Params:
+        """in_specs of held parameters."""
+        return jax.tree.map(lambda s: s.shard_rows_spec if self.stage == 3 else PartitionSpec(), self.splits)
+
+    def gradient_specs(self) -> Params:
+        """out_specs of the reduced gradients."""
+        return jax.tree.map(lambda s: s.shard_rows_spec if self.stage else PartitionSpec(), self.splits)
+
+    def gather(self, held: Params, dtype: DTypeLike) -> tuple[Params, GatherBlock | None]:
+        """Parameters to run the model with, and the function that makes one block's parameters whole.
+
+        At stage 3 everything but the blocks is gathered here, and each block just before it runs, by that function
+        (below stage 3: none). Kernels are gathered in `dtype`, which they are computed in.
+        """
+        if self.stage < 3:
+            return held, None
+
+        def gather_all(lead: int) -> Callable[[Params, Params], Params]:
+            def gather_leaf(path: Path, split: Split, x: jax.Array) -> jax.Array:
+                return all_gather(x, split, lead, dtype if path[-1].key == "kernel" else x.dtype)
+
+            return partial(jax.tree_util.tree_map_with_path, gather_leaf)
+
+        rest = {name: leaf for name, leaf in held.items() if name != STACKED}
+        splits = {name: self.splits[name] for name in rest}
+        rest = all_gather_as_one(rest, splits) if self.platform == "cpu" else gather_all(0)(splits, rest)
+        return rest | {STACKED: held[STACKED]}, partial(gather_all(1), self.splits[STACKED])
+
+    def reduce_micro_batch(self, gradients: Params) -> Params:
+        """What is accumulated: at stage 2 shards of the sum over "data" (at stage 3 `gather` has done it)."""
+        return self._map(lambda s, g: reduce_scatter(g, s), gradients) if self.stage == 2 else gradients
+
+    def reduce_update(self, gradients: Params) -> Params:
+        """The accumulated gradients, summed over all devices."""
+        if self.stage == 0:
+            return self.sum_over(ROWS, gradients)
+        if self.stage == 1:
+            gradients = self._map(lambda s, g: reduce_scatter(g, s), gradients)
+        return self.sum_over((REPLICA,), gradients)
+
+    def sum_over(self, axes: tuple[str, ...], tree: Any) -> Any:
+        """The sum over the devices along `axes`, on each of them."""
+        axes = tuple(axis for axis in axes if self.mesh.shape[axis] > 1)  # the partitioner fails on sums over none
+        return jax.lax.psum(tree, axes) if axes else tree
+
+
+def bytes_a_device(abstract: Any) -> int:
+    """Bytes that one device holds of the placed tree `abstract`, host memory left out."""
+    return sum(
+        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+        for x in jax.tree.leaves(abstract)
+        if x.sharding.memory_kind != HOST_MEMORY
+    )
+
+
+def put_whole(x: np.ndarray, target: jax.ShapeDtypeStruct) -> jax.Array:
+    """A whole parameter on the host, as the layout holds it: with `target`'s shape (padded by zeros) and sharding.
+
+    Each device gets its own part only.
+    """
+    missing = [(0, held - size) for size, held in zip(x.shape, target.shape, strict=True)]
+    padded = np.pad(x, missing) if any(after for _, after in missing) else x
+    return jax.make_array_from_callback(target.shape, target.sharding, lambda index: padded[index])

@@ -1,0 +1,71 @@
+"""Bytes of activations: what JAX keeps of a micro-batch's forward pass for its backward pass."""
+
+import dataclasses
+from functools import lru_cache
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from jaxlm.config import replace_fields
+from jaxlm.model.attention import choose_attention
+from jaxlm.model.dropout import row_keys
+from jaxlm.parallel.mesh import ROWS
+from jaxlm.parallel.split import Params
+from jaxlm.train.accumulate import Batch
+from jaxlm.train.assemble import Resolved, assemble
+from jaxlm.train.precision import compute_dtype
+from jaxlm.train.step import batch_loss, uses_dropout
+
+
+def activation_bytes(resolved: Resolved) -> int:
+    """Bytes that a device keeps for the backward pass of one micro-batch, remat and scanned layers as configured.
+
+    The update's loss is differentiated in the abstract, with one row a device and with two: what grows is activations,
+    the rest are parameters. A GPU's compiler may fuse some of it away.
+    """
+    one_row, two_rows = (_kept(_with_rows(resolved, rows)) for rows in (1, 2))
+    return (two_rows - one_row) * resolved.config.training.batch_size
+
+
+def _with_rows(resolved: Resolved, rows: int) -> Resolved:
+    fields = {"training.batch_size": rows, "training.gradient_accumulation_steps": 1}
+    return dataclasses.replace(resolved, config=replace_fields(resolved.config, fields))
+
+
+@lru_cache(maxsize=64)
+def _kept(resolved: Resolved) -> int:
+    """Bytes of all arrays that a device keeps between the two passes, integers left out."""
+    config = resolved.config
+    attention = choose_attention(config, resolved.capability)
+    # cuDNN's kernel can't be traced without cuDNN; it keeps the same: its inputs, its output, the log-sum-exp.
+    assembly = assemble(resolved, attention="pallas" if attention == "cudnn" else attention)
+    layout, dtype = assembly.layout, compute_dtype(config.training)
+    kept: list[jax.Array] = []
+
+    def on_device(params: Params, batch: Batch) -> jax.Array:
+        keys = row_keys(jax.random.key(0), batch["rows"], config.model.n_layers) if uses_dropout(config) else None
+
+        def loss_of(held: Params) -> jax.Array:
+            whole, fetch = layout.gather(held, dtype)
+            return batch_loss(assembly.graphdef, whole, batch, keys, config.data.pack_sequences, fetch=fetch)[0]
+
+        loss, backward = jax.vjp(loss_of, params)
+        kept.extend(x for x in jax.tree.leaves(backward) if not jnp.issubdtype(x.dtype, jnp.integer))
+        return loss
+
+    specs = layout.held_specs(), PartitionSpec(ROWS)
+    sharded = jax.shard_map(
+        on_device,
+        mesh=layout.mesh,
+        in_specs=specs,
+        out_specs=PartitionSpec(),
+        axis_names=set(ROWS),
+        check_vma=False,
+    )
+    batch = {name: jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for name, x in assembly.abstract_batch.items()}
+    jax.eval_shape(sharded, assembly.abstract_state.params, batch)
+    # Tensor parallelism splits what lies within a sub-layer, whose last axis is not that of the residual stream.
+    within = lambda x: x.shape[-1:] not in ((config.model.d_model,), (1,))  # noqa: E731
+    tensor = config.training.tensor_parallel
+    return sum(x.size * x.dtype.itemsize // (tensor if within(x) else 1) for x in kept)

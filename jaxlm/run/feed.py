@@ -1,0 +1,64 @@
+"""Batches on the devices, a few ahead of the update that is computed."""
+
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+
+from jaxlm.data.loader import Rows, eval_batches, train_batches
+from jaxlm.monitor.metrics import Throughput
+from jaxlm.monitor.watchdog import Watchdog
+from jaxlm.parallel.mesh import eval_batch_sharding, put_batch, row_shards, rows_of_process, train_batch_sharding
+from jaxlm.train.accumulate import Batch
+from jaxlm.train.assemble import Resolved
+
+STEPS_AHEAD = 2  # updates dispatched before the oldest is waited for: the host stays ahead, a stop signal is not late
+
+
+class BatchFeeder:
+    """Iterates over the batches of the updates after `start_step`, up to `last_step`."""
+
+    def __init__(
+        self,
+        resolved: Resolved,
+        rows: Rows,
+        start_step: int,
+        last_step: int,
+        throughput: Throughput,
+        watchdog: Watchdog,
+    ) -> None:
+        self.resolved, self.rows, self.start_step, self.last_step = resolved, rows, start_step, last_step
+        self.throughput, self.watchdog = throughput, watchdog
+        self._dispatched: list[tuple[int, jax.Array]] = []
+
+    def __iter__(self) -> Iterator[Batch]:
+        training, mesh = self.resolved.config.training, self.resolved.mesh
+        k, global_batch = training.gradient_accumulation_steps, self.resolved.global_batch
+        own = rows_of_process(mesh, global_batch // k)
+        host_batches = train_batches(self.rows, training.seed, global_batch, k, self.start_step, own)
+        placement = train_batch_sharding(mesh)
+        try:
+            for _ in range(self.start_step, self.last_step):
+                batch = next(host_batches)
+                # Counted in this process's rows; the others' are as full.
+                self.throughput.tokens += int(np.count_nonzero(batch["segments"]) * global_batch / batch["rows"].size)
+                yield put_batch(batch, placement)
+        finally:
+            host_batches.close()
+
+    def dispatched(self, step: int, result: jax.Array) -> None:
+        """Update `step` is on its way to `result`; waits until no more than STEPS_AHEAD others are."""
+        self._dispatched.append((step, result))
+        if len(self._dispatched) > STEPS_AHEAD:
+            done, result = self._dispatched.pop(0)
+            result.block_until_ready()
+            self.watchdog.updated(done)
+
+
+def batches_to_evaluate(resolved: Resolved, rows: Rows, watchdog: Watchdog) -> Iterator[Batch]:
+    """Every row once, on the devices."""
+    batch_size = resolved.config.training.batch_size * row_shards(resolved.mesh)
+    placement = eval_batch_sharding(resolved.mesh)
+    for batch in eval_batches(rows, batch_size, rows_of_process(resolved.mesh, batch_size)):
+        yield put_batch(batch, placement)
+        watchdog.alive()

@@ -1,0 +1,81 @@
+"""From a configuration as it was asked for to one that is complete, on the devices that it is for."""
+
+import dataclasses
+import json
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, TypeAlias
+
+from jaxlm.config import Config, check_fields, check_platform, check_together, mesh_shape, to_dict, with_derived
+from jaxlm.interop import deepspeed, pretrained
+
+if TYPE_CHECKING:  # a mistake in a configuration shows before JAX is imported, which takes seconds
+    import jax
+
+    from jaxlm.data.tokenizer import Tokenizer
+    from jaxlm.train.assemble import Resolved
+
+Devices: TypeAlias = "Sequence[jax.Device] | Callable[[Config], Sequence[jax.Device]] | int"
+
+
+def resolve(config: Config, devices: Devices, fresh: bool = False) -> "Resolved":
+    """The configuration judged and completed, and the mesh of the devices that it is for.
+
+    It takes the architecture of the model that init_from names, what a DeepSpeed file says, and what follows from other
+    fields.
+
+    Args:
+      devices: of all hosts, real or those of a topology; or a function that finds them, which is called once the
+        configuration is known to be valid; or a number of GPUs that are left abstract, where only shapes are wanted.
+      fresh: the run starts over, though there may be one in its folder.
+
+    Raises:
+      UserError: names what is wrong, its value and what to do.
+    """
+    check_fields(config)
+    asked = pretrained.with_architecture(config, fresh)
+    config, _ = deepspeed.apply(asked, world=None)
+    check_together(config)
+    devices = devices(config) if callable(devices) else devices
+
+    from jaxlm.parallel.mesh import AnyMesh, abstract_mesh, make_mesh, row_shards
+    from jaxlm.train.assemble import Resolved
+
+    if isinstance(devices, int):
+        mesh: AnyMesh = abstract_mesh(mesh_shape(config, devices))
+    else:
+        check_platform(config, devices[0].platform)
+        mesh = make_mesh(list(devices), mesh_shape(config, len(devices)))
+    config, notes = deepspeed.apply(asked, world=row_shards(mesh))
+    return Resolved(with_derived(config), mesh, tuple(notes))
+
+
+def with_vocabulary(resolved: "Resolved", tokenizer: "Tokenizer") -> "Resolved":
+    """`resolved` with the vocabulary size that the tokenizer reached.
+
+    A model that was trained elsewhere may have more rows than there are tokens; it keeps them.
+    """
+    config = resolved.config
+    if config.training.init_from is not None:
+        return resolved
+    model = dataclasses.replace(config.model, vocab_size=tokenizer.vocab_size)
+    return dataclasses.replace(resolved, config=dataclasses.replace(config, model=model))
+
+
+def check_same_in_processes(config: Config, fingerprint: str) -> None:
+    """Raises UserError if the processes were started with other options or other text; caches may be elsewhere."""
+    from jaxlm.parallel.processes import check_same_everywhere
+
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, cache_dir=None))
+    check_same_everywhere("the configuration or the text", json.dumps([to_dict(config), fingerprint]))
+
+
+def keep_compiled_programs(resolved: "Resolved") -> None:
+    """Lets JAX keep compiled programs in the cache folder."""
+    import jax
+
+    from jaxlm.data.tokens import cache_root
+
+    jax.config.update("jax_compilation_cache_dir", str(cache_root(resolved.config.data) / "compiled"))
+    if resolved.devices[0].platform == "gpu" and resolved.config.training.deterministic:
+        # Every program is kept, as it was autotuned, so that a resumed run has the same ones.
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)

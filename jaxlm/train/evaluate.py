@@ -1,0 +1,35 @@
+"""Held-out loss: one full, deterministic pass, weighted by tokens."""
+
+import math
+from collections.abc import Iterable, Mapping
+
+import jax
+import numpy as np
+from jax.typing import ArrayLike
+
+from jaxlm.parallel.split import Params
+from jaxlm.train.step import EvalStep
+
+BATCHES_AHEAD = 3  # dispatched at most. Without a bound all batches would be held, and several CPU devices get stuck
+
+
+def evaluate_batches(
+    eval_step: EvalStep, params: Params, batches: Iterable[Mapping[str, ArrayLike]], utf8_bytes: int
+) -> dict[str, float]:
+    """`loss` (nats a token), `perplexity`, `bits_per_byte` (nats / ln 2 / utf8_bytes) and `tokens` over all batches.
+
+    Batches are summed on the host in float64, in order.
+    """
+    sums: list[tuple[jax.Array, jax.Array]] = []
+    for batch in batches:
+        sums.append(eval_step(params, batch))
+        jax.block_until_ready(sums[-BATCHES_AHEAD:][0])
+    nats, tokens = np.sum(np.array(jax.device_get(sums), np.float64), axis=0)
+    loss = float(nats / tokens)
+    perplexity = math.exp(loss) if loss < 700 else math.inf
+    return {
+        "loss": loss,
+        "perplexity": perplexity,
+        "bits_per_byte": float(nats) / math.log(2) / utf8_bytes,
+        "tokens": int(tokens),
+    }
