@@ -24,7 +24,7 @@ from jaxlm.config import Config, changed_fields, resolved, to_dict, validate
 from jaxlm.data.loader import Rows, documents_of_step, eval_batches, total_steps, train_batches
 from jaxlm.data.packing import plan_cached
 from jaxlm.data.tokenizer import Tokenizer
-from jaxlm.data.tokens import cache_root, prepare, prepared_once
+from jaxlm.data.tokens import cache_root, prepare
 from jaxlm.errors import RunFailed, Stopped, UserError
 from jaxlm.generation.api import answer, encode_prompts
 from jaxlm.interop import deepspeed, pretrained
@@ -128,8 +128,7 @@ class Trainer:
             tokenizer: Tokenizer | None = checkpoint.read_tokenizer(resume_from)
         else:
             tokenizer = None if self._pretrained is None else self._pretrained.tokenizer
-        with prepared_once(data):
-            prepared = prepare(data, config.model.vocab_size, tokenizer, say)
+        prepared = prepare(data, config.model.vocab_size, tokenizer, say)
         self.tokenizer, self.data_fingerprint = prepared.tokenizer, prepared.source_fingerprint
         self.requested_vocab_size = config.model.vocab_size
         # A model that was trained elsewhere may have more rows than there are tokens; it keeps them.
@@ -146,9 +145,8 @@ class Trainer:
             pack=data.pack_sequences,
             report=say,
         )
-        with prepared_once(data):
-            self.rows = Rows(prepared.train, plan(prepared.train), data.max_length)
-            self.eval_rows = Rows(prepared.validation, plan(prepared.validation), data.max_length)
+        self.rows = Rows(prepared.train, plan(prepared.train), data.max_length)
+        self.eval_rows = Rows(prepared.validation, plan(prepared.validation), data.max_length)
         self.eval_bytes = prepared.validation.kept_bytes(data.min_length)
 
     def _divide_batch(self, resume_from: Path | None) -> None:

@@ -129,21 +129,18 @@ def _read_jsonl(path: Path, column: str, where: str, left_out: LeftOut) -> Itera
 
 
 def _read_csv(path: Path, column: str, where: str, left_out: LeftOut) -> Iterator[Document]:
-    limit = csv.field_size_limit(LONGEST_LINE)  # the default, 128 kB, is less than many documents
-    try:
-        with _open_text(path) as file:
-            rows = csv.reader(_lines(file, where, left_out), strict=True)
-            try:
-                header = next(rows, [])
-            except csv.Error as error:
-                raise UserError(f"{where}: line 1: bad CSV: {error}") from error
-            if fault := encoding_fault("".join(header), f"{where}: line 1"):
-                raise UserError(f"{fault}; convert it")
-            if column not in header:
-                raise UserError(missing_column(column, header, f"line 1 of {where}"))
-            yield from _csv_documents(rows, header, column, where, left_out)
-    finally:
-        csv.field_size_limit(limit)
+    csv.field_size_limit(LONGEST_LINE)  # of the process; the default, 128 kB, is less than many documents
+    with _open_text(path) as file:
+        rows = csv.reader(_lines(file, where, left_out), strict=True)
+        try:
+            header = next(rows, [])
+        except csv.Error as error:
+            raise UserError(f"{where}: line 1: bad CSV: {error}") from error
+        if fault := encoding_fault("".join(header), f"{where}: line 1"):
+            raise UserError(f"{fault}; convert it")
+        if column not in header:
+            raise UserError(missing_column(column, header, f"line 1 of {where}"))
+        yield from _csv_documents(rows, header, column, where, left_out)
 
 
 def _csv_documents(
