@@ -16,9 +16,8 @@ from pathlib import Path
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yields `.NAME.part` beside `path`, for a file or a folder that is renamed to `path` when the block ends.
 
-    It is on the disk by then, so that even a power cut leaves the old content or the new. If the block raises, nothing
-    stays; if it writes nothing, since another process has made `path` meanwhile, nothing changes.
-    A file replaces the one that is there. A folder does not: where there is one with content, `OSError` is raised.
+    It is on the disk by then, so that even a power cut leaves the old content or the new. If the block raises or writes
+    nothing, `path` stays as it was. A file replaces a file, a folder only an empty one: else `OSError` is raised.
     """
     part = path.with_name(f".{path.name}.part")
     with _locked(path.with_name(f".{path.name}.lock")):

@@ -16,8 +16,7 @@ from jaxlm.data.tokens import TokenDocuments
 from jaxlm.errors import UserError
 
 Batch = dict[str, np.ndarray]
-THREADS = 2  # that build batches ahead of the training loop
-AHEAD = 4  # batches
+THREADS, BATCHES_AHEAD = 2, 4  # threads that build batches ahead of the training loop, and how many
 
 
 class Rows:
@@ -33,7 +32,7 @@ class Rows:
     def __getitem__(self, index: int) -> Batch:
         """int32 [T] each: `tokens`; `targets`; `segments`, 1, 2, ... for its pieces; `positions`, from 0 in each piece.
 
-        All are 0 where the row is padding (only `segments` is 0 nowhere else).
+        In padding all are 0; `segments` is 0 there only.
         """
         low, high = self.plan.row_offsets[index : index + 2]
         start, length = self.plan.piece_start[low:high], self.plan.piece_length[low:high]
@@ -91,7 +90,7 @@ def train_batches(
         return {name: array.reshape(shape_KB + array.shape[1:]) for name, array in batch.items()} | {"rows": numbers_KB}
 
     steps = grain.MapDataset.range(start_step, sys.maxsize).map(batch_of)
-    iterator = iter(steps.to_iter_dataset(grain.ReadOptions(num_threads=THREADS, prefetch_buffer_size=AHEAD)))
+    iterator = iter(steps.to_iter_dataset(grain.ReadOptions(num_threads=THREADS, prefetch_buffer_size=BATCHES_AHEAD)))
     try:
         yield from iterator
     finally:
@@ -115,7 +114,7 @@ def total_steps(num_epochs: float, rows: int, global_batch: int, max_steps: int 
     """Updates of a run: max_steps, else those for num_epochs passes, rounded up, and at least 1.
 
     Raises:
-      UserError: more than an int32 holds.
+      UserError: they are more than an int32 can count.
     """
     if max_steps is not None:
         return max_steps

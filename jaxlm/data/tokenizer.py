@@ -47,10 +47,9 @@ class Tokenizer:
 
         bos, eos, pad = find(BOS_NAMES), find(EOS_NAMES), find(PAD_NAMES)
         if bos is None or eos is None:
-            kind, names = ("begin", BOS_NAMES) if bos is None else ("end", EOS_NAMES)
-            raise UserError(
-                f"{where} has no token to {kind} a document with; it must contain one of {', '.join(names)}"
-            )
+            verb, names = ("begin", BOS_NAMES) if bos is None else ("end", EOS_NAMES)
+            needed = f"it must contain one of {', '.join(names)}"
+            raise UserError(f"{where} has no token to {verb} a document with; {needed}")
         self.bos_id, self.eos_id, self.pad_id = bos, eos, eos if pad is None else pad
 
     @classmethod
@@ -83,11 +82,10 @@ class Tokenizer:
         """Reads a tokenizer.json, or the one in a folder (directly, or in its subfolder `tokenizer`).
 
         Raises:
-          UserError: missing, unreadable or corrupt file, or one without tokens that begin and end a document; its
-            message begins with `name`, the option that the path came from.
+          UserError: it begins with `name`, the option; the file is missing, unreadable, corrupt, or see `__init__`.
         """
         where, path = f"{name} ({path})", Path(path).expanduser()
-        folder = os.path.isdir(path)  # Path's own would raise where a name is too long, or a folder is closed to us
+        folder = os.path.isdir(path)  # unlike Path.is_dir, no error where a name is too long or a folder closed
         candidates = [path / "tokenizer.json", path / "tokenizer" / "tokenizer.json"] if folder else [path]
         file = next((candidate for candidate in candidates if os.path.isfile(candidate)), None)
         if file is None:
