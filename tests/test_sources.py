@@ -12,6 +12,7 @@ import threading
 import time
 import urllib.parse
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -366,7 +367,7 @@ def test_prepared_tokens_are_the_text(data: DataConfig) -> None:
             assert (ids[0], ids[-1]) == (1, 2)
             assert prepared.tokenizer.decode(ids) == text
             assert documents.document_bytes[i] == len(text.encode())
-        assert documents.utf8_bytes == documents.kept_bytes(0) == sum(len(text.encode()) for text in given)
+        assert documents.kept_bytes(0) == sum(len(text.encode()) for text in given)
         sizes = [len(prepared.tokenizer.encode(text)) + 2 for text in given]
         kept = [len(text.encode()) for text, size in zip(given, sizes, strict=True) if size >= 40]
         assert documents.kept_bytes(40) == sum(kept)
@@ -418,18 +419,36 @@ def test_killed_preparation_leaves_nothing_half_made(data: DataConfig, monkeypat
 
 
 def test_two_at_once_both_succeed(data: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    original, inner = tokens._tokenize, []
+    """Of two runs that start on the same new text, one prepares it, and the other waits and uses that."""
+    original, calls, begun = tokens._tokenize, [], threading.Event()
 
-    def slow(folder, *_):
-        monkeypatch.setattr(tokens, "_tokenize", original)
-        with tokens._complete_or_absent(folder) as part:  # another process comes and finishes while we are at work
-            inner.append(prepare(data, 300, None, print))
-            (part / "ours").touch()
+    def slow(folder, *rest):
+        calls.append(folder)
+        begun.set()
+        time.sleep(0.5)
+        original(folder, *rest)
 
     monkeypatch.setattr(tokens, "_tokenize", slow)
-    outer = prepare(data, 300, None, print)
-    assert outer.train.tokens.tolist() == inner[0].train.tokens.tolist()
-    assert [path.name for path in (cache_root(data) / "tokens").iterdir()] == [outer.train.folder.name]
+    lines: list[str] = []
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(prepare, data, 300, None, print)
+        assert begun.wait(30)
+        second = prepare(data, 300, None, lines.append)
+        assert second.train.tokens.tolist() == first.result().train.tokens.tolist()
+    assert len(calls) == 1
+    assert [line for line in lines if line.startswith("tokenized text: cached")]
+    assert [path.name for path in (cache_root(data) / "tokens").iterdir()] == [second.train.folder.name]
+
+
+def test_what_a_killed_preparation_left_is_removed(data: DataConfig) -> None:
+    folder = prepare(data, 300, None, print).train.folder
+    expected = {path.name: path.read_bytes() for path in folder.iterdir()}
+    folder.rename(folder.with_name(f".{folder.name}.part"))  # as complete as can be, and yet not to be trusted
+    (folder.with_name(f".{folder.name}.part") / "train.tokens").write_bytes(b"half")
+    folder.with_name(f".{folder.name}.lock").touch()
+    assert prepare(data, 300, None, print).train.folder == folder
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == expected
+    assert list(folder.parent.iterdir()) == [folder]
 
 
 def test_damaged_cache_is_named(data: DataConfig) -> None:
@@ -441,6 +460,9 @@ def test_damaged_cache_is_named(data: DataConfig) -> None:
         with pytest.raises(UserError, match=rf"{folder.name}\) are damaged; delete that folder"):
             prepare(data, 300, None, print)
         path.write_bytes(whole)
+    (folder / "train.offsets.npy").write_bytes(b"")
+    with pytest.raises(UserError, match=rf"{folder.name}\) cannot be read .*; delete that folder"):
+        prepare(data, 300, None, print)
 
 
 WORDS_ONLY = {

@@ -1,18 +1,18 @@
-"""Whether a saved folder is complete and undamaged: a manifest of all of its files, written last, checked on load.
+"""The manifest of a saved folder, a digest of each file, written last: shows whether it is complete and undamaged.
 
-Orbax restores an array with a flipped bit without a word; a digest of every file leaves no such doubt.
+Orbax itself restores an array with a flipped bit without an error.
 """
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+
+from jaxlm.data.atomic import sync
 
 MANIFEST = "manifest.json"
-THREADS = 8  # hashing lets go of the interpreter's lock
+THREADS = 8  # hashing releases the interpreter's lock
 
 
 def seal(folder: Path, final: Path) -> None:
@@ -20,55 +20,30 @@ def seal(folder: Path, final: Path) -> None:
 
     So `final` is complete whenever it exists, even after a power cut.
     """
-    folders, files = [folder], []
-    for parent, inner, names in os.walk(folder):
-        folders += [Path(parent, name) for name in inner]
-        files += [Path(parent, name) for name in names]
+    content = list(folder.rglob("*"))
+    files = {str(path.relative_to(folder)): path for path in content if path.is_file()}
     with ThreadPoolExecutor(THREADS) as pool:
-        entries = pool.map(_entry, files)
-        listed = {str(path.relative_to(folder)): entry for path, entry in zip(files, entries, strict=True)}
+        list(pool.map(sync, content))
+        listed = dict(zip(files, pool.map(_digest, files.values()), strict=True))
     manifest = folder / MANIFEST
     manifest.write_text(json.dumps({"sha256": listed, "of_these": _digest_of(listed)}, indent=1), encoding="utf-8")
-    for path in (manifest, *folders):
-        sync(path)
+    sync(manifest)
+    sync(folder)
     folder.rename(final)
     sync(final.parent)
 
 
-def _entry(path: Path) -> str:
-    sync(path)
-    return _digest(path)
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _digest_of(listed: Any) -> str:
-    return hashlib.sha256(json.dumps(listed, sort_keys=True).encode()).hexdigest()
-
-
-def sync(path: Path) -> None:
-    """Returns when the file or the folder's list of files is on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def is_sealed(folder: Path) -> bool:
-    """Whether `folder` was saved to its end; what happened to it since is for `damage` to say."""
+    """Whether `folder` was saved completely; `damage` says what has happened to it since."""
     return (folder / MANIFEST).is_file()
 
 
 def damage(folder: Path, items: Iterable[str] | None = None, part: int = 0, parts: int = 1) -> str | None:
-    """What is wrong with a sealed folder, in a few words that name the file; None if nothing is.
+    """The first damage found in a sealed folder, in a few words that name the file; None if there is none.
 
     Args:
-      items: the entries of `folder` to look into; None: all of them.
-      part: of `parts` equal ones, the one to look into.
+      items: the entries of `folder` to check; None: all of them.
+      part: which of `parts` equal shares of the files to check.
     """
     try:
         listed = _read(folder / MANIFEST)
@@ -79,14 +54,15 @@ def damage(folder: Path, items: Iterable[str] | None = None, part: int = 0, part
     if items is not None:
         wanted = tuple(f"{item}/" for item in items)
         listed = {name: digest for name, digest in listed.items() if name.startswith(wanted)}
-    listed = dict(list(listed.items())[part::parts])
+    names = list(listed)[part::parts]
     with ThreadPoolExecutor(THREADS) as pool:
-        found = pool.map(lambda name: _wrong(folder / name, listed[name]), listed)
-        return next((f"{name} {wrong}" for name, wrong in zip(listed, found, strict=True) if wrong), None)
+        faults = pool.map(lambda name: _fault(folder / name, listed[name]), names)
+        return next((f"{name} {fault}" for name, fault in zip(names, faults, strict=True) if fault), None)
 
 
 def _read(path: Path) -> dict[str, str]:
-    content: Any = json.loads(path.read_text(encoding="utf-8"))
+    """The digests by file; ValueError if the manifest itself is damaged."""
+    content = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(content, dict) or content.keys() != {"sha256", "of_these"}:
         raise ValueError("not a manifest")
     if _digest_of(content["sha256"]) != content["of_these"]:
@@ -94,10 +70,19 @@ def _read(path: Path) -> dict[str, str]:
     return content["sha256"]
 
 
-def _wrong(path: Path, digest: str) -> str | None:
+def _fault(path: Path, digest: str) -> str | None:
     try:
         return None if _digest(path) == digest else "is not as it was saved"
     except FileNotFoundError:
         return "is missing"
     except OSError as error:
         return f"is not readable ({error.strerror})"
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _digest_of(listed: dict[str, str]) -> str:
+    return hashlib.sha256(json.dumps(listed, sort_keys=True).encode()).hexdigest()

@@ -1,5 +1,10 @@
-"""The one way to write a file or a folder whole: under another name beside it, then renamed."""
+"""The one way to write a file or a folder whole: under another name beside it, then renamed.
 
+Of the processes that write the same path, one at a time does so; the others wait. So the other name can be fixed, and
+the next process that writes the path removes what a killed one left there.
+"""
+
+import fcntl
 import os
 import shutil
 from collections.abc import Iterator
@@ -9,17 +14,56 @@ from pathlib import Path
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Yields a path beside `path` to write to, which takes its name when the block ends; if it raises, nothing stays.
+    """Yields `.NAME.part` beside `path`, for a file or a folder that is renamed to `path` when the block ends.
 
-    A file replaces the one that is there. A folder does not: where there is one by then, `OSError` is raised.
+    It is on the disk by then, so that even a power cut leaves the old content or the new. If the block raises or writes
+    nothing, `path` stays as it was. A file replaces a file, a folder only an empty one: else `OSError` is raised.
     """
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    _remove(part)
-    try:
-        yield part
-        part.replace(path)
-    finally:
+    part = path.with_name(f".{path.name}.part")
+    with _locked(path.with_name(f".{path.name}.lock")):
         _remove(part)
+        try:
+            yield part
+            if part.exists():
+                for written in (*part.rglob("*"), part):
+                    sync(written)
+                part.replace(path)
+                sync(path.parent)
+        finally:
+            _remove(part)
+
+
+def atomic_write(path: Path, text: str) -> None:
+    """Writes `text` as UTF-8 to `path`, whole or not at all."""
+    with atomic_path(path) as part:
+        part.write_text(text, encoding="utf-8")
+
+
+def sync(path: Path) -> None:
+    """Returns when the file, or the folder's list of files, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Waits until no other process holds the lock file `path`; the system releases it when its holder is killed."""
+    while True:
+        with path.open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            try:
+                current = os.path.samestat(os.fstat(file.fileno()), path.stat())
+            except FileNotFoundError:
+                current = False
+            if current:  # else the holder before us has deleted it while we waited
+                try:
+                    yield
+                finally:
+                    path.unlink(missing_ok=True)
+                return
 
 
 def _remove(path: Path) -> None:
@@ -27,9 +71,3 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
-
-
-def atomic_write(path: Path, text: str) -> None:
-    """Writes `text` as UTF-8 to `path`, whole or not at all."""
-    with atomic_path(path) as part:
-        part.write_text(text, encoding="utf-8")

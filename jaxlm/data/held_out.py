@@ -1,7 +1,4 @@
-"""What of a text is held out for validation.
-
-The text is not kept in memory: it is read again, from the start, for each pass.
-"""
+"""The part of a text that is held out for validation. Each pass reads the text again: it is not kept in memory."""
 
 import hashlib
 import itertools
@@ -20,9 +17,9 @@ from jaxlm.errors import UserError
 class HeldOut:
     """Splits documents into training and held-out text, the same way in every run and for every seed.
 
-    Of n documents, round(n * fraction) are held out: those whose text has the smallest SHA-256. Where that would be
-    less than one, the end of the text is held out instead: `fraction` of its characters, from a line end or other white
-    space near that point if there is one.
+    Of n documents, round(n * fraction) are held out: those whose text has the smallest SHA-256. If n * fraction is less
+    than one, the end of the text is held out instead: `fraction` of its characters, from a line end or other white
+    space near that point if there is one. Empty documents belong to neither part.
     """
 
     def __init__(self, documents: Documents, fraction: float, where: str) -> None:
@@ -30,11 +27,9 @@ class HeldOut:
         self._documents, self._fraction, self._where = documents, fraction, where
 
     def train(self) -> Iterator[Document]:
-        """The training text; empty documents belong to neither part."""
         return (Document(text[:cut], place) for text, place, cut in self._with_cuts() if cut)
 
     def validation(self) -> Iterator[Document]:
-        """The held-out text."""
         return (Document(text[cut:], place) for text, place, cut in self._with_cuts() if cut < len(text))
 
     def _with_cuts(self) -> Iterator[tuple[str, str, int]]:
@@ -48,7 +43,7 @@ class HeldOut:
 
     @cached_property
     def _cuts(self) -> np.ndarray:
-        """int64 [documents]: the characters of each document that are training text; the rest is held out."""
+        """int64 [documents]: how many characters of each document are training text; the rest is held out."""
         hashes, sizes = array("Q"), array("q")
         for text, _ in self._documents():
             hashes.append(int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big"))
@@ -70,18 +65,17 @@ class HeldOut:
             begin = int(ends[index] - lengths[index])
             cuts[index] = _break_near(document.text, total - held_out - begin, held_out // 2)
         if not 0 < int(cuts.sum()) < total:
-            raise UserError(
-                f"{self._where}: {len(lengths)} documents with {total} characters are too little "
-                f"to hold out data.validation_fraction ({self._fraction}) of them; give more text"
-            )
+            given = f"{len(lengths)} documents with {total} characters are too little"
+            fraction = f"to hold out data.validation_fraction ({self._fraction}) of them"
+            raise UserError(f"{self._where}: {given} {fraction}; give more text")
         return cuts
 
 
 def _break_near(text: str, point: int, reach: int) -> int:
     """The place nearest to `point` just after a line end, else after other white space, else `point` itself."""
     low, high = max(point - min(reach, 1000), 0), min(point + min(reach, 1000), len(text))
-    for blank in (r"\n", r"\s"):
-        places = [low + found.end() for found in re.finditer(blank, text[low:high])]
+    for pattern in (r"\n", r"\s"):
+        places = [low + match.end() for match in re.finditer(pattern, text[low:high])]
         if inside := [place for place in places if 0 < place < len(text)]:
             return min(inside, key=lambda place: abs(place - point))
     return point

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from jaxlm.config import nearest
-from jaxlm.data.documents import Document, LeftOut, no_column, not_text
+from jaxlm.data.documents import Document, LeftOut, missing_column
 from jaxlm.errors import UserError, one_line
 
 if TYPE_CHECKING:
@@ -31,16 +31,18 @@ SECONDS = 10  # the Hub has to answer a first request within this time
 def prepare(name: str, configuration: str | None, where: str) -> tuple[str, "datasets.DatasetBuilder"]:
     """Downloads a data set into the cache of `datasets`, or finds it there.
 
+    From here on `datasets` and `huggingface_hub` log errors only and, if the Hub is out of reach, are offline.
+
     Args:
       name: on the Hub, or one of `NAMES`.
       configuration: of the data set; None: its only one.
       where: begins the messages of errors.
 
     Returns:
-      What it is, for people, and the data set.
+      A description for people, and the data set.
 
     Raises:
-      UserError: there is none, or none of it is here and the Hub is out of reach.
+      UserError: there is no such data set, or it is not in the cache and the Hub is out of reach.
     """
     if name and os.path.exists(name) and name not in NAMES:
         raise UserError(f"{where} is a local path; use data.train_files for own text")
@@ -48,16 +50,14 @@ def prepare(name: str, configuration: str | None, where: str) -> tuple[str, "dat
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         hint = nearest(name, [*NAMES, "python-stdlib"])
         raise UserError(f"{where} is not a Hub name of the form namespace/name{hint}; {WAY_OUT}")
-    label = " ".join(part for part in (name, configuration) if part)
     reason = why_unreachable(lambda hub: hub.dataset_info(name, timeout=SECONDS))
     import datasets
     import huggingface_hub
     from huggingface_hub.errors import HTTPError
 
     for library in ("datasets", "huggingface_hub"):
-        logging.getLogger(library).setLevel(logging.ERROR)  # one error is one line, ours
-    if reason:
-        # What was downloaded before can still be used; told to be offline, the library looks there at once.
+        logging.getLogger(library).setLevel(logging.ERROR)  # an error is one line, ours
+    if reason:  # an earlier download can still be used; offline, the library looks there at once
         datasets.config.HF_HUB_OFFLINE = huggingface_hub.constants.HF_HUB_OFFLINE = True
     try:
         builder = datasets.load_dataset_builder(name, configuration)
@@ -65,43 +65,42 @@ def prepare(name: str, configuration: str | None, where: str) -> tuple[str, "dat
     except datasets.exceptions.DatasetNotFoundError as error:
         raise UserError(f"{where} is not on the Hub, or is not public; {WAY_OUT}") from error
     except ValueError as error:
-        said = one_line(error).partition(" Example of usage")[0]
-        raise UserError(
-            f"data.dataset_config ({configuration}) of {name}: {said}; set it to one that there is"
-        ) from error
+        hint = one_line(error).partition(" Example of usage")[0]
+        message = f"data.dataset_config ({configuration}) of {name}: {hint}; set it to one that there is"
+        raise UserError(message) from error
     except (OSError, HTTPError) as error:
-        raise UserError(
-            f"{where}: the Hugging Face Hub is out of reach ({reason or one_line(error)}); {WAY_OUT}"
-        ) from error
+        message = f"{where}: the Hugging Face Hub is out of reach ({reason or one_line(error)}); {WAY_OUT}"
+        raise UserError(message) from error
     except datasets.exceptions.DatasetsError as error:
         raise UserError(f"{where} cannot be loaded: {one_line(error)}") from error
-    return label + (f" (downloaded before; the Hub is out of reach: {reason})" if reason else ""), builder
+    offline = f" (downloaded before; the Hub is out of reach: {reason})" if reason else ""
+    return f"{name} {configuration or ''}".rstrip() + offline, builder
 
 
-def why_unreachable(question: Callable[["huggingface_hub.HfApi"], object]) -> str | None:
-    """None if the Hub answers a first question in time, else why not. The library alone would retry for minutes."""
-    answer: list[str | None] = []
+def why_unreachable(request: Callable[["huggingface_hub.HfApi"], object]) -> str | None:
+    """Why the Hub does not answer `request` in time; None if it does. The library alone would retry for minutes."""
+    result: list[str | None] = []
 
     def ask() -> None:
         from huggingface_hub import HfApi
         from huggingface_hub.errors import HfHubHTTPError, HTTPError, RepositoryNotFoundError
 
         try:
-            question(HfApi())
-            answer.append(None)
+            request(HfApi())
+            result.append(None)
         except RepositoryNotFoundError:
-            answer.append(None)  # the Hub is there, and says no; loading will say it too
+            result.append(None)  # the Hub is there; loading reports the missing data set
         except HfHubHTTPError as error:
-            answer.append(f"HTTP status {error.response.status_code}")
+            result.append(f"HTTP status {error.response.status_code}")
         except (OSError, HTTPError) as error:
-            answer.append(one_line(error))
+            result.append(one_line(error))
         except (ValueError, KeyError, TypeError):
-            answer.append("what answers is not the Hub")  # such as the sign-in page of a hotel
+            result.append("what answers is not the Hub")  # no JSON, or without its keys: a hotel's sign-in page
 
     thread = threading.Thread(target=ask, daemon=True)  # a name server that is silent cannot be timed out otherwise
     thread.start()
     thread.join(2 * SECONDS)
-    return answer[0] if answer else f"no answer within {2 * SECONDS} s"
+    return result[0] if result else f"no answer within {2 * SECONDS} s"
 
 
 def load_split(builder: "datasets.DatasetBuilder", split: str, column: str, field: str) -> "datasets.Dataset":
@@ -112,18 +111,14 @@ def load_split(builder: "datasets.DatasetBuilder", split: str, column: str, fiel
         hint = "; none: hold out data.validation_fraction" if field == "data.validation_split" else ""
         raise UserError(f"{field} ({split}): {one_line(error).rstrip('.')}{hint}") from error
     if column not in dataset.column_names:
-        raise UserError(no_column(column, dataset.column_names, f"split {split}"))
+        raise UserError(missing_column(column, dataset.column_names, f"split {split}"))
     if not len(dataset):
         raise UserError(f"{field} ({split}) is empty")
     return dataset
 
 
-def read(dataset: "datasets.Dataset", column: str, where: str, left_out: LeftOut) -> Iterator[Document]:
+def read_split(dataset: "datasets.Dataset", column: str, where: str, left_out: LeftOut) -> Iterator[Document]:
     """The documents of a split; `where` begins their places."""
     batches = dataset.select_columns([column]).iter(batch_size=1024)
     for row, value in enumerate(itertools.chain.from_iterable(batch[column] for batch in batches), 1):
-        place = f"{where}: row {row}"
-        if fault := not_text(value, column, place):
-            left_out.add(fault)
-        else:
-            yield Document(value, place)
+        yield from left_out.checked(value, column, f"{where}: row {row}")

@@ -1,13 +1,12 @@
-"""Rows of tokens by index, and the batches of any step: a pure function of (data, seed, step), served by grain.
+"""Rows of tokens by index, and the batch of any step: a pure function of (data, seed, step), served by grain.
 
-B rows of a batch, K micro-batches, G rows of a global batch, T tokens of a row.
+B rows of a micro-batch, K micro-batches, G rows of a global batch, T tokens of a row.
 """
 
 import math
+import sys
 from collections.abc import Generator, Iterator, Sequence
 from fractions import Fraction
-from functools import partial
-from typing import Any
 
 import numpy as np
 
@@ -17,9 +16,7 @@ from jaxlm.data.tokens import TokenDocuments
 from jaxlm.errors import UserError
 
 Batch = dict[str, np.ndarray]
-THREADS = 2  # that build batches ahead of the training loop
-AHEAD = 4  # batches
-ENDLESS = 2**62  # rows; grain counts batches in floating point, so that of 2**63 - 1 rows it would take one too many
+THREADS, BATCHES_AHEAD = 2, 4  # threads that build batches ahead of the training loop, and how many
 
 
 class Rows:
@@ -35,7 +32,7 @@ class Rows:
     def __getitem__(self, index: int) -> Batch:
         """int32 [T] each: `tokens`; `targets`; `segments`, 1, 2, ... for its pieces; `positions`, from 0 in each piece.
 
-        All are 0 where the row is padding (only `segments` is 0 nowhere else).
+        In padding all are 0; `segments` is 0 there only.
         """
         low, high = self.plan.row_offsets[index : index + 2]
         start, length = self.plan.piece_start[low:high], self.plan.piece_length[low:high]
@@ -52,39 +49,14 @@ class Rows:
         """The documents that row `index` has pieces of, numbered from 0 in the order of the text."""
         low, high = self.plan.row_offsets[index : index + 2]
         found = np.searchsorted(self.document_offsets, self.plan.piece_start[low:high], side="right") - 1
-        return sorted({int(document) for document in found})
-
-
-class _OwnRows:
-    """The rows of the stream that one process feeds, update after update, each with its number in the global batch."""
-
-    def __init__(self, stream: Sequence[Batch], global_batch: int, accumulation: int, own: slice) -> None:
-        numbers_KB = np.arange(global_batch, dtype=np.int32).reshape(accumulation, -1)[:, own]
-        self.stream, self.global_batch, self.numbers = stream, global_batch, numbers_KB.ravel()
-
-    def __len__(self) -> int:
-        return ENDLESS // self.global_batch * len(self.numbers)
-
-    def __getitem__(self, index: int) -> Batch:
-        step, i = divmod(index, len(self.numbers))
-        number = self.numbers[i]
-        return self.stream[step * self.global_batch + int(number)] | {"rows": number}
-
-
-def _shuffled(rows: Any, seed: int) -> Any:
-    """`rows` in the order of the epochs, without end."""
-    import grain
-
-    # grain takes seed + epoch for each epoch: unrelated first seeds, or epoch 1 of seed 0 were epoch 0 of seed 1.
-    first_seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
-    return grain.MapDataset.source(rows).shuffle(seed=first_seed).repeat()
+        return sorted(set(found.tolist()))
 
 
 def documents_of_step(rows: Rows, seed: int, global_batch: int, step: int) -> list[int]:
     """The documents that update `step` (from 0) learns from, numbered from 0 in the order of the text."""
-    indices = _shuffled(range(len(rows)), seed)
+    order = _shuffled_indices(len(rows), seed)
     places = range(step * global_batch, (step + 1) * global_batch)
-    return sorted({document for place in places for document in rows.documents(indices[place])})
+    return sorted({document for place in places for document in rows.documents(order[place])})
 
 
 def train_batches(
@@ -92,7 +64,7 @@ def train_batches(
 ) -> Generator[Batch]:
     """The batches of updates start_step, start_step + 1, ... without end.
 
-    Epochs are permutations of the rows, each another one, laid end to end; batch s is rows [s * G, (s + 1) * G) of it.
+    The stream is epochs laid end to end, each another permutation of the rows; batch s is its rows from s * G on.
     `close()` of the iterator ends its threads.
 
     Args:
@@ -102,19 +74,23 @@ def train_batches(
       own: which of the G / K rows of each micro-batch this process feeds.
 
     Yields:
-      int32 [K, own, T]: `tokens`, `targets`, `segments`, `positions` as in `Rows`, and [K, own]: `rows`, each row's
-      number in the global batch, which stays with it however the batch is divided.
+      int32 [K, B, T]: `tokens`, `targets`, `segments`, `positions` as in `Rows`, B as many as `own` selects; and
+      int32 [K, B]: `rows`, each row's number in the global batch, which does not depend on K or `own`.
     """
     import grain
 
     if global_batch % accumulation:
         raise ValueError(f"accumulation ({accumulation}) must divide global_batch ({global_batch})")
-    stream = _shuffled(rows, seed)
-    own_rows = _OwnRows(stream, global_batch, accumulation, own)
-    batches = grain.MapDataset.source(own_rows).batch(
-        len(own_rows.numbers), batch_fn=partial(_micro_batches, accumulation)
-    )[start_step:]
-    iterator = iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=THREADS, prefetch_buffer_size=AHEAD)))
+    order = _shuffled_indices(len(rows), seed)
+    numbers_KB = np.ascontiguousarray(np.arange(global_batch, dtype=np.int32).reshape(accumulation, -1)[:, own])
+    shape_KB = numbers_KB.shape
+
+    def batch_of(step: int) -> Batch:
+        batch = _stacked([rows[order[step * global_batch + number]] for number in numbers_KB.ravel().tolist()])
+        return {name: array.reshape(shape_KB + array.shape[1:]) for name, array in batch.items()} | {"rows": numbers_KB}
+
+    steps = grain.MapDataset.range(start_step, sys.maxsize).map(batch_of)
+    iterator = iter(steps.to_iter_dataset(grain.ReadOptions(num_threads=THREADS, prefetch_buffer_size=BATCHES_AHEAD)))
     try:
         yield from iterator
     finally:
@@ -122,10 +98,10 @@ def train_batches(
 
 
 def eval_batches(rows: Rows, batch: int, own: slice = slice(None)) -> Iterator[Batch]:
-    """Every row once, in order: `Rows`' arrays as int32 [own, T], the last batch filled up with rows of padding.
+    """Every row once, in order: the arrays of `Rows` as int32 [B, T], the last batch filled up with rows of padding.
 
     Args:
-      batch: rows of a batch.
+      batch: rows of a batch, of all processes.
       own: which of them this process feeds.
     """
     padding = {name: np.zeros_like(array) for name, array in rows[0].items()}
@@ -138,20 +114,25 @@ def total_steps(num_epochs: float, rows: int, global_batch: int, max_steps: int 
     """Updates of a run: max_steps, else those for num_epochs passes, rounded up, and at least 1.
 
     Raises:
-      UserError: more than an int32 holds.
+      UserError: they are more than an int32 can count.
     """
     if max_steps is not None:
         return max_steps
-    # Exactly what was written: in binary, 2.2 epochs of 25 rows are a little more than 55 rows.
+    # The decimal number that was written: in binary, 2.2 epochs of 25 rows are a little more than 55 rows.
     steps = max(1, math.ceil(Fraction(str(num_epochs)) * rows / global_batch))
     if steps > LARGEST_INT:
         raise UserError(f"training.num_epochs ({num_epochs}) is more than {LARGEST_INT} updates; lower it")
     return steps
 
 
+def _shuffled_indices(rows: int, seed: int) -> Sequence[int]:
+    """The row at each place of the stream, which has no end: a permutation of all rows for each epoch."""
+    import grain
+
+    # grain takes seed + epoch for each epoch: unrelated first seeds, or epoch 1 of seed 0 were epoch 0 of seed 1.
+    first_seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
+    return grain.MapDataset.range(rows).shuffle(seed=first_seed).repeat()
+
+
 def _stacked(rows: Sequence[Batch]) -> Batch:
     return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
-
-
-def _micro_batches(accumulation: int, rows: Sequence[Batch]) -> Batch:
-    return {name: array.reshape(accumulation, -1, *array.shape[1:]) for name, array in _stacked(rows).items()}

@@ -1,23 +1,20 @@
-"""Which part of which document goes into which row: computed once for the whole data set, cached, then only indexed.
+"""The packing plan, which part of which document goes into which row: made once for the whole data set, and cached.
 
 A document of n tokens gives n - 1 pairs (input: token i, target: token i + 1), so <eos> is never an input, <bos> never
 a target, and no target is lost where a document is cut. A piece is a run of pairs of one document; a row holds pieces
 with max_length pairs at most, and a piece sees nothing outside itself.
 """
 
-import os
 import time
 from array import array
-from collections.abc import Callable
 from dataclasses import dataclass, fields
-from functools import cache
 from pathlib import Path
-from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
 
-from jaxlm.data.tokens import TokenDocuments
+from jaxlm.data.atomic import atomic_path
+from jaxlm.data.tokens import Report, TokenDocuments, writing_to_cache
 from jaxlm.errors import UserError
 
 FORMAT = 1  # raise it when a strategy gives other rows
@@ -35,10 +32,10 @@ class Plan:
     piece_start: np.ndarray  # int64 [pieces]
     piece_length: np.ndarray  # int32 [pieces], in pairs
     max_length: int  # capacity of a row, in pairs
-    documents: int  # all there were
-    dropped_documents: int  # of fewer than min_length tokens
-    dropped_tokens: int  # in those
-    cut_documents: int  # in more than one piece
+    documents: int  # including the dropped ones
+    dropped_documents: int  # those of fewer than min_length tokens
+    dropped_tokens: int  # in those documents
+    cut_documents: int  # those in more than one piece
     pairs: int  # in all rows
 
     def __len__(self) -> int:
@@ -46,7 +43,7 @@ class Plan:
 
     @property
     def efficiency(self) -> float:
-        """The share of the rows' places that hold a pair; the rest is padding."""
+        """The fraction of the rows' places that hold a pair; the rest is padding."""
         return self.pairs / (len(self) * self.max_length)
 
 
@@ -73,15 +70,16 @@ def plan(doc_offsets: np.ndarray, max_length: int, min_length: int, strategy: st
             f"(the longest has {tokens.max(initial=0)}); lower it"
         )
     if pack and strategy == "concat":
-        piece_start, piece_length, row_offsets, pieces_of = _concat(starts, pairs, max_length)
+        piece_start, piece_length, pieces_of, row_offsets = _concat(starts, pairs, max_length)
     else:
         piece_start, piece_length, pieces_of = _pieces(starts, pairs, max_length)
-        if pack:
-            order, row_offsets = STRATEGIES[strategy](piece_length, max_length)
-            if order is not None:
-                piece_start, piece_length = piece_start[order], piece_length[order]
-        else:
+        if not pack:
             row_offsets = np.arange(len(piece_start) + 1)
+        elif strategy == "greedy":
+            row_offsets = _greedy(piece_length, max_length)
+        else:
+            order, row_offsets = _fit(piece_length, max_length, strategy)
+            piece_start, piece_length = piece_start[order], piece_length[order]
     return Plan(
         row_offsets,
         piece_start,
@@ -96,14 +94,9 @@ def plan(doc_offsets: np.ndarray, max_length: int, min_length: int, strategy: st
 
 
 def plan_cached(
-    documents: TokenDocuments,
-    max_length: int,
-    min_length: int,
-    strategy: str,
-    pack: bool,
-    report: Callable[[str], None],
+    documents: TokenDocuments, max_length: int, min_length: int, strategy: str, pack: bool, report: Report
 ) -> Plan:
-    """`plan` for `documents`, kept beside them; says whether it was found, and what the rows are like.
+    """`plan` for `documents`, kept beside them; reports its rows, and whether it was found there.
 
     Raises:
       UserError: no document is left, or the folder cannot be read or written.
@@ -112,11 +105,11 @@ def plan_cached(
     path = documents.folder / f"{documents.split}.plan-{FORMAT}-{kind}-{max_length}-{min_length}.npz"
     start = time.perf_counter()
     found = path.is_file()
-    if found:
-        result = _load(path)
-    else:
-        result = plan(documents.offsets, max_length, min_length, strategy, pack)
-        _save(result, path)
+    if not found:
+        with writing_to_cache(path.parent), atomic_path(path) as part:
+            if not path.is_file():  # else another process has made it meanwhile
+                _save(plan(documents.offsets, max_length, min_length, strategy, pack), part)
+    result = _load(path)
     report(
         f"{documents.split} rows: {len(result):,} of {max_length} tokens, {kind}, {result.efficiency:.1%} full; "
         f"{result.documents:,} documents, {result.cut_documents:,} cut, {result.dropped_documents:,} dropped "
@@ -126,35 +119,21 @@ def plan_cached(
 
 
 def _save(result: Plan, path: Path) -> None:
-    """Writes the file whole or not at all."""
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with part.open("wb") as file:
-            np.savez(file, **{field.name: getattr(result, field.name) for field in fields(result)})
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-    except OSError as error:
-        raise UserError(
-            f"data.cache_dir ({path.parent}) cannot be written to: {error.strerror}; name another"
-        ) from error
+    with path.open("wb") as file:  # given a path, numpy would add an extension
+        np.savez(file, **vars(result))
 
 
 def _load(path: Path) -> Plan:
     try:
         with path.open("rb") as file, np.load(file) as stored:  # numpy leaves a file open that it cannot read
             values = {field.name: stored[field.name] for field in fields(Plan)}
-    except (OSError, ValueError, KeyError, BadZipFile) as error:
+    except (OSError, EOFError, ValueError, KeyError, BadZipFile) as error:
         raise UserError(f"cached plan ({path}) is damaged ({error}); delete it") from error
-    plain: dict[str, Any] = {name: value if value.ndim else int(value) for name, value in values.items()}
-    return Plan(**plain)
-
-
-# ---- Documents to pieces ---------------------------------------------------------------------------------------------
+    return Plan(**{name: value if value.ndim else value.item() for name, value in values.items()})
 
 
 def _pieces(starts: np.ndarray, pairs: np.ndarray, max_length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Every document in pieces of max_length and a rest: start and length [pieces], pieces of each document."""
+    """Every document in pieces of max_length and a rest: start and length [pieces], number of pieces [documents]."""
     pieces_of = -(-pairs // max_length)
     first = np.cumsum(pieces_of) - pieces_of
     within = (np.arange(pieces_of.sum()) - np.repeat(first, pieces_of)) * max_length
@@ -163,29 +142,23 @@ def _pieces(starts: np.ndarray, pairs: np.ndarray, max_length: int) -> tuple[np.
 
 
 def _concat(starts: np.ndarray, pairs: np.ndarray, max_length: int) -> tuple[np.ndarray, ...]:
-    """All pairs end to end, cut where a document or a row ends; as `_pieces`, with the rows' offsets third."""
+    """All pairs end to end, cut where a document or a row ends; as `_pieces`, and the offsets of the rows."""
     ends = np.cumsum(pairs)
     begins = ends - pairs
     rows = np.arange(0, ends[-1], max_length)
-    at = np.searchsorted(begins, rows)  # the first document that begins at or after each row's begin
-    inside = begins[np.minimum(at, len(begins) - 1)] != rows  # the row begins within a document, which is cut there
-    begins_document = np.ones(len(begins) + int(inside.sum()), np.bool_)
-    begins_document[at[inside] + np.arange(inside.sum())] = False
-    cuts = np.empty(len(begins_document), np.int64)  # both, merged
-    cuts[begins_document], cuts[~begins_document] = begins, rows[inside]
-    document = np.cumsum(begins_document) - 1
+    both = np.sort(np.concatenate([begins, rows]), kind="stable")  # merges two sorted runs, in proportion to their size
+    cuts = both[np.diff(both, prepend=-1) > 0]
+    document = np.searchsorted(begins, cuts, side="right") - 1
     length = np.diff(cuts, append=ends[-1]).astype(np.int32)
-    row_offsets = np.append(at + np.cumsum(inside) - inside, len(cuts))
-    return starts[document] + cuts - begins[document], length, row_offsets, np.bincount(document)
+    row_offsets = np.append(np.searchsorted(cuts, rows), len(cuts))
+    return starts[document] + cuts - begins[document], length, np.bincount(document), row_offsets
 
 
-# ---- Pieces to rows: each strategy gives the order of the pieces (none: as they are) and the rows' offsets -----------
+def _greedy(length: np.ndarray, max_length: int, block: int = 2**20) -> np.ndarray:
+    """int64 [rows + 1]: the offsets of rows filled in order, each closed when the next piece does not fit.
 
-Packed = tuple[np.ndarray | None, np.ndarray]
-
-
-def _greedy(length: np.ndarray, max_length: int, block: int = 2**20) -> Packed:
-    """Next fit. Where a row that begins at piece i would end is found for a whole block of i at once."""
+    For a whole block of pieces at once it finds where the row ends that would begin at each of them.
+    """
     ends = np.cumsum(length, dtype=np.int64)
     offsets, row = array("q"), 0
     for low in range(0, len(length), block):
@@ -195,134 +168,12 @@ def _greedy(length: np.ndarray, max_length: int, block: int = 2**20) -> Packed:
         while row < high:
             offsets.append(row)
             row = following[row - low]
-    return None, np.array([*offsets, len(length)], np.int64)
+    return np.array([*offsets, len(length)], np.int64)
 
 
-def _first_fit(length: np.ndarray, max_length: int) -> Packed:
-    # All rows but one are more than half full, or a later one would have gone into an earlier.
-    most_rows = min(len(length), 2 * int(length.sum(dtype=np.int64)) // max_length + 1)
-    return _sorted(_compiled()["first_fit"](length, max_length, most_rows))
+def _fit(length: np.ndarray, max_length: int, strategy: str) -> tuple[np.ndarray, np.ndarray]:
+    """The order of the pieces, int64 [pieces], those of a row in the order of the text, and the offsets of the rows."""
+    from jaxlm.data import fitting
 
-
-def _best_fit(length: np.ndarray, max_length: int) -> Packed:
-    longest_first, begins = _sorted(max_length - length)
-    return _sorted(_compiled()["best_fit"](longest_first, begins, max_length))
-
-
-def _sorted(key: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The stable order of `key` [pieces], from 0 up, and where each value begins in it.
-
-    Of the row of each piece it makes a plan: pieces of one row stay in the order of the text. `np.argsort` would not
-    take a time in proportion.
-    """
-    begins = np.append(0, np.cumsum(np.bincount(key)))
-    return _compiled()["counting_sort"](key, begins), begins
-
-
-STRATEGIES: dict[str, Callable[[np.ndarray, int], Packed]] = {
-    "greedy": _greedy,
-    "first_fit": _first_fit,
-    "best_fit": _best_fit,
-}
-
-
-@cache
-def _compiled() -> dict[str, Any]:
-    """The loops that NumPy has nothing for, in machine code. Compiled at first use, and only then imported."""
-    import numba
-
-    def compiled(function: Callable[..., Any]) -> Any:
-        try:
-            return numba.njit(cache=True)(function)
-        except RuntimeError:  # no folder that numba could keep its result in: compile in every process
-            return numba.njit(function)
-
-    loops: dict[str, Callable[..., Any]] = {
-        "first_fit": _first_fit_rows,
-        "best_fit": _best_fit_rows,
-        "counting_sort": _counting_sort,
-    }
-    return {name: compiled(loop) for name, loop in loops.items()}
-
-
-def _first_fit_rows(length, max_length, most_rows):  # type: ignore[no-untyped-def]
-    """int32 [pieces]: the row of each, by a tree whose nodes hold the most room of any row below them."""
-    leaves = 1
-    while leaves < most_rows:
-        leaves *= 2
-    room = np.full(2 * leaves, max_length, np.int32)
-    row = np.empty(len(length), np.int32)
-    for piece in range(len(length)):
-        node = 1
-        while node < leaves:
-            node *= 2
-            if room[node] < length[piece]:
-                node += 1
-        row[piece] = node - leaves
-        room[node] -= length[piece]
-        while node > 1:
-            node //= 2
-            most = max(room[2 * node], room[2 * node + 1])
-            if room[node] == most:
-                break
-            room[node] = most
-    return row
-
-
-def _best_fit_rows(longest_first, begins, max_length):  # type: ignore[no-untyped-def]
-    """int32 [pieces]: the row of each; of equally full rows the one that was last added to.
-
-    `newest[r]` is the newest row with room r, `older[row]` the next older one with as much; a tree of flags over r
-    finds the smallest room that is enough.
-    """
-    leaves = 1
-    while leaves <= max_length:
-        leaves *= 2
-    some = np.zeros(2 * leaves, np.bool_)
-    newest = np.full(max_length + 1, -1, np.int32)
-    older = np.full(len(longest_first), -1, np.int32)
-    row = np.empty(len(longest_first), np.int32)
-    rows = spare = 0
-    for at, piece in enumerate(longest_first):
-        while at == begins[spare + 1]:
-            spare += 1
-        length = max_length - spare  # `length[piece]` would be anywhere in memory
-        node = leaves + length
-        while node > 1 and not some[node]:  # up, to the right, until there is something
-            while node > 1 and node % 2 == 1:
-                node //= 2
-            if node > 1:
-                node += 1
-        if node > 1:
-            while node < leaves:
-                node = 2 * node if some[2 * node] else 2 * node + 1
-            room = node - leaves
-            chosen = newest[room]
-            newest[room] = older[chosen]
-            if newest[room] < 0:
-                some[node] = False
-                while node > 1:
-                    node //= 2
-                    some[node] = some[2 * node] or some[2 * node + 1]
-        else:
-            room, chosen = max_length, rows
-            rows += 1
-        row[piece] = chosen
-        room -= length
-        older[chosen] = newest[room]
-        newest[room] = chosen
-        node = leaves + room
-        while node > 0 and not some[node]:
-            some[node] = True
-            node //= 2
-    return row
-
-
-def _counting_sort(key, begins):  # type: ignore[no-untyped-def]
-    """int64 [pieces]: the stable order of `key`, whose value v begins at `begins[v]` in it."""
-    free = begins.copy()
-    order = np.empty(len(key), np.int64)
-    for piece in range(len(key)):
-        order[free[key[piece]]] = piece
-        free[key[piece]] += 1
-    return order
+    fit = {"first_fit": fitting.first_fit, "best_fit": fitting.best_fit}[strategy]
+    return fitting.counting_sort(fit(length, max_length))

@@ -1,4 +1,4 @@
-"""Text to token ids and back: byte-level BPE on the `tokenizers` library, so that any text round-trips exactly."""
+"""Text to token ids and back: byte-level BPE of the `tokenizers` library, so that any text round-trips exactly."""
 
 import hashlib
 import json
@@ -12,6 +12,7 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from jaxlm.data.atomic import atomic_write
 from jaxlm.errors import UserError, one_line
 
 PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"  # ids 0, 1, 2 of every tokenizer trained here
@@ -21,38 +22,34 @@ PAD_NAMES = (PAD, "[PAD]", "<|pad|>", "<|padding|>", "<|finetune_right_pad_id|>"
 
 # A text longer than this is tokenized in parts, so that a book in one file uses all threads and little memory.
 PART_CHARACTERS = 2**18
-# In GPT-2's division into words, a run of white space before something else gives up its last character; where that
-# is a line end, it stands alone. So a cut just before such a line end leaves every word, and every id, as it was.
+# GPT-2's pattern splits the last character off a run of white space that a word follows. Where that is a line end, it
+# is a word of its own. So a cut just before such a line end leaves every word, and every id, as it was.
 _SAFE_CUT = re.compile(r"\n(?=\S)")
-
-# The library reports a malformed file with a bare `Exception`; there is nothing narrower to name.
-_LibraryError = Exception
 
 
 class Tokenizer:
     """A `tokenizers.Tokenizer` that treats its input as text only: no markup, no padding, no truncation.
 
-    Attributes: `bos_id`, `eos_id`, `pad_id` (int).
+    Attributes: `bos_id`, `eos_id`, `pad_id`, `vocab_size` (int): the largest id + 1.
     """
 
     def __init__(self, backend: tokenizers.Tokenizer, where: str = "tokenizer") -> None:
-        """Raises UserError where `backend` has no token that begins or ends a document; `where` begins the message."""
+        """Raises UserError, which `where` begins, if `backend` has no token to begin or end a document with."""
         self._backend = backend
         backend.encode_special_tokens = True  # "<bos>" in a text is five characters; the flag is not kept in the JSON
         backend.no_padding()
         backend.no_truncation()
         vocabulary = backend.get_vocab(with_added_tokens=True)
-        self.vocab_size = max(vocabulary.values(), default=-1) + 1  # ids may have gaps; what counts is the largest
+        self.vocab_size = max(vocabulary.values(), default=-1) + 1  # ids may have gaps
 
         def find(names: Sequence[str]) -> int | None:
             return next((vocabulary[name] for name in names if name in vocabulary), None)
 
         bos, eos, pad = find(BOS_NAMES), find(EOS_NAMES), find(PAD_NAMES)
         if bos is None or eos is None:
-            kind, names = ("begin", BOS_NAMES) if bos is None else ("end", EOS_NAMES)
-            raise UserError(
-                f"{where} has no token to {kind} a document with; it must contain one of {', '.join(names)}"
-            )
+            verb, names = ("begin", BOS_NAMES) if bos is None else ("end", EOS_NAMES)
+            needed = f"it must contain one of {', '.join(names)}"
+            raise UserError(f"{where} has no token to {verb} a document with; {needed}")
         self.bos_id, self.eos_id, self.pad_id = bos, eos, eos if pad is None else pad
 
     @classmethod
@@ -74,22 +71,21 @@ class Tokenizer:
     def from_json(cls, text: str, where: str = "tokenizer") -> "Tokenizer":
         """The tokenizer whose `to_json` gave `text`. Raises UserError, which `where` begins, for anything else."""
         try:
-            return cls(tokenizers.Tokenizer.from_str(text), where)
-        except UserError:
-            raise
-        except _LibraryError as error:
-            raise UserError(f"{where} is not a tokenizer.json of the tokenizers library: {one_line(error)}") from error
+            backend = tokenizers.Tokenizer.from_buffer(text.encode())
+        except ValueError as error:
+            reason = one_line(error).removeprefix("Cannot instantiate Tokenizer from buffer: ")
+            raise UserError(f"{where} is not a tokenizer.json of the tokenizers library: {reason}") from error
+        return cls(backend, where)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], name: str = "data.tokenizer_path") -> "Tokenizer":
         """Reads a tokenizer.json, or the one in a folder (directly, or in its subfolder `tokenizer`).
 
         Raises:
-          UserError: missing, unreadable or corrupt file, or one without tokens that begin and end a document; its
-            message begins with `name`, the option that the path came from.
+          UserError: it begins with `name`, the option; the file is missing, unreadable, corrupt, or see `__init__`.
         """
         where, path = f"{name} ({path})", Path(path).expanduser()
-        folder = os.path.isdir(path)  # Path's own would raise where a name is too long, or a folder is closed to us
+        folder = os.path.isdir(path)  # unlike Path.is_dir, no error where a name is too long or a folder closed
         candidates = [path / "tokenizer.json", path / "tokenizer" / "tokenizer.json"] if folder else [path]
         file = next((candidate for candidate in candidates if os.path.isfile(candidate)), None)
         if file is None:
@@ -104,19 +100,14 @@ class Tokenizer:
         """Writes folder/tokenizer.json, whole or not at all. Raises OSError where that is not possible."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        part = folder / f".tokenizer.json.{os.getpid()}"
-        with part.open("w", encoding="utf-8") as file:
-            file.write(self.to_json())
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(folder / "tokenizer.json")
+        atomic_write(folder / "tokenizer.json", self.to_json())
 
     def to_json(self) -> str:
         """The content of tokenizer.json."""
         return self._backend.to_str(pretty=True)
 
     def agrees_with(self, other: "Tokenizer") -> bool:
-        """Whether both give every text the same ids; tokens that a template puts around it are left out of account."""
+        """Whether both give every text the same ids, apart from the tokens that a template puts around it."""
         settings = [json.loads(tokenizer.to_json()) for tokenizer in (self, other)]
         return len({json.dumps(each | {"post_processor": None}, sort_keys=True) for each in settings}) == 1
 
@@ -131,35 +122,34 @@ class Tokenizer:
         return np.dtype(np.uint16 if self.vocab_size <= 2**16 else np.uint32)
 
     def token(self, token_id: int) -> str:
-        """How the token is written, such as "<bos>"."""
+        """The token's text, such as "<bos>"."""
         return str(self._backend.id_to_token(token_id))
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of `text`, without <bos> and <eos>. Raises UserError where it cannot be written as UTF-8."""
+        """Token ids of `text`, without <bos> and <eos>. Raises UserError where it cannot be tokenized."""
         try:
             text.encode()
         except UnicodeEncodeError as error:
             raise UserError(f"text ({text[error.start]!r} at character {error.start}) is not valid Unicode") from error
-        return self._backend.encode(text, add_special_tokens=False).ids
+        with _LibraryErrors(f"text ({text[:40]!r}) cannot be tokenized"):
+            return self._backend.encode(text, add_special_tokens=False).ids
 
     def encode_documents(self, texts: Sequence[str]) -> list[np.ndarray]:
         """For each text its ids as <bos> text <eos>, `dtype` [tokens]; runs on the library's own threads.
 
         Raises:
-          UserError: one of them cannot be tokenized; it says why, not which.
+          UserError: one of them cannot be tokenized; the message has the reason, not the text.
         """
         parts = [split_safely(text) if self._splits_safely else [text] for text in texts]
         flat = [part for each in parts for part in each]
-        try:
+        with _LibraryErrors("cannot be tokenized"):
             encodings = iter(self._backend.encode_batch_fast(flat, add_special_tokens=False))
-        except _LibraryError as error:
-            raise UserError(f"cannot be tokenized: {one_line(error)}") from error
         documents = []
         for text, each in zip(texts, parts, strict=True):
             ids = [self.bos_id]
             for _ in each:
                 ids += next(encodings).ids
-            if len(ids) == 1 and text.strip():  # as a vocabulary without a token for what is unknown has it
+            if len(ids) == 1 and text.strip():  # every word is unknown, and the vocabulary has no token for that
                 raise UserError("cannot be tokenized: the tokenizer has no token for anything in it")
             documents.append(np.array([*ids, self.eos_id], self.dtype))
         return documents
@@ -170,7 +160,7 @@ class Tokenizer:
 
     @cached_property
     def _splits_safely(self) -> bool:
-        """Whether text is cut into words as `train` has it, for which `split_safely` holds."""
+        """Whether text is split into words as `train` does it, so that `split_safely` applies."""
         settings = json.loads(self.to_json())
         words = settings["pre_tokenizer"] or {}
         return (
@@ -180,8 +170,25 @@ class Tokenizer:
         )
 
 
+class _LibraryErrors:
+    """A context whose library errors become a UserError, which `message` begins.
+
+    `tokenizers` raises a bare `Exception`, so just that class is taken for one: all others are defects and pass.
+    """
+
+    def __init__(self, message: str) -> None:
+        self._message = message
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        if error is not None and kind is Exception:
+            raise UserError(f"{self._message}: {one_line(error)}") from error
+
+
 def split_safely(text: str, size: int = PART_CHARACTERS) -> list[str]:
-    """`text` in parts of `size` characters or somewhat more, cut only where no token of `train`'s kind can reach."""
+    """`text` in parts of `size` characters or somewhat more, cut where no token of byte-level BPE can span the cut."""
     parts, start = [], 0
     while cut := _SAFE_CUT.search(text, start + size):
         parts.append(text[start : cut.start()])

@@ -5,15 +5,14 @@
     <cache>/tokens/<key>/<split>.offsets.npy   int64 [documents + 1], where in it each document begins
     <cache>/tokens/<key>/<split>.bytes.npy     int64 [documents], the length of each document's text in UTF-8
     <cache>/tokens/<key>/<split>.plan-*.npz    packing plans (packing.py)
-    <cache>/tokens/<key>/left_out.json         what was left out of the text, in words
+    <cache>/tokens/<key>/left_out.json         the lines of the report about documents that were left out
 
-A folder is made under another name and renamed when it is complete, so what is found is always whole.
+Of several processes that need the same folder or plan, one makes it and the others wait (atomic.py).
 """
 
 import hashlib
 import json
 import os
-import shutil
 import tempfile
 import time
 from array import array
@@ -23,13 +22,15 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain, repeat
 from pathlib import Path
 
 import numpy as np
 
 from jaxlm.config import DataConfig
+from jaxlm.data.atomic import atomic_path
 from jaxlm.data.documents import Document, LeftOut
-from jaxlm.data.sources import Source, open_source
+from jaxlm.data.sources import STDLIB, Source, open_source
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.errors import UserError
 
@@ -37,6 +38,8 @@ FORMAT = 2  # raise it when what is stored, or how text becomes tokens, changes
 SPLITS = ("train", "validation")
 BATCH_CHARACTERS = 2**20  # text tokenized in one call: enough for every thread, little enough for memory
 CALLS = 2  # of the tokenizers library at a time, so that its threads have work while the ids of one call are written
+
+Report = Callable[[str], None]  # takes a line of the report
 
 
 @dataclass(frozen=True)
@@ -65,11 +68,6 @@ class TokenDocuments:
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
-    @property
-    def utf8_bytes(self) -> int:
-        """UTF-8 bytes of the text of all documents."""
-        return int(self.document_bytes.sum())
-
     def kept_bytes(self, min_length: int) -> int:
         """UTF-8 bytes of the text of the documents that have at least `min_length` tokens."""
         return int(self.document_bytes[np.diff(self.offsets) >= min_length].sum())
@@ -77,7 +75,7 @@ class TokenDocuments:
 
 @dataclass(frozen=True)
 class Prepared:
-    """What `prepare` returns."""
+    """The result of `prepare`."""
 
     tokenizer: Tokenizer
     train: TokenDocuments
@@ -94,64 +92,60 @@ def cache_root(data: DataConfig) -> Path:
     """
     home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"  # set but empty means not set
     root = Path(data.cache_dir if data.cache_dir is not None else f"{home}/jaxlm").expanduser()
-    with _writing_to(root):
+    with writing_to_cache(root):
         root.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=root):
             pass
     return root
 
 
-@contextmanager
-def prepared_once(data: DataConfig) -> Iterator[None]:
-    """While entered, other processes that prepare text in the same cache wait; what they need is there then."""
-    from filelock import FileLock
-
-    with FileLock(cache_root(data) / "preparing.lock"):
-        yield
-
-
-def prepare(data: DataConfig, vocab_size: int, tokenizer: Tokenizer | None, report: Callable[[str], None]) -> Prepared:
+def prepare(data: DataConfig, vocab_size: int, tokenizer: Tokenizer | None, report: Report) -> Prepared:
     """Text to tokenizer and token arrays; uses the cache where it can, and says so.
+
+    Sets the environment variables that bound the threads of the tokenizers library, which reads them at its first use.
 
     Args:
       data: which text, and how it is split.
       vocab_size: of the BPE to train, if there is no tokenizer yet.
-      tokenizer: that of the run to go on with; none: `data.tokenizer_path`, or one trained on the training text.
+      tokenizer: that of the run to go on with; None: `data.tokenizer_path`, or one trained on the training text.
       report: takes each line about what was done.
 
     Raises:
       UserError: the text, the tokenizer or the cache folder is not usable.
     """
-    # Read by the tokenizers library when it first starts threads; nothing of ours forks after that.
     os.environ["RAYON_NUM_THREADS"] = str(min(data.preprocessing_num_workers, os.cpu_count() or 1))
-    os.environ["TOKENIZERS_PARALLELISM"] = "true"
+    os.environ["TOKENIZERS_PARALLELISM"] = "true"  # else it warns in processes that fork later; ours do not
     root = cache_root(data)
     source = open_source(data)
     report(f"text: {source.name}")
     split = _split_settings(data)
-    if tokenizer is None:
-        if data.tokenizer_path is not None:
-            tokenizer = Tokenizer.load(data.tokenizer_path)
-        else:
-            folder = root / "tokenizers" / _key(source.fingerprint, split, vocab_size)
-            tokenizer = _trained(folder, source, vocab_size, report)
+    if tokenizer is None and data.tokenizer_path is not None:
+        tokenizer = Tokenizer.load(data.tokenizer_path)
+    elif tokenizer is None:
+        folder = root / "tokenizers" / _key(source.fingerprint, split, vocab_size)
+        tokenizer = _trained_tokenizer(folder, source, vocab_size, report)
     folder = root / "tokens" / _key(source.fingerprint, split, tokenizer.fingerprint)
-    if folder.is_dir():
-        report(f"tokenized text: cached ({folder})")
-    else:
-        start = time.perf_counter()
-        _tokenize(folder, source, tokenizer, data)
-        report(f"tokenized text: {time.perf_counter() - start:.1f} s ({folder})")
-    for line in _left_out(folder):
-        report(line)
-    train, validation = (_open(folder, name, tokenizer.dtype) for name in SPLITS)
+    start = time.perf_counter()
+    made = _made_once(folder, lambda part: _tokenize(part, source, tokenizer, data))
+    report(f"tokenized text: {f'{time.perf_counter() - start:.1f} s' if made else 'cached'} ({folder})")
+    train, validation = _open_splits(folder, tokenizer.dtype, report)
     return Prepared(tokenizer, train, validation, source.name, source.fingerprint)
 
 
+@contextmanager
+def writing_to_cache(folder: Path) -> Iterator[None]:
+    """Turns the OSError of a write to `folder`, which is in the cache, into a UserError."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"data.cache_dir ({folder}) cannot be written to: {reason}; name another") from error
+
+
 def _split_settings(data: DataConfig) -> list[str | float | None]:
-    """What decides, beside the content of the source, which text is in which split."""
-    own = data.train_files or data.dataset_name == "python-stdlib"
-    held_out = not data.validation_files if own else data.validation_split is None
+    """The settings that decide, beside the content of the source, which text is in which split."""
+    local = data.train_files or data.dataset_name == STDLIB
+    held_out = not data.validation_files if local else data.validation_split is None
     return [data.text_column, data.on_bad_document, data.validation_fraction if held_out else None]
 
 
@@ -159,94 +153,93 @@ def _key(*parts: object) -> str:
     return hashlib.sha256(json.dumps([FORMAT, *parts]).encode()).hexdigest()[:32]
 
 
-def _trained(folder: Path, source: Source, vocab_size: int, report: Callable[[str], None]) -> Tokenizer:
-    """The BPE trained on the training text, from the cache if it is there."""
+def _made_once(folder: Path, fill: Callable[[Path], None]) -> bool:
+    """Whether `folder` had to be made, by `fill` in a new folder; another process may have done so meanwhile."""
     if folder.is_dir():
-        report(f"tokenizer: cached ({folder})")
-        return Tokenizer.load(folder, "cached tokenizer")
+        return False
+    with writing_to_cache(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_path(folder) as part:
+            if folder.is_dir():
+                return False
+            part.mkdir()
+            fill(part)
+    return True
+
+
+def _trained_tokenizer(folder: Path, source: Source, vocab_size: int, report: Report) -> Tokenizer:
+    """The BPE trained on the training text, from the cache if it is there."""
+
+    def train(part: Path) -> None:
+        texts = (document.text for document in _with_progress(source.train(), "training BPE"))
+        Tokenizer.train(texts, vocab_size).save(part)
+
     start = time.perf_counter()
-    texts = (document.text for document in _with_progress(source.train(), "training BPE"))
-    tokenizer = Tokenizer.train(texts, vocab_size)
-    with _writing_to(folder), _complete_or_absent(folder) as part:
-        tokenizer.save(part)
-    fewer = f" (asked for {vocab_size}; there is too little text)" if tokenizer.vocab_size < vocab_size else ""
-    report(f"tokenizer: trained {tokenizer.vocab_size} tokens{fewer} in {time.perf_counter() - start:.1f} s")
+    made = _made_once(folder, train)
+    tokenizer = Tokenizer.load(folder, "cached tokenizer")
+    if made:
+        fewer = f" (asked for {vocab_size}; there is too little text)" if tokenizer.vocab_size < vocab_size else ""
+        report(f"tokenizer: trained {tokenizer.vocab_size} tokens{fewer} in {time.perf_counter() - start:.1f} s")
+    else:
+        report(f"tokenizer: cached ({folder})")
     return tokenizer
 
 
 def _tokenize(folder: Path, source: Source, tokenizer: Tokenizer, data: DataConfig) -> None:
-    parts = dict(source.left_out)
-    with _writing_to(folder), _complete_or_absent(folder) as part:
-        for name, documents in zip(SPLITS, (source.train(), source.validation()), strict=True):
-            untokenizable = parts[f"tokenizing {name}"] = LeftOut(data)
-            offsets, document_bytes = array("q", [0]), array("q")
-            with (part / f"{name}.tokens").open("wb") as file:
-                batches = _batches(_with_progress(documents, f"tokenizing {name}"))
-                for document, ids in _encoded(tokenizer, batches, untokenizable):
-                    ids.tofile(file)
-                    offsets.append(offsets[-1] + len(ids))
-                    document_bytes.append(len(document.text.encode()))
-            if not document_bytes:
-                raise UserError(f"no document of the {name} text can be tokenized: {untokenizable.first[0]}")
-            np.save(part / f"{name}.offsets.npy", np.array(offsets, np.int64))
-            np.save(part / f"{name}.bytes.npy", np.array(document_bytes, np.int64))
-        lines = [line for name, left_out in parts.items() for line in left_out.lines(name)]
-        (part / "left_out.json").write_text(json.dumps(lines))
+    """Writes the tokens of both splits into `folder`."""
+    left_out = dict(source.left_out)
+    for split, documents in zip(SPLITS, (source.train(), source.validation()), strict=True):
+        untokenizable = left_out[f"tokenizing {split}"] = LeftOut(data)
+        offsets, document_bytes = array("q", [0]), array("q")
+        with (folder / f"{split}.tokens").open("wb") as file:
+            for document, ids in _encoded(tokenizer, _with_progress(documents, f"tokenizing {split}")):
+                if isinstance(ids, UserError):
+                    untokenizable.add(f"{document.place} {ids}")
+                    continue
+                ids.tofile(file)
+                offsets.append(offsets[-1] + len(ids))
+                document_bytes.append(len(document.text.encode()))
+        if not document_bytes:
+            raise UserError(f"no document of the {split} text can be tokenized: {untokenizable.first[0]}")
+        np.save(folder / f"{split}.offsets.npy", np.array(offsets, np.int64))
+        np.save(folder / f"{split}.bytes.npy", np.array(document_bytes, np.int64))
+    lines = [line for part, counts in left_out.items() for line in counts.lines(part)]
+    (folder / "left_out.json").write_text(json.dumps(lines))
 
 
-Encoded = tuple[Document, np.ndarray]  # a document with its ids
+Ids = np.ndarray | UserError  # of a document, or the reason why it has none
 
 
-def _encoded(tokenizer: Tokenizer, batches: Iterable[list[Document]], untokenizable: LeftOut) -> Iterator[Encoded]:
-    """The documents of all batches in order, several batches ahead of where the reader is."""
+def _encoded(tokenizer: Tokenizer, documents: Iterable[Document]) -> Iterator[tuple[Document, Ids]]:
+    """Each document, in order, with its ids; tokenized CALLS batches ahead of where the reader is."""
     with ThreadPoolExecutor(CALLS) as pool:
-        begun: deque[tuple[list[Document], Future[list[np.ndarray]]]] = deque()
-        for batch in batches:
-            begun.append((batch, pool.submit(_ids, tokenizer, batch)))
+        begun: deque[tuple[list[Document], Future[list[Ids]]]] = deque()
+        for batch in chain(_batches(documents), repeat([], CALLS)):  # the empty ones push the last real ones out
+            begun.append((batch, pool.submit(_encode, tokenizer, batch)))
             if len(begun) > CALLS:
-                yield from _taken(tokenizer, *begun.popleft(), untokenizable)
-        while begun:
-            yield from _taken(tokenizer, *begun.popleft(), untokenizable)
+                batch, ids = begun.popleft()
+                yield from zip(batch, ids.result(), strict=True)
 
 
-def _ids(tokenizer: Tokenizer, batch: list[Document]) -> list[np.ndarray]:
-    return tokenizer.encode_documents([document.text for document in batch])
-
-
-def _taken(
-    tokenizer: Tokenizer, batch: list[Document], begun: Future[list[np.ndarray]], untokenizable: LeftOut
-) -> Iterator[Encoded]:
-    """What was begun; where that failed, documents that cannot be tokenized are found one by one, and left out."""
+def _encode(tokenizer: Tokenizer, batch: list[Document]) -> list[Ids]:
     try:
-        all_ids = begun.result()
-    except UserError:
-        for document in batch:
-            try:
-                (ids,) = _ids(tokenizer, [document])
-            except UserError as error:
-                untokenizable.add(f"{document.place} {error}")
-            else:
-                yield document, ids
-    else:
-        yield from zip(batch, all_ids, strict=True)
+        return [*tokenizer.encode_documents([document.text for document in batch])]
+    except UserError as error:  # of some document in the batch: find out which
+        return [error] if len(batch) == 1 else [_encode(tokenizer, [document])[0] for document in batch]
 
 
-def _left_out(folder: Path) -> list[str]:
+def _open_splits(folder: Path, dtype: np.dtype, report: Report) -> list[TokenDocuments]:
+    """The documents of both splits, after a line to `report` for each part that documents were left out of."""
+    splits = [TokenDocuments(folder, split, dtype) for split in SPLITS]
     try:
-        return json.loads((folder / "left_out.json").read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"cached tokens ({folder}) cannot be read ({error}); delete that folder") from error
-
-
-def _open(folder: Path, split: str, dtype: np.dtype) -> TokenDocuments:
-    documents = TokenDocuments(folder, split, dtype)
-    try:
-        complete = len(documents.tokens) == documents.offsets[-1] and len(documents.document_bytes) == len(documents)
-    except (OSError, ValueError) as error:
+        for line in json.loads((folder / "left_out.json").read_text()):
+            report(line)
+        complete = all(len(d.tokens) == d.offsets[-1] and len(d.document_bytes) == len(d) for d in splits)
+    except (OSError, EOFError, ValueError) as error:
         raise UserError(f"cached tokens ({folder}) cannot be read ({error}); delete that folder") from error
     if not complete:
         raise UserError(f"cached tokens ({folder}) are damaged; delete that folder")
-    return documents
+    return splits
 
 
 def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
@@ -262,42 +255,11 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
         yield batch
 
 
-def _with_progress(documents: Iterable[Document], what: str) -> Iterator[Document]:
+def _with_progress(documents: Iterable[Document], description: str) -> Iterator[Document]:
     """`documents`, with a bar on stderr if that is a terminal."""
     from tqdm import tqdm
 
-    with tqdm(desc=what, unit="char", unit_scale=True, disable=None, leave=False) as bar:
+    with tqdm(desc=description, unit="char", unit_scale=True, disable=None, leave=False) as bar:
         for document in documents:
             yield document
             bar.update(len(document.text))
-
-
-@contextmanager
-def _complete_or_absent(folder: Path) -> Iterator[Path]:
-    """A new folder to fill, which becomes `folder` when all went well, unless another process was faster."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
-        yield part
-        for path in [*part.iterdir(), part]:
-            descriptor = os.open(path, os.O_RDONLY)
-            os.fsync(descriptor)
-            os.close(descriptor)
-        part.chmod(0o755)  # mkdtemp's folders are private; a cache may be shared
-        try:
-            part.rename(folder)
-        except OSError:
-            if not folder.is_dir():
-                raise
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-
-
-@contextmanager
-def _writing_to(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise UserError(
-            f"data.cache_dir ({folder}) cannot be written to: {error.strerror or error}; name another"
-        ) from error

@@ -1,40 +1,37 @@
-"""Whether the numbers of a run are well: updates that were skipped, losses that jump."""
+"""Signs of trouble in a run's numbers: updates that were skipped, losses that jump."""
 
 import math
 import statistics
 from collections import deque
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:  # the report, which runs without JAX, asks this room what a spike is
+if TYPE_CHECKING:  # the report, which runs without JAX, uses LossSpikes
     import jax
 
 SPIKE_WINDOW = 50  # logged losses
-SPIKE_FACTOR = 6.0  # times the usual distance from the median
-SPIKE_LEAST = 0.5  # nats a token
+SPIKE_FACTOR = 6.0  # median absolute deviations above the median
+SPIKE_LEAST = 0.5  # nats a token above the median
 
 
 class SkippedUpdates:
-    """Which updates were skipped because their loss or gradient was not finite; reads the device only when asked.
+    """The updates that were skipped because their loss or gradient was not finite; `total` before the first one noted.
 
-    Args:
-      total: skipped updates up to the first one noted.
+    Notes are read from the device only by `read`.
     """
 
     def __init__(self, total: int) -> None:
-        self.in_a_row = 0  # up to the last update read
+        self.in_a_row = 0  # skipped, up to the last update read
         self._total = total
         self._noted: list[tuple[int, jax.Array]] = []
 
     def note(self, step: int, total: "jax.Array") -> None:
-        """After update `step`, `total` (float32 scalar) were skipped in all."""
+        """After update `step`, `total` (float32 scalar) updates were skipped since the run began."""
         self._noted.append((step, total))
 
     def read(self) -> list[int]:
         """The steps skipped since the last call; waits for the last one noted."""
         noted, self._noted = self._noted, []
-        if not noted:
-            return []
-        if int(noted[-1][1]) == self._total:
+        if noted and int(noted[-1][1]) == self._total:  # read one number, not all of them
             self.in_a_row = 0
             return []
         skipped = []
@@ -53,7 +50,7 @@ class LossSpikes:
         self._recent: deque[float] = deque(maxlen=SPIKE_WINDOW)
 
     def look(self, loss: float) -> str | None:
-        """What is unusual about `loss`, if anything; a loss that is not finite is not a spike."""
+        """A description of the spike if `loss` is one, else None; a loss that is not finite is none."""
         if not math.isfinite(loss):
             return None
         before = list(self._recent)
@@ -61,7 +58,7 @@ class LossSpikes:
         if len(before) < SPIKE_WINDOW // 5:
             return None
         median = statistics.median(before)
-        usual = statistics.median(abs(value - median) for value in before)
-        if loss <= median + max(SPIKE_FACTOR * usual, SPIKE_LEAST):
+        deviation = statistics.median(abs(value - median) for value in before)
+        if loss <= median + max(SPIKE_FACTOR * deviation, SPIKE_LEAST):
             return None
         return f"loss spike: {loss:.4f}, where the last {len(before)} logged had a median of {median:.4f}"

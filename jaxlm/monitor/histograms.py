@@ -1,4 +1,4 @@
-"""How the values of every parameter, and of its gradient, are spread: computed on the devices, only when asked for.
+"""Histograms of every parameter and of its gradient, counted on the devices.
 
 Shapes: L layers, N bins.
 """
@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxlm.config import Config
 from jaxlm.monitor.metrics import MetricsTracker, Throughput
@@ -24,36 +23,33 @@ from jaxlm.train.step import TrainState, make_gradients
 BINS = 64
 
 
-def make_histograms(graphdef: Any, config: Config, layout: Layout) -> Callable[[TrainState, Batch], Any]:
-    """(state, batch) -> {"parameters" and "gradients": {name of a parameter: `count_values` of it}}.
+Counts = dict[str, jax.Array]  # see `count_values`
 
-    Args of the function:
-      state: before an update; `batch`: that of the update. Gradients are those of the update, before clipping.
+
+def make_histograms(graphdef: Any, config: Config, layout: Layout) -> Callable[[TrainState, Batch], dict[str, Counts]]:
+    """(state, batch) -> {"parameters/NAME" and "gradients/NAME" of every parameter: its `count_values`}.
+
+    The state is the one before an update, and the batch that of the update. The gradients are those of the update,
+    before clipping. Those with a layer axis have counts [L] as well.
     """
     gradients_of = make_gradients(graphdef, config, layout)
 
-    def histograms(state: TrainState, batch: Batch) -> Any:
+    def histograms(state: TrainState, batch: Batch) -> dict[str, Counts]:
         scale = state.loss_scale.scale
         n_targets = (batch["segments"] > 0).sum().astype(jnp.float32)
         _, gradients = gradients_of(state.params, batch, state.step, scale / n_targets)
         gradients = jax.tree.map(lambda x: x / scale, gradients)
         trees = {"parameters": layout.to_whole(state.params), "gradients": layout.to_whole(gradients)}
-        return {name: _of_leaves(tree) for name, tree in trees.items()}
+        named = {path_name(path): x for path, x in jax.tree_util.tree_leaves_with_path(trees)}
+        return {name: jax.vmap(count_values)(x) if _is_stacked(name) else count_values(x) for name, x in named.items()}
 
     return histograms
 
 
-def _of_leaves(tree: Any) -> dict[str, dict[str, jax.Array]]:
-    named = {path_name(path): x for path, x in jax.tree_util.tree_leaves_with_path(tree)}
-    return {
-        name: (jax.vmap(count_values) if name.startswith(STACKED) else count_values)(x) for name, x in named.items()
-    }
-
-
-def count_values(x: jax.Array) -> dict[str, jax.Array]:
+def count_values(x: jax.Array) -> Counts:
     """Of the finite values of `x`: `counts` int32 [N] in equal bins from `low` to `high`, their `total` and `squares`.
 
-    All others are float32 scalars; without any finite value, low is above high.
+    All but `counts` are float32 scalars; without any finite value, `low` is above `high`.
     """
     x = x.astype(jnp.float32).ravel()
     finite = jnp.isfinite(x)
@@ -65,22 +61,21 @@ def count_values(x: jax.Array) -> dict[str, jax.Array]:
     return {"counts": counts, "low": low, "high": high, "total": kept.sum(), "squares": (kept * kept).sum()}
 
 
-def named_histograms(found: Any) -> Iterator[tuple[str, Histogram]]:
-    """What the function of `make_histograms` returned, as names such as "gradients/block_03/mlp/up/kernel"."""
-    for kind, leaves in jax.device_get(found).items():
-        for name, values in leaves.items():
-            if not name.startswith(STACKED):
-                yield from _named(f"{kind}/{name}", values)
-                continue
-            for layer in range(len(values["counts"])):
-                one = {key: value[layer] for key, value in values.items()}
-                yield from _named(f"{kind}/block_{layer:02d}/{name.removeprefix(f'{STACKED}/')}", one)
+def named_histograms(counts: dict[str, Counts]) -> Iterator[tuple[str, Histogram]]:
+    """The result of `make_histograms`' function, by names such as "gradients/block_03/mlp/up/kernel"."""
+    for name, values in jax.device_get(counts).items():
+        layers = {name: values}
+        if _is_stacked(name):
+            names = [name.replace(f"/{STACKED}/", f"/block_{i:02d}/", 1) for i in range(len(values["counts"]))]
+            layers = {names[i]: {key: value[i] for key, value in values.items()} for i in range(len(names))}
+        for layer, each in layers.items():
+            if each["low"] <= each["high"]:
+                yield layer, Histogram(**{key: value if value.ndim else value.item() for key, value in each.items()})
 
 
-def _named(name: str, values: dict[str, np.ndarray]) -> Iterator[tuple[str, Histogram]]:
-    if values["low"] <= values["high"]:
-        rest = {key: float(values[key]) for key in ("low", "high", "total", "squares")}
-        yield name, Histogram(counts=values["counts"], **rest)
+def _is_stacked(name: str) -> bool:
+    """Whether a parameter has a leading layer axis; `name` begins with "parameters/" or "gradients/"."""
+    return name.split("/")[1] == STACKED
 
 
 class HistogramWriter:

@@ -1,4 +1,4 @@
-"""What a run measures: collected by step, and sent to every sink once."""
+"""The metrics of a run: collected by step, and written to every sink once."""
 
 import json
 import math
@@ -8,15 +8,18 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from operator import methodcaller
 from pathlib import Path
-from typing import Any
-
-import jax
+from typing import TYPE_CHECKING, SupportsFloat
 
 from jaxlm.config import Config
+from jaxlm.data.atomic import atomic_write
 from jaxlm.errors import one_line
 from jaxlm.monitor.sinks import Histogram, HistogramSink, Row, Sink, TextSink, finite
 from jaxlm.parallel.gpus import peak_flops
+
+if TYPE_CHECKING:
+    import jax
 
 
 def flops_per_token(parameters: int, n_layers: int, max_length: int, d_model: int) -> float:
@@ -29,7 +32,7 @@ def flops_per_token(parameters: int, n_layers: int, max_length: int, d_model: in
 
 
 def model_flops_utilization(
-    tokens_per_second: float, config: Config, parameters: int, devices: Sequence[jax.Device]
+    tokens_per_second: float, config: Config, parameters: int, devices: Sequence["jax.Device"]
 ) -> float:
     """tokens/s * FLOPs a token / (devices * peak), NaN where the device's peak is not known."""
     model = config.model
@@ -57,22 +60,18 @@ class Throughput:
         return self.tokens / (time.perf_counter() - self._started)
 
 
-def memory_gib(devices: Sequence[Any]) -> Row:
-    """Peak memory since the process began, in GiB: of the fullest of `devices`, where they tell, and of this process.
-
-    Args:
-      devices: `jax.Device`s of this process.
-    """
-    stats = [device.memory_stats() or {} for device in devices]
-    peaks = [held["peak_bytes_in_use"] for held in stats if "peak_bytes_in_use" in held]
+def memory_gib(devices: Sequence["jax.Device"]) -> Row:
+    """Peak memory since the process began, in GiB: of the process, and of the fullest of its `devices` if they tell."""
+    statistics = [device.memory_stats() or {} for device in devices]
+    peaks = [each["peak_bytes_in_use"] for each in statistics if "peak_bytes_in_use" in each]
     on_device = {"train/memory_gib": max(peaks) / 2**30} if peaks else {}
     return on_device | {"train/host_memory_gib": _peak_of_process() / 2**30}
 
 
 def _peak_of_process() -> int:
-    """Bytes."""
+    """Peak memory of this process, in bytes."""
     status = Path("/proc/self/status")
-    if status.exists():  # Linux, whose getrusage counts what the process that started this one held, too
+    if status.exists():  # Linux, whose getrusage also counts the memory of the process that started this one
         found = re.search(r"^VmHWM:\s*(\d+) kB", status.read_text(), re.MULTILINE)
         if found is not None:
             return int(found[1]) * 1024
@@ -83,8 +82,7 @@ def _peak_of_process() -> int:
 class MetricsTracker:
     """Collects metrics by step and writes each step's row once, to every sink.
 
-    `update` may be called several times for a step (a subclass of Trainer adds its own values after ours); `flush`
-    writes what has come together.
+    `update` may be called several times for a step (a subclass of Trainer adds its own values), until `flush`.
     """
 
     def __init__(self, sinks: Sequence[Sink] = ()) -> None:
@@ -93,49 +91,41 @@ class MetricsTracker:
         self.history: dict[str, list[tuple[int, float]]] = {}
         self._pending: dict[int, Row] = {}
 
-    def update(self, metrics: Mapping[str, Any], step: int) -> None:
+    def update(self, metrics: Mapping[str, SupportsFloat | str], step: int) -> None:
         """Adds values (anything `float()` takes) to the row of `step`; a name given twice keeps the later value."""
-        row = self._pending.setdefault(step, {})
-        for name, value in metrics.items():
-            row[name] = float(value)
+        self._pending.setdefault(step, {}).update({name: float(value) for name, value in metrics.items()})
 
     def flush(self, step: int) -> None:
         """Writes the rows of all steps up to `step`; without any, does nothing."""
-        for ready in sorted(s for s in self._pending if s <= step):
-            row = self._pending.pop(ready)
+        for complete in sorted(s for s in self._pending if s <= step):
+            row = self._pending.pop(complete)
             for name, value in row.items():
-                self.history.setdefault(name, []).append((ready, value))
-            self._each(lambda sink, row=row, step=ready: sink.write(row, step))  # type: ignore[misc]
+                self.history.setdefault(name, []).append((complete, value))
+            self._each(methodcaller("write", row, complete))
 
     def write_text(self, name: str, text: str, step: int) -> None:
         """Writes `text` at once, to the sinks that show texts."""
-        self._each(lambda sink: sink.write_text(name, text, step) if isinstance(sink, TextSink) else None)
+        self._each(methodcaller("write_text", name, text, step), TextSink)
 
     def write_histogram(self, name: str, histogram: Histogram, step: int) -> None:
         """Writes `histogram` at once, to the sinks that show histograms."""
-        self._each(
-            lambda sink: sink.write_histogram(name, histogram, step) if isinstance(sink, HistogramSink) else None
-        )
+        self._each(methodcaller("write_histogram", name, histogram, step), HistogramSink)
 
     def get_latest(self, name: str) -> float | None:
         """The last value of `name`, flushed or not; None if there is none."""
-        values = self._values(name)
-        return values[-1][1] if values else None
+        return self.get_average(name, window=1)
 
     def get_average(self, name: str, window: int | None = None) -> float | None:
-        """The mean of the last `window` values of `name` (None: of all); None if there are none."""
-        values = [value for _, value in self._values(name)]
+        """The mean of the last `window` values of `name` (None: of all), flushed or not; None if there are none."""
+        values = [value for _, value in self.history.get(name, [])]
+        values += [row[name] for _, row in sorted(self._pending.items()) if name in row]
         values = values if window is None else values[-window:]
         return math.fsum(values) / len(values) if values else None
 
-    def _values(self, name: str) -> list[tuple[int, float]]:
-        pending = [(step, self._pending[step][name]) for step in sorted(self._pending) if name in self._pending[step]]
-        return self.history.get(name, []) + pending
-
     def save(self, path: str | Path) -> None:
-        """Writes the history as JSON; NaN and infinities as null."""
+        """Writes the history as JSON, whole or not at all; NaN and infinities as null."""
         history = {name: [[step, finite(value)] for step, value in values] for name, values in self.history.items()}
-        Path(path).write_text(json.dumps(history), encoding="utf-8")
+        atomic_write(Path(path), json.dumps(history))
 
     def load(self, path: str | Path) -> None:
         """Replaces the history by one that `save` wrote; null becomes NaN."""
@@ -146,15 +136,17 @@ class MetricsTracker:
         }
 
     def close(self) -> None:
-        """Writes what is left and closes the sinks."""
+        """Writes the rows that are left and closes the sinks."""
         self.flush(max(self._pending, default=0))
-        self._each(lambda sink: sink.close())
+        self._each(methodcaller("close"))
 
-    def _each(self, act: Callable[[Sink], None]) -> None:
-        """Does `act` with every sink; a disk that is full costs rows of a log, said once, and not the run."""
+    def _each(self, call: Callable[[Sink], None], kind: type = object) -> None:
+        """Does `call` with every sink of `kind`. A full disk costs rows of a log, reported once, and not the run."""
         for i, sink in enumerate(self.sinks):
+            if not isinstance(sink, kind):
+                continue
             try:
-                act(sink)
+                call(sink)
                 self._failing.discard(i)
             except OSError as error:
                 if i not in self._failing:

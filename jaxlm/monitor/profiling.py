@@ -28,7 +28,7 @@ class Profiler:
 
     @contextmanager
     def update(self, step: int, before: Any) -> Iterator[None]:
-        """Around the call that starts update `step`; `before` is what those before it result in."""
+        """Wraps the call that starts update `step`; `before` holds the arrays that the updates before it compute."""
         if step == self.first:
             jax.block_until_ready(before)
             jax.profiler.start_trace(self.folder, create_perfetto_trace=True)
@@ -37,13 +37,13 @@ class Profiler:
             yield
 
     def stop_after(self, step: int, results: Any) -> None:
-        """Ends the trace if `step`, whose `results` are awaited, is the last one of it."""
+        """Ends the trace if `step` is its last update, after waiting for `results`, the arrays that it computes."""
         if self.running and step == self.last:
             jax.block_until_ready(results)
             self.close()
 
     def close(self) -> None:
-        """Writes what was traced; without a trace, does nothing."""
+        """Writes the trace, if one is running."""
         if self.running:
             self.running = False
             jax.profiler.stop_trace()

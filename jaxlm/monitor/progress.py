@@ -19,7 +19,6 @@ class Progress:
         from tqdm import tqdm
 
         self.last_step, self.shown = last_step, shown
-        bar_format = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
         self.bar = tqdm(
             total=last_step,
             initial=start_step,
@@ -27,29 +26,30 @@ class Progress:
             file=sys.stderr,
             dynamic_ncols=True,
             disable=not (shown and sys.stderr.isatty()),
-            bar_format=bar_format,
+            bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]",
         )
         self._first: tuple[int, float] | None = None  # step and time of the first row: compiling is not counted
 
     def advance(self, step: int) -> None:
-        """`step` updates are done."""
+        """Moves the bar to `step`, the updates done."""
         self.bar.update(step - self.bar.n)
 
     def line(self, text: str) -> None:
-        """A line above the bar."""
+        """Writes a line above the bar."""
         if self.shown:
             self.bar.write(text, file=sys.stderr)
 
     def write(self, row: Row, step: int) -> None:
-        parts = [shown.format(row[name]) for name, shown in PROGRESS_FORMATS.items() if name in row]
+        """Shows the row of a step: loss, speed, and what users added."""
+        parts = [pattern.format(row[name]) for name, pattern in PROGRESS_FORMATS.items() if name in row]
         parts += [f"{name} {value:.4g}" for name, value in row.items() if not name.startswith(("train/", "eval/"))]
         if self.bar.disable:
-            self.line(f"step {step}/{self.last_step}  " + "  ".join([*parts, self._left(step)]).rstrip())
+            self.line(f"step {step}/{self.last_step}  " + "  ".join([*parts, self._time_left(step)]).rstrip())
         else:
             self.bar.set_postfix_str(", ".join(parts))
 
-    def _left(self, step: int) -> str:
-        """The time that the rest takes, if it goes on as it went since the first row."""
+    def _time_left(self, step: int) -> str:
+        """The time for the rest at the mean speed since the first row."""
         if self._first is None:
             self._first = step, time.monotonic()
         done, took = step - self._first[0], time.monotonic() - self._first[1]

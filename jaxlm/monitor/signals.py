@@ -1,4 +1,4 @@
-"""Turning SIGINT, SIGTERM and SIGUSR1 (SLURM's warning) into an orderly end."""
+"""An orderly end after SIGINT, SIGTERM or SIGUSR1 (SLURM's warning)."""
 
 import contextlib
 import os
@@ -12,10 +12,10 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class StopRequest:
-    """While entered, a stop signal is noted instead of acted on; a second one ends the process with 128 + its number.
+    """A context in which a stop signal is only noted, in `signal`; a second one ends the process with 128 + its number.
 
-    With `at_once`, the first one raises `Stopped` where the main thread is: for the time when nothing needs saving.
-    In threads other than the main one it does nothing, as Python delivers signals to the main thread alone.
+    With `at_once`, the first one raises `Stopped` in the main thread: for the time when nothing needs saving.
+    Entered in another thread it does nothing, as Python delivers signals to the main thread alone.
     """
 
     def __init__(self, at_once: bool = False) -> None:
@@ -34,16 +34,16 @@ class StopRequest:
 
     def _note(self, number: int, _: FrameType | None) -> None:
         if self.signal is not None:
-            _say(f"{signal.Signals(number).name} again: ended at once; what was saved last stays")
+            _print(f"{signal.Signals(number).name} again: ended at once; what was saved last stays")
             os._exit(128 + number)
         self.signal = signal.Signals(number)
         if self.at_once:
             raise Stopped(f"{self.signal.name}: stopped before the first update; the same command starts again")
-        _say(f"{self.signal.name}: stopping and saving after this update; once more ends it at once, unsaved")
+        _print(f"{self.signal.name}: stopping and saving after this update; once more ends it at once, unsaved")
 
 
-def _say(text: str) -> None:
-    """A line on stderr, past Python's own buffers, which may be in use at this moment."""
+def _print(text: str) -> None:
+    """Prints a line on stderr, without Python's buffers: the signal may have come while they were in use."""
     with contextlib.suppress(OSError):
         os.write(2, f"\n{text}\n".encode())
 

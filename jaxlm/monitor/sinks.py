@@ -1,4 +1,4 @@
-"""Where rows go: metrics.jsonl, TensorBoard, Weights & Biases, Trackio, and sinks of the user's own."""
+"""The places that metrics go to: metrics.jsonl, TensorBoard, Weights & Biases, Trackio, and sinks of the user's own."""
 
 import contextlib
 import dataclasses
@@ -9,25 +9,28 @@ import os
 import sys
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from types import ModuleType
+from typing import Any, Protocol, TextIO, runtime_checkable
 
 import numpy as np
 
 from jaxlm.config import SECTIONS, Config, to_dict
+from jaxlm.data.atomic import atomic_write
 from jaxlm.errors import UserError, one_line
 
-Row = dict[str, float]
+Row = dict[str, float]  # the metrics of a step by name
 LONGEST_ROW = 2**20  # bytes of a line of metrics.jsonl or samples.jsonl
 PACKAGES = ("wandb", "trackio")  # names in report_to that need a package, which the extra of that name installs
-SIZES = ("batch_size", "gradient_accumulation_steps", "num_epochs", "max_steps")  # that a resumed run may change, too
+# Fields that a resumed run may change although they change the training.
+SIZES = ("batch_size", "gradient_accumulation_steps", "num_epochs", "max_steps")
 
 
 class Sink(Protocol):
-    """Somewhere that rows go. One that shows texts or histograms, too, also has the method of the protocols below."""
+    """Takes rows. One that shows texts or histograms, too, also has the method of `TextSink` or `HistogramSink`."""
 
     def write(self, row: Row, step: int) -> None: ...
 
@@ -36,14 +39,14 @@ class Sink(Protocol):
 
 @runtime_checkable
 class TextSink(Protocol):
-    """A sink that takes texts, such as samples."""
+    """A sink that also takes texts, such as samples."""
 
     def write_text(self, name: str, text: str, step: int) -> None: ...
 
 
 @dataclasses.dataclass(frozen=True)
 class Histogram:
-    """How the finite values of an array are spread over equal bins from the least to the greatest."""
+    """The finite values of an array, counted in equal bins from the least to the greatest."""
 
     counts: np.ndarray  # int [bins]
     low: float
@@ -59,7 +62,7 @@ class Histogram:
 
 @runtime_checkable
 class HistogramSink(Protocol):
-    """A sink that takes histograms."""
+    """A sink that also takes histograms."""
 
     def write_histogram(self, name: str, histogram: Histogram, step: int) -> None: ...
 
@@ -73,7 +76,7 @@ def finite(value: float) -> float | None:
 
 
 class JsonLines:
-    """metrics.jsonl: one object a row, appended; what JSON can't say (NaN, infinity) is null."""
+    """metrics.jsonl: an object a row, appended; null for NaN and infinities, which JSON does not have."""
 
     def __init__(self, path: Path) -> None:
         self.file = open_lines(path)
@@ -85,24 +88,18 @@ class JsonLines:
         self.file.close()
 
 
-class Samples:
-    """samples.jsonl: one object a text, with its `step` and `name`, appended."""
-
-    def __init__(self, path: Path) -> None:
-        self.file = open_lines(path)
+class Samples(JsonLines):
+    """samples.jsonl: an object a text, with its `step` and `name`, appended; no rows."""
 
     def write(self, row: Row, step: int) -> None:
-        """Rows are not for this file."""
+        pass
 
     def write_text(self, name: str, text: str, step: int) -> None:
         self.file.write(json.dumps({"step": step, "name": name, "text": text}) + "\n")
 
-    def close(self) -> None:
-        self.file.close()
 
-
-def open_lines(path: Path) -> Any:
-    """A file of JSON lines to append to, without what a process that was killed while it wrote has left at its end."""
+def open_lines(path: Path) -> TextIO:
+    """A file of JSON lines to append to, without the part of a line that a process killed while it wrote left there."""
     if path.exists():
         with path.open("r+b") as file:
             end = file.seek(0, os.SEEK_END)
@@ -116,10 +113,10 @@ def open_lines(path: Path) -> Any:
 
 
 class TensorBoard:
-    """Event files; what an earlier run wrote beyond `start_step` is hidden (`start_step` 0: all of it).
+    """Event files; TensorBoard hides what an earlier run wrote there beyond `start_step`.
 
-    Written by tensorboardX's parts rather than its SummaryWriter, whose thread dies of a full disk and takes the run
-    with it. With `config`, the HParams page has the run, too.
+    Written by parts of tensorboardX rather than its SummaryWriter, whose thread dies of a full disk and takes the run
+    with it. With `config`, the HPARAMS page has the run, too.
     """
 
     def __init__(self, folder: Path, start_step: int, config: Config | None = None) -> None:
@@ -130,11 +127,10 @@ class TensorBoard:
         folder.mkdir(parents=True, exist_ok=True)
         self._summary, self._proto = summary, event_pb2
         self._file = EventsWriter(str(folder / "events"))
-        start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-        self._add(start_step + 1, session_log=start)
-        self._session_end: Any = None
+        self._add(start_step + 1, session_log=event_pb2.SessionLog(status=event_pb2.SessionLog.START))
+        self._session_end = None
         if config is not None:
-            # Without the first part, which would name columns, TensorBoard puts those first in which runs differ.
+            # Without the first part, which names columns, TensorBoard begins with the columns in which runs differ.
             _, session_start, self._session_end = summary.hparams(hyperparameters(config), {})
             self._add(0, summary=session_start)
             self._file.flush()
@@ -144,14 +140,12 @@ class TensorBoard:
 
     def write(self, row: Row, step: int) -> None:
         for name, value in row.items():
-            if math.isfinite(value):  # TensorBoard can't draw the others
+            if math.isfinite(value):  # TensorBoard cannot draw others
                 self._add(step, summary=self._summary.scalar(name, value))
         self._file.flush()
 
     def write_text(self, name: str, text: str, step: int) -> None:
-        """Text as it is, indentation kept."""
-        indented = "\n".join("    " + line for line in text.splitlines())
-        self._add(step, summary=self._summary.text(name, indented))
+        self._add(step, summary=self._summary.text(name, _markdown(text)))
 
     def write_histogram(self, name: str, histogram: Histogram, step: int) -> None:
         content = self._summary.histogram_raw(
@@ -172,8 +166,13 @@ class TensorBoard:
         self._file.close()
 
 
+def _markdown(text: str) -> str:
+    """Markdown that shows `text` as it is, indentation kept."""
+    return "\n".join("    " + line for line in text.splitlines())
+
+
 def hyperparameters(config: Config) -> dict[str, bool | float | str]:
-    """{"section.field": value} of the fields that change the training; lists as text, none as "none"."""
+    """{"section.field": value} of the fields that change the training; lists as text, None as "none"."""
     values, shown = to_dict(config), {}
     for section, kind in SECTIONS.items():
         for field in dataclasses.fields(kind):
@@ -187,86 +186,69 @@ def hyperparameters(config: Config) -> dict[str, bool | float | str]:
 class WeightsAndBiases:
     """A wandb run; a resumed jaxlm run goes on in the same one. WANDB_MODE=offline works without a network."""
 
+    library: ModuleType
+    run: Any  # of the library's class
+
     def __init__(self, folder: Path, config: Config) -> None:
         import wandb
 
-        self._wandb = wandb
+        self.library = wandb
         try:
-            self.run = wandb.init(
-                project=config.training.wandb_project,
-                dir=str(folder),
-                id=_kept_id(folder / "wandb_run_id"),
-                resume="allow",
-                config=to_dict(config),
-            )
+            self.run = wandb.init(dir=str(folder), id=_kept_id(folder / "wandb_run_id"), **_run_options(config))
         except wandb.errors.Error as error:
-            raise UserError(
-                f"training.report_to (wandb): {str(error).rstrip('.')}; log in, or set WANDB_MODE=offline"
-            ) from error
+            message = f"{str(error).rstrip('.')}; log in, or set WANDB_MODE=offline"
+            raise UserError(f"training.report_to (wandb): {message}") from error
 
     def write(self, row: Row, step: int) -> None:
         self.run.log(row, step=step)
 
     def write_text(self, name: str, text: str, step: int) -> None:
-        """Text as it is, indentation kept."""
-        self.run.log({name: self._wandb.Html(f"<pre>{html.escape(text)}</pre>", inject=False)}, step=step)
+        self.run.log({name: self._verbatim(text)}, step=step)
+
+    def _verbatim(self, text: str) -> object:
+        return self.library.Html(f"<pre>{html.escape(text)}</pre>", inject=False)
 
     def write_histogram(self, name: str, histogram: Histogram, step: int) -> None:
-        shown = self._wandb.Histogram(np_histogram=(histogram.counts, histogram.edges))
+        shown = self.library.Histogram(np_histogram=(histogram.counts, histogram.edges))
         self.run.log({name: shown}, step=step)
 
     def close(self) -> None:
-        self.run.finish()
+        with contextlib.redirect_stdout(sys.stderr):  # stdout is for results
+            self.library.finish()  # unlike `run.finish()`, Trackio's is not repeated when the process ends
 
 
-class Trackio:
-    """A run of Trackio, in its folder on this machine (TRACKIO_DIR names another); `trackio show` opens them."""
+class Trackio(WeightsAndBiases):
+    """A run of Trackio, whose interface is wandb's, on this machine (TRACKIO_DIR: where); `trackio show` opens it."""
 
     def __init__(self, folder: Path, config: Config) -> None:
-        with contextlib.redirect_stdout(sys.stderr):  # stdout is for results
+        with contextlib.redirect_stdout(sys.stderr):
             import trackio
 
-            self._trackio = trackio
-            self.run = trackio.init(
-                project=config.training.wandb_project,
-                name=f"{folder.resolve().name}-{_kept_id(folder / 'trackio_run_id')}",
-                resume="allow",
-                config=to_dict(config),
-                embed=False,
-                auto_log_gpu=False,
-                auto_log_cpu=False,
-            )
+            self.library = trackio
+            name = f"{folder.resolve().name}-{_kept_id(folder / 'trackio_run_id')}"
+            options = _run_options(config) | {"embed": False, "auto_log_gpu": False, "auto_log_cpu": False}
+            self.run = trackio.init(name=name, **options)
 
-    def write(self, row: Row, step: int) -> None:
-        self.run.log(row, step=step)
+    def _verbatim(self, text: str) -> object:
+        return self.library.Markdown(_markdown(text))
 
-    def write_text(self, name: str, text: str, step: int) -> None:
-        """Text as it is, indentation kept."""
-        indented = "\n".join("    " + line for line in text.splitlines())
-        self.run.log({name: self._trackio.Markdown(indented)}, step=step)
 
-    def write_histogram(self, name: str, histogram: Histogram, step: int) -> None:
-        shown = self._trackio.Histogram(np_histogram=(histogram.counts, histogram.edges))
-        self.run.log({name: shown}, step=step)
-
-    def close(self) -> None:
-        with contextlib.redirect_stdout(sys.stderr):
-            self._trackio.finish()  # which, unlike the run's own, is not repeated when the process ends
+def _run_options(config: Config) -> dict[str, Any]:
+    return {"project": config.training.wandb_project, "config": to_dict(config), "resume": "allow"}
 
 
 def _kept_id(path: Path) -> str:
-    """The name under which a tracker knows this run, made at its first start."""
+    """The id of this run in a tracker, made at its first start."""
     if not path.exists():
-        path.write_text(uuid.uuid4().hex[:8])
+        atomic_write(path, uuid.uuid4().hex[:8])
     return path.read_text().strip()
 
 
 # ---- Which sinks a run has -------------------------------------------------------------------------------------------
 
 
-def check_report_to(report_to: Sequence[Any]) -> None:
-    """Raises UserError if a package that a name in report_to needs is not installed, or a class of one's own is not
-    there."""
+def check_report_to(report_to: Sequence[str | Sink]) -> None:
+    """Raises UserError if an entry needs a package that is not installed, or names a class that is not there."""
     for name in report_to:
         if name in PACKAGES and find_spec(name) is None:
             raise UserError(f'training.report_to ({name}): the package is not installed; pip install -e ".[{name}]"')
@@ -275,11 +257,7 @@ def check_report_to(report_to: Sequence[Any]) -> None:
 
 
 def _own_class(name: str) -> Callable[[Path, Config], Sink]:
-    """The class that "module:Class" names.
-
-    Raises:
-      UserError: there is none, or it is not a sink's.
-    """
+    """The class that "module:Class" names; UserError if there is none, or it is no sink."""
     module, _, attribute = name.partition(":")
     where = f"training.report_to ({name})"
     try:
@@ -293,17 +271,13 @@ def _own_class(name: str) -> Callable[[Path, Config], Sink]:
 
 def make_sinks(config: Config, folder: Path, start_step: int) -> list[Sink]:
     """metrics.jsonl and samples.jsonl, and one sink for each entry of report_to."""
-    makers: Mapping[str, Callable[[], Sink]] = {
-        "tensorboard": lambda: TensorBoard(folder / "logs", start_step, config),
-        "wandb": lambda: WeightsAndBiases(folder, config),
-        "trackio": lambda: Trackio(folder, config),
-    }
+    classes: dict[str, Callable[[Path, Config], Sink]] = {"wandb": WeightsAndBiases, "trackio": Trackio}
     sinks: list[Sink] = [JsonLines(folder / "metrics.jsonl"), Samples(folder / "samples.jsonl")]
-    for named in config.training.report_to:
-        if not isinstance(named, str):
-            sinks.append(named)
-        elif ":" in named:
-            sinks.append(_own_class(named)(folder, config))
-        elif named != "jsonl":  # which is always written
-            sinks.append(makers[named]())
+    for entry in config.training.report_to:
+        if not isinstance(entry, str):
+            sinks.append(entry)
+        elif entry == "tensorboard":
+            sinks.append(TensorBoard(folder / "logs", start_step, config))
+        elif entry != "jsonl":  # which is always written
+            sinks.append((classes.get(entry) or _own_class(entry))(folder, config))
     return sinks

@@ -1,4 +1,4 @@
-"""Ends a process that makes no progress: a device, a disk or another process that hangs would hold it forever."""
+"""Ends a process that makes no progress: it would wait forever for a device, disk or other process that hangs."""
 
 import contextlib
 import faulthandler
@@ -13,27 +13,26 @@ from collections.abc import Iterator
 from jaxlm.parallel.processes import StatusBoard
 
 EXIT_FAILED = 1
-TICK = 1.0  # seconds between looks
-SHORTEST = 60.0  # seconds; no limit that is derived is under it
-TIMES_A_STEP = 20
-UNMEASURED = 1800.0  # seconds for what has no measured time: compiling, evaluating, saving, the first updates
+TICK = 1.0  # seconds between checks
+LEAST_LIMIT = 60.0  # seconds for an update, where no limit is set
+LIMIT_IN_UPDATES = 20  # times the median time of the last updates
+OTHER_LIMIT = 1800.0  # seconds for work whose usual time is unknown: compiling, evaluating, saving, the first updates
 
 
 class Watchdog:
-    """A thread that ends the process with 1 when the training loop has shown no sign of life for too long.
+    """A thread that ends the process with exit code 1 when the training loop has shown no sign of life for too long.
 
-    The limit is `limit` seconds for an update, or, if that is None, TIMES_A_STEP times the median of the last updates;
-    all else, such as compiling, has UNMEASURED seconds if that is more.
     Only time in which this thread itself runs is counted: a suspended process or a sleeping laptop is not a hang.
 
     Args:
-      limit: seconds; 0: never.
+      limit: seconds for an update; 0: no watchdog; None: LIMIT_IN_UPDATES times the median time of the last updates.
+        All other work has OTHER_LIMIT, if that is more.
     """
 
     def __init__(self, limit: float | None) -> None:
         self.limit, self.board = limit, StatusBoard()
-        self._step = 0  # last one seen
-        self._phase: str | None = "starting"  # None: updates
+        self._step = 0  # the last update done
+        self._phase: str | None = "starting"  # the work other than updates; None: updates
         self._times: deque[float] = deque(maxlen=50)
         self._last_update = time.monotonic()
         self._silent, self._signs = 0.0, 0
@@ -48,7 +47,7 @@ class Watchdog:
         self._ended.set()
 
     def updated(self, step: int) -> None:
-        """Update `step` is done on the device."""
+        """Notes that update `step` is done on the device."""
         now = time.monotonic()
         if self._phase is None:
             self._times.append(now - self._last_update)
@@ -56,13 +55,13 @@ class Watchdog:
         self.alive()
 
     def alive(self) -> None:
-        """A part of what is being done is done."""
+        """Notes a sign of life within longer work."""
         self._silent = 0.0
         self._signs += 1
 
     @contextlib.contextmanager
     def during(self, phase: str) -> Iterator[None]:
-        """While entered, `phase` goes on instead of updates."""
+        """A context for `phase`, work other than updates."""
         before, self._phase = self._phase, phase
         self.alive()
         try:
@@ -72,14 +71,12 @@ class Watchdog:
             self.alive()
 
     def allowed(self) -> float:
-        """Seconds of silence allowed now."""
-        if self._phase is not None:
-            return max(self.limit or 0, UNMEASURED)
+        """Seconds without a sign of life allowed now."""
+        if self._phase is not None or (self.limit is None and len(self._times) < 5):
+            return max(self.limit or 0, OTHER_LIMIT)
         if self.limit is not None:
             return self.limit
-        if len(self._times) < 5:
-            return UNMEASURED
-        return max(SHORTEST, TIMES_A_STEP * statistics.median(self._times))
+        return max(LEAST_LIMIT, LIMIT_IN_UPDATES * statistics.median(self._times))
 
     def _doing(self) -> str:
         return self._phase or f"the update after step {self._step}"
@@ -95,7 +92,7 @@ class Watchdog:
                 self._end()
 
     def _end(self) -> None:
-        """Says what every thread was at, and ends the process: nothing in it can be trusted to clean up."""
+        """Prints every thread's stack and ends the process at once: nothing in it can be trusted to clean up."""
         faulthandler.dump_traceback(sys.stderr, all_threads=True)
         self.board.post(self._signs, self._doing())
         print(

@@ -7,7 +7,7 @@ from jaxlm.config import Config
 from jaxlm.data.loader import Rows
 from jaxlm.data.packing import plan_cached
 from jaxlm.data.tokenizer import Tokenizer
-from jaxlm.data.tokens import prepare, prepared_once
+from jaxlm.data.tokens import prepare
 from jaxlm.generation.api import encode_prompts
 from jaxlm.parallel.processes import say
 
@@ -33,8 +33,7 @@ def prepare_text(config: Config, tokenizer: Tokenizer | None) -> Text:
       UserError: the text, the tokenizer, the cache folder or training.sample_prompt is not usable.
     """
     data = config.data
-    with prepared_once(data):
-        prepared = prepare(data, config.model.vocab_size, tokenizer, say)
+    prepared = prepare(data, config.model.vocab_size, tokenizer, say)
     if config.training.sample_tokens:
         prompt, window = config.training.sample_prompt, config.model.max_seq_len
         encode_prompts(prepared.tokenizer, [prompt], window, "training.sample_prompt")
@@ -46,8 +45,7 @@ def prepare_text(config: Config, tokenizer: Tokenizer | None) -> Text:
         pack=data.pack_sequences,
         report=say,
     )
-    with prepared_once(data):
-        rows = Rows(prepared.train, plan(prepared.train), data.max_length)
-        eval_rows = Rows(prepared.validation, plan(prepared.validation), data.max_length)
+    rows = Rows(prepared.train, plan(prepared.train), data.max_length)
+    eval_rows = Rows(prepared.validation, plan(prepared.validation), data.max_length)
     eval_bytes = prepared.validation.kept_bytes(data.min_length)
     return Text(prepared.tokenizer, prepared.source_fingerprint, rows, eval_rows, eval_bytes)
