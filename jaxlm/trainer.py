@@ -93,6 +93,9 @@ class Trainer:
         self._lock = folder.open_folder(self.folder, fresh)
         resume_from = self._find_resume(config)
         self._pretrained = pretrained.open_pretrained(config) if resume_from is None else None
+        if self._pretrained is not None:
+            model = nnx.eval_shape(lambda: self.model_class(config.model, rngs=nnx.Rngs(0)))
+            self._pretrained.check(nnx.to_pure_dict(nnx.state(model)))
         jax.config.update("jax_compilation_cache_dir", str(cache_root(config.data) / "compiled"))
         if self.devices[0].platform == "gpu" and config.training.deterministic:  # each program, as it was autotuned
             jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
