@@ -145,25 +145,20 @@ LLAMA = Family(
 )
 
 
-def _like_llama(architecture: str, model_type: str, implied: Mapping[str, Any], **changes: Any) -> Family:
-    """A class that differs from Llama in `implied` and `changes`, and has no biases."""
-    keys = {field: key for field, key in LLAMA.keys.items() if field != "use_bias"}
-    implied = {**LLAMA.implied, "use_bias": False, **implied}
-    return dataclasses.replace(
-        LLAMA, architecture=architecture, model_type=model_type, keys=keys, implied=implied, **changes
-    )
-
-
-MISTRAL = _like_llama(
-    "MistralForCausalLM",
-    "mistral",
-    {},
+MISTRAL = dataclasses.replace(
+    LLAMA,
+    architecture="MistralForCausalLM",
+    model_type="mistral",
+    keys={field: key for field, key in LLAMA.keys.items() if field != "use_bias"},
+    implied={**LLAMA.implied, "use_bias": False},
     defaults={**LLAMA.defaults, "num_key_value_heads": 8, "sliding_window": 4096},
 )
-QWEN3 = _like_llama(
-    "Qwen3ForCausalLM",
-    "qwen3",
-    {"qk_norm": True},
+
+QWEN3 = dataclasses.replace(
+    MISTRAL,
+    architecture="Qwen3ForCausalLM",
+    model_type="qwen3",
+    implied={**MISTRAL.implied, "qk_norm": True},
     required={"attention_bias": False, "use_sliding_window": False},
     defaults={**LLAMA.defaults, "num_key_value_heads": 32, "head_dim": 128},
     modules={
@@ -172,12 +167,9 @@ QWEN3 = _like_llama(
         "blocks/attention/k_norm": "layers.{}.self_attn.k_norm",
     },
 )
-FAMILIES = {
-    family.architecture: family for family in (GPT2, LLAMA, MISTRAL, QWEN3)
-}  # the first that fits is exported to
 
-
-# -------------------------------------------------------------------- from jaxlm
+# In this order: a model is exported as the first that fits.
+FAMILIES = {family.architecture: family for family in (GPT2, LLAMA, MISTRAL, QWEN3)}
 
 
 def family_for(model: ModelConfig, where: str) -> Family:
@@ -227,9 +219,6 @@ def to_config(model: ModelConfig, family: Family) -> dict[str, Any]:
         "rope_scaling": scaling if model.rope_scaling else None,
         "head_dim": model.d_model // model.n_heads,
     }
-
-
-# -------------------------------------------------------------------- to jaxlm
 
 
 def from_config(config: Any, where: str) -> tuple[Family, ModelConfig]:

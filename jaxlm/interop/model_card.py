@@ -2,6 +2,7 @@
 
 import json
 import math
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -17,51 +18,11 @@ from jaxlm.report.runs import read_run
 # These have no part in the training, and may say more of a machine than a model card should.
 PRIVATE = ("checkpoint_dir", "cache_dir", "resume_from_checkpoint", "stop_at_step", "wandb_project")
 
-CARD = """---
-library_name: transformers
-pipeline_tag: text-generation
-tags:
-- jaxlm
----
-
-# {name}
-
-A language model trained by jaxlm {version}, as a `{architecture}`.
-
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("{folder}")
-tokenizer = AutoTokenizer.from_pretrained("{folder}")
-inputs = tokenizer("{prompt}", return_tensors="pt")
-print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0], skip_special_tokens=True))
-```
-
-The tokenizer begins a text with `{bos}`, as every document in training began; `add_special_tokens=False` leaves it out.
-Special tokens written out in a text are read as plain characters.
-
-| | |
-|---|---|
-{rows}
-
-## How to train it again
-
-With jaxlm {version}, `python scripts/train.py --config config.json`, where config.json is as follows (options that are
-left out have their defaults):
-
-```json
-{config}
-```
-"""
-
 
 def model_card(loaded: LoadedModel, source: Path, folder: str, architecture: str) -> str:
-    """The text of README.md.
+    """The text of README.md, for a `folder` of that name and the class `architecture` of transformers.
 
-    Args:
-      source: the model's folder; the run's metrics are looked for beside it.
-      folder: name of the exported folder.
-      architecture: the class of transformers.
+    `source` is the model's own folder; the run's metrics are looked for beside it.
     """
     progress, config, source = loaded.progress, loaded.config, source.resolve()
     tokens = config.data.max_length * progress.global_batch
@@ -74,7 +35,8 @@ def model_card(loaded: LoadedModel, source: Path, folder: str, architecture: str
         "tokens": f"{progress.step * tokens:,}, in updates of {tokens:,} (padding included)",
         **_scores(source.parent, progress),
     }
-    return CARD.format(
+    template = files("jaxlm.interop").joinpath("model_card.md").read_text(encoding="utf-8")
+    return template.format(
         name=f"{source.parent.name}/{source.name}",
         folder=folder,
         version=jaxlm.__version__,
@@ -94,14 +56,13 @@ def _training_text(data: DataConfig) -> str:
 
 def _scores(run: Path, progress: Progress) -> dict[str, str]:
     """The evaluation of the model's step, from the metrics in the run's folder."""
-    names = ("eval/loss", "eval/perplexity", "eval/bits_per_byte")
     try:
         metrics = read_run(run)
-        values = [metrics.at(name, progress.step) for name in names]
+        values = [metrics.at(f"eval/{name}", progress.step) for name in ("loss", "perplexity", "bits_per_byte")]
     except (OSError, UserError):
         values = []
     finite = [value for value in values if value is not None and math.isfinite(value)]
-    if len(finite) == len(names):
+    if len(finite) == 3:
         loss, perplexity, bits = finite
         return {
             "validation loss": f"{loss:.4f} nats a token (perplexity {perplexity:.2f})",
