@@ -92,6 +92,8 @@ class Trainer:
     def _prepare_text(self, checkpoint: Path | None) -> None:
         """Text, tokenizer and rows; fixes the vocabulary size and the micro-batches in the configuration."""
         self._pretrained = open_pretrained(self.config) if checkpoint is None else None
+        if self._pretrained is not None:
+            self._pretrained.check(assemble(self.resolved, self.model_class).layout.shapes)
         self.asked_vocab_size = self.config.model.vocab_size
         given = None if self._pretrained is None else self._pretrained.tokenizer
         self.text = prepare_text(self.config, given if checkpoint is None else read_tokenizer(checkpoint))

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -23,6 +24,7 @@ import tokenizers
 from conftest import documents, make_config
 from flax import nnx
 from flax.traverse_util import flatten_dict
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from jaxlm import Trainer, load
@@ -58,11 +60,16 @@ def tokenizer() -> Tokenizer:
     return Tokenizer.train(documents(20, 1), 300)
 
 
+def abstract_params(model: ModelConfig) -> Any:
+    """The parameters' shapes, as the trainer has them for `check`."""
+    return nnx.to_pure_dict(nnx.state(nnx.eval_shape(lambda: Transformer(model, rngs=nnx.Rngs(0)))))
+
+
 def random_model(model: ModelConfig, tokenizer: Tokenizer) -> LoadedModel:
     """As `load` returns it, with parameters from numpy: nothing is compiled."""
-    graphdef, abstract = nnx.split(nnx.eval_shape(lambda: Transformer(model, rngs=nnx.Rngs(0))))
+    graphdef = nnx.graphdef(nnx.eval_shape(lambda: Transformer(model, rngs=nnx.Rngs(0))))
     rng = np.random.default_rng(0)
-    made = jax.tree.map(lambda x: jax.numpy.asarray(rng.normal(size=x.shape), x.dtype), nnx.to_pure_dict(abstract))
+    made = jax.tree.map(lambda x: jax.numpy.asarray(rng.normal(size=x.shape), x.dtype), abstract_params(model))
     progress = Progress(7, 9, 3.5, 300, "f" * 64, 8, 1)
     config = Config(model, TrainingConfig(learning_rate=0.125), DataConfig(max_length=16))
     return LoadedModel(nnx.merge(graphdef, made), tokenizer, config, progress)
@@ -81,10 +88,12 @@ def read_back(folder: Path, **dotted: Any) -> tuple[Config, dict[str, np.ndarray
     """The configuration of a run that starts from `folder`, and the parameters that it starts with."""
     asked = replace_fields(Config(), {"training.init_from": str(folder), **dotted})
     config = pretrained.with_architecture(asked)
-    whole = pretrained._shapes(config)
+    whole = abstract_params(config.model)
     one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     held = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one), whole)
     source = pretrained.open_pretrained(config)
+    assert source is not None
+    source.check(whole)
     return config, {k: np.asarray(x) for k, x in flatten_dict(source.params(whole, held, 1), sep="/").items()}
 
 
@@ -212,9 +221,11 @@ QWEN3_CONFIG = {**LLAMA_CONFIG, "architectures": ["Qwen3ForCausalLM"], "num_key_
     ],
 )
 def test_configurations_as_transformers_writes_them(config: dict[str, Any], fields: dict[str, Any]) -> None:
-    _, found = from_config(config, "X")
-    assert set(found) == set(ARCHITECTURE)
+    _, model = from_config(config, "X")
+    found, defaults = dataclasses.asdict(model), dataclasses.asdict(ModelConfig())
     assert {field: found[field] for field in fields} == fields
+    chosen = set(found) - set(ARCHITECTURE)
+    assert {field: found[field] for field in chosen} == {field: defaults[field] for field in chosen}
 
 
 @pytest.mark.parametrize(
@@ -227,7 +238,7 @@ def test_configurations_as_transformers_writes_them(config: dict[str, Any], fiel
         ({**GPT2_CONFIG, "n_embd": ...}, "X: config.json of a GPT2LMHeadModel lacks n_embd"),
         ({**GPT2_CONFIG, "n_embd": "16"}, r"X: model\.d_model \('16'\) must be int"),
         ({**GPT2_CONFIG, "n_layer": 0}, r"X: model\.n_layers \(0\) must be at least 1"),
-        ({**GPT2_CONFIG, "activation_function": "mish"}, "no GPT2LMHeadModel with activation_function mish"),
+        ({**GPT2_CONFIG, "activation_function": "mish"}, 'no GPT2LMHeadModel with activation_function "mish"'),
         (
             {**GPT2_CONFIG, "scale_attn_by_inverse_layer_idx": True, "scale_attn_weights": False},
             "with scale_attn_weights false, scale_attn_by_inverse_layer_idx true$",
@@ -235,10 +246,10 @@ def test_configurations_as_transformers_writes_them(config: dict[str, Any], fiel
         ({**GPT2_CONFIG, "quantization_config": {"bits": 4}}, "with quantized weights"),
         ({**LLAMA_CONFIG, "attention_bias": True}, "with attention_bias true and mlp_bias false"),
         ({**LLAMA_CONFIG, "head_dim": 8}, "with head_dim 8"),
-        ({**LLAMA_CONFIG, "hidden_act": "relu"}, "with hidden_act relu"),
+        ({**LLAMA_CONFIG, "hidden_act": "relu"}, 'with hidden_act "relu"'),
         ({**LLAMA_CONFIG, "rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "with rope_type dynamic"),
         ({**LLAMA_CONFIG, "rope_scaling": {"rope_type": ["x"]}}, r"with rope_type \['x'\]"),
-        ({**LLAMA_CONFIG, "rope_parameters": "none"}, "with rope_parameters 'none'"),
+        ({**LLAMA_CONFIG, "rope_parameters": "none"}, 'with rope_parameters "none"'),
         ({**LLAMA_CONFIG, "rope_scaling": {"type": "linear"}}, "rope_type linear without factor"),
         (
             {**LLAMA_CONFIG, "rope_scaling": {"type": "yarn", "factor": 2.0, "beta_fast": 16, "mscale": 1.0}},
@@ -246,7 +257,7 @@ def test_configurations_as_transformers_writes_them(config: dict[str, Any], fiel
         ),
         ({**LLAMA_CONFIG, "rope_scaling": {"type": "linear", "factor": "2"}}, r"X: model\.rope_scaling_factor \('2'\)"),
         (MISTRAL_CONFIG | {"max_position_embeddings": 8192}, "with sliding_window 4096"),
-        ({**MISTRAL_CONFIG, "sliding_window": "x"}, "with sliding_window x"),
+        ({**MISTRAL_CONFIG, "sliding_window": "x"}, 'with sliding_window "x"'),
         ({**QWEN3_CONFIG, "head_dim": ...}, "with head_dim 128"),
         ({**QWEN3_CONFIG, "attention_bias": True}, "with attention_bias true"),
         (
@@ -351,6 +362,16 @@ def test_tensors_that_do_not_fit(folder: Path, name: str) -> None:
     change, message = TENSOR_CHANGES[name]
     with pytest.raises(UserError, match=message):
         read_back(retensor(folder, change))
+
+
+def test_a_model_with_parameters_that_the_class_does_not_have(folder: Path) -> None:
+    """As a `model_class` of the user's own may have them."""
+    config = pretrained.with_architecture(replace_fields(Config(), {"training.init_from": str(folder)}))
+    source = pretrained.open_pretrained(config)
+    assert source is not None
+    whole = abstract_params(config.model)
+    with pytest.raises(UserError, match=r"^training\.init_from \(.*\): no GPT2LMHeadModel has extra, which the model"):
+        source.check(whole | {"extra": {"gate": whole["token_embedding"]}})
 
 
 def test_tensors_that_are_left_out_of_account(folder: Path, small: Path) -> None:
@@ -496,8 +517,16 @@ def test_a_folder_that_is_in_use_is_refused(tmp_path: Path, tokenizer: Tokenizer
     exported(tmp_path, loaded)  # an empty one is filled
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(28, "No space left on device"),
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
 def test_nothing_is_left_of_an_export_that_fails(
-    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     import safetensors.numpy
 
@@ -508,15 +537,35 @@ def test_nothing_is_left_of_an_export_that_fails(
         write(*arguments, **options)
         written.append(arguments)
         if len(written) == 2:
-            raise OSError(28, "No space left on device")
+            raise error
 
     monkeypatch.setattr(safetensors.numpy, "save_file", full_disk)
     with pytest.raises(UserError, match=r"^--to \(.*out\): cannot be written \(No space left on device\)"):
         exported(tmp_path, loaded, size=6_000)
     assert list(tmp_path.iterdir()) == []
-    (tmp_path / ".out.export").mkdir()  # as a process leaves it that was killed
-    (tmp_path / ".out.export" / "half").touch()
-    assert not (exported(tmp_path, loaded, size=10_000) / "half").exists()
+    exported(tmp_path, loaded, size=10_000)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+KILLED = """
+import os, pathlib, signal, sys
+from jaxlm.data.atomic import atomic_path
+with atomic_path(pathlib.Path(sys.argv[1])) as folder:
+    folder.mkdir()
+    (folder / "half").touch()
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_what_a_killed_export_left_behind_is_removed(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, str(tmp_path / "out")], env=environment, timeout=60, check=False
+    )
+    assert done.returncode == -signal.SIGKILL
+    (left_behind,) = tmp_path.iterdir()
+    assert left_behind.name != "out" and (left_behind / "half").exists()
+    assert not (exported(tmp_path, random_model(ModelConfig(**SMALL), tokenizer)) / "half").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
@@ -590,9 +639,11 @@ def test_an_own_folder_that_is_damaged_is_refused(tmp_path: Path, corpus: Path) 
     trainer.save_model(tmp_path / "model")
     start = replace_fields(Config(), {"training.init_from": str(tmp_path / "model")})
     config = pretrained.with_architecture(start)
+    source = pretrained.open_pretrained(config)
+    assert source is not None
     file = max((tmp_path / "model" / "params").rglob("*"), key=lambda path: path.stat().st_size)
     file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(
         UserError, match=r"^training\.init_from \(.*model\): is damaged: params/.* is not as it was saved"
     ):
-        pretrained.open_pretrained(config)
+        source.check(abstract_params(config.model))

@@ -52,7 +52,9 @@ def test_the_wheel_holds_every_module_and_configuration(wheel: Path) -> None:
     held = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "jaxlm").rglob("*.py")}
     data = {
-        path.relative_to(ROOT).as_posix() for path in (ROOT / "jaxlm").rglob("*.*") if path.suffix in (".css", ".js")
+        path.relative_to(ROOT).as_posix()
+        for path in (ROOT / "jaxlm").rglob("*.*")
+        if path.suffix in (".css", ".js", ".md")
     }
     configs = {f"jaxlm/configs/{path.name}" for path in (ROOT / "configs").iterdir() if path.suffix != ".pyc"}
     configs -= {"jaxlm/configs/__pycache__"}

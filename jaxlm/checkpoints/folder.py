@@ -18,7 +18,7 @@ from filelock import FileLock, Timeout
 
 from jaxlm.checkpoints.manifest import damage, is_sealed
 from jaxlm.errors import UserError
-from jaxlm.parallel.processes import barrier, is_leader, say
+from jaxlm.parallel.processes import barrier, is_leader, say, text_from_any_process
 
 PREFIX = "checkpoint"
 MODELS = ("best_model", "final_model")

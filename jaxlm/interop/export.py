@@ -6,8 +6,8 @@ tokenizer.json, tokenizer_config.json      the same ids as here, with <bos> befo
 README.md                                  the model card: what it was trained on, how, and how well it does
 """
 
+import glob
 import json
-import math
 import os
 import shutil
 from collections.abc import Mapping
@@ -19,23 +19,21 @@ import numpy as np
 import tokenizers
 from flax import nnx
 from flax.traverse_util import flatten_dict
+from safetensors import SafetensorError
 from tokenizers.processors import TemplateProcessing
 
-import jaxlm
-from jaxlm.checkpoints.items import Progress
 from jaxlm.checkpoints.load import LoadedModel
 from jaxlm.checkpoints.manifest import sync
 from jaxlm.checkpoints.save import reason_of
-from jaxlm.config import Config, DataConfig, nearest, replace_fields, to_dict
+from jaxlm.config import nearest
+from jaxlm.data.atomic import atomic_path
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.errors import UserError
-from jaxlm.interop.families import family_for, to_config, to_tensors
+from jaxlm.interop.families import family_for, to_config
+from jaxlm.interop.model_card import model_card
+from jaxlm.interop.tensors import to_tensors
 
 DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
-# What has no part in the training, and may say more of a machine than a model card should.
-NOT_ON_THE_CARD = ("checkpoint_dir", "cache_dir", "resume_from_checkpoint", "stop_at_step", "wandb_project")
-
-Files = dict[str, str]  # content by name
 
 
 def check_target(path: Path) -> None:
@@ -54,16 +52,17 @@ def check_dtype(name: str) -> None:
 
 
 def export(loaded: LoadedModel, source: Path, to: Path, *, max_shard_size: int, dtype: str) -> str:
-    """Writes the folder `to`, complete or not at all: it is filled beside, under another name, and renamed.
+    """Writes the folder `to`, whole or not at all.
 
     Args:
       loaded: the model, from `load(source)`.
       source: its folder; the run's metrics are looked for beside it.
+      to: a new folder, or an empty one.
       max_shard_size: bytes of a safetensors file; a larger tensor has one of its own.
       dtype: of the parameters there, one of DTYPES.
 
     Returns:
-      the class of transformers that it is for.
+      The class of transformers that opens it.
 
     Raises:
       UserError: transformers has no such model, or `to` can't be written.
@@ -71,32 +70,30 @@ def export(loaded: LoadedModel, source: Path, to: Path, *, max_shard_size: int, 
     family = family_for(loaded.config.model, f"--model ({source})")
     check_target(to)
     to = Path(os.path.abspath(to))
-    new = to.with_name(f".{to.name}.export")
     params = flatten_dict(nnx.to_pure_dict(nnx.state(loaded.model)), sep="/")
     tensors = dict(to_tensors({path: np.asarray(x) for path, x in params.items()}, family))
     ids = {f"{name}_token_id": getattr(loaded.tokenizer, f"{name}_id") for name in ("bos", "eos", "pad")}
-    files: Files = {
+    texts = {
         "config.json": _json({**to_config(loaded.config.model, family), **ids, "dtype": dtype}),
         "generation_config.json": _json(ids),
-        "README.md": model_card(loaded, source, to, family.architecture),
+        "README.md": model_card(loaded, source, to.name, family.architecture),
         **_tokenizer_files(loaded.tokenizer, loaded.config.model.max_seq_len),
     }
     try:
-        shutil.rmtree(new, ignore_errors=True)  # what a crash left
-        new.mkdir(parents=True)
-        for name, text in files.items():
-            (new / name).write_text(text, encoding="utf-8")
-        _write_tensors(new, tensors, max_shard_size, dtype)
-        for path in new.iterdir():
-            path.chmod((new / "config.json").stat().st_mode)  # safetensors makes files that nobody else can read
-            sync(path)
-        sync(new)
-        new.rename(to)
+        for left_behind in to.parent.glob(f".{glob.escape(to.name)}.*.part"):  # by an export that was killed
+            shutil.rmtree(left_behind, ignore_errors=True)
+        with atomic_path(to) as folder:
+            folder.mkdir(parents=True)
+            for name, text in texts.items():
+                (folder / name).write_text(text, encoding="utf-8")
+            _write_tensors(folder, tensors, max_shard_size, dtype)
+            for path in folder.iterdir():
+                path.chmod((folder / "config.json").stat().st_mode)  # safetensors lets nobody else read its files
+                sync(path)
+            sync(folder)
         sync(to.parent)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise UserError(f"--to ({to}): cannot be written ({reason_of(error)}); name another folder") from error
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
     return family.architecture
 
 
@@ -105,7 +102,7 @@ def _json(value: Any) -> str:
 
 
 def _write_tensors(folder: Path, tensors: Mapping[str, np.ndarray], max_shard_size: int, dtype: str) -> None:
-    """Writes the safetensors files, and their index if there are several; only one at a time is in memory."""
+    """Writes the safetensors files, and their index if there are several; only one file at a time is in memory."""
     from huggingface_hub import split_state_dict_into_shards_factory
     from safetensors.numpy import save_file
 
@@ -131,8 +128,8 @@ def _cast(x: np.ndarray, kind: np.dtype) -> np.ndarray:
     return cast
 
 
-def _tokenizer_files(tokenizer: Tokenizer, max_seq_len: int) -> Files:
-    """What AutoTokenizer reads: the same ids for a text as ours, even for one in which "<bos>" is written out.
+def _tokenizer_files(tokenizer: Tokenizer, max_seq_len: int) -> dict[str, str]:
+    """{file name: text}. AutoTokenizer then gives a text the same ids as ours, even if "<bos>" is written out in it.
 
     As `generate_text` does, it begins a text with <bos>, unless add_special_tokens=False.
     """
@@ -151,108 +148,3 @@ def _tokenizer_files(tokenizer: Tokenizer, max_seq_len: int) -> Files:
         "model_max_length": max_seq_len,
     }
     return {"tokenizer.json": backend.to_str(pretty=True), "tokenizer_config.json": _json(settings)}
-
-
-# -------------------------------------------------------------------- the model card
-
-CARD = """---
-library_name: transformers
-pipeline_tag: text-generation
-tags:
-- jaxlm
----
-
-# {name}
-
-A language model trained by jaxlm {version}, as a `{architecture}`.
-
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("{folder}")
-tokenizer = AutoTokenizer.from_pretrained("{folder}")
-inputs = tokenizer("{prompt}", return_tensors="pt")
-print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0], skip_special_tokens=True))
-```
-
-The tokenizer begins a text with `{bos}`, as every document in training began; `add_special_tokens=False` leaves it out.
-Special tokens written out in a text are read as plain characters.
-
-| | |
-|---|---|
-{rows}
-
-## How to train it again
-
-With jaxlm {version}, `python scripts/train.py --config config.json`, where config.json is as follows (options that are
-left out have their defaults):
-
-```json
-{config}
-```
-"""
-
-
-def model_card(loaded: LoadedModel, source: Path, to: Path, architecture: str) -> str:
-    """The text of README.md."""
-    progress, config = loaded.progress, loaded.config
-    rows = config.data.max_length * progress.global_batch
-    figures = {
-        "parameters": f"{sum(math.prod(x.shape) for x in _leaves(loaded)):,}",
-        "training text": _text(config.data),
-        "SHA-256 of the text": progress.data_fingerprint,
-        "started from": config.training.init_from or "random parameters",
-        "updates": f"{progress.step:,} of {progress.total_steps:,}",
-        "tokens": f"{progress.step * rows:,}, in updates of {rows:,} (padding included)",
-        **_scores(source, progress),
-    }
-    return CARD.format(
-        name=f"{source.resolve().parent.name}/{source.resolve().name}",
-        folder=to.name,
-        version=jaxlm.__version__,
-        architecture=architecture,
-        prompt=json.dumps(config.training.sample_prompt or "The")[1:-1],
-        bos=loaded.tokenizer.token(loaded.tokenizer.bos_id),
-        rows="\n".join(f"| {name} | {value} |" for name, value in figures.items()),
-        config=json.dumps(_to_train_again(config, progress), indent=2),
-    )
-
-
-def _leaves(loaded: LoadedModel) -> list[Any]:
-    return list(flatten_dict(nnx.to_pure_dict(nnx.state(loaded.model))).values())
-
-
-def _text(data: DataConfig) -> str:
-    if data.train_files:
-        return ", ".join(data.train_files)
-    return " ".join(part for part in (data.dataset_name, data.dataset_config, data.dataset_split) if part)
-
-
-def _scores(source: Path, progress: Progress) -> dict[str, str]:
-    """What the run's metrics.jsonl says about this step, if it is beside the model's folder."""
-    try:
-        lines = (source.resolve().parent / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        rows = [row for row in map(json.loads, lines) if row["step"] == progress.step and "eval/loss" in row]
-        row = rows[-1]
-        return {
-            "validation loss": f"{row['eval/loss']:.4f} nats a token (perplexity {row['eval/perplexity']:.2f})",
-            "validation bits per byte": f"{row['eval/bits_per_byte']:.4f}",
-        }
-    except (OSError, ValueError, TypeError, LookupError):
-        best = progress.best_loss
-        known = {} if best is None else {"lowest validation loss of the run so far": f"{best:.4f} nats a token"}
-        return {**known, "validation loss": "not found: metrics.jsonl has no evaluation of this step"}
-
-
-def _to_train_again(config: Config, progress: Progress) -> dict[str, Any]:
-    """The options that are not at their defaults, as a configuration file."""
-    config = replace_fields(config, {"model.vocab_size": progress.requested_vocab_size})
-    defaults = to_dict(Config())
-    return {
-        section: {
-            name: value
-            for name, value in values.items()
-            if value != defaults[section][name] and name not in NOT_ON_THE_CARD
-        }
-        for section, values in to_dict(config).items()
-    }

@@ -1,90 +1,209 @@
 """The model that `training.init_from` names: a folder of jaxlm's or of Hugging Face's, here or on the Hub.
 
 The architecture and the tokenizer come from there. A run that goes on from a checkpoint doesn't look there again.
+
+JAX, and the modules that import it, are imported where they are used: a mistake in options should show at once.
 """
 
 import dataclasses
 import json
 import os
 import re
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
-from jaxlm.config import Config, check_fields, from_dict
+from jaxlm.checkpoints.items import JSON_ITEMS, read_config, read_tokenizer
+from jaxlm.checkpoints.manifest import damage
+from jaxlm.config import Config, ModelConfig, check_fields, from_dict, shown
 from jaxlm.data.hub import SECONDS, why_unreachable
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.errors import UserError, one_line
-from jaxlm.interop.families import (
-    ARCHITECTURE,
-    DEFAULTS,
-    NO_PARAMETERS,
-    from_config,
-    from_tensors,
-    tensor_names,
-    to_tensors,
-)
+from jaxlm.interop.families import ARCHITECTURE, from_config
+from jaxlm.interop.tensors import from_tensors, tensor_names, to_tensors
 
-INDEX, ALONE = "model.safetensors.index.json", "model.safetensors"
+INDEX, SINGLE_FILE = "model.safetensors.index.json", "model.safetensors"
 FETCHED = ("config.json", "tokenizer.json", INDEX, "*.safetensors")  # from the Hub
 HUB_NAME = re.compile(r"([\w.-]+/)?[\w.-]+")
 FLOATS = ("F32", "F16", "BF16", "F64")
 OUTPUT = "lm_head.weight"
+BUFFERS = (".attn.bias", ".attn.masked_bias", "rotary_emb.inv_freq")  # old versions saved these beside the parameters
 
 Params = Any  # nested dict of arrays, or of their shapes
 
 
-class Pretrained(Protocol):
-    """A model to start from."""
+class OwnFolder:
+    """A best_model, final_model or checkpoint folder; its parameters are read later."""
 
-    kind: str  # what it is, for people
-    fields: dict[str, Any]  # of ModelConfig, those in ARCHITECTURE
-    tokenizer: Tokenizer | None  # none: there is none in the folder
+    kind = "of jaxlm"  # for people
+
+    def __init__(self, folder: Path, where: str) -> None:
+        self.folder, self.where = folder, where
+        try:
+            self.model = read_config(folder).model
+            self.tokenizer: Tokenizer | None = read_tokenizer(folder)
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from error
 
     def check(self, whole: Params) -> None:
-        """Raises UserError unless all parameters, of the shapes of `whole`, are there and undamaged."""
+        """Raises UserError if the files of the parameters are damaged. Arguments as in `HuggingFaceFolder`."""
+        wrong = damage(self.folder, ("params", *JSON_ITEMS))
+        if wrong is not None:
+            raise UserError(f"{self.where}: is damaged: {wrong}; name another")
 
     def params(self, whole: Params, held: Params, shards: int) -> Params:
-        """The parameters, float32: `whole` shapes, laid out as in the abstract arrays `held`, over `shards` devices."""
+        """The parameters; UserError if they have other names or shapes. Arguments as in `HuggingFaceFolder`."""
+        from jaxlm.checkpoints.load import restore_params
+
+        return restore_params(self.folder, held, shards)
+
+
+class HuggingFaceFolder:
+    """A folder that transformers has saved, with parameters in safetensors; they are read later."""
+
+    def __init__(self, folder: Path, config: Any, where: str) -> None:
+        self.folder, self.where = folder, where
+        self.family, self.model = from_config(config, where)
+        self.kind = self.family.architecture
+        has_tokenizer = os.path.isfile(folder / "tokenizer.json")
+        self.tokenizer = Tokenizer.load(folder, where) if has_tokenizer else None
+
+    def check(self, whole: Params) -> None:
+        """Looks through the parameters, without reading them.
+
+        Args:
+          whole: the parameters to train, not padded; only their shapes count.
+
+        Raises:
+          UserError: files are damaged, or hold other names or shapes.
+        """
+        from flax.traverse_util import flatten_dict
+
+        empty = {path: np.empty(x.shape, np.float32) for path, x in flatten_dict(whole, sep="/").items()}
+        try:
+            expected = {name: tensor.shape for name, tensor in to_tensors(empty, self.family)}  # views: takes no memory
+        except KeyError as error:
+            raise UserError(
+                f"{self.where}: no {self.kind} has {error.args[0]}, which the model of this run has; "
+                "start that from random parameters"
+            ) from error
+        self._check_names(expected)
+        for name, shape in expected.items():
+            opened, stored_name = self._tensors[name]
+            stored = opened.get_slice(stored_name)
+            if tuple(stored.get_shape()) != shape or stored.get_dtype() not in FLOATS:
+                raise UserError(
+                    f"{self.where}: {name} is {stored.get_dtype()} {stored.get_shape()}, "
+                    f"but by config.json a float of {list(shape)}"
+                )
+
+    def _check_names(self, expected: dict[str, tuple[int, ...]]) -> None:
+        missing = [name for name in expected if name not in self._tensors]
+        if missing:
+            raise UserError(f"{self.where}: lacks {len(missing)} tensor(s) that config.json asks for, as {missing[0]}")
+        more = [name for name in self._tensors if name not in expected and not name.endswith(BUFFERS)]
+        if OUTPUT in more and self.model.tie_embeddings:
+            more.remove(OUTPUT)  # transformers ignores it, too, unless it differs
+            (embedding,) = tensor_names("token_embedding", self.family, None)
+            if not np.array_equal(self._read(OUTPUT), self._read(embedding)):
+                more = [f"an {OUTPUT} of its own, though tie_word_embeddings is true"]
+        if more:
+            raise UserError(f"{self.where}: has what no {self.kind} has: {more[0]}")
+
+    @cached_property
+    def _tensors(self) -> dict[str, tuple[Any, str]]:
+        """{name: (the open file, the name in it)}; a model saved without its head has names without the prefix."""
+        from safetensors import SafetensorError, safe_open
+
+        tensors = {}
+        for file in self._files():
+            try:
+                opened = safe_open(self.folder / file, "numpy")
+            except (OSError, SafetensorError) as error:
+                raise UserError(f"{self.where}: {file} is not readable: {one_line(error)}") from error
+            for name in opened.keys():  # noqa: SIM118  (it is no dict)
+                has_prefix = name.startswith((self.family.prefix, OUTPUT))
+                tensors[name if has_prefix else self.family.prefix + name] = opened, name
+        return tensors
+
+    def _files(self) -> list[str]:
+        """The names of the safetensors files."""
+        if os.path.isfile(self.folder / INDEX):
+            index = _read_json(self.folder / INDEX, self.where)
+            files = index.get("weight_map") if isinstance(index, dict) else None
+            if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
+                raise UserError(f"{self.where}: {INDEX} is not readable: it has no weight_map from tensors to files")
+            return sorted({Path(file).name for file in files.values()})
+        if os.path.isfile(self.folder / SINGLE_FILE):
+            return [SINGLE_FILE]
+        pickled = [name for name in os.listdir(self.folder) if name.endswith((".bin", ".pt", ".pth"))]
+        reason = f"{pickled[0]} is a pickle, which could run any program; " if pickled else ""
+        raise UserError(
+            f"{self.where}: holds no {SINGLE_FILE}; {reason}open it with transformers and save it with save_pretrained"
+        )
+
+    def _read(self, name: str) -> np.ndarray:
+        opened, stored_name = self._tensors[name]
+        return opened.get_tensor(stored_name)
+
+    def params(self, whole: Params, held: Params, shards: int) -> Params:
+        """The parameters, float32; call `check` before.
+
+        Args:
+          whole: as in `check`.
+          held: their shapes, padded for the devices, and shardings, which the result has.
+          shards: devices that they are sharded over.
+        """
+        import jax
+
+        from jaxlm.parallel.layout import put_whole
+        from jaxlm.parallel.split import path_name
+
+        def read(path: Any, x: Any, target: Any) -> jax.Array:
+            return put_whole(from_tensors(path_name(path), x.shape, self.family, self._read), target)
+
+        return jax.tree_util.tree_map_with_path(read, whole, held)
+
+
+Pretrained = OwnFolder | HuggingFaceFolder
 
 
 def with_architecture(config: Config, fresh: bool = False) -> Config:
-    """`config` with the architecture of the model that training.init_from names, or as it is if that is none.
+    """`config` with the architecture of the model that training.init_from names; unchanged if it names none.
 
-    A run that goes on (not `fresh`) has its own already, from when it began.
+    A run that goes on (not `fresh`) keeps the architecture it began with.
 
     Raises:
-      UserError: there is no such model, or an option says something else than it.
+      UserError: there is no such model, or an option contradicts it.
     """
     check_fields(config)
     if config.training.init_from is None:
         return config
-    fields = None if fresh else _of_the_run(config)
-    return _adopt(config, _open(config).fields if fields is None else fields)
+    begun = None if fresh else _model_of_the_run(config)
+    return _adopt(config, begun or _open(config).model)
 
 
 def open_pretrained(config: Config) -> Pretrained | None:
-    """The model to start from, looked through; None if training.init_from is none.
+    """The model to start from, with a tokenizer; None if training.init_from is none. Call its `check` next.
 
     Args:
       config: from `with_architecture`.
 
     Raises:
-      UserError: it is damaged, or doesn't fit `config` or data.tokenizer_path.
+      UserError: it doesn't fit `config` or data.tokenizer_path.
     """
     if config.training.init_from is None:
         return None
     found = _open(config)
-    _adopt(config, found.fields)  # which says so where the folder has changed since the run began
+    _adopt(config, found.model)  # raises if the folder has changed since `with_architecture`
     found.tokenizer = _agreed_tokenizer(config, found.tokenizer)
-    rows = found.fields["vocab_size"]
-    if found.tokenizer.vocab_size > rows:
+    tokens, rows = found.tokenizer.vocab_size, found.model.vocab_size
+    if tokens > rows:
         raise UserError(
-            f"{_where(config)}: its tokenizer has {found.tokenizer.vocab_size} tokens, but its model has only {rows}; "
-            "mend that folder"
+            f"{_where(config)}: its tokenizer has {tokens} tokens, but its model has only {rows}; mend that folder"
         )
-    found.check(_shapes(config))
     return found
 
 
@@ -92,8 +211,8 @@ def _where(config: Config) -> str:
     return f"training.init_from ({config.training.init_from})"
 
 
-def _of_the_run(config: Config) -> dict[str, Any] | None:
-    """The architecture of the run that goes on, if there is one that began with the same training.init_from."""
+def _model_of_the_run(config: Config) -> ModelConfig | None:
+    """The model of the run that goes on, if there is one that began with the same training.init_from."""
     training = config.training
     resume = training.resume_from_checkpoint
     folder = training.checkpoint_dir if resume in (None, "latest") else f"{resume}/config"
@@ -101,72 +220,60 @@ def _of_the_run(config: Config) -> dict[str, Any] | None:
         text = (Path(folder).expanduser() / "config.json").read_text(encoding="utf-8")
         saved = from_dict(json.loads(text), folder)
     except (OSError, ValueError, UserError):
-        return None  # whoever has to read it says what is wrong
-    if saved.training.init_from != training.init_from:
-        return None
-    values = dataclasses.asdict(saved.model)
-    return {field: values[field] for field in ARCHITECTURE}
+        return None  # resuming reads it again, and says what is wrong
+    return saved.model if saved.training.init_from == training.init_from else None
 
 
-def _adopt(config: Config, fields: dict[str, Any]) -> Config:
-    asked = dataclasses.asdict(config.model)
-    other = [field for field, value in fields.items() if asked[field] not in (DEFAULTS[field], value)]
+def _adopt(config: Config, model: ModelConfig) -> Config:
+    """`config` with the architecture of `model`; UserError if an option was set to something else."""
+    asked, defaults, found = (dataclasses.asdict(each) for each in (config.model, ModelConfig(), model))
+    other = [name for name in ARCHITECTURE if asked[name] not in (defaults[name], found[name])]
     if other:
-        said = "; ".join(f"model.{field} is {asked[field]}, there {fields[field]}" for field in other)
+        listed = "; ".join(f"model.{name} is {shown(asked[name])}, there {shown(found[name])}" for name in other)
         raise UserError(
-            f"{_where(config)} has another architecture: {said}. Leave these options out, of the command and of the "
+            f"{_where(config)} has another architecture: {listed}. Leave these options out, of the command and of the "
             "file that --config names: a JSON file without a model section has none"
         )
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, **fields))
+    adopted = {name: found[name] for name in ARCHITECTURE}
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, **adopted))
 
 
-def _agreed_tokenizer(config: Config, theirs: Tokenizer | None) -> Tokenizer:
+def _agreed_tokenizer(config: Config, found: Tokenizer | None) -> Tokenizer:
+    """The tokenizer `found` in the folder, or else that of data.tokenizer_path; UserError if there is none, or two."""
     path = config.data.tokenizer_path
-    own = None if path is None else Tokenizer.load(path)
-    if theirs is None and own is None:
-        raise UserError(f"{_where(config)}: holds no tokenizer.json; write one there, or set data.tokenizer_path")
-    if theirs is not None and own is not None and not theirs.agrees_with(own):
+    if path is None:
+        if found is None:
+            raise UserError(f"{_where(config)}: holds no tokenizer.json; write one there, or set data.tokenizer_path")
+        return found
+    own = Tokenizer.load(path)
+    if found is not None and not found.agrees_with(own):
         raise UserError(f"data.tokenizer_path ({path}) is not the tokenizer of {_where(config)}; leave it out")
-    return theirs or own  # type: ignore[return-value]
-
-
-def _shapes(config: Config) -> Params:
-    """The abstract parameters of a model of this configuration."""
-    from flax import nnx
-
-    from jaxlm.model import Transformer
-
-    return nnx.to_pure_dict(nnx.state(nnx.eval_shape(lambda: Transformer(config.model, rngs=nnx.Rngs(0)))))
-
-
-def _named(tree: Params) -> dict[str, Any]:
-    """{path: leaf}."""
-    from flax.traverse_util import flatten_dict
-
-    return flatten_dict(tree, sep="/")
+    return found or own
 
 
 def _open(config: Config) -> Pretrained:
-    """What training.init_from names, its configuration and tokenizer read, its parameters not yet."""
+    """The model that training.init_from names, its configuration and tokenizer read."""
     where, name = _where(config), config.training.init_from or ""
     folder = Path(name).expanduser()
-    if not os.path.isdir(folder):  # Path's own would raise where a name is too long, or a folder is closed to us
+    if not os.path.isdir(folder):  # unlike Path.is_dir, it never raises
         folder = _fetched(name, where)
     if os.path.isdir(folder / "params"):
-        return _OwnFolder(folder, where)
-    try:
-        saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        saved = {"training": None}
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{where}: config.json is not readable: {one_line(error)}") from error
-    if isinstance(saved, dict) and "training" in saved:  # that of a run, whose models are in folders below
+        return OwnFolder(folder, where)
+    saved = _read_json(folder / "config.json", where) if os.path.isfile(folder / "config.json") else None
+    if saved is None or (isinstance(saved, dict) and "training" in saved):  # nothing, or a run's folder
         inside = [f", such as {folder / m}" for m in ("best_model", "final_model") if os.path.isdir(folder / m)]
         raise UserError(
             f"{where}: holds no model; name a best_model, final_model or checkpoint_<step> folder"
             f"{''.join(inside[:1])}, or one that transformers has saved"
         )
-    return _HuggingFaceFolder(folder, saved, where)
+    return HuggingFaceFolder(folder, saved, where)
+
+
+def _read_json(file: Path, where: str) -> Any:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{where}: {file.name} is not readable: {one_line(error)}") from error
 
 
 def _fetched(name: str, where: str) -> Path:
@@ -193,121 +300,3 @@ def _fetched(name: str, where: str) -> Path:
             "name a folder that is here"
         ) from error
     return Path(fetched)
-
-
-class _OwnFolder:
-    """A best_model, final_model or checkpoint folder."""
-
-    kind = "of jaxlm"
-
-    def __init__(self, folder: Path, where: str) -> None:
-        from jaxlm.checkpoints.items import read_config, read_tokenizer
-
-        self.folder, self.where = folder, where
-        try:
-            values = dataclasses.asdict(read_config(folder).model)
-            self.tokenizer: Tokenizer | None = read_tokenizer(folder)
-        except UserError as error:
-            raise UserError(f"{where}: {error}") from error
-        self.fields = {field: values[field] for field in ARCHITECTURE}
-
-    def check(self, whole: Params) -> None:
-        from jaxlm.checkpoints.items import JSON_ITEMS
-        from jaxlm.checkpoints.manifest import damage
-
-        wrong = damage(self.folder, ("params", *JSON_ITEMS))
-        if wrong is not None:
-            raise UserError(f"{self.where}: is damaged: {wrong}; name another")
-
-    def params(self, whole: Params, held: Params, shards: int) -> Params:
-        from jaxlm.checkpoints.load import restore_params
-
-        return restore_params(self.folder, held, shards)
-
-
-class _HuggingFaceFolder:
-    """A folder that transformers has saved, with parameters in safetensors."""
-
-    def __init__(self, folder: Path, config: Any, where: str) -> None:
-        self.folder, self.where = folder, where
-        self.family, self.fields = from_config(config, where)
-        self.kind = self.family.architecture
-        has_one = os.path.isfile(folder / "tokenizer.json")
-        self.tokenizer = Tokenizer.load(folder, where) if has_one else None
-        self._tensors: dict[str, Any] = {}  # name without prefix -> a function that reads (a part of) the tensor
-
-    def check(self, whole: Params) -> None:
-        from safetensors import SafetensorError, safe_open
-
-        for file in self._files():
-            try:
-                opened = safe_open(self.folder / file, "numpy")
-                for name in opened.keys():  # noqa: SIM118  (it is no dict)
-                    self._tensors[name] = opened
-            except (OSError, SafetensorError) as error:
-                raise UserError(f"{self.where}: {file} is not readable: {one_line(error)}") from error
-        stored = {self._here(name): self._tensors[name].get_slice(name) for name in self._tensors}
-        expected = dict(self._expected(whole))
-        self._check_names(stored, expected)
-        for name, shape in expected.items():
-            found = stored[name]
-            if tuple(found.get_shape()) != shape or found.get_dtype() not in FLOATS:
-                raise UserError(
-                    f"{self.where}: {name} is {found.get_dtype()} {found.get_shape()}, "
-                    f"but by config.json a float of {list(shape)}"
-                )
-
-    def _files(self) -> list[str]:
-        """The names of its safetensors files."""
-        index = self.folder / INDEX
-        try:
-            if os.path.isfile(index):
-                files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-                return sorted(Path(file).name for file in files)
-        except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
-            raise UserError(f"{self.where}: {INDEX} is not readable: {one_line(error)}") from error
-        if os.path.isfile(self.folder / ALONE):
-            return [ALONE]
-        pickled = [name for name in os.listdir(self.folder) if name.endswith((".bin", ".pt", ".pth"))]
-        said = f"{pickled[0]} is a pickle, which could run any program; " if pickled else ""
-        raise UserError(
-            f"{self.where}: holds no {ALONE}; {said}open it with transformers and save it with save_pretrained"
-        )
-
-    def _here(self, name: str) -> str:
-        """The name with the prefix that a model saved without its head lacks."""
-        return name if name.startswith((self.family.prefix, OUTPUT)) else self.family.prefix + name
-
-    def _expected(self, whole: Params) -> Any:
-        empty = {path: np.empty(x.shape, np.float32) for path, x in _named(whole).items()}  # takes no memory
-        return ((name, tensor.shape) for name, tensor in to_tensors(empty, self.family))
-
-    def _check_names(self, stored: dict[str, Any], expected: dict[str, Any]) -> None:
-        missing = [name for name in expected if name not in stored]
-        if missing:
-            raise UserError(f"{self.where}: lacks {len(missing)} tensor(s) that config.json asks for, as {missing[0]}")
-        more = [name for name in stored if name not in expected and not name.endswith(NO_PARAMETERS)]
-        if OUTPUT in more and self.fields["tie_embeddings"]:
-            more.remove(OUTPUT)  # transformers leaves it out of account, too, unless it differs
-            (embedding,) = tensor_names("token_embedding", self.family, None)
-            if not np.array_equal(stored[OUTPUT][:], stored[embedding][:]):
-                more = [f"an {OUTPUT} of its own, though tie_word_embeddings is true"]
-        if more:
-            raise UserError(f"{self.where}: has what no {self.kind} has: {more[0]}")
-
-    def params(self, whole: Params, held: Params, shards: int) -> Params:
-        import jax
-
-        from jaxlm.parallel.layout import put_whole
-        from jaxlm.parallel.split import path_name
-
-        stored = {self._here(name): (opened, name) for name, opened in self._tensors.items()}
-
-        def read(name: str) -> np.ndarray:
-            opened, name = stored[name]
-            return opened.get_tensor(name)
-
-        def one(path: Any, x: Any, target: Any) -> jax.Array:
-            return put_whole(from_tensors(path_name(path), x.shape, self.family, read), target)
-
-        return jax.tree_util.tree_map_with_path(one, whole, held)

@@ -194,6 +194,7 @@ def test_what_transformers_saves_again_is_read_bit_for_bit(tmp_path: Path, token
     assert source is not None and source.kind in FAMILIES
     assert source.tokenizer is not None and source.tokenizer.agrees_with(tokenizer)
     own = nnx.to_pure_dict(nnx.state(loaded.model))
+    source.check(own)
     jax.tree.map(np.testing.assert_array_equal, source.params(own, own, 1), own)
 
 

@@ -32,8 +32,9 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from jaxlm.config import Config, DataConfig, ModelConfig, TrainingConfig, replace_fields
 from jaxlm.generation.api import generate_tokens
-from jaxlm.interop.families import FAMILIES, Family, from_tensors
+from jaxlm.interop.families import FAMILIES, Family
 from jaxlm.interop.pretrained import open_pretrained, with_architecture
+from jaxlm.interop.tensors import from_tensors
 from jaxlm.model import Transformer
 from jaxlm.model.positions import rotary_frequencies
 from jaxlm.parallel.layout import Layout
@@ -157,6 +158,7 @@ def pair(request: pytest.FixtureRequest, tmp_path: Path) -> Pair:
     own = nnx.to_pure_dict(nnx.state(model))
     source = open_pretrained(config)
     assert source is not None
+    source.check(own)
     params = source.params(own, own, 1)
     tokens_BT = np.random.default_rng(1).integers(
         0, config.model.vocab_size, (ROWS, config.model.max_seq_len), np.int32
