@@ -296,9 +296,11 @@ def read_fields() -> dict[str, set[str]]:
     holders = {"model": {"model", "config", "c"}, "training": {"training", "config", "c"}, "data": {"data", "config"}}
     read: dict[str, set[str]] = {name: set() for name in SECTIONS}
     for path in [*(ROOT / "jaxlm").rglob("*.py"), *(ROOT / "scripts").glob("*.py")]:
-        if path.parent.name == "config":
-            continue
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        if path.parent.name == "config":  # judging a field is no use of it, but devices are laid out and refused there
+            used = {"mesh_shape", "check_platform"}
+            tree.body = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name in used]
+        for node in ast.walk(tree):
             if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
                 base = node.value.attr if isinstance(node.value, ast.Attribute) else getattr(node.value, "id", None)
                 for section, names in holders.items():

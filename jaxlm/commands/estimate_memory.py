@@ -42,10 +42,8 @@ def run(arguments: argparse.Namespace) -> None:
         size = parse_size("--memory", arguments.memory, low=2**20)
     devices = arguments.devices if arguments.devices is not None else config.training.world_size or 1
 
-    from jaxlm.interop.pretrained import with_architecture
     from jaxlm.plan import memory
 
-    config = with_architecture(config)
     estimate = memory.estimate(config, devices)
     result: dict[str, Any] = {"devices": devices, **dataclasses.asdict(estimate), "total": estimate.total}
     result["compiled"] = memory.compiled_on_gpus(config, devices)
