@@ -22,10 +22,8 @@ def write_report(folders: Sequence[Path], out: Path) -> None:
     try:
         html = page(read_runs(folders))
     except (OSError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError, TemplateError) as error:
-        raise UserError(
-            f"{', '.join(map(str, folders))}: a file there is unreadable, or not as jaxlm writes it "
-            f"({type(error).__name__}: {one_line(error)}); if nobody changed it, please report this"
-        ) from error
+        where, what = ", ".join(map(str, folders)), f"{type(error).__name__}: {one_line(error)}"
+        raise UserError(f"{where}: a file there is not as jaxlm writes it, please report this ({what})") from error
     try:
         atomic_write(out, html)
     except OSError as error:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator, Sequence
 from importlib.resources import files
 from itertools import pairwise
+from operator import itemgetter
 from statistics import fmean
 from typing import Any
 
@@ -34,7 +35,6 @@ CHARTS: list[tuple[str, str, dict[str, str], float]] = [
 NOT_DRAWN = {"train/epoch", "train/skipped_steps", "eval/perplexity"}
 NOISY = {"train/loss", "train/grad_norm", "train/tokens_per_second", "train/mfu"}
 SYMBOLS = {"resumed": "\u250a", "spike": "\u25be", "skipped": "\u2715", "not finite": "\u2715"}
-WITH_SIGNS = {"Loss", "Gradient norm"}  # of spikes and skipped updates
 
 
 def page(runs: Sequence[Run]) -> str:
@@ -60,12 +60,12 @@ def charts(runs: Sequence[Run]) -> Iterator[dict[str, Any]]:
     in_charts = {metric for _, _, metrics, _ in CHARTS for metric in metrics}
     others = sorted({metric for run in runs for metric in run.series} - in_charts - NOT_DRAWN)
     columns = max(25, min(300, MOST_POINTS // (4 * sum(len(run.series) for run in runs) + 1)))
-    marks = []
-    for i, run in enumerate(runs):
-        for kind, symbol in SYMBOLS.items():
-            steps = [event.step for event in run.events if event.kind == kind][:MOST_MARKS]
-            if steps:
-                marks.append({"kind": kind, "symbol": symbol, "colour": i if len(runs) > 1 else 6, "steps": steps})
+    marks = [
+        {"kind": kind, "symbol": symbol, "colour": i if len(runs) > 1 else 6, "steps": steps[:MOST_MARKS]}
+        for i, run in enumerate(runs)
+        for kind, symbol in SYMBOLS.items()
+        if (steps := [event.step for event in run.events if event.kind == kind])
+    ]
     for title, unit, metrics, factor in [*CHARTS, *((metric, "", {metric: metric}, 1.0) for metric in others)]:
         for group in [metrics] if len(runs) == 1 else [{metric: label} for metric, label in metrics.items()]:
             lines = [
@@ -79,7 +79,7 @@ def charts(runs: Sequence[Run]) -> Iterator[dict[str, Any]]:
                     "title": title if group == metrics else f"{title}, {', '.join(group.values())}",
                     "unit": unit,
                     "lines": lines,
-                    "marks": [m for m in marks if m["kind"] == "resumed" or title in WITH_SIGNS],
+                    "marks": marks,
                     "log_switch": title == "Loss",
                 }
 
@@ -90,11 +90,9 @@ def lines_of(run: Run, metric: str, factor: float, columns: int) -> Iterator[dic
     if not values or (metric == "train/loss_scale" and values == {1.0}):  # not in use
         return
     points = run.points(metric)
+    lines = {"plain": thinned(points, columns)}
     if metric in NOISY and len(points) >= SMOOTHED_FROM:
-        lines = {"faint": thinned(points, columns), "smoothed": smoothed(points, columns // 2)}
-    else:
-        few = metric.startswith("eval/") and len(points) <= 40
-        lines = {"dots" if few else "plain": thinned(points, columns)}
+        lines = {"faint": lines["plain"], "smoothed": smoothed(points, columns // 2)}
     for kind, line in lines.items():
         yield {
             "x": [step for step, _ in line],
@@ -108,9 +106,9 @@ def thinned(points: Points, columns: int) -> Points:
     if len(points) <= 2 * columns:
         return points
     kept = {points[0], points[-1]}
-    for start, end in pairwise([*places(len(points), columns), len(points)]):
+    for start, end in pairwise(places(len(points), columns)):
         known = [point for point in points[start:end] if math.isfinite(point[1])] or points[start : start + 1]
-        kept |= {min(known, key=lambda point: point[1]), max(known, key=lambda point: point[1])}
+        kept |= {min(known, key=itemgetter(1)), max(known, key=itemgetter(1))}
     return sorted(kept)
 
 

@@ -3,6 +3,7 @@
 
 const compact = new Intl.NumberFormat("en", { notation: "compact", maximumSignificantDigits: 4 });
 const exact = new Intl.NumberFormat("en", { maximumSignificantDigits: 7 });
+const DASHES = [[], [7, 3], [2, 3]], BORDERS = ["solid", "dashed", "dotted"]; // beyond eight lines
 const css = ({ colour }) => `var(--c${colour % 8})`;
 const dash = ({ colour }) => Math.floor(colour / 8) % 3;
 const size = ({ clientWidth: width }) => ({ width, height: Math.round(Math.min(0.62 * width, 470)) });
@@ -18,13 +19,13 @@ function draw(holder, { lines, marks, title, unit }, logSteps) {
   const logValues = values[0] > 0 && values.at(-1) > 20 * values[values.length >> 1]; // few would flatten the others
   const series = lines.map(({ label, colour, x, y, kind }) => {
     const alone = (i) => y[i] !== null && y[i - 1] == null && y[i + 1] == null; // not seen in a line
-    const dots = x.filter((step, i) => kind === "dots" || alone(i)).map((step) => data[0].indexOf(step));
+    const dots = x.filter((step, i) => x.length <= 40 || alone(i)).map((step) => data[0].indexOf(step));
     const last = y.findLast((value) => value !== null);
     return {
       label,
       class: `kind-${kind}`,
       stroke: () => computed(css({ colour })),
-      dash: [[], [7, 3], [2, 3]][dash({ colour })],
+      dash: DASHES[dash({ colour })],
       width: kind === "faint" ? 1 : 2, alpha: kind === "faint" ? 0.4 : 1,
       points: { show: true, size: 5, filter: () => dots },
       value: (plot, value) => exact.format((plot.cursor.idx === null ? last : value) ?? NaN).replace("NaN", "\u2013"),
@@ -44,19 +45,15 @@ function draw(holder, { lines, marks, title, unit }, logSteps) {
     values: (plot, splits) => splits.map(() => mark.symbol),
   }));
   const range = (plot, low, high) => [logSteps ? Math.max(low, 1) : low, Math.max(high, low + 1)];
-  const options = {
+  return new uPlot({
     ...size(holder),
-    scales: {
-      x: { time: false, distr: logSteps ? 3 : 1, range },
-      y: { distr: logValues ? 3 : 1 },
-    },
+    scales: { x: { time: false, distr: logSteps ? 3 : 1, range }, y: { distr: logValues ? 3 : 1 } },
     axes: [{ ...axis, size: 30, label: "step" }, { ...axis, size: 56, label: unit || title }, ...markAxes],
     series: [{ label: "step", value: (plot, step) => exact.format(step ?? data[0].at(-1)) }, ...series],
-    legend: { markers: { stroke: (plot, i) => css(lines[i - 1]), dash: (plot, i) => ["solid", "dashed", "dotted"][dash(lines[i - 1])] } },
+    legend: { markers: { stroke: (plot, i) => css(lines[i - 1]), dash: (plot, i) => BORDERS[dash(lines[i - 1])] } },
     cursor: { hover: { prox: 8 }, y: false },
     hooks: { setSeries: [(plot, i, { show }) => lines[i]?.kind === "smoothed" && plot.setSeries(i + 1, { show })] },
-  };
-  return new uPlot(options, data, holder);
+  }, data, holder);
 }
 
 for (const figure of document.querySelectorAll("figure")) {

@@ -57,12 +57,10 @@ class Run:
                 found.append(Event(step, "spike", spike))
             elif not math.isfinite(loss):
                 found.append(Event(step, "not finite", "the loss was not finite"))
-        before = 0
-        for step, total in self.finite("train/skipped_steps"):
-            count = int(total) - before
-            if count > 0:
+        for (_, before), (step, total) in pairwise([(0, 0.0), *self.finite("train/skipped_steps")]):
+            if total > before:
+                count = int(total - before)
                 found.append(Event(step, "skipped", f"{count} update{'s' * (count > 1)} skipped, not finite"))
-            before = int(total)
         return sorted(found, key=lambda event: event.step)
 
     def points(self, metric: str) -> Points:
@@ -139,6 +137,11 @@ def read_run(folder: Path, name: str | None = None) -> Run:
     rows = [line for line in lines if isinstance(line.get("step"), int)]
     if not rows:
         raise UserError(f"{folder}: has no rows yet; wait for the first one (step 1)")
+    series: dict[str, Points] = {}
+    for step, row in sorted({row["step"]: row for row in rows}.items()):  # the later row of a step wins
+        for metric, value in row.items():
+            if metric != "step" and (value is None or isinstance(value, int | float)):
+                series.setdefault(metric, []).append((step, math.nan if value is None else float(value)))
     starts = _read_lines(folder / "starts.jsonl")[0]
     if not starts:  # an older run's folder: where its rows go back, it was resumed
         starts = [{"step": row["step"] - 1} for before, row in pairwise(rows) if row["step"] <= before["step"]]
@@ -150,7 +153,7 @@ def read_run(folder: Path, name: str | None = None) -> Run:
     return Run(
         name=name or folder.resolve().name,
         finished=(folder / "final_model").is_dir(),
-        series=_series(rows),
+        series=series,
         last_step=max(row["step"] for row in rows),
         starts=starts,
         samples=[samples[key] for key in sorted(samples)],
@@ -162,9 +165,7 @@ def read_run(folder: Path, name: str | None = None) -> Run:
 def read_runs(folders: Sequence[Path]) -> list[Run]:
     """Reads the runs in `folders`, under names that tell them apart."""
     names = [folder.resolve().name for folder in folders]
-    return [
-        read_run(path, name if names.count(name) == 1 else str(path)) for name, path in zip(names, folders, strict=True)
-    ]
+    return [read_run(f, name if names.count(name) == 1 else str(f)) for f, name in zip(folders, names, strict=True)]
 
 
 def _read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
@@ -179,15 +180,6 @@ def _read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
         if isinstance(value, dict):
             objects.append(value)
     return objects, len(lines) - len(objects)
-
-
-def _series(rows: Sequence[dict[str, Any]]) -> dict[str, Points]:
-    series: dict[str, Points] = {}
-    for step, row in sorted({row["step"]: row for row in rows}.items()):  # the later row of a step wins
-        for metric, value in row.items():
-            if metric != "step" and (value is None or isinstance(value, int | float)):
-                series.setdefault(metric, []).append((step, math.nan if value is None else float(value)))
-    return series
 
 
 def _read_config(path: Path) -> dict[str, Any]:
