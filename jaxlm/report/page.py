@@ -10,7 +10,6 @@ from operator import itemgetter
 from statistics import fmean
 from typing import Any
 
-import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 import jaxlm
@@ -124,5 +123,5 @@ def smoothed(points: Points, columns: int) -> Points:
 
 def places(length: int, columns: int) -> list[int]:
     """Indices of points, even on a linear and on a logarithmic axis, `columns` each; the first and last among them."""
-    both = np.concatenate([np.linspace(0, length - 1, columns), np.geomspace(1, length, columns) - 1])
-    return np.unique(both.round().astype(int)).tolist()
+    shares = [i / (columns - 1) for i in range(columns)]
+    return sorted({round(share * (length - 1)) for share in shares} | {round(length**share) - 1 for share in shares})

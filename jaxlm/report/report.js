@@ -1,14 +1,14 @@
-// Draws the chart of every figure from the JSON in it. The legend has the values at the cursor, else the last ones.
+/* Draws the chart of every figure from the JSON in it. The legend has the values at the cursor, else the last ones. */
 "use strict";
 
 const compact = new Intl.NumberFormat("en", { notation: "compact", maximumSignificantDigits: 4 });
 const exact = new Intl.NumberFormat("en", { maximumSignificantDigits: 7 });
-const DASHES = [[], [7, 3], [2, 3]], BORDERS = ["solid", "dashed", "dotted"]; // beyond eight lines
+const DASHES = [[], [7, 3], [2, 3]], BORDERS = ["solid", "dashed", "dotted"]; /* beyond eight lines */
 const css = ({ colour }) => `var(--c${colour % 8})`;
 const dash = ({ colour }) => Math.floor(colour / 8) % 3;
 const size = ({ clientWidth: width }) => ({ width, height: Math.round(Math.min(0.62 * width, 470)) });
 
-function computed(colour) { // as a canvas takes it
+function computed(colour) { /* as a canvas takes it */
   document.body.style.outlineColor = colour;
   return getComputedStyle(document.body).outlineColor;
 }
@@ -16,10 +16,11 @@ function computed(colour) { // as a canvas takes it
 function draw(holder, { lines, marks, title, unit }, logSteps) {
   const data = uPlot.join(lines.map((line) => [line.x, line.y]));
   const values = lines.flatMap((line) => line.y).filter((y) => y !== null).sort((a, b) => a - b);
-  const logValues = values[0] > 0 && values.at(-1) > 20 * values[values.length >> 1]; // few would flatten the others
+  const logValues = values[0] > 0 && values.at(-1) > 20 * values[values.length >> 1]; /* few would flatten others */
   const series = lines.map(({ label, colour, x, y, kind }) => {
-    const alone = (i) => y[i] !== null && y[i - 1] == null && y[i + 1] == null; // not seen in a line
-    const dots = x.filter((step, i) => x.length <= 40 || alone(i)).map((step) => data[0].indexOf(step));
+    const few = kind === "plain" && x.length <= 40;
+    const alone = (i) => y[i] !== null && y[i - 1] == null && y[i + 1] == null; /* not seen in a line */
+    const dots = x.filter((step, i) => few || alone(i)).map((step) => data[0].indexOf(step));
     const last = y.findLast((value) => value !== null);
     return {
       label,

@@ -73,7 +73,7 @@ class Run:
         """The value of a metric at a step, if there is one."""
         return dict(self.points(metric)).get(step)
 
-    @property
+    @cached_property
     def key_figures(self) -> dict[str, str]:
         """The run in numbers: {label: value}."""
         start = self.starts[-1] if self.starts else {}
@@ -97,7 +97,8 @@ class Run:
             figures["Tokens trained on"] = number(self.last_step * tokens)
             moving = [(0, 0.0), *((step, rate) for step, rate in rates if rate > 0)]
             seconds = sum((step - before) * tokens / rate for (before, _), (step, rate) in pairwise(moving))
-            figures["Time in updates"] = str(timedelta(seconds=round(seconds)))  # without evaluations and saves
+            if seconds:  # without evaluations and saves
+                figures["Time in updates"] = str(timedelta(seconds=round(seconds)))
         if epochs := self.finite("train/epoch"):
             figures["Epochs"] = number(epochs[-1][1], 3)
         for metric, owner in (("train/memory_gib", "a device"), ("train/host_memory_gib", "the process")):
