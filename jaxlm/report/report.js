@@ -1,12 +1,17 @@
 /* Draws the chart of every figure from the JSON in it. The legend has the values at the cursor, else the last ones. */
 "use strict";
 
-const compact = new Intl.NumberFormat("en", { notation: "compact", maximumSignificantDigits: 4 });
-const exact = new Intl.NumberFormat("en", { maximumSignificantDigits: 7 });
+const compact = readable({ notation: "compact", maximumSignificantDigits: 4 });
+const exact = readable({ maximumSignificantDigits: 7 });
 const DASHES = [[], [7, 3], [2, 3]], BORDERS = ["solid", "dashed", "dotted"]; /* beyond eight lines */
 const css = ({ colour }) => `var(--c${colour % 8})`;
 const dash = ({ colour }) => Math.floor(colour / 8) % 3;
 const size = ({ clientWidth: width }) => ({ width, height: Math.round(Math.min(0.62 * width, 470)) });
+
+function readable(options) { /* 20K, 1,234.5, 5e-7 */
+  const { format } = new Intl.NumberFormat("en", options);
+  return (value) => (value && Math.abs(value) < 1e-3 ? (+value.toPrecision(5)).toExponential() : format(value));
+}
 
 function computed(colour) { /* as a canvas takes it */
   document.body.style.outlineColor = colour;
@@ -23,35 +28,34 @@ function draw(holder, { lines, marks, title, unit }, logSteps) {
     const dots = x.filter((step, i) => few || alone(i)).map((step) => data[0].indexOf(step));
     const last = y.findLast((value) => value !== null);
     return {
-      label,
-      class: `kind-${kind}`,
-      stroke: () => computed(css({ colour })),
-      dash: DASHES[dash({ colour })],
+      label, class: `kind-${kind}`,
+      stroke: () => computed(css({ colour })), dash: DASHES[dash({ colour })],
       width: kind === "faint" ? 1 : 2, alpha: kind === "faint" ? 0.4 : 1,
       points: { show: true, size: 5, filter: () => dots },
-      value: (plot, value) => exact.format((plot.cursor.idx === null ? last : value) ?? NaN).replace("NaN", "\u2013"),
+      value: (plot, value) => exact((plot.cursor.idx === null ? last : value) ?? NaN).replace("NaN", "\u2013"),
     };
   });
   const axis = {
     stroke: () => computed("var(--faint)"),
     grid: { stroke: () => computed("var(--rule)"), width: 1 },
-    values: (plot, ticks) => ticks.map((tick) => (tick === null ? "" : compact.format(tick))),
+    values: (plot, ticks) => ticks.map((tick) => (tick === null ? "" : compact(tick))),
     labelFont: "12px system-ui", labelSize: 20, ticks: { size: 4 },
   };
   const markAxes = marks.map((mark) => ({
-    scale: "x", side: 0, size: 14, gap: 0, ticks: { show: false },
+    scale: "x", side: 0, size: 0, gap: 0, ticks: { show: false }, /* all in one row, in the padding */
     stroke: () => computed(css(mark)),
     grid: { show: mark.kind === "resumed", stroke: () => computed(css(mark)), width: 1, dash: [3, 3] },
     splits: (plot, i, low, high) => mark.steps.filter((step) => step >= low && step <= high),
     values: (plot, splits) => splits.map(() => mark.symbol),
   }));
-  const range = (plot, low, high) => [logSteps ? Math.max(low, 1) : low, Math.max(high, low + 1)];
+  const range = (plot, low, high) => [logSteps ? Math.max(low, 1) : low, high];
   return new uPlot({
     ...size(holder),
     scales: { x: { time: false, distr: logSteps ? 3 : 1, range }, y: { distr: logValues ? 3 : 1 } },
     axes: [{ ...axis, size: 30, label: "step" }, { ...axis, size: 56, label: unit || title }, ...markAxes],
-    series: [{ label: "step", value: (plot, step) => exact.format(step ?? data[0].at(-1)) }, ...series],
+    series: [{ label: "step", value: (plot, step) => exact(step ?? data[0].at(-1)) }, ...series],
     legend: { markers: { stroke: (plot, i) => css(lines[i - 1]), dash: (plot, i) => BORDERS[dash(lines[i - 1])] } },
+    padding: [16, null, null, null],
     cursor: { hover: { prox: 8 }, y: false },
     hooks: { setSeries: [(plot, i, { show }) => lines[i]?.kind === "smoothed" && plot.setSeries(i + 1, { show })] },
   }, data, holder);
