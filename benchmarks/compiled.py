@@ -43,7 +43,9 @@ dnn_version_info { major: 9 minor: 19 }
 runtime_version { major: @CUDA minor: 0 patch: 0 }
 device_description_str: "NVIDIA H100 80GB HBM3"
 """
-KINDS = r" (fusion|custom-call|copy|transpose|while|sort|scatter|all-\w+-start|reduce-scatter-start|collective-\w+-start)\("
+KINDS = (
+    r" (fusion|custom-call|copy|transpose|while|sort|scatter|all-\w+-start|reduce-scatter-start|collective-\w+-start)\("
+)
 
 
 def h100s(devices: int, hosts: int) -> list[jax.Device]:

@@ -50,15 +50,11 @@ def run(command: list[object], folder: Path, **environment: str) -> subprocess.C
 
 def test_the_wheel_holds_every_module_and_configuration(wheel: Path) -> None:
     held = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
-    modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "jaxlm").rglob("*.py")}
-    data = {
-        path.relative_to(ROOT).as_posix()
-        for path in (ROOT / "jaxlm").rglob("*.*")
-        if path.suffix in (".css", ".js", ".md")
-    }
+    files = {path.relative_to(ROOT).as_posix() for path in (ROOT / "jaxlm").rglob("*") if path.is_file()}
+    files = {name for name in files if "/__pycache__/" not in name}
     configs = {f"jaxlm/configs/{path.name}" for path in (ROOT / "configs").iterdir() if path.suffix != ".pyc"}
     configs -= {"jaxlm/configs/__pycache__"}
-    assert held == modules | data | configs
+    assert held == files | configs
     assert wheel.name.split("-")[1] == jaxlm.__version__
 
 

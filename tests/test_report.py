@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,15 @@ import pytest
 
 from jaxlm.config import Config, DataConfig, TrainingConfig, to_dict
 from jaxlm.errors import UserError
-from jaxlm.report import charts, write_report, write_report_of_run
-from jaxlm.report.elements import brief, element, number
-from jaxlm.report.runs import differing, figures, read_run
+from jaxlm.report import write_report, write_report_of_run
+from jaxlm.report.page import smoothed, thinned
+from jaxlm.report.runs import differing_options, number, read_run
 
 ROOT = Path(__file__).parents[1]
 NASTY = "</pre></script><script>alert('x')</script> & \x00\x1b[31m \ud800 <!-- ]]>"
+VENDOR = ROOT / "jaxlm" / "report" / "vendor"
 VOID = {"meta", "input"}
+ODD_VALUES = [[0.0], [1e-30, 1e-30], [-5.0, -5.0], [3e38], [1e-6, 5.0, 1e6], [math.nan]]
 PACKING = {
     "rows": 40,
     "row_length": 32,
@@ -62,8 +65,8 @@ class Page(HTMLParser):
         return "".join(self.texts)
 
     def charts(self) -> dict[str, dict[str, Any]]:
-        """{the drawing's description: its points}."""
-        labels = [str(attributes["aria-label"]) for tag, attributes in self.tags if tag == "svg"]
+        """{the chart's description: what report.js draws}."""
+        labels = [str(attributes["aria-label"]) for _, attributes in self.tags if attributes.get("class") == "plot"]
         return dict(zip(labels, (json.loads(text) for text in self.scripts if text.startswith("{")), strict=True))
 
 
@@ -135,9 +138,16 @@ def test_page_is_whole_and_alone(run: Path) -> None:
     page, html = render(run)
     for tag, attributes in page.tags:
         assert not {"src", "href", "srcset", "action", "xmlns"} & set(attributes), tag
-    assert not re.search(r"//|url\(|@import|http", "".join(page.scripts))
+    licence, library, style = (
+        (VENDOR / name).read_text() for name in ("LICENSE", "uPlot.iife.min.js", "uPlot.min.css")
+    )
+    assert licence in html and library in html and style in html, "whole, with its licence"
+    code = re.sub(r"/\*.*?\*/", "", "".join(page.scripts), flags=re.DOTALL)
+    assert not re.search(r"//|url\(|@import|http|fetch\(|import\(|XMLHttpRequest|WebSocket|sendBeacon", code)
     assert any("default-src 'none'" in (attributes.get("content") or "") for _, attributes in page.tags)
-    assert [tag for tag, _ in page.tags].count("script") == len(page.charts()) + 1, "one to a chart, and report.js"
+    assert [tag for tag, _ in page.tags].count("script") == len(page.charts()) + 2, (
+        "one to a chart, uPlot and report.js"
+    )
     assert "<script>alert" not in html and "\x00" not in html
     assert "</pre></script><script>alert('x')</script> & \ufffd\ufffd[31m \ufffd <!-- ]]>" in page.text
     assert "a <b>run" in page.text
@@ -152,7 +162,9 @@ def test_page_tells_all(run: Path) -> None:
         "resumed from step 15, 2026-11-24 15:00 UTC",
         "2 updates skipped",
         "loss spike: 9.7500",
-        "rows are 95.0% full",
+        "Rows filled95.0%",
+        "dropped_tokens\n1111\n",
+        "JavaScript, which draws the curves, is off",
         "Step 20, validation loss 3.5",
         "training.learning_rate",
         "git checkout 0123abc   # with changes that were not committed",
@@ -161,41 +173,50 @@ def test_page_tells_all(run: Path) -> None:
         "f1a9",
     ):
         assert told in text, told
-    changed = text.index("changed from the default")
-    assert changed < text.index("training.learning_rate") < text.index("as by default") < text.index("model.d_model")
+    changed, others = text.index("changedvaluedefault"), text.index("options left at their defaults")
+    assert changed < text.index("training.learning_rate") < others < text.index("model.d_model")
     assert "0.003" in text and "0.0001" in text, "the value, and the default beside it"
 
 
 def test_charts_are_the_rows(run: Path) -> None:
     """The later row of a step wins, null is a gap, and what has no value has no chart."""
-    page, html = render(run)
+    page, _ = render(run)
     drawn = page.charts()
-    loss, logarithmic = (chart for label, chart in drawn.items() if label.startswith("Loss"))
+    label, loss = next(iter(drawn.items()))
+    assert " ".join(label.split()) == (
+        "Loss, nats per token, by step; training from 4.95 to 2.5; validation from 3.5 to 3.5;"
+    )
     training, validation = loss["lines"]
     assert training["x"] == list(range(1, 31)), "the null of step 18 was computed again"
     assert training["y"][17] == pytest.approx(4 - 18 / 20) and training["y"][24] == 9.75
     assert (validation["x"], validation["y"]) == ([20], [3.5])
     assert not any(label.startswith("MFU") for label in drawn)
     assert any(label.startswith("custom/</script><b>") for label in drawn)
-    assert html.count("\N{MULTIPLICATION X}") and "\N{BLACK DOWN-POINTING SMALL TRIANGLE}" in html
-    assert (logarithmic["x"][4], logarithmic["lines"]) == (True, loss["lines"])
+    assert [(mark["kind"], mark["symbol"], mark["steps"]) for mark in loss["marks"]] == [
+        ("resumed", "\u250a", [15]),
+        ("spike", "\u25be", [25]),
+        ("skipped", "\u2715", [12]),
+    ]
+    assert [chart["log_switch"] for chart in drawn.values()].count(True) == 1 == page.text.count("logarithmic steps")
 
 
-def test_marks(run: Path) -> None:
-    assert [(mark.step, mark.kind) for mark in read_run(run).marks] == [
+def test_events(run: Path) -> None:
+    assert [(event.step, event.kind) for event in read_run(run).events] == [
+        (0, "started"),
         (12, "skipped"),
         (15, "resumed"),
         (25, "spike"),
     ]
 
 
-def test_figures(run: Path) -> None:
-    found = dict(figures(read_run(run)))
+def test_key_figures(run: Path) -> None:
+    found = read_run(run).key_figures
     assert found["Steps"] == "30 of 30"
-    assert found["Training loss, last"] == "2.5"
+    assert found["Best validation loss"] == "3.5 at step 20"
+    assert found["Last training loss"] == "2.5"
     assert found["Tokens trained on"] == f"{30 * 8 * 32 * 0.95:,.0f}"
-    assert found["Time in updates"] == "7 s"
-    assert "MFU, median" not in found
+    assert found["Time in updates"] == "0:00:07"
+    assert "Median MFU" not in found
 
 
 def test_old_and_unfinished_runs(tmp_path: Path) -> None:
@@ -208,6 +229,7 @@ def test_old_and_unfinished_runs(tmp_path: Path) -> None:
     assert "2 line(s) of metrics.jsonl could not be read" in page.text
     assert "config.json is not there" in page.text
     assert next(iter(page.charts().values()))["lines"][0]["y"] == [3.0, 1.5, 1.0]
+    assert "The folder has no starts.jsonl" in page.text
     (tmp_path / "old" / "final_model").mkdir()
     assert "Finished" in render(folder)[0].text
 
@@ -227,16 +249,22 @@ def test_several_runs(tmp_path: Path, run: Path) -> None:
     lines = next(iter(page.charts().values()))["lines"]
     assert [line["label"] for line in lines] == ["a <b>run", str(other), str(third)]
     assert len({line["colour"] for line in lines}) == 3
-    assert set(differing([read_run(run), read_run(other)])) == {
-        "training.learning_rate",
-        "training.wandb_project",
-        "data.text_column",
-    }
-    assert differing([read_run(other), read_run(third)]) == []
+    assert differing_options([read_run(run), read_run(other)]) == [
+        ["training.learning_rate", "0.003", "0.0001"],
+        ["training.wandb_project", "<i>", "jaxlm"],
+        ["data.text_column", NASTY, "text"],
+    ]
+    assert differing_options([read_run(other), read_run(third)]) == []
+    (third / "config.json").unlink()
+    assert differing_options([read_run(other), read_run(third)]) == []
+    text = render(run, other, third)[0].text
+    assert "A run without config.json has no options here" in text and "training.learning_rate0.0030.0001" in (
+        "".join(text.split())
+    )
 
 
 def test_long_runs_are_thinned_and_keep_their_extremes(tmp_path: Path) -> None:
-    """100,000 rows: less than 2 MB, and the one loss of 77 among them is still there, on both axes."""
+    """100,000 rows: less than 2 MB, and the one loss of 77 and the first steps (for a logarithmic axis) are there."""
     lines = [f'{{"step": {s}, "train/loss": {3 + s % 7 / 10}, "train/grad_norm": 1.0}}\n' for s in range(1, 100_001)]
     lines[54_320] = '{"step": 54321, "train/loss": 77.0, "train/grad_norm": 0.5}\n'
     folder = make_run(tmp_path / "run", [])
@@ -246,51 +274,37 @@ def test_long_runs_are_thinned_and_keep_their_extremes(tmp_path: Path) -> None:
     assert out.stat().st_size < 2e6
     for label, chart in Page(out.read_text(encoding="utf-8")).charts().items():
         if label.startswith("Loss"):
-            assert all(77.0 in line["y"] and line["x"][0] == 1 and line["x"][-1] == 100_000 for line in chart["lines"])
+            raw, means = ([line for line in chart["lines"] if line["kind"] == kind] for kind in ("faint", "smoothed"))
+            assert len(raw) == len(means) == 2
+            assert all(77.0 in line["y"] for line in raw)
+            assert all(line["x"][0] == 1 and line["x"][-1] == 100_000 for line in chart["lines"])
+            assert all(sum(x <= 100 for x in line["x"]) > 20 for line in chart["lines"])
 
 
 def test_thinning_and_smoothing() -> None:
-    points = [(float(x), math.nan if x == 500 else math.sin(x) + (x == 700) * 9) for x in range(1, 1001)]
-    scale = charts.Scale(0, 1000, charts.LEFT, charts.RIGHT)
-    few = charts.thinned(points, scale, 50)
-    assert len(few) <= 102 and few == sorted(few) and max(y for _, y in few) == points[699][1]
-    assert charts.thinned(points[:100], scale, 50) == points[:100]
-    straight = [(float(x), 2.0 * x) for x in range(1, 301)]
-    assert [y for _, y in charts.smoothed(straight)] == pytest.approx([y for _, y in straight]), (
-        "what is straight stays where it is"
-    )
-    gap = charts.smoothed([(1.0, 1.0), (2.0, math.nan), (3.0, math.inf)])
-    assert gap[0] == (1.0, 1.0) and math.isnan(gap[2][1])
+    points = [(x, math.nan if x == 500 else math.sin(x) + (x == 700) * 9) for x in range(1, 1001)]
+    few = thinned(points, 50)
+    assert len(few) <= 202 and few == sorted(few) and max(y for _, y in few) == points[699][1]
+    assert thinned(points[:100], 50) == points[:100]
+    straight = [(x, 2.0 * x) for x in range(1, 301)]
+    means = smoothed(straight, 50)
+    assert [y for _, y in means] == pytest.approx([2.0 * x for x, _ in means]), "what is straight stays where it is"
+    assert means[0] == straight[0] and means[-1] == straight[-1] and 50 <= len(means) <= 100
+    gap = smoothed([(1, 1.0), (2, math.nan), (3, math.inf)], 3)
+    assert gap[0] == (1, 1.0) and math.isnan(gap[2][1])
 
 
-@pytest.mark.parametrize("values", [[0.0], [1e-30, 1e-30], [-5.0, -5.0], [3e38], [1e-6, 5.0, 1e6], [math.nan]])
-def test_any_values_have_an_axis(values: list[float]) -> None:
-    line = charts.Line("x", list(enumerate(values)), 0)
-    scale = charts.y_scale([line])
-    assert scale.low < scale.high and len(scale.ticks(5)) < 20
-    assert "nan" not in charts._path(line.points, charts.x_scale([line], True), scale)
+@pytest.mark.parametrize("values", ODD_VALUES)
+def test_any_values_have_a_chart(tmp_path: Path, values: list[float]) -> None:
+    rows = [row(step, 1.0, **{"custom/x": value}) for step, value in enumerate(values)]
+    drawn = [chart for chart in render(make_run(tmp_path / "run", rows))[0].charts().values() if "x" in chart["title"]]
+    assert [chart["lines"][0]["y"] for chart in drawn] == [values] * (values != ODD_VALUES[-1])
 
 
 def test_numbers() -> None:
-    assert [number(v) for v in (None, math.nan, 0.0, 12345.0, 1234.5, 4.5921, 3e-5, math.inf)] == [
-        "\N{EN DASH}",
-        "\N{EN DASH}",
-        "0",
-        "12,345",
-        "1,234",
-        "4.592",
-        "3e-05",
-        "inf",
-    ]
-    assert [brief(v) for v in (0.0, 0.25, 2000.0, 20_000.0, 1.5e6, 5e-4)] == [
-        "0",
-        "0.25",
-        "2000",
-        "20k",
-        "1.5M",
-        "5e-4",
-    ]
-    assert element("p", "a", element("b"), "c").find("b").tail == "c"  # type: ignore[union-attr]
+    values = (None, math.nan, 0.0, 12345.0, 1234.5, 4.5921, 3e-5, math.inf)
+    shown = ["\N{EN DASH}", "\N{EN DASH}", "0", "12,345", "1,234", "4.592", "3e-05", "inf"]
+    assert [number(value) for value in values] == shown
 
 
 # ---- The command, and the trainer's own
@@ -346,19 +360,50 @@ def test_a_report_that_fails_costs_nothing_else(run: Path, tmp_path: Path, capsy
 
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium on the PATH")
 def test_in_a_browser(run: Path, tmp_path: Path) -> None:
-    """Values come up under the pointer, nothing is wider than a phone, and no script fails."""
+    """Values come up under the pointer and by arrow keys, every axis has a range, nothing is wider than a phone."""
+    with (run / "metrics.jsonl").open("a") as file:
+        for i, values in enumerate(ODD_VALUES):
+            file.writelines(json.dumps({"step": 31 + n, f"custom/{i}": v}) + "\n" for n, v in enumerate(values))
     _, html = render(run)
-    probe = """<script>
-        const shown = document.querySelector("svg"), box = shown.getBoundingClientRect();
-        shown.dispatchEvent(new PointerEvent("pointermove", {clientX: box.left + box.width * 0.98, bubbles: true}));
-        document.body.dataset.probe = document.querySelector(".tip").textContent;
-        document.body.dataset.wide = document.documentElement.scrollWidth > window.innerWidth;
+    spy = """<script>
+        const plots = [], probe = [], errors = [], Plot = uPlot;
+        uPlot = function (...options) { const made = new Plot(...options); plots.push(made); return made; };
+        uPlot.join = Plot.join;
+        addEventListener("error", (event) => errors.push(event.message));
+        </script>"""
+    check = """<script>
+        const over = document.querySelector(".u-over"), box = over.getBoundingClientRect();
+        const legend = () => probe.push(document.querySelector(".u-legend").textContent);
+        legend();
+        const clientX = box.left + box.width * 0.99, clientY = box.top + 9;
+        over.dispatchEvent(new MouseEvent("mousemove", {clientX, clientY, bubbles: true}));
+        legend();
+        document.querySelector(".plot").dispatchEvent(new KeyboardEvent("keydown", {key: "ArrowLeft"}));
+        legend();
+        document.querySelector("input").click();
+        const {x, y} = plots.at(-1).scales;
+        probe.push(x.distr, document.querySelectorAll(".uplot").length, plots.length);
+        queueMicrotask(() => {
+          const scales = plots.flatMap((plot) => [plot.scales.x, plot.scales.y]);
+          probe.push(scales.every((scale) => scale.min < scale.max));
+          probe.push(document.documentElement.scrollWidth > innerWidth, errors);
+          document.body.dataset.probe = JSON.stringify(probe);
+        });
         </script></body>"""
-    (tmp_path / "probe.html").write_text(html.replace("</body>", probe), encoding="utf-8")
+    before, last = html.rsplit("<script>", 1)
+    html = before + spy + "<script>" + last.replace("</body>", check)
+    (tmp_path / "probe.html").write_text(html, encoding="utf-8")
     flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
     flags += f" --disable-component-update --disable-sync --dump-dom --window-size=500,900 --user-data-dir={tmp_path}/p"
     browser = ["chromium", *flags.split(), f"file://{tmp_path}/probe.html"]
     dom = subprocess.run(browser, capture_output=True, text=True, timeout=60, check=False).stdout
-    found = re.search(r'data-probe="([^"]*)" data-wide="([^"]*)"', dom)
+    found = re.search(r'data-probe="([^"]*)"', dom)
     assert found is not None, dom[-500:]
-    assert found.groups() == ("step 30training 2.5", "false")
+    charts = html.count('class="plot"')
+    assert json.loads(unescape(found[1])) == [
+        "step30training2.5validation3.5",
+        "step30training2.5validation\N{EN DASH}",
+        "step29training2.55validation\N{EN DASH}",
+        *(3, charts, charts + 1),
+        *(True, False, []),
+    ]

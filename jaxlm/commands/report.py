@@ -4,7 +4,6 @@ import argparse
 from pathlib import Path
 
 from jaxlm.commands import cli
-from jaxlm.report import FILE, write_report
 
 
 def add_options(parser: cli.Parser) -> None:
@@ -18,6 +17,8 @@ def add_options(parser: cli.Parser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
+    from jaxlm.report import FILE, write_report
+
     folders: list[Path] = [folder.expanduser() for folder in arguments.runs]
     out = arguments.out or (folders[0] / FILE if len(folders) == 1 else Path(FILE))
     write_report(folders, out)

@@ -17,7 +17,7 @@ import numpy as np
 
 from jaxlm.checkpoints.items import JSON_ITEMS, read_config, read_tokenizer
 from jaxlm.checkpoints.manifest import damage
-from jaxlm.config import Config, ModelConfig, check_fields, from_dict, shown
+from jaxlm.config import Config, ModelConfig, from_dict, shown
 from jaxlm.data.hub import SECONDS, why_unreachable
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.errors import UserError, one_line
@@ -175,10 +175,12 @@ def with_architecture(config: Config, fresh: bool = False) -> Config:
 
     A run that goes on (not `fresh`) keeps the architecture it began with.
 
+    Args:
+      config: each field valid by itself.
+
     Raises:
       UserError: there is no such model, or an option contradicts it.
     """
-    check_fields(config)
     if config.training.init_from is None:
         return config
     begun = None if fresh else _model_of_the_run(config)

@@ -1,69 +1,77 @@
-/* The values under a pointer, or under a cursor that the arrow keys move; the charts are whole without it. */
+/* Draws the chart of every figure from the JSON in it. The legend has the values at the cursor, else the last ones. */
 "use strict";
 
-function show(value) {
-  return Math.abs(value) >= 1000 ? value.toLocaleString("en-US", { maximumFractionDigits: 0 }) : String(value);
+const compact = readable({ notation: "compact", maximumSignificantDigits: 4 });
+const exact = readable({ maximumSignificantDigits: 7 });
+const DASHES = [[], [7, 3], [2, 3]], BORDERS = ["solid", "dashed", "dotted"]; /* beyond eight lines */
+const css = ({ colour }) => `var(--c${colour % 8})`;
+const dash = ({ colour }) => Math.floor(colour / 8) % 3;
+const size = ({ clientWidth: width }) => ({ width, height: Math.round(Math.min(0.62 * width, 470)) });
+
+function readable(options) { /* 20K, 1,234.5, 5e-7 */
+  const { format } = new Intl.NumberFormat("en", options);
+  return (value) => (value && Math.abs(value) < 1e-3 ? (+value.toPrecision(5)).toExponential() : format(value));
 }
 
-function nearest(sorted, value) {
-  let low = 0, high = sorted.length - 1;
-  while (high - low > 1) {
-    const middle = (low + high) >> 1;
-    if (sorted[middle] < value) low = middle; else high = middle;
-  }
-  return Math.abs(sorted[low] - value) <= Math.abs(sorted[high] - value) ? low : high;
+function computed(colour) { /* as a canvas takes it */
+  document.body.style.outlineColor = colour;
+  return getComputedStyle(document.body).outlineColor;
 }
 
-for (const drawing of document.querySelectorAll(".drawing")) {
-  const svg = drawing.querySelector("svg");
-  const { x, lines } = JSON.parse(drawing.querySelector("script").textContent);
-  const [low, high, start, end, log] = x;
-  const steps = [...new Set(lines.flatMap((line) => line.x))].sort((a, b) => a - b);
-  if (!steps.length) continue;
-  const forth = (step) => start + (end - start) *
-    (log ? Math.log(step / low) / Math.log(high / low) : (step - low) / (high - low));
-  const back = (place) => {
-    const share = (place - start) / (end - start);
-    return log ? low * Math.pow(high / low, share) : low + share * (high - low);
-  };
-  const tip = document.createElement("div");
-  tip.className = "tip";
-  const cursor = document.createElementNS(svg.namespaceURI, "path");
-  cursor.setAttribute("class", "cursor");
-  let at = steps.length - 1;
-
-  function move(index) {
-    at = Math.min(Math.max(index, 0), steps.length - 1);
-    const step = steps[at], place = forth(step);
-    cursor.setAttribute("d", `M${place} 8V184`);
-    tip.replaceChildren(`step ${step.toLocaleString("en-US")}`);
-    for (const line of lines) {
-      const i = nearest(line.x, step);
-      if (!line.x.length || Math.abs(forth(line.x[i]) - place) > 6) continue;
-      const row = document.createElement("div"), key = document.createElement("span");
-      key.className = `key c${line.colour}`;
-      row.append(key, `${line.label} ${show(line.y[i])}`);
-      tip.append(row);
-    }
-    svg.append(cursor);
-    drawing.append(tip);
-    const middle = place / 360 * drawing.clientWidth;
-    tip.style.left = `${Math.min(Math.max(middle - tip.offsetWidth / 2, 0), drawing.clientWidth - tip.offsetWidth)}px`;
-    tip.style.top = `${-tip.offsetHeight}px`;
-  }
-
-  function leave() { tip.remove(); cursor.remove(); }
-
-  svg.addEventListener("pointermove", (event) => {
-    const box = svg.getBoundingClientRect();
-    move(nearest(steps, back((event.clientX - box.left) / box.width * 360)));
+function draw(holder, { lines, marks, title, unit }, logSteps) {
+  const data = uPlot.join(lines.map((line) => [line.x, line.y]));
+  const values = lines.flatMap((line) => line.y).filter((y) => y !== null).sort((a, b) => a - b);
+  const logValues = values[0] > 0 && values.at(-1) > 20 * values[values.length >> 1]; /* few would flatten others */
+  const series = lines.map(({ label, colour, x, y, kind }) => {
+    const few = kind === "plain" && x.length <= 40;
+    const alone = (i) => y[i] !== null && y[i - 1] == null && y[i + 1] == null; /* not seen in a line */
+    const dots = x.filter((step, i) => few || alone(i)).map((step) => data[0].indexOf(step));
+    const last = y.findLast((value) => value !== null);
+    return {
+      label, class: `kind-${kind}`,
+      stroke: () => computed(css({ colour })), dash: DASHES[dash({ colour })],
+      width: kind === "faint" ? 1 : 2, alpha: kind === "faint" ? 0.4 : 1,
+      points: { show: true, size: 5, filter: () => dots },
+      value: (plot, value) => exact((plot.cursor.idx === null ? last : value) ?? NaN).replace("NaN", "\u2013"),
+    };
   });
-  svg.addEventListener("pointerleave", leave);
-  svg.addEventListener("blur", leave);
-  svg.addEventListener("keydown", (event) => {
-    const way = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
-    if (!way) return;
-    event.preventDefault();
-    move(cursor.isConnected ? at + way : at);
+  const axis = {
+    stroke: () => computed("var(--faint)"),
+    grid: { stroke: () => computed("var(--rule)"), width: 1 },
+    values: (plot, ticks) => ticks.map((tick) => (tick === null ? "" : compact(tick))),
+    labelFont: "12px system-ui", labelSize: 20, ticks: { size: 4 },
+  };
+  const markAxes = marks.map((mark) => ({
+    scale: "x", side: 0, size: 0, gap: 0, ticks: { show: false }, /* all in one row, in the padding */
+    stroke: () => computed(css(mark)),
+    grid: { show: mark.kind === "resumed", stroke: () => computed(css(mark)), width: 1, dash: [3, 3] },
+    splits: (plot, i, low, high) => mark.steps.filter((step) => step >= low && step <= high),
+    values: (plot, splits) => splits.map(() => mark.symbol),
+  }));
+  const range = (plot, low, high) => [logSteps ? Math.max(low, 1) : low, high];
+  return new uPlot({
+    ...size(holder),
+    scales: { x: { time: false, distr: logSteps ? 3 : 1, range }, y: { distr: logValues ? 3 : 1 } },
+    axes: [{ ...axis, size: 30, label: "step" }, { ...axis, size: 56, label: unit || title }, ...markAxes],
+    series: [{ label: "step", value: (plot, step) => exact(step ?? data[0].at(-1)) }, ...series],
+    legend: { markers: { stroke: (plot, i) => css(lines[i - 1]), dash: (plot, i) => BORDERS[dash(lines[i - 1])] } },
+    padding: [16, null, null, null],
+    cursor: { hover: { prox: 8 }, y: false },
+    hooks: { setSeries: [(plot, i, { show }) => lines[i]?.kind === "smoothed" && plot.setSeries(i + 1, { show })] },
+  }, data, holder);
+}
+
+for (const figure of document.querySelectorAll("figure")) {
+  const chart = JSON.parse(figure.querySelector("script").textContent);
+  const holder = figure.querySelector(".plot"), logSteps = figure.querySelector("input");
+  let plot = draw(holder, chart, false);
+  const redraw = () => { plot.setSize(size(holder)); plot.redraw(); };
+  addEventListener("resize", redraw);
+  for (const query of ["(prefers-color-scheme: dark)", "print"]) matchMedia(query).addEventListener("change", redraw);
+  logSteps?.addEventListener("change", () => { plot.destroy(); plot = draw(holder, chart, logSteps.checked); });
+  holder.addEventListener("keydown", ({ key }) => {
+    const steps = plot.data[0], way = { ArrowLeft: -1, ArrowRight: 1 }[key];
+    const at = Math.min(Math.max((plot.cursor.idx ?? steps.length - 1 - way) + way, 0), steps.length - 1);
+    if (way) plot.setCursor({ left: plot.valToPos(steps[at], "x"), top: 0 });
   });
 }

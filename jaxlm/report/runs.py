@@ -1,83 +1,131 @@
-"""What a run's folder tells: its rows, starts, samples and configuration; also of a run that goes on, or is older."""
+"""Reads runs' folders, also of unfinished and older runs, and works out what the report says about them."""
 
 import json
 import math
-import re
 import statistics
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from jaxlm.config import Config, to_dict
+from jaxlm.config import Config, shown, to_dict
 from jaxlm.errors import UserError
 from jaxlm.monitor.anomalies import LossSpikes
-from jaxlm.report.elements import duration, number
 
-Points = list[tuple[int, float]]  # (step, value); NaN where the value was not finite
-OWN_PLACE = ("training.checkpoint_dir", "training.resume_from_checkpoint")  # no difference between two runs
+Points = list[tuple[int, float]]  # (step, value), by step; NaN where the value was not finite
+FOLDER_OPTIONS = ("training.checkpoint_dir", "training.resume_from_checkpoint")  # differ between any two runs
+MOST_SAMPLES = 9
 
 
-@dataclass(frozen=True)
-class Mark:
+class Event(NamedTuple):
     """Something that happened at a step."""
 
     step: int
-    kind: str  # "resumed", "skipped", "spike", "not finite"
+    kind: str  # "started", "resumed", "skipped", "spike", "not finite"
     text: str
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run, as its folder has it."""
+    """What a run's folder holds."""
 
-    folder: Path
     name: str
-    series: dict[str, Points]
+    finished: bool
+    series: dict[str, Points]  # by metric
     last_step: int
-    starts: list[dict[str, Any]] = field(default_factory=list)
-    samples: list[dict[str, Any]] = field(default_factory=list)
-    config: dict[str, Any] = field(default_factory=dict)  # {"section.field": value}
-    unreadable: int = 0  # lines
-
-    def points(self, name: str) -> Points:
-        return self.series.get(name, [])
-
-    def values(self, name: str) -> list[float]:
-        """Those that are finite."""
-        return [value for _, value in self.points(name) if math.isfinite(value)]
-
-    @property
-    def facts(self) -> dict[str, Any]:
-        """Those of the last start; empty in an older run's folder."""
-        return self.starts[-1] if self.starts else {}
-
-    @property
-    def finished(self) -> bool:
-        return (self.folder / "final_model").is_dir()
-
-    @property
-    def best(self) -> tuple[int, float] | None:
-        """Step and loss of the best evaluation."""
-        found = [(value, step) for step, value in self.points("eval/loss") if math.isfinite(value)]
-        return (min(found)[1], min(found)[0]) if found else None
+    starts: list[dict[str, Any]]  # the lines of starts.jsonl
+    samples: list[dict[str, Any]]  # the lines of samples.jsonl, by step
+    config: dict[str, Any]  # {"section.field": value}
+    unreadable_lines: int  # of metrics.jsonl
 
     @cached_property
-    def marks(self) -> list[Mark]:
-        """What happened on the way, in order."""
-        return _marks(self)
+    def events(self) -> list[Event]:
+        """Starts, loss spikes, losses that were not finite and skipped updates, by step."""
+        found = []
+        for start in self.starts:
+            what = f"resumed from step {start['step']:,}" if start["step"] else "started"
+            when = f", {start['time'][:16].replace('T', ' ')} UTC" if "time" in start else ""
+            where = f", on {start['devices']}: {start['command']}" if "command" in start else ""
+            found.append(Event(start["step"], what.split()[0], what + when + where))
+        spikes = LossSpikes()
+        for step, loss in self.points("train/loss"):
+            spike = spikes.look(loss)
+            if spike is not None:
+                found.append(Event(step, "spike", spike))
+            elif not math.isfinite(loss):
+                found.append(Event(step, "not finite", "the loss was not finite"))
+        for (_, before), (step, total) in pairwise([(0, 0.0), *self.finite("train/skipped_steps")]):
+            if total > before:
+                count = int(total - before)
+                found.append(Event(step, "skipped", f"{count} update{'s' * (count > 1)} skipped, not finite"))
+        return sorted(found, key=lambda event: event.step)
 
-    def at(self, name: str, step: int) -> float | None:
-        return dict(self.points(name)).get(step)
+    def points(self, metric: str) -> Points:
+        return self.series.get(metric, [])
 
+    def finite(self, metric: str) -> Points:
+        return [(step, value) for step, value in self.points(metric) if math.isfinite(value)]
 
-# ---- Reading ---------------------------------------------------------------------------------------------------------
+    def at(self, metric: str, step: int) -> float | None:
+        """The value of a metric at a step, if there is one."""
+        return dict(self.points(metric)).get(step)
+
+    @cached_property
+    def key_figures(self) -> dict[str, str]:
+        """The run in numbers: {label: value}."""
+        start = self.starts[-1] if self.starts else {}
+        figures = {}
+        figures["Steps"] = f"{self.last_step:,}" + (f" of {start['total_steps']:,}" if "total_steps" in start else "")
+        if evaluated := self.finite("eval/loss"):
+            step, loss = min(evaluated, key=lambda point: point[1])
+            figures["Best validation loss"] = f"{number(loss)} at step {step:,}"
+            figures["Best bits per byte"] = number(self.at("eval/bits_per_byte", step))
+            figures["Best perplexity"] = number(self.at("eval/perplexity", step))
+            figures["Last validation loss"] = number(self.points("eval/loss")[-1][1])
+        if losses := self.points("train/loss"):
+            figures["Last training loss"] = number(losses[-1][1])
+        if rates := self.finite("train/tokens_per_second"):
+            figures["Median tokens/s"] = number(statistics.median(rate for _, rate in rates))
+        if mfu := self.finite("train/mfu"):
+            figures["Median MFU"] = f"{statistics.median(value for _, value in mfu):.1%}"
+        if start.get("train") and start.get("rows_an_update"):
+            tokens = start["rows_an_update"] * start["train"]["row_length"] * start["train"]["fill"]  # without padding
+            figures["Rows filled"] = f"{start['train']['fill']:.1%}"
+            figures["Tokens trained on"] = number(self.last_step * tokens)
+            moving = [(0, 0.0), *((step, rate) for step, rate in rates if rate > 0)]
+            seconds = sum((step - before) * tokens / rate for (before, _), (step, rate) in pairwise(moving))
+            if seconds:  # without evaluations and saves
+                figures["Time in updates"] = str(timedelta(seconds=round(seconds)))
+        if epochs := self.finite("train/epoch"):
+            figures["Epochs"] = number(epochs[-1][1], 3)
+        for metric, owner in (("train/memory_gib", "a device"), ("train/host_memory_gib", "the process")):
+            if gib := self.finite(metric):
+                figures[f"Peak memory of {owner}"] = f"{max(value for _, value in gib):.2f} GiB"
+        if skipped := self.finite("train/skipped_steps"):
+            figures["Skipped updates"] = number(skipped[-1][1])
+        if "parameters" in start:
+            figures |= {"Parameters": f"{start['parameters']:,}", "Devices": start["devices"]}
+        return figures
+
+    def options_by_default(self) -> tuple[list[list[Any]], list[list[Any]]]:
+        """Rows of an option, its value and its default: those that were changed, and all others."""
+        defaults = flat(to_dict(Config()))
+        rows = [
+            [name, shown(v), shown(defaults[name]) if name in defaults else None] for name, v in self.config.items()
+        ]
+        return [row for row in rows if row[1] != row[2]], [row for row in rows if row[1] == row[2]]
+
+    def samples_to_show(self) -> list[dict[str, Any]]:
+        """Some of the samples, evenly over the run, the first and the last among them."""
+        count = min(len(self.samples), MOST_SAMPLES)
+        return [self.samples[round(i * (len(self.samples) - 1) / max(1, count - 1))] for i in range(count)]
 
 
 def read_run(folder: Path, name: str | None = None) -> Run:
-    """The run in `folder`.
+    """Reads the run in `folder`.
 
     Raises:
       UserError: it holds no run, or no rows yet.
@@ -87,183 +135,84 @@ def read_run(folder: Path, name: str | None = None) -> Run:
     if not (folder / "metrics.jsonl").is_file():
         raise UserError(f"{folder}: not a run's folder, it has no metrics.jsonl; name a run's training.checkpoint_dir")
     lines, unreadable = _read_lines(folder / "metrics.jsonl")
-    written = [line for line in lines if isinstance(line.get("step"), int)]
-    if not written:
+    rows = [line for line in lines if isinstance(line.get("step"), int)]
+    if not rows:
         raise UserError(f"{folder}: has no rows yet; wait for the first one (step 1)")
-    rows = {row["step"]: row for row in written}  # the later row of a step wins
+    series: dict[str, Points] = {}
+    for step, row in sorted({row["step"]: row for row in rows}.items()):  # the later row of a step wins
+        for metric, value in row.items():
+            if metric != "step" and (value is None or isinstance(value, int | float)):
+                series.setdefault(metric, []).append((step, math.nan if value is None else float(value)))
     starts = _read_lines(folder / "starts.jsonl")[0]
     if not starts:  # an older run's folder: where its rows go back, it was resumed
-        steps = [row["step"] for row in written]
-        starts = [{"step": now - 1} for before, now in pairwise(steps) if now <= before]
+        starts = [{"step": row["step"] - 1} for before, row in pairwise(rows) if row["step"] <= before["step"]]
     samples = {
         (line["step"], str(line.get("name"))): line
         for line in _read_lines(folder / "samples.jsonl")[0]
         if isinstance(line.get("step"), int) and isinstance(line.get("text"), str)
     }
     return Run(
-        folder=folder,
         name=name or folder.resolve().name,
-        series=_series(rows),
-        last_step=max(rows),
+        finished=(folder / "final_model").is_dir(),
+        series=series,
+        last_step=max(row["step"] for row in rows),
         starts=starts,
         samples=[samples[key] for key in sorted(samples)],
         config=_read_config(folder / "config.json"),
-        unreadable=unreadable,
+        unreadable_lines=unreadable,
     )
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:
-    """The runs in `folders`, under names that tell them apart."""
+    """Reads the runs in `folders`, under names that tell them apart."""
     names = [folder.resolve().name for folder in folders]
-    shown = [name if names.count(name) == 1 else str(folder) for name, folder in zip(names, folders, strict=True)]
-    return [read_run(folder, name) for folder, name in zip(folders, shown, strict=True)]
+    return [read_run(f, name if names.count(name) == 1 else str(f)) for f, name in zip(folders, names, strict=True)]
 
 
 def _read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
     """The objects in a file of JSON lines, and how many lines are none; the last one may still be being written."""
-    if not path.is_file():
-        return [], 0
-    found, bad = [], 0
-    for line in path.read_bytes().split(b"\n")[:-1]:
+    objects: list[dict[str, Any]] = []
+    lines = path.read_bytes().split(b"\n")[:-1] if path.is_file() else []
+    for line in lines:
         try:
             value = json.loads(line)
         except (ValueError, RecursionError):
-            value = None
+            continue
         if isinstance(value, dict):
-            found.append(value)
-        else:
-            bad += 1
-    return found, bad
-
-
-def _series(rows: dict[int, dict[str, Any]]) -> dict[str, Points]:
-    series: dict[str, Points] = {}
-    for step in sorted(rows):
-        for name, value in rows[step].items():
-            if name == "step" or not (value is None or isinstance(value, int | float)):
-                continue
-            series.setdefault(name, []).append((step, math.nan if value is None else float(value)))
-    return series
+            objects.append(value)
+    return objects, len(lines) - len(objects)
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    """As it is: an older version's may have other fields."""
+    """Not checked: an older version's may have other fields."""
     try:
-        sections = json.loads(path.read_text(encoding="utf-8"))
-        return {f"{section}.{name}": value for section, values in sections.items() for name, value in values.items()}
+        return flat(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, AttributeError):
         return {}
 
 
-# ---- What follows from it --------------------------------------------------------------------------------------------
+def flat(sections: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """{"section.field": value}."""
+    return {f"{section}.{name}": value for section, values in sections.items() for name, value in values.items()}
 
 
-def _marks(run: Run) -> list[Mark]:
-    found = [Mark(start["step"], "resumed", _resumed(start)) for start in run.starts if start["step"]]
-    spikes = LossSpikes()
-    for step, loss in run.points("train/loss"):
-        spike = spikes.look(loss)
-        if spike is not None:
-            found.append(Mark(step, "spike", spike))
-        elif not math.isfinite(loss):
-            found.append(Mark(step, "not finite", "the loss was not finite"))
-    before = 0.0
-    for step, skipped in run.points("train/skipped_steps"):
-        if skipped > before:
-            count = int(skipped - before)
-            found.append(Mark(step, "skipped", f"{count} update{'s' * (count > 1)} skipped, not finite"))
-        before = skipped if math.isfinite(skipped) else before
-    return sorted(found, key=lambda mark: mark.step)
+def side_by_side(tables: Sequence[Mapping[str, Any]]) -> list[list[Any]]:
+    """Rows of a label and its value in every table, or None."""
+    labels = dict.fromkeys(label for own in tables for label in own)
+    return [[label, *(own.get(label) for own in tables)] for label in labels]
 
 
-def _resumed(start: dict[str, Any]) -> str:
-    when = f", {shown_time(start['time'])}" if "time" in start else ""
-    return f"resumed from step {start['step']:,}{when}"
-
-
-def shown_time(text: str) -> str:
-    """2026-11-24T22:10:00Z as people write it."""
-    return re.sub(r"T(\d\d:\d\d):\d\dZ$", r" \1 UTC", text)
-
-
-def tokens_an_update(run: Run) -> float | None:
-    """On average, padding not counted."""
-    train, rows = run.facts.get("train"), run.facts.get("rows_an_update")
-    return rows * train["row_length"] * train["fill"] if train and rows else None
-
-
-def seconds_of_updates(run: Run) -> float | None:
-    """Time spent on updates, without evaluations and saves: tokens between rows by tokens/s."""
-    tokens = tokens_an_update(run)
-    if tokens is None:
-        return None
-    seconds, before = 0.0, 0
-    for step, rate in run.points("train/tokens_per_second"):
-        if rate > 0:
-            seconds += (step - before) * tokens / rate
-            before = step
-    return seconds or None
-
-
-def figures(run: Run) -> Iterator[tuple[str, str]]:
-    """What a run came to: (name, value)."""
-    total = run.facts.get("total_steps")
-    yield "Steps", f"{run.last_step:,}" + (f" of {total:,}" if total else "")
-    best, evaluated = run.best, run.points("eval/loss")
-    if best is not None:
-        step, loss = best
-        yield "Validation loss, best", f"{number(loss)} at step {step:,}"
-        yield "Bits a byte, there", number(run.at("eval/bits_per_byte", step))
-        yield "Perplexity, there", number(run.at("eval/perplexity", step))
-        yield "Validation loss, last", number(evaluated[-1][1])
-    if run.points("train/loss"):
-        yield "Training loss, last", number(run.points("train/loss")[-1][1])
-    rates, mfu = run.values("train/tokens_per_second"), run.values("train/mfu")
-    if rates:
-        yield "Tokens/s, median", number(statistics.median(rates))
-    if mfu:
-        yield "MFU, median", f"{statistics.median(mfu):.1%}"
-    tokens, seconds = tokens_an_update(run), seconds_of_updates(run)
-    if tokens is not None:
-        yield "Tokens trained on", number(run.last_step * tokens)
-    if run.values("train/epoch"):
-        yield "Epochs", number(run.values("train/epoch")[-1], 3)
-    if seconds is not None:
-        yield "Time in updates", duration(seconds)
-    for name, label in (("train/memory_gib", "a device"), ("train/host_memory_gib", "the process")):
-        if run.values(name):
-            yield f"Memory of {label}, peak", f"{max(run.values(name)):.2f} GiB"
-    if run.values("train/skipped_steps"):
-        yield "Skipped updates", number(run.values("train/skipped_steps")[-1])
-    if "parameters" in run.facts:
-        yield "Parameters", f"{run.facts['parameters']:,}"
-    if "devices" in run.facts:
-        yield "Devices", run.facts["devices"]
-
-
-def changed_from_defaults(run: Run) -> list[str]:
-    """Names of the fields that are not as in `Config()`."""
-    defaults = default_fields()
-    return [name for name, value in run.config.items() if name not in defaults or value != defaults[name]]
-
-
-def default_fields() -> dict[str, Any]:
-    return {f"{section}.{name}": v for section, values in to_dict(Config()).items() for name, v in values.items()}
-
-
-def differing(runs: Sequence[Run]) -> list[str]:
-    """Names of the fields in which `runs` differ, but for where they are."""
-    names = dict.fromkeys(name for run in runs for name in run.config)
-    told = [run for run in runs if run.config]
+def differing_options(runs: Sequence[Run]) -> list[list[Any]]:
+    """Rows of an option and its value in every run; a run without config.json has None, and differs nowhere."""
+    options = [{name: shown(v) for name, v in run.config.items() if name not in FOLDER_OPTIONS} for run in runs]
     return [
-        name for name in names if name not in OWN_PLACE and len({json.dumps(run.config.get(name)) for run in told}) > 1
+        row for row in side_by_side(options) if len({v for v, own in zip(row[1:], options, strict=True) if own}) > 1
     ]
 
 
-def shown_value(value: Any) -> str:
-    """A field's value as the command line takes it."""
-    if isinstance(value, list):
-        return ",".join(map(str, value)) or "[]"
-    if isinstance(value, bool):
-        return str(value).lower()
-    return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value) or '""'
+def number(value: float | None, digits: int = 4) -> str:
+    """`value` to some significant digits, such as 12,345 or 4.592 or 3e-05; a dash where there is none."""
+    if value is None or math.isnan(value):
+        return "\N{EN DASH}"
+    whole = abs(value) < 1e15 and (abs(value) >= 10 ** (digits - 1) or float(value).is_integer())
+    return f"{value:,.0f}" if whole else f"{value:.{digits}g}"
