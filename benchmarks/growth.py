@@ -177,7 +177,7 @@ def step(spec: dict[str, Any]) -> dict[str, Any]:
     updates = [after - before for before, after in itertools.pairwise(times[1:])]
     memory = trainer.train_step.memory_analysis()
     return {
-        "parameters": trainer.parameters,
+        "parameters": trainer.assembly.parameters,
         "seconds": min(updates),
         "updates": updates,
         "first_seconds": times[1] - times[0] - min(updates),

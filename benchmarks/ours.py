@@ -84,10 +84,11 @@ def train(spec: dict[str, Any], turns: Turns) -> None:
                 turns.lap(loss)
 
     trainer = Timed(configuration(spec))
-    device = trainer.devices[0]
+    device = trainer.resolved.devices[0]
     if device.platform == "gpu":
         turns.peak = lambda: device.memory_stats()["peak_bytes_in_use"]
-    turns.about |= {"parameters": trainer.parameters, "attention": trainer.attention, "device": device.device_kind}
+    turns.about |= {"parameters": trainer.assembly.parameters, "attention": trainer.assembly.attention}
+    turns.about |= {"device": device.device_kind}
     trainer.train()
 
 

@@ -10,7 +10,6 @@ import pytest
 from conftest import make_config
 from test_model import dense_attention
 
-import jaxlm.trainer
 from jaxlm import Trainer
 from jaxlm.config import Config, replace_fields
 from jaxlm.errors import UserError
@@ -122,10 +121,10 @@ def test_a_run_with_the_kernels_is_the_run_without(tmp_path, corpus, monkeypatch
     """Losses of packed training with dropout, through the whole Trainer."""
     losses = {}
     for kernel in ("blockwise", "pallas"):
-        monkeypatch.setattr(jaxlm.trainer, "choose_attention", lambda *_, kernel=kernel: kernel)
+        monkeypatch.setattr("jaxlm.train.assemble.choose_attention", lambda *_, kernel=kernel: kernel)
         dropout = {"model.dropout": 0.1, "model.attention_dropout": 0.2, "model.n_kv_heads": 1}
         trainer = Trainer(make_config(tmp_path / kernel, corpus, **dropout))
-        assert trainer.attention == kernel
+        assert trainer.assembly.attention == kernel
         rows = losses.setdefault(kernel, [])
         monkeypatch.setattr(Trainer, "_log_metrics", lambda self, loss, rows=rows: rows.append(loss))
         trainer.train()

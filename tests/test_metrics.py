@@ -333,7 +333,7 @@ def test_custom_metrics_stand_in_the_row_of_their_step_everywhere(run: tuple[Cus
 def test_what_a_run_leaves_beside_its_rows(run: tuple[CustomTrainer, Path, str]) -> None:
     trainer, folder, _ = run
     (start,) = read_rows(folder / "starts.jsonl")
-    assert (start["step"], start["total_steps"], start["parameters"]) == (0, 5, trainer.parameters)
+    assert (start["step"], start["total_steps"], start["parameters"]) == (0, 5, trainer.assembly.parameters)
     assert start["train"]["documents"] == 120 and 0.5 < start["train"]["fill"] <= 1
     assert start["versions"]["jax"] == jax.__version__
     samples = read_rows(folder / "samples.jsonl")
@@ -374,7 +374,7 @@ class Normed(Trainer):
 
     def train(self):
         self.norms: dict[int, float] = {}
-        self.whole = jax.jit(self.layout.to_whole)
+        self.whole = jax.jit(self.assembly.layout.to_whole)
         super().train()
 
 
@@ -403,7 +403,7 @@ def test_histograms_of_a_run(histograms: tuple[Normed, Everything]) -> None:
     for step in (2, 3):
         for kind, norm in (("parameters", trainer.norms[step - 1]), ("gradients", gradient_norms[step])):
             found = [h for (name, at), h in sink.histograms.items() if name.startswith(kind) and at == step]
-            assert sum(int(h.counts.sum()) for h in found) == trainer.parameters, "padding is no parameter"
+            assert sum(int(h.counts.sum()) for h in found) == trainer.assembly.parameters, "padding is no parameter"
             assert math.sqrt(sum(h.squares for h in found)) == pytest.approx(norm, rel=1e-5)
 
 

@@ -66,7 +66,8 @@ def reference(tmp_path_factory, corpus):
     """The run that is never stopped: 9 steps, which cross the end of an epoch in the middle of a batch."""
     folder = tmp_path_factory.mktemp("reference")
     trainer = Trainer(make_config(folder, corpus, **HARD))
-    assert len(trainer.rows) < 8 * trainer.global_batch and len(trainer.rows) % trainer.global_batch
+    assert len(trainer.text.rows) < 8 * trainer.resolved.global_batch
+    assert len(trainer.text.rows) % trainer.resolved.global_batch
     trainer.train()
     return folder
 
@@ -123,7 +124,7 @@ def test_resume_notices_a_lost_optimizer_state(tmp_path, corpus, reference, monk
     """The fault that the test above is for: going on with a fresh optimizer."""
     Trainer(make_config(tmp_path, corpus, **HARD, **{"training.stop_at_step": 5})).train()
     again = Trainer(make_config(tmp_path, corpus, **HARD))
-    fresh = again._init()
+    fresh = again.assembly.init()
     again.state = dataclasses.replace(again.state, opt_state=fresh.opt_state)
     again.train()
     run = Path(make_config(reference, corpus, **HARD).training.checkpoint_dir)
@@ -143,9 +144,9 @@ def test_resume_notices_a_lost_optimizer_state(tmp_path, corpus, reference, monk
 def test_another_layout_goes_on_to_rounding(tmp_path, corpus, reference, monkeypatch, devices, options, k):
     """A run of 4 devices goes on with other devices, stages and batch sizes: the same rows an update, equal losses."""
     Trainer(make_config(tmp_path, corpus, **HARD, **{"training.stop_at_step": 5})).train()
-    monkeypatch.setattr("jaxlm.trainer.training_devices", lambda config: jax.devices()[:devices])
+    monkeypatch.setattr("jaxlm.trainer.start_backend", lambda config: jax.devices()[:devices])
     again = Trainer(make_config(tmp_path, corpus, **HARD, **options))
-    assert (again.config.training.gradient_accumulation_steps, again.global_batch) == (k, 16)
+    assert (again.config.training.gradient_accumulation_steps, again.resolved.global_batch) == (k, 16)
     again.train()
     run = Path(make_config(reference, corpus, **HARD).training.checkpoint_dir)
     mine = rows_of(tmp_path / "run")
@@ -156,7 +157,7 @@ def test_another_layout_goes_on_to_rounding(tmp_path, corpus, reference, monkeyp
 
 def test_devices_that_do_not_divide_the_batch_are_refused(tmp_path, corpus, monkeypatch):
     Trainer(make_config(tmp_path, corpus, **HARD, **{"training.stop_at_step": 1})).train()
-    monkeypatch.setattr("jaxlm.trainer.training_devices", lambda config: jax.devices()[:3])
+    monkeypatch.setattr("jaxlm.trainer.start_backend", lambda config: jax.devices()[:3])
     with pytest.raises(UserError, match=r"training.batch_size \(2\) x 3 device\(s\) must divide the 16 rows"):
         Trainer(make_config(tmp_path, corpus, **HARD))
 
@@ -165,10 +166,10 @@ def test_padded_shards_resume_and_load(tmp_path, corpus, monkeypatch):
     """3 devices divide none of the axes: what they save goes on with 2 devices, or none sharded, and loads."""
     options = {"model.d_model": 28, "model.d_ff": 50, "training.batch_size": 2, "training.max_steps": 6}
     one = make_config(tmp_path / "one", corpus, **options | {"training.batch_size": 6})
-    monkeypatch.setattr("jaxlm.trainer.training_devices", lambda config: jax.devices()[:1])
+    monkeypatch.setattr("jaxlm.trainer.start_backend", lambda config: jax.devices()[:1])
     Trainer(one).train()
     for devices, stage, stop, batch in ((3, 3, 2, 2), (2, 3, 4, 3), (1, 0, 6, 6)):
-        monkeypatch.setattr("jaxlm.trainer.training_devices", lambda config, n=devices: jax.devices()[:n])
+        monkeypatch.setattr("jaxlm.trainer.start_backend", lambda config, n=devices: jax.devices()[:n])
         changed = {"training.zero_stage": stage, "training.stop_at_step": stop, "training.batch_size": batch}
         Trainer(make_config(tmp_path, corpus, **options | changed)).train()
         model = load(tmp_path / "run" / f"checkpoint_{stop}").model

@@ -10,6 +10,7 @@ from jax.sharding import PartitionSpec
 from jaxlm.config import replace_fields
 from jaxlm.model.attention import choose_attention
 from jaxlm.model.dropout import row_keys
+from jaxlm.ops.flash import TILES, padded_head_size
 from jaxlm.parallel.mesh import ROWS
 from jaxlm.parallel.split import Params
 from jaxlm.train.accumulate import Batch
@@ -25,7 +26,22 @@ def activation_bytes(resolved: Resolved) -> int:
     the rest are parameters. A GPU's compiler may fuse some of it away.
     """
     one_row, two_rows = (_kept(_with_rows(resolved, rows)) for rows in (1, 2))
-    return (two_rows - one_row) * resolved.config.training.batch_size
+    return (two_rows - one_row - _listed_twice(resolved)) * resolved.config.training.batch_size
+
+
+def _listed_twice(resolved: Resolved) -> int:
+    """Bytes a row of the attention kernel's output, which JAX lists as [T, H, K] and as [T, D].
+
+    That is one array, unless the kernel pads it, or all of it is made again.
+    """
+    config = resolved.config
+    head_size, length = config.model.d_model // config.model.n_heads, config.data.max_length
+    if choose_attention(config, resolved.capability) == "blockwise" or config.model.gradient_checkpointing:
+        return 0
+    if padded_head_size(head_size) != head_size or length % TILES[head_size].longest:
+        return 0
+    elements = config.model.n_layers * length * config.model.d_model // config.training.tensor_parallel
+    return elements * jnp.dtype(compute_dtype(config.training)).itemsize
 
 
 def _with_rows(resolved: Resolved, rows: int) -> Resolved:

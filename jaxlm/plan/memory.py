@@ -8,6 +8,7 @@ counted: it lies outside of JAX's share of the memory (`usable`). docs/memory.md
 Letters: D model width, F feed-forward width, H heads, V vocabulary, L layers; c bytes of the compute type.
 """
 
+import bisect
 import dataclasses
 import functools
 import math
@@ -261,18 +262,11 @@ def largest_batch_size(config: Config, n_devices: int, memory: int) -> int:
     resolved = _resolve(config, n_devices)
     share = usable(memory, config.training.memory_fraction)
 
-    def fits(rows: int) -> bool:
-        training = dataclasses.replace(resolved.config.training, batch_size=rows)
-        config = dataclasses.replace(resolved.config, training=training)
-        return _estimate(dataclasses.replace(resolved, config=config)).total <= share
+    def total(rows: int) -> int:
+        config = replace_fields(resolved.config, {"training.batch_size": rows})
+        return _estimate(dataclasses.replace(resolved, config=config)).total
 
-    low, high = 0, 1
-    while high <= MOST_ROWS and fits(high):
-        low, high = high, 2 * high
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low
+    return bisect.bisect_right(range(1, MOST_ROWS + 1), share, key=total)
 
 
 def usable(memory: int, fraction: float) -> int:
@@ -293,14 +287,6 @@ def usable(memory: int, fraction: float) -> int:
     return int(memory * share)
 
 
-def compiled_bytes(config: Config, devices: list[jax.Device]) -> int:
-    """Bytes a device that the compiler says the training step takes on `devices`; compiles, and allocates nothing.
-
-    Only a GPU's figure means something: on CPU it shows neither what 16 bits save nor fused kernels.
-    """
-    return peak_bytes(assemble(resolve(config, devices)).lower_step().compile())
-
-
 def peak_bytes(compiled: jax.stages.Compiled) -> int:
     """Bytes a device at the peak of a program: arguments, results that don't take their place, temporaries."""
     use = compiled.memory_analysis()
@@ -311,12 +297,17 @@ def peak_bytes(compiled: jax.stages.Compiled) -> int:
 
 
 def compiled_on_gpus(config: Config, n_devices: int) -> int | None:
-    """`compiled_bytes` on as many GPUs, if they are here."""
+    """Bytes a device that the compiler says the update takes, if so many GPUs are here; allocates nothing.
+
+    Only a GPU's figure means something: on CPU it shows neither what 16 bits save nor fused kernels.
+    """
     try:
         here = jax.devices("gpu")
     except (RuntimeError, AssertionError):  # none; the latter where JAX_PLATFORMS allows no platform that is here
         here = []
-    return compiled_bytes(config, here[:n_devices]) if n_devices <= len(here) else None
+    if n_devices > len(here):
+        return None
+    return peak_bytes(assemble(resolve(config, here[:n_devices])).lower_step().compile())
 
 
 def table(result: dict[str, Any]) -> str:
@@ -343,8 +334,3 @@ def table(result: dict[str, Any]) -> str:
         most = result["largest_batch_size"]
         lines.append(f"{verdict}; largest training.batch_size: {most if most else 'none, not even 1'}")
     return "\n".join([*lines, METHOD])
-
-
-def parameters(config: Config) -> int:
-    """How many numbers the model has."""
-    return assemble(_resolve(config, 1)).parameters

@@ -14,22 +14,25 @@ import pytest
 from conftest import make_config
 
 import jaxlm.checkpoints.save
+import jaxlm.run.text
+import jaxlm.train.assemble
 import jaxlm.trainer
 from jaxlm import Trainer
 from jaxlm.checkpoints.folder import checkpoint_steps
 from jaxlm.checkpoints.save import Checkpoints
 from jaxlm.commands import cli
 from jaxlm.config import to_dict
+from jaxlm.train.assemble import Assembly
 
 STEPS = {"training.max_steps": 6, "training.save_steps": 2, "training.eval_steps": 3}
 
 # What is under way when SIGTERM comes: who does it, and how the process ends.
 MOMENTS = {
-    "looking for devices": (jaxlm.trainer, "training_devices", 75),
-    "tokenizing": (jaxlm.trainer, "prepare", 75),
-    "packing": (jaxlm.trainer, "plan_cached", 75),
-    "building the model": (jaxlm.trainer, "init_state", 75),
-    "compiling": (jaxlm.trainer, "compile_train_step", 75),
+    "looking for devices": (jaxlm.trainer, "start_backend", 75),
+    "tokenizing": (jaxlm.run.text, "prepare", 75),
+    "packing": (jaxlm.run.text, "plan_cached", 75),
+    "building the model": (jaxlm.train.assemble, "init_state", 75),
+    "compiling": (Assembly, "lower_step", 75),
     "logging": (Trainer, "_log_metrics", 75),
     "evaluating": (jaxlm.trainer, "evaluate_batches", 75),
     "saving a checkpoint": (Checkpoints, "save", 75),
