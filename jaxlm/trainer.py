@@ -26,7 +26,7 @@ from jaxlm.data.packing import plan_cached
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.data.tokens import cache_root, prepare, prepared_once
 from jaxlm.errors import RunFailed, Stopped, UserError
-from jaxlm.generation.api import answer, encode_prompts
+from jaxlm.generation.api import encode_prompts, generate_one_or_many
 from jaxlm.interop import deepspeed, pretrained
 from jaxlm.model import Transformer
 from jaxlm.model.attention import choose_attention, compute_capability, why_not_fused
@@ -605,7 +605,7 @@ class Trainer:
         """
         with self._watchdog.during("generating text"):
             model = nnx.merge(self.graphdef, self._whole(self.state.params))
-            return answer(model, self.tokenizer, prompt, **options)
+            return generate_one_or_many(model, self.tokenizer, prompt, **options)
 
 
 def _shown(value: Any) -> str:

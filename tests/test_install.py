@@ -15,8 +15,8 @@ import pytest
 
 import jaxlm
 from jaxlm.__main__ import COMMANDS
-from jaxlm.commands import cli
 from jaxlm.config import load_config
+from jaxlm.errors import UserError
 
 pytestmark = pytest.mark.xdist_group("install")  # one process, so that the wheel is built once
 ROOT = Path(__file__).parents[1]
@@ -141,7 +141,7 @@ def test_a_file_goes_before_a_shipped_configuration(tmp_path: Path, monkeypatch:
     monkeypatch.chdir(tmp_path)
     assert load_config("small") == load_config(str(ROOT / "configs" / "small.py"))
     (tmp_path / "small").mkdir()
-    with pytest.raises(cli.UserError, match=r"--config \(small\): is a folder"):
+    with pytest.raises(UserError, match=r"--config \(small\): is a folder"):
         load_config("small")
 
 

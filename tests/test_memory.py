@@ -376,7 +376,7 @@ def test_the_scripts_errors(capsys, arguments, message):
 def test_an_estimate_starts_no_backend():
     """So that it can be made where the GPUs are busy, or JAX can't use them, and of models that fit nowhere."""
     program = f"""if True:
-        from jaxlm.commands import cli
+        from jaxlm.config import load_config
         from jaxlm.plan import memory
         from jax._src import xla_bridge
         config = load_config({str(GPT2["6700m"])!r})

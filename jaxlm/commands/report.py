@@ -3,11 +3,11 @@
 import argparse
 from pathlib import Path
 
-from jaxlm.commands import cli
+from jaxlm.commands.parser import Parser
 from jaxlm.report import FILE, write_report
 
 
-def add_options(parser: cli.Parser) -> None:
+def add_options(parser: Parser) -> None:
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder (training.checkpoint_dir)")
     parser.add_argument(
         "--out",

@@ -1,6 +1,7 @@
 """Where the time of generating goes: prompts, new tokens, compiling."""
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -8,20 +9,24 @@ from typing import Any, TypeVar
 import jax
 
 T = TypeVar("T")
-_COMPILED = "/jax/core/compile/backend_compile_duration"  # JAX's own event, also for programs read from its cache
-_programs = 0
+_COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"  # JAX sends it for programs read from its cache, too
 
 
-def _count_programs(event: str, duration_secs: float, **_: str | int) -> None:
-    global _programs
-    _programs += event == _COMPILED
+@functools.cache  # registers once a process
+def _record_compilations() -> list[float]:
+    """The seconds of each compilation since the first call; JAX appends to it."""
+    seconds: list[float] = []
 
+    def record(event: str, duration_secs: float, **_: str | int) -> None:
+        if event == _COMPILE_EVENT:
+            seconds.append(duration_secs)
 
-jax.monitoring.register_event_duration_secs_listener(_count_programs)
+    jax.monitoring.register_event_duration_secs_listener(record)
+    return seconds
 
 
 @dataclasses.dataclass
-class Part:
+class Throughput:
     """Tokens, and the seconds that they took."""
 
     tokens: int = 0
@@ -32,36 +37,38 @@ class Part:
         return f"{self.tokens:,} tokens in {self.seconds:.2f} s ({rate} tokens/s)"
 
 
+@dataclasses.dataclass
 class Clock:
-    """`prompt` and `new` are what was computed, compiling left out; `compiling` is that, in seconds.
+    """Tokens and seconds of all texts made so far.
 
-    `slides` counts how often a text had filled the model's window, and went on from the second half of it.
+    Attributes:
+      compiling: seconds spent compiling; `prompt` and `new` leave them out.
+      slides: how often a text had filled the model's window, and continued from the second half of it.
     """
 
-    def __init__(self) -> None:
-        self.prompt, self.new, self.compiling, self.slides = Part(), Part(), 0.0, 0
+    prompt: Throughput = dataclasses.field(default_factory=Throughput)
+    new: Throughput = dataclasses.field(default_factory=Throughput)
+    compiling: float = 0.0
+    slides: int = 0
 
-    def call(self, part: Part, function: Callable[..., T], *arguments: Any, **options: Any) -> T:
-        """`function(...)`, waited for; its time is the part's, but for that until its program was compiled."""
-        programs, begin = _programs, time.perf_counter()
+    def call(self, measured: Throughput, function: Callable[..., T], *arguments: Any, **options: Any) -> T:
+        """The finished result of `function(...)`; adds its seconds to `measured`, those until it was compiled apart."""
+        compilations = _record_compilations()
+        before, begin = len(compilations), time.perf_counter()
         out = function(*arguments, **options)
-        if _programs > programs:
+        if len(compilations) > before:
             compiled = time.perf_counter()
             self.compiling += compiled - begin
             begin = compiled
         jax.block_until_ready(out)
-        part.seconds += time.perf_counter() - begin
+        measured.seconds += time.perf_counter() - begin
         return out
-
-    def forget_tokens(self) -> None:
-        """Begins anew, but for what compiling took."""
-        self.prompt, self.new, self.slides = Part(), Part(), 0
 
     def summary(self) -> str:
         """One line: what was made, how fast, and what compiling took."""
-        lines = [f"generated {self.new}", f"prompts {self.prompt}"]
+        parts = [f"generated {self.new}", f"prompts {self.prompt}"]
         if self.compiling:
-            lines.append(f"compiling took {self.compiling:.1f} s")
+            parts.append(f"compiling took {self.compiling:.1f} s")
         if self.slides:
-            lines.append(f"a full window (model.max_seq_len) went on from its second half {self.slides:,} times")
-        return "; ".join(lines)
+            parts.append(f"a full window (model.max_seq_len) went on from its second half {self.slides:,} times")
+        return "; ".join(parts)

@@ -17,7 +17,7 @@ import jaxlm.trainer
 from jaxlm import Trainer
 from jaxlm.checkpoints import checkpoint
 from jaxlm.checkpoints.folder import checkpoint_steps
-from jaxlm.commands import cli
+from jaxlm.commands.exits import run_and_exit
 from jaxlm.config import to_dict
 
 STEPS = {"training.max_steps": 6, "training.save_steps": 2, "training.eval_steps": 3}
@@ -41,7 +41,7 @@ MOMENTS = {
 def exit_code(config):
     """Of `scripts/train.py` with this configuration."""
     with pytest.raises(SystemExit) as ended:
-        cli.main(lambda: Trainer(config).train())
+        run_and_exit(lambda: Trainer(config).train())
     return ended.value.code or 0
 
 
@@ -70,7 +70,7 @@ def test_sigterm_at_any_moment(tmp_path, corpus, monkeypatch, capsys, moment):
 HANG = """
     import sys, threading
     from jaxlm import Trainer
-    from jaxlm.commands import cli
+    from jaxlm.commands.exits import run_and_exit
     from jaxlm.parallel import processes as distributed
     from jaxlm.config import load_config, replace_fields
 
@@ -89,7 +89,7 @@ HANG = """
             trainer._watchdog.limit = 100  # the one that waits shall speak first
         trainer.train()
 
-    cli.main(run)
+    run_and_exit(run)
 """
 
 
