@@ -153,7 +153,7 @@ def test_a_file_goes_before_a_shipped_configuration(tmp_path: Path, monkeypatch:
         ("jaxlm train --training.optimizer lio", {"lion"}),
         ("jaxlm train --training.use_amp ", {"true", "false"}),
         ("jaxlm train --config smal", {"small"}),
-        ("jaxlm estimate_memory --gpu H", {"H100", "H200"}),
+        ("jaxlm estimate_memory --gpu H", {"H100", "H100\\ PCIE", "H100\\ NVL", "H200", "H200\\ NVL"}),
     ],
 )
 def test_completion(line: str, offered: set[str], tmp_path: Path) -> None:
