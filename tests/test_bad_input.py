@@ -456,7 +456,7 @@ ON_RUN = {
     ),
     "export without a size": Case(
         [EXPORT, "--model", "{run}/best_model", "--to", "{folder}/out", "--max_shard_size", "5"],
-        r"--max_shard_size \(5\) must be a number with KB",
+        r"--max_shard_size \(5\) must be a number with a unit from K to T",
     ),
     "export as another type": Case(
         [EXPORT, "--model", "{run}/best_model", "--to", "{folder}/out", "--dtype", "bf16"],

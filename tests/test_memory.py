@@ -364,7 +364,7 @@ def test_the_scripts_json(capsys):
         (["--memory", "lots"], "must be a number"),
         (["--gpu", ""], "known: T4"),
         (["--zero_stage", "4"], "at most 3"),
-        (["--zero_stage", "x"], "--zero_stage"),
+        (["--zero_stage", "x"], r"training\.zero_stage \('x'\) must be int or none"),
         (["--devices", "3", "--training.zero_group_size", "2"], "must divide the 3 device"),
     ],
 )

@@ -31,9 +31,7 @@ def show_texts(
     """
     single = len(prompts) * options.num_samples == 1 and options.num_beams == 1 and not as_json
     if stream and not single:
-        raise UserError(
-            "--stream (true) shows one text as it comes; leave it out for several, for beams and for --json"
-        )
+        raise UserError("--stream (true) shows one text; leave it out for several texts, for beams and for --json")
     streaming = single and (sys.stdout.isatty() if stream is None else stream)
     generator = TextGenerator(loaded.model, loaded.tokenizer, options, chunk=STREAM_CHUNK if streaming else CHUNK)
     if streaming:
@@ -68,19 +66,11 @@ def _show_speed(generator: TextGenerator) -> None:
 
 
 class _Interrupt:
-    """Ctrl-C, while entered: it ends the line that is typed, or requests the end of the text that is written."""
+    """Handles Ctrl-C: it ends the line that is typed, or requests the end of the text that is written."""
 
-    def __init__(self) -> None:
-        self.typing, self.requested = False, False
+    typing = requested = False
 
-    def __enter__(self) -> "_Interrupt":
-        self._before = signal.signal(signal.SIGINT, self._on_signal)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        signal.signal(signal.SIGINT, self._before)
-
-    def _on_signal(self, _: int, __: FrameType | None) -> None:
+    def on_signal(self, _: int, __: FrameType | None) -> None:
         self.requested = True
         if self.typing:
             raise KeyboardInterrupt
@@ -112,7 +102,9 @@ def converse(loaded: LoadedModel, options: GenerationOptions) -> None:
             import readline  # noqa: F401 - gives `input` a history and line editing
         print("a line to continue; Ctrl-C stops a text, Ctrl-D ends", file=sys.stderr)
         question = "> "
-    with _Interrupt() as interrupt:
+    interrupt = _Interrupt()
+    previous = signal.signal(signal.SIGINT, interrupt.on_signal)
+    try:
         while True:
             try:
                 line = interrupt.read_line(question)
@@ -125,4 +117,6 @@ def converse(loaded: LoadedModel, options: GenerationOptions) -> None:
             except UserError as error:
                 print(f"error: {error}", file=sys.stderr)
             number += 1
+    finally:
+        signal.signal(signal.SIGINT, previous)
     _show_speed(generator)

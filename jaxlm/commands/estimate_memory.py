@@ -5,16 +5,7 @@ import dataclasses
 import json
 from typing import Any
 
-from jaxlm.commands.parser import (
-    Parser,
-    add_config_file,
-    add_config_options,
-    config_from,
-    convert,
-    overrides,
-    set_completer,
-)
-from jaxlm.config import replace_fields
+from jaxlm.commands.parser import Parser, add_config_file, add_config_options, config_from, set_completer
 from jaxlm.config.sizes import parse_size
 from jaxlm.errors import UserError
 from jaxlm.parallel import gpus
@@ -40,13 +31,10 @@ def add_options(parser: Parser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     if arguments.gpu is not None and arguments.memory is not None:
         raise UserError(f"--memory ({arguments.memory}) and --gpu ({arguments.gpu}) say the same; give one")
+    short, dotted = arguments.zero_stage, "training.zero_stage"
+    if short is not None and vars(arguments).setdefault(dotted, short) != short:
+        raise UserError(f"--zero_stage ({short}) and --{dotted} ({vars(arguments)[dotted]}) differ; give one")
     config = config_from(arguments)
-    if arguments.zero_stage is not None:
-        stage, dotted = convert("--zero_stage", arguments.zero_stage, int | None), "training.zero_stage"
-        other = overrides(arguments).get(dotted, stage)
-        if other != stage:
-            raise UserError(f"--zero_stage ({stage}) and --{dotted} ({other}) differ; give one")
-        config = replace_fields(config, {dotted: stage})
     size = None if arguments.gpu is None else gpus.memory_of(arguments.gpu)
     if arguments.memory is not None:
         size = parse_size("--memory", arguments.memory, low=2**20)

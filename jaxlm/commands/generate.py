@@ -16,7 +16,7 @@ def add_options(parser: Parser) -> None:
         "--prompt",
         action="append",
         metavar="TEXT",
-        help="text to go on from; may be repeated (default: none, a new text)",
+        help="text to continue; may be repeated (default: none, a new text)",
     )
     parser.add_argument(
         "--prompts_file", metavar="FILE", help='a prompt a line; .jsonl: {"text": PROMPT} a line; -: standard input'

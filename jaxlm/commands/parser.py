@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import glob
 import json
 import re
 import types
@@ -44,19 +45,18 @@ class Parser(argparse.ArgumentParser):
         return found, rest
 
     def error(self, message: str) -> NoReturn:
-        unrecognized = re.match(r"unrecognized arguments: ((--?[^\s=]+)|\S+)", message)
-        if unrecognized and unrecognized[2]:
+        unrecognized = re.match(r"unrecognized arguments: (--?[^\s=]+|\S+)", message)
+        if unrecognized and unrecognized[1].startswith("-"):
             known = [name for action in self._actions for name in action.option_strings]
-            message = f"{unrecognized[2]}: unknown option{nearest(unrecognized[2], known)}; --help lists all"
-        elif unrecognized:
+            raise UserError(f"{unrecognized[1]}: unknown option{nearest(unrecognized[1], known)}; --help lists all")
+        if unrecognized:
             message = (
                 f"{unrecognized[1]}: belongs to no option; quote a pattern ('*.txt') or a text with blanks, name an "
-                "option for each value; --help lists all options"
+                "option for each value"
             )
-        else:
-            hint = " (a value that begins with - is written --name=value)"
-            message += hint * message.endswith("expected one argument") + "; --help lists all options"
-        raise UserError(message)
+        elif message.endswith("expected one argument"):
+            message += " (a value that begins with - is written --name=value)"
+        raise UserError(f"{message}; --help lists all options")
 
 
 def add_config_file(parser: Parser) -> None:
@@ -65,32 +65,23 @@ def add_config_file(parser: Parser) -> None:
     action = parser.add_argument(
         "--config", required=True, metavar="FILE", help=f"configuration, .py or .json, or one that comes along: {names}"
     )
-
-    def complete(prefix: str) -> list[str]:
-        from argcomplete.completers import FilesCompleter
-
-        return [*shipped_configs(), *FilesCompleter(("py", "json"))(prefix)]
-
-    set_completer(action, complete)
+    set_completer(action, lambda prefix: [*shipped_configs(), *_paths(prefix, ".py", ".json", "/")])
 
 
 def add_model_folder(parser: Parser) -> None:
     """Adds --model DIR."""
-    action = parser.add_argument(
-        "--model", required=True, metavar="DIR", help="best_model, final_model or a checkpoint"
-    )
-
-    def complete(prefix: str) -> list[str]:
-        from argcomplete.completers import DirectoriesCompleter
-
-        return list(DirectoriesCompleter()(prefix))
-
-    set_completer(action, complete)
+    text = "best_model, final_model or a checkpoint"
+    action = parser.add_argument("--model", required=True, metavar="DIR", help=text)
+    set_completer(action, lambda prefix: _paths(prefix, "/"))
 
 
 def set_completer(action: argparse.Action, complete: Callable[[str], Iterable[str]]) -> None:
     """Lets shells complete an option's value: `complete` gets what has been typed of it."""
     action.completer = lambda prefix, **_: list(complete(prefix))  # type: ignore[attr-defined]
+
+
+def _paths(prefix: str, *endings: str) -> list[str]:
+    return [path for ending in endings for path in glob.glob(f"{glob.escape(prefix)}*{ending}")]
 
 
 def add_config_options(parser: Parser, sections: Sequence[str] = tuple(SECTIONS)) -> None:

@@ -1,6 +1,7 @@
 """Text from a model: what users call."""
 
 import dataclasses
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -52,9 +53,10 @@ def encode_prompts(tokenizer: Tokenizer, prompts: Sequence[str], window: int, na
     encoded = [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in prompts]
     for number, ids in enumerate(encoded, 1):
         if len(ids) > window:
-            which = f"{name} {number}" if len(encoded) > 1 else name
+            if len(encoded) > 1:
+                name = f"{name} {number}"
             raise UserError(
-                f"{which} ({len(ids):,} tokens with <bos>) exceeds model.max_seq_len ({window:,}); shorten it"
+                f"{name} ({len(ids):,} tokens with <bos>) exceeds model.max_seq_len ({window:,}); shorten it"
             )
     return encoded
 
@@ -106,26 +108,25 @@ class TextGenerator:
         decoder = Decoder(self.model, self.tokenizer.eos_id, options, self.clock, self.chunk, self.shortest_cache)
         requests = _requests(encoded, options, first)
         texts = {request: (index, TextStream(decode, options.stop)) for index, request in enumerate(requests)}
-        for new in decoder.run(requests):
-            index, stream = texts[new.request]
-            piece = stream.extend(new.tokens, is_last=new.finish_reason is not None)
-            reason, finished = "stop" if stream.stopped else new.finish_reason, None
+        for request, tokens, reason in decoder.run(requests):
+            index, stream = texts[request]
+            piece, finished = stream.extend(tokens, is_last=reason is not None), None
             if stream.stopped:
-                decoder.stop(new.request)
+                decoder.stop(request)
+                reason = "stop"
             if reason is not None:
-                logprob = sum(new.request.logprobs[: len(stream.tokens)])
+                logprob = sum(request.logprobs[: len(stream.tokens)])
                 prompt = prompts[index // options.num_samples]
                 finished = GeneratedText(prompt, stream.text, stream.tokens, reason, logprob)
             if piece or finished:
                 yield Piece(index, piece, finished)
 
     def _beams(self, prompts: Sequence[str], encoded: list[list[int]]) -> Iterator[Piece]:
-        index = 0
-        for prompt, ids in zip(prompts, encoded, strict=True):
-            for beam in beam_search(self.model, ids, self.tokenizer.eos_id, self.options, self.clock):
-                text = self.tokenizer.decode(beam.tokens)
-                yield Piece(index, text, GeneratedText(prompt, text, beam.tokens, beam.finish_reason, beam.logprob))
-                index += 1
+        eos_id, options = self.tokenizer.eos_id, self.options
+        searches = (beam_search(self.model, ids, eos_id, options, self.clock) for ids in encoded)
+        for index, beam in enumerate(itertools.chain.from_iterable(searches)):
+            prompt, text = prompts[index // options.num_samples], self.tokenizer.decode(beam.tokens)
+            yield Piece(index, text, GeneratedText(prompt, text, beam.tokens, beam.finish_reason, beam.logprob))
 
 
 def _requests(prompts: Sequence[Sequence[int]], options: GenerationOptions, first: int = 0) -> list[Request]:
@@ -147,11 +148,10 @@ def generate_tokens(
         raise UserError(f"--stop ({checked.stop[0]}) needs text; use generate_text")
     prompts: Any = prompt if isinstance(prompt[0], Sequence) else [prompt]
     if checked.num_beams > 1:
-        searches = (beam_search(model, ids, eos_id, checked, clock) for ids in prompts)
-        return [beam.tokens for beams in searches for beam in beams]
+        return [beam.tokens for ids in prompts for beam in beam_search(model, ids, eos_id, checked, clock)]
     made: dict[Request, list[int]] = {request: [] for request in _requests(prompts, checked)}
-    for new in Decoder(model, eos_id, checked, clock).run(list(made)):
-        made[new.request] += new.tokens
+    for request, tokens, _ in Decoder(model, eos_id, checked, clock).run(list(made)):
+        made[request] += tokens
     return list(made.values())
 
 

@@ -59,11 +59,7 @@ class BeamSearch:
         self.parents = list(range(options.num_beams))  # the slot that each has grown from
         self.scores = [0.0] + [_NO_BEAM] * (options.num_beams - 1)  # all beams are the same one at first
         self.ended: list[Beam] = []
-
-    @property
-    def count(self) -> int:
-        """Number of new tokens of each beam."""
-        return len(self.contexts[0]) - self._prompt_length
+        self.count = 0  # new tokens of each beam
 
     def arrays(self, position: int) -> dict[str, np.ndarray]:
         """What `_advance` takes: int32 [W] each beam's parent, last token, its position in the cache, and the number of
@@ -84,7 +80,8 @@ class BeamSearch:
 
     def grow(self, scores_C: np.ndarray, candidates_C: np.ndarray) -> bool:
         """Takes the best candidates in; whether the search continues."""
-        width, count, grown = self._options.num_beams, self.count + 1, []
+        self.count += 1
+        width, count, grown = self._options.num_beams, self.count, []
         for rank, (score, candidate) in enumerate(zip(scores_C.tolist(), candidates_C.tolist(), strict=True)):
             parent, token = divmod(candidate, self._vocab_size)
             context, ends = [*self.contexts[parent], token], token == self._eos_id

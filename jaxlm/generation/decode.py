@@ -51,20 +51,6 @@ class Request:
     def __post_init__(self) -> None:
         self.context, self.logprobs, self.cached = list(self.prompt), list[float](), 0
 
-    @property
-    def count(self) -> int:
-        """Number of new tokens."""
-        return len(self.context) - len(self.prompt)
-
-
-@dataclasses.dataclass(frozen=True)
-class NewTokens:
-    """A request's next tokens without <eos>, and why it ended, "eos" or "length"; None: it continues."""
-
-    request: Request
-    tokens: list[int]
-    finish_reason: str | None
-
 
 @jax.jit
 def _prefill(model: Transformer, prompt_1T: jax.Array, length: jax.Array) -> Prefilled:
@@ -77,11 +63,8 @@ def _prefill(model: Transformer, prompt_1T: jax.Array, length: jax.Array) -> Pre
 @functools.partial(jax.jit, donate_argnums=0)
 def write_slot(caches: Caches, slot: jax.Array, prompt: Caches) -> Caches:
     """`caches` with those of a prompt, [1, H, T, K], at the beginning of a slot."""
-
-    def write(old: jax.Array, x_1HTK: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_update_slice(old, x_1HTK.astype(old.dtype), (slot, 0, 0, 0))
-
-    return jax.tree.map(write, caches, prompt)
+    write = functools.partial(jax.lax.dynamic_update_slice, start_indices=(slot, 0, 0, 0))
+    return jax.tree.map(lambda old, x_1HTK: write(old, x_1HTK.astype(old.dtype)), caches, prompt)
 
 
 @functools.partial(jax.jit, donate_argnums=0)
@@ -93,9 +76,15 @@ def _place(state: dict[str, Any], slot: jax.Array, row: dict[str, Any], prompt: 
 
 @functools.partial(jax.jit, static_argnames=("eos_id", "options", "chunk"), donate_argnames="state")
 def _decode(
-    model: Transformer, state: dict[str, Any], active_B: jax.Array, eos_id: int, options: GenerationOptions, chunk: int
+    model: Transformer,
+    state: dict[str, Any],
+    active_B: jax.Array,
+    limit: jax.Array,
+    eos_id: int,
+    options: GenerationOptions,
+    chunk: int,
 ) -> tuple[dict[str, Any], tuple[jax.Array, jax.Array]]:
-    """Up to `chunk` tokens more in every active slot.
+    """Up to `chunk` tokens more in every active slot, and up to `limit` (int32) new tokens in all.
 
     Returns:
       The state; and the tokens int32 [chunk, B], -1 where a slot was not active, with their log-probabilities.
@@ -117,7 +106,7 @@ def _decode(
         state = dict(state, count=count_B + active_B)
         if "seen" in state:
             state["seen"] = state["seen"].at[slots, token_B].set(True)
-        active_B = active_B & (token_B != eos_id) & (state["count"] < state["limit"]) & (length_B < window)
+        active_B = active_B & (token_B != eos_id) & (state["count"] < limit) & (length_B < window)
         position_B = jnp.minimum(length_B, window - 1)
         state["logits"], state["caches"] = model.decode(token_B[:, None], position_B, state["caches"])
         return i + 1, active_B, dict(state, length=length_B + active_B), out
@@ -139,13 +128,11 @@ def empty_caches(prompt: Caches, slots: int, length: int) -> Caches:
     On CPU they are float32 whatever the model computes in: to write into a 16-bit array, XLA converts all of it.
     """
 
-    def zeros(x_1HTK: jax.Array) -> jax.Array:
-        _, heads, _, channels = x_1HTK.shape
-        device: Any = next(iter(x_1HTK.devices()))
-        dtype = jnp.float32 if device.platform == "cpu" else x_1HTK.dtype
-        return jnp.zeros((slots, heads, length, channels), dtype, device=x_1HTK.sharding)
-
-    return jax.tree.map(zeros, prompt)
+    (_, heads, _, channels), keys = prompt[0][0].shape, prompt[0][0]
+    device: Any = next(iter(keys.devices()))
+    dtype = jnp.float32 if device.platform == "cpu" else keys.dtype
+    shape = (slots, heads, length, channels)
+    return jax.tree.map(lambda x: jnp.zeros(shape, dtype, device=x.sharding), prompt)
 
 
 def seen_tokens(context: Sequence[int], vocab_size: int) -> np.ndarray:
@@ -205,8 +192,12 @@ class Decoder:
     chunk: int = CHUNK
     shortest_cache: int = 1
 
-    def run(self, requests: Sequence[Request]) -> Iterator[NewTokens]:
-        """The tokens of all requests as they come, until all have ended or were stopped; one run at a time."""
+    def run(self, requests: Sequence[Request]) -> Iterator[tuple[Request, list[int], str | None]]:
+        """The texts of all requests as they come, until all have ended or were stopped; one run at a time.
+
+        Yields:
+          A request; its next tokens, without <eos>; and why it ended, "eos" or "length", or None.
+        """
         longest = max(len(request.prompt) for request in requests)
         longest_text = max(longest + self.options.max_new_tokens, self.shortest_cache)
         self._prompts = PromptRunner(self.model, self.clock, longest, longest_text)
@@ -230,8 +221,7 @@ class Decoder:
     def _prefill_slot(self, slot: int, request: Request) -> None:
         tokens, options = self._prompts.visible(request.context), self.options
         logits_V, caches = self._prompts.run(tokens)
-        numbers = {"length": len(tokens), "count": request.count, "limit": options.max_new_tokens}
-        row: dict[str, Any] = {name: np.int32(number) for name, number in numbers.items()}
+        row: dict[str, Any] = {"length": np.int32(len(tokens)), "count": np.int32(len(request.logprobs))}
         row["key"] = jax.device_get(random_key(options.seed, request.prompt_index, request.sample_index))
         row["logits"] = logits_V
         if options.repetition_penalty != 1:
@@ -246,10 +236,10 @@ class Decoder:
         self._state = self.clock.call(self.clock.prompt, _place, self._state, np.int32(slot), row, caches)
         request.cached = len(tokens)
 
-    def _decode_chunk(self) -> Iterator[NewTokens]:
+    def _decode_chunk(self) -> Iterator[tuple[Request, list[int], str | None]]:
         active_B = np.array([request is not None for request in self._slots])
-        arguments = (self.model, self._state, active_B, self.eos_id, self.options.compiled(), self.chunk)
-        self._state, out = self.clock.call(self.clock.new, _decode, *arguments)
+        limit, static = np.int32(self.options.max_new_tokens), (self.eos_id, self.options.compiled(), self.chunk)
+        self._state, out = self.clock.call(self.clock.new, _decode, self.model, self._state, active_B, limit, *static)
         tokens_CB, logprobs_CB = jax.device_get(out)
         for slot, request in enumerate(self._slots):
             if request is None:
@@ -260,7 +250,7 @@ class Decoder:
             request.logprobs += logprobs_CB[: len(new), slot].tolist()
             request.cached += len(new)
             ended = new[-1] == self.eos_id
-            reason = "eos" if ended else "length" if request.count >= self.options.max_new_tokens else None
+            reason = "eos" if ended else "length" if len(request.logprobs) >= self.options.max_new_tokens else None
             if reason is not None:
                 self._slots[slot] = None
-            yield NewTokens(request, new[: len(new) - ended], reason)
+            yield request, new[: len(new) - ended], reason

@@ -64,29 +64,26 @@ def make_options(**values: Any) -> GenerationOptions:
     options = GenerationOptions(**values)
     for field in dataclasses.fields(GenerationOptions):
         check_field(f"--{field.name}", field, FIELD_TYPES[field.name], getattr(options, field.name))
-    _check_together(options)
+    contradiction = _contradiction(options)
+    if contradiction:
+        raise UserError(contradiction)
     return options
 
 
-def _check_together(options: GenerationOptions) -> None:
+def _contradiction(options: GenerationOptions) -> str | None:
     beams, samples, low, high = options.num_beams, options.num_samples, options.min_new_tokens, options.max_new_tokens
-    temperature, penalty, searches = options.temperature, options.length_penalty, options.num_beams > 1
-    filters = {"top_k": options.top_k != 0, "top_p": options.top_p != 1, "min_p": options.min_p != 0}
-    contradictions = [
-        ("" in options.stop, "--stop () is empty; leave it out, or name the text to stop at"),
-        (low > high, f"--min_new_tokens ({low}) exceeds --max_new_tokens ({high}); lower it"),
-        (penalty != 1 and not searches, f"--length_penalty ({penalty}) is for beams; set --num_beams, or leave it out"),
-        (
-            searches and temperature > 0,
-            f"--num_beams ({beams}) takes no samples; set --temperature 0 (not {temperature})",
-        ),
-        *(
-            (searches and is_set, f"--{name} is for samples, which --num_beams ({beams}) takes none of; leave it out")
-            for name, is_set in filters.items()
-        ),
-        (searches and options.stop, "--stop is not for beams, which grow all at once; leave it or --num_beams out"),
-        (searches and samples > beams, f"--num_samples ({samples}) exceeds --num_beams ({beams}); lower it"),
-    ]
-    for is_wrong, message in contradictions:
-        if is_wrong:
-            raise UserError(message)
+    if "" in options.stop:
+        return "--stop () is empty; leave it out, or name the text to stop at"
+    if low > high:
+        return f"--min_new_tokens ({low}) exceeds --max_new_tokens ({high}); lower it"
+    if beams == 1:
+        penalty = options.length_penalty
+        return f"--length_penalty ({penalty}) is for beams; set --num_beams, or leave it out" if penalty != 1 else None
+    if options.temperature > 0:
+        return f"--num_beams ({beams}) takes no samples; set --temperature 0 (not {options.temperature})"
+    for name, is_set in (("top_k", options.top_k), ("top_p", options.top_p != 1), ("min_p", options.min_p)):
+        if is_set:
+            return f"--{name} is for samples, which --num_beams ({beams}) takes none of; leave it out"
+    if options.stop:
+        return "--stop is for samples, not for beams, which grow side by side; leave it or --num_beams out"
+    return f"--num_samples ({samples}) exceeds --num_beams ({beams}); lower it" if samples > beams else None

@@ -44,20 +44,17 @@ def filter_logits(logits_BV: jax.Array, top_k: int, top_p: float, min_p: float =
     Nucleus sampling: Holtzman et al. 2019, arXiv:1904.09751. Min-p: Nguyen et al. 2024, arXiv:2407.01082.
     """
     if 0 < top_k < logits_BV.shape[-1]:
-        logits_BV = _drop_below(logits_BV, _threshold(logits_BV, jnp.ones_like(logits_BV), top_k))
+        logits_BV = _keep_likeliest(logits_BV, jnp.ones_like(logits_BV), top_k)
     if top_p < 1:
-        logits_BV = _drop_below(logits_BV, _threshold(logits_BV, jax.nn.softmax(logits_BV, axis=-1), top_p))
+        logits_BV = _keep_likeliest(logits_BV, jax.nn.softmax(logits_BV, axis=-1), top_p)
     if min_p:
-        logits_BV = _drop_below(logits_BV, jnp.max(logits_BV, axis=-1, keepdims=True) + jnp.log(min_p))
+        least_B1 = jnp.max(logits_BV, axis=-1, keepdims=True) + jnp.log(min_p)
+        logits_BV = jnp.where(logits_BV < least_B1, -jnp.inf, logits_BV)
     return logits_BV
 
 
-def _drop_below(logits_BV: jax.Array, least_B1: jax.Array) -> jax.Array:
-    return jnp.where(logits_BV < least_B1, -jnp.inf, logits_BV)
-
-
-def _threshold(logits_BV: jax.Array, weights_BV: jax.Array, bound: float) -> jax.Array:
-    """float32 [B, 1]: the least value for which the weights of the logits above it sum to less than `bound`.
+def _keep_likeliest(logits_BV: jax.Array, weights_BV: jax.Array, bound: float) -> jax.Array:
+    """-inf for all logits but the largest ones, as few (with ties) as have weights of `bound` or more in sum.
 
     Bisection over all floats, ordered by their bits: 32 sums instead of a sort, which takes 5 times as long.
     """
@@ -71,8 +68,9 @@ def _threshold(logits_BV: jax.Array, weights_BV: jax.Array, bound: float) -> jax
         return jnp.where(above_B1 < bound, low_B1, middle_B1 + 1), jnp.where(above_B1 < bound, middle_B1, high_B1)
 
     limits = (ordered_BV.min(-1, keepdims=True), ordered_BV.max(-1, keepdims=True))
-    _, found_B1 = jax.lax.fori_loop(0, 32, halve, limits)
-    return jax.lax.bitcast_convert_type(jnp.where(found_B1 < 0, found_B1 ^ 0x7FFFFFFF, found_B1), jnp.float32)
+    _, least_B1 = jax.lax.fori_loop(0, 32, halve, limits)
+    least_B1 = jax.lax.bitcast_convert_type(jnp.where(least_B1 < 0, least_B1 ^ 0x7FFFFFFF, least_B1), jnp.float32)
+    return jnp.where(logits_BV < least_B1, -jnp.inf, logits_BV)
 
 
 def choose(weights_BV: jax.Array, uniform_B: jax.Array) -> jax.Array:

@@ -34,48 +34,33 @@ class TextStream:
 
     def extend(self, tokens: Sequence[int], is_last: bool) -> str:
         """The text that is certain now that `tokens` are there; those after a complete stop string are not taken."""
-        pieces = []
+        start = len(self.text)
         for token in tokens:
-            pieces.append(self.push(token))
+            self._push(token)
             if self.stopped:
-                return "".join(pieces)
-        return "".join(pieces) + (self.finish() if is_last else "")
+                break
+        if is_last and not self.stopped:
+            self._release(self._decode(self.tokens[self._begin :])[len(self._shown) :])
+            self.text, self._held = self.text + self._held, ""
+        return self.text[start:]
 
-    def push(self, token: int) -> str:
-        """The text that is certain now that `token` is there."""
+    def _push(self, token: int) -> None:
         self.tokens.append(token)
         whole = self._decode(self.tokens[self._begin :])
-        if whole.endswith(REPLACEMENT):  # perhaps a character whose other bytes are still to come
-            return ""
-        new = whole[len(self._shown) :]
-        self._begin, self._end = self._end, len(self.tokens)
-        self._shown = self._decode(self.tokens[self._begin :])
-        return self._release(self._held + new)
+        if not whole.endswith(REPLACEMENT):  # perhaps a character whose other bytes are still to come
+            new = whole[len(self._shown) :]
+            self._begin, self._end = self._end, len(self.tokens)
+            self._shown = self._decode(self.tokens[self._begin :])
+            self._release(new)
 
-    def finish(self) -> str:
-        """The rest, when no token follows."""
-        if self.stopped:
-            return ""
-        rest = self._release(self._held + self._decode(self.tokens[self._begin :])[len(self._shown) :])
-        held, self._held = self._held, ""
-        self.text += held
-        return rest + held
-
-    def _release(self, text: str) -> str:
-        """The part of `text` that belongs to no stop string; holds back an end that may become one."""
+    def _release(self, new: str) -> None:
+        """Adds to `text` what belongs to no stop string; holds back an end that may become one."""
+        text = self._held + new
         found = [at for at in map(text.find, self._stops) if at >= 0]
-        self.stopped = bool(found)
-        kept = max((_overlap(text, stop) for stop in self._stops), default=0)
-        end = min(found, default=len(text) - kept)
-        self._held = "" if found else text[end:]
+        starts = (n for stop in self._stops for n in range(1, len(stop)) if text.endswith(stop[:n]))
+        end = min(found, default=len(text) - max(starts, default=0))
+        self.stopped, self._held = bool(found), "" if found else text[end:]
         self.text += text[:end]
-        return text[:end]
-
-
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that `stop` begins with, less than the whole of `stop`."""
-    lengths = range(min(len(text), len(stop) - 1), 0, -1)
-    return next((n for n in lengths if text.endswith(stop[:n])), 0)
 
 
 def read_prompts(prompts: Sequence[str], file: str | None) -> list[str]:
@@ -86,7 +71,7 @@ def read_prompts(prompts: Sequence[str], file: str | None) -> list[str]:
     Raises:
       UserError: the file is missing, unreadable, not UTF-8, not such JSON, or holds no prompt; one text is not Unicode.
     """
-    for prompt in prompts:  # bytes of the command line that are not UTF-8 come as halves of surrogate pairs
+    for prompt in prompts:
         _check_unicode(f"--prompt ({prompt!a})", prompt)
     if file is None:
         return list(prompts) or [""]
@@ -113,7 +98,7 @@ def read_prompts(prompts: Sequence[str], file: str | None) -> list[str]:
 
 
 def _check_unicode(where: str, text: str) -> None:
-    try:
+    try:  # bytes of a command line that are not UTF-8 come as halves of surrogate pairs
         text.encode()
     except UnicodeEncodeError as error:
         raise UserError(f"{where} is not valid Unicode; mend it") from error
