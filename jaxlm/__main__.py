@@ -24,8 +24,7 @@ def main(name: str | None = None) -> NoReturn:
         import argcomplete
 
         argcomplete.autocomplete(program(), always_complete_options="long")
-    arguments = sys.argv[1:]
-    run_and_exit(lambda: run_named(arguments or ["--help"]) if name is None else run(name, arguments))
+    run_and_exit(lambda: run(name, sys.argv[1:]) if name else run_named(sys.argv[1:] or ["--help"]))
 
 
 def run_named(arguments: list[str]) -> None:

@@ -16,8 +16,7 @@ from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.errors import UserError
 from jaxlm.generation.api import TextGenerator, generate_text, generate_tokens, stream_text
 from jaxlm.generation.beams import BeamSearch, beam_search
-from jaxlm.generation.clock import Clock
-from jaxlm.generation.decode import CHUNK, empty_caches, write_slot
+from jaxlm.generation.decode import CHUNK, Clock, empty_caches, write_slot
 from jaxlm.generation.options import make_options
 from jaxlm.generation.sampling import choose, filter_logits, penalize
 from jaxlm.model import Transformer

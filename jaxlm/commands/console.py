@@ -12,8 +12,7 @@ from types import FrameType
 from jaxlm.checkpoints.checkpoint import LoadedModel
 from jaxlm.errors import UserError
 from jaxlm.generation.api import GeneratedText, Piece, TextGenerator
-from jaxlm.generation.clock import Clock
-from jaxlm.generation.decode import CHUNK, STREAM_CHUNK
+from jaxlm.generation.decode import CHUNK, STREAM_CHUNK, Clock
 from jaxlm.generation.options import GenerationOptions
 
 SEPARATOR = "-" * 40  # a line between texts

@@ -36,14 +36,12 @@ def add_options(parser: Parser) -> None:
             add_field(parser, field.name, field, FIELD_TYPES[field.name])
 
 
-def _options_from(arguments: argparse.Namespace) -> GenerationOptions:
-    given = {name: value for name, value in vars(arguments).items() if name in FIELD_TYPES}
-    stop = {"stop": given.pop("stop")} if "stop" in given else {}
-    return make_options(**{name: convert(f"--{name}", text, FIELD_TYPES[name]) for name, text in given.items()}, **stop)
-
-
 def run(arguments: argparse.Namespace) -> None:
-    options = _options_from(arguments)
+    given = {name: text for name, text in vars(arguments).items() if name in FIELD_TYPES}
+    stop = {"stop": given.pop("stop", [])}  # may be repeated, so that it is a list already
+    options = make_options(
+        **{name: convert(f"--{name}", text, FIELD_TYPES[name]) for name, text in given.items()}, **stop
+    )
     stream = None if arguments.stream == "auto" else convert("--stream", arguments.stream, bool)
     if arguments.interactive and (arguments.prompt or arguments.prompts_file or arguments.json or stream is False):
         raise UserError("--interactive takes no --prompt, --prompts_file, --json or --stream false; leave them out")

@@ -101,8 +101,7 @@ def add_field(group: argparse._ActionsContainer, name: str, field: dataclasses.F
     text = f"{field.metadata['help']}{shown_choices} ({type_name(annotation)}; default: {shown(field.default)})"
     action = group.add_argument(f"--{name}", metavar="VALUE", default=argparse.SUPPRESS, help=text.replace("%", "%%"))
     kinds = _alternatives(annotation)
-    takes_any_text = str in kinds or any(typing.get_origin(kind) is tuple for kind in kinds)
-    if choices or not takes_any_text:  # else shells complete it as a path
+    if choices or not {str, tuple} & {typing.get_origin(kind) or kind for kind in kinds}:  # else it may be a path
         values = [*choices, *["true", "false"] * (bool in kinds), *["none"] * (type(None) in kinds)]
         set_completer(action, lambda _: values)
 
@@ -113,8 +112,8 @@ def _alternatives(annotation: Any) -> tuple[Any, ...]:
 
 def overrides(arguments: argparse.Namespace) -> dict[str, Any]:
     """{"section.field": value} of the config options that were given, converted to their declared types."""
-    given = vars(arguments).items()
-    return {name: convert(name, text, FIELD_TYPES[name]) for name, text in given if name in FIELD_TYPES}
+    given = {name: text for name, text in vars(arguments).items() if name in FIELD_TYPES}
+    return {name: convert(name, text, FIELD_TYPES[name]) for name, text in given.items()}
 
 
 def convert(name: str, text: str, annotation: Any) -> Any:

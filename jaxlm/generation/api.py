@@ -8,8 +8,7 @@ from typing import Any
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.errors import UserError
 from jaxlm.generation.beams import beam_search
-from jaxlm.generation.clock import Clock
-from jaxlm.generation.decode import CHUNK, STREAM_CHUNK, Decoder, Request
+from jaxlm.generation.decode import CHUNK, STREAM_CHUNK, Clock, Decoder
 from jaxlm.generation.options import GenerationOptions, make_options
 from jaxlm.generation.text import TextStream
 from jaxlm.model.transformer import Transformer
@@ -52,12 +51,9 @@ def encode_prompts(tokenizer: Tokenizer, prompts: Sequence[str], window: int, na
     """
     encoded = [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in prompts]
     for number, ids in enumerate(encoded, 1):
-        if len(ids) > window:
-            if len(encoded) > 1:
-                name = f"{name} {number}"
-            raise UserError(
-                f"{name} ({len(ids):,} tokens with <bos>) exceeds model.max_seq_len ({window:,}); shorten it"
-            )
+        if (size := len(ids)) > window:
+            which = f"{name} {number}" if len(encoded) > 1 else name
+            raise UserError(f"{which} ({size:,} tokens with <bos>) exceeds model.max_seq_len ({window:,}); shorten it")
     return encoded
 
 
@@ -106,10 +102,9 @@ class TextGenerator:
     def _samples(self, prompts: Sequence[str], encoded: list[list[int]], first: int) -> Iterator[Piece]:
         options, decode = self.options, self.tokenizer.decode
         decoder = Decoder(self.model, self.tokenizer.eos_id, options, self.clock, self.chunk, self.shortest_cache)
-        requests = _requests(encoded, options, first)
-        texts = {request: (index, TextStream(decode, options.stop)) for index, request in enumerate(requests)}
-        for request, tokens, reason in decoder.run(requests):
-            index, stream = texts[request]
+        streams = [TextStream(decode, options.stop) for _ in range(len(prompts) * options.num_samples)]
+        for request, tokens, reason in decoder.run(encoded, first):
+            index, stream = request.index, streams[request.index]
             piece, finished = stream.extend(tokens, is_last=reason is not None), None
             if stream.stopped:
                 decoder.stop(request)
@@ -129,10 +124,6 @@ class TextGenerator:
             yield Piece(index, text, GeneratedText(prompt, text, beam.tokens, beam.finish_reason, beam.logprob))
 
 
-def _requests(prompts: Sequence[Sequence[int]], options: GenerationOptions, first: int = 0) -> list[Request]:
-    return [Request(ids, first + i, j) for i, ids in enumerate(prompts) for j in range(options.num_samples)]
-
-
 def generate_tokens(
     model: Transformer, prompt: Sequence[int] | Sequence[Sequence[int]], eos_id: int, **options: Any
 ) -> list[list[int]]:
@@ -146,13 +137,14 @@ def generate_tokens(
     checked, clock = make_options(**options), Clock()
     if checked.stop:
         raise UserError(f"--stop ({checked.stop[0]}) needs text; use generate_text")
-    prompts: Any = prompt if isinstance(prompt[0], Sequence) else [prompt]
+    several: Any = prompt if isinstance(prompt[0], Sequence) else [prompt]
+    prompts = [list(ids) for ids in several]
     if checked.num_beams > 1:
         return [beam.tokens for ids in prompts for beam in beam_search(model, ids, eos_id, checked, clock)]
-    made: dict[Request, list[int]] = {request: [] for request in _requests(prompts, checked)}
-    for request, tokens, _ in Decoder(model, eos_id, checked, clock).run(list(made)):
-        made[request] += tokens
-    return list(made.values())
+    made: list[list[int]] = [[] for _ in range(len(prompts) * checked.num_samples)]
+    for request, tokens, _ in Decoder(model, eos_id, checked, clock).run(prompts):
+        made[request.index] += tokens
+    return made
 
 
 def generate_text(model: Transformer, tokenizer: Tokenizer, prompt: str | Sequence[str], **options: Any) -> list[str]:

@@ -14,8 +14,7 @@ import functools
 import jax
 import numpy as np
 
-from jaxlm.generation.clock import Clock
-from jaxlm.generation.decode import Caches, PromptRunner, empty_caches, seen_tokens, write_slot
+from jaxlm.generation.decode import Caches, Clock, PromptRunner, empty_caches, seen_tokens, write_slot
 from jaxlm.generation.options import GenerationOptions
 from jaxlm.generation.sampling import adjust_logits
 from jaxlm.model.transformer import Transformer

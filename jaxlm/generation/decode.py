@@ -10,14 +10,14 @@ So a text depends only on its own prompt and random key; the others change only 
 import collections
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
-from typing import Any
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlm.generation.clock import Clock
 from jaxlm.generation.options import GenerationOptions
 from jaxlm.generation.sampling import adjust_logits, next_token, random_key
 from jaxlm.model.layers import Cache
@@ -27,26 +27,89 @@ CHUNK = 32  # tokens decoded between looks at them
 STREAM_CHUNK = 4  # the same where somebody watches
 CACHE_STEP = 64  # the cache's length is a multiple of this,
 SHORTEST = 32  # and a prompt is padded to this times a power of 2: few shapes, so few compilations
+_COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"  # JAX sends it for programs read from its cache, too
 
+T = TypeVar("T")
 Caches = tuple[Cache, ...]  # keys and values [B, H, T, K] of each layer
 Prefilled = tuple[jax.Array, Caches]  # float32 [V] logits after a prompt, and its keys and values [1, H, T, K]
 
 
-@dataclasses.dataclass(eq=False)
+@functools.cache  # registers once a process
+def _record_compilations() -> list[float]:
+    """The seconds of each compilation since the first call; JAX appends to it."""
+    seconds: list[float] = []
+
+    def record(event: str, duration_secs: float, **_: str | int) -> None:
+        if event == _COMPILE_EVENT:
+            seconds.append(duration_secs)
+
+    jax.monitoring.register_event_duration_secs_listener(record)
+    return seconds
+
+
+@dataclasses.dataclass
+class Throughput:
+    """Tokens, and the seconds that they took."""
+
+    tokens: int = 0
+    seconds: float = 0.0
+
+    def __str__(self) -> str:
+        rate = f"{self.tokens / self.seconds:,.0f}" if self.seconds else "?"
+        return f"{self.tokens:,} tokens in {self.seconds:.2f} s ({rate} tokens/s)"
+
+
+@dataclasses.dataclass
+class Clock:
+    """Tokens and seconds of all texts made so far.
+
+    Attributes:
+      compiling: seconds spent compiling; `prompt` and `new` leave them out.
+      slides: how often a text had filled the model's window, and continued from the second half of it.
+    """
+
+    prompt: Throughput = dataclasses.field(default_factory=Throughput)
+    new: Throughput = dataclasses.field(default_factory=Throughput)
+    compiling: float = 0.0
+    slides: int = 0
+
+    def call(self, measured: Throughput, function: Callable[..., T], *arguments: Any, **options: Any) -> T:
+        """The finished result of `function(...)`; adds its seconds to `measured`, those until it was compiled apart."""
+        compilations = _record_compilations()
+        before, begin = len(compilations), time.perf_counter()
+        out = function(*arguments, **options)
+        if len(compilations) > before:
+            compiled = time.perf_counter()
+            self.compiling += compiled - begin
+            begin = compiled
+        jax.block_until_ready(out)
+        measured.seconds += time.perf_counter() - begin
+        return out
+
+    def summary(self) -> str:
+        """One line: what was made, how fast, and what compiling took."""
+        parts = [f"generated {self.new}", f"prompts {self.prompt}"]
+        if self.compiling:
+            parts.append(f"compiling took {self.compiling:.1f} s")
+        if self.slides:
+            parts.append(f"a full window (model.max_seq_len) went on from its second half {self.slides:,} times")
+        return "; ".join(parts)
+
+
+@dataclasses.dataclass
 class Request:
     """One text to make.
 
     Attributes:
       prompt: token ids, at least one.
-      prompt_index, sample_index: what its random key depends on, beside the seed.
+      index: its place in the order of prompts and samples.
       context: the prompt and all new tokens, <eos> included.
       logprobs: natural log-probability of each new token by the model, before penalties and filters.
       cached: how many of the context's last tokens the slot's cache holds; 0: it has no slot yet.
     """
 
     prompt: Sequence[int]
-    prompt_index: int = 0
-    sample_index: int = 0
+    index: int
 
     def __post_init__(self) -> None:
         self.context, self.logprobs, self.cached = list(self.prompt), list[float](), 0
@@ -76,18 +139,12 @@ def _place(state: dict[str, Any], slot: jax.Array, row: dict[str, Any], prompt: 
 
 @functools.partial(jax.jit, static_argnames=("eos_id", "options", "chunk"), donate_argnames="state")
 def _decode(
-    model: Transformer,
-    state: dict[str, Any],
-    active_B: jax.Array,
-    limit: jax.Array,
-    eos_id: int,
-    options: GenerationOptions,
-    chunk: int,
+    model: Transformer, state: dict[str, Any], room_B: jax.Array, eos_id: int, options: GenerationOptions, chunk: int
 ) -> tuple[dict[str, Any], tuple[jax.Array, jax.Array]]:
-    """Up to `chunk` tokens more in every active slot, and up to `limit` (int32) new tokens in all.
+    """Up to `chunk` tokens more in every slot, and not more than `room_B` (int32).
 
     Returns:
-      The state; and the tokens int32 [chunk, B], -1 where a slot was not active, with their log-probabilities.
+      The state; and the tokens int32 [chunk, B], -1 where a slot got none, with their log-probabilities.
     """
     window = state["caches"][0][0].shape[2]
     slots = jnp.arange(len(state["length"]))
@@ -106,14 +163,14 @@ def _decode(
         state = dict(state, count=count_B + active_B)
         if "seen" in state:
             state["seen"] = state["seen"].at[slots, token_B].set(True)
-        active_B = active_B & (token_B != eos_id) & (state["count"] < limit) & (length_B < window)
+        active_B = active_B & (token_B != eos_id) & (i + 1 < room_B) & (length_B < window)
         position_B = jnp.minimum(length_B, window - 1)
         state["logits"], state["caches"] = model.decode(token_B[:, None], position_B, state["caches"])
         return i + 1, active_B, dict(state, length=length_B + active_B), out
 
     shape = (chunk, len(slots))
     empty = (jnp.full(shape, -1, jnp.int32), jnp.zeros(shape, jnp.float32))
-    _, _, state, out = jax.lax.while_loop(is_unfinished, decode_token, (jnp.int32(0), active_B, state, empty))
+    _, _, state, out = jax.lax.while_loop(is_unfinished, decode_token, (jnp.int32(0), room_B > 0, state, empty))
     return state, out
 
 
@@ -127,7 +184,6 @@ def empty_caches(prompt: Caches, slots: int, length: int) -> Caches:
 
     On CPU they are float32 whatever the model computes in: to write into a 16-bit array, XLA converts all of it.
     """
-
     (_, heads, _, channels), keys = prompt[0][0].shape, prompt[0][0]
     device: Any = next(iter(keys.devices()))
     dtype = jnp.float32 if device.platform == "cpu" else keys.dtype
@@ -176,7 +232,7 @@ class PromptRunner:
 
 @dataclasses.dataclass
 class Decoder:
-    """Makes the texts of requests, `options.batch_size` at a time.
+    """Makes texts, `options.batch_size` at a time.
 
     Attributes:
       eos_id: the token that ends a text.
@@ -192,18 +248,23 @@ class Decoder:
     chunk: int = CHUNK
     shortest_cache: int = 1
 
-    def run(self, requests: Sequence[Request]) -> Iterator[tuple[Request, list[int], str | None]]:
-        """The texts of all requests as they come, until all have ended or were stopped; one run at a time.
+    def run(self, prompts: Sequence[Sequence[int]], first: int = 0) -> Iterator[tuple[Request, list[int], str | None]]:
+        """`options.num_samples` texts of each prompt as they come, until all have ended; one run at a time.
+
+        Args:
+          first: number of the first prompt, for the random keys.
 
         Yields:
           A request; its next tokens, without <eos>; and why it ended, "eos" or "length", or None.
         """
-        longest = max(len(request.prompt) for request in requests)
+        samples = [prompt for prompt in prompts for _ in range(self.options.num_samples)]
+        waiting = collections.deque(Request(prompt, index) for index, prompt in enumerate(samples))
+        longest = max(len(prompt) for prompt in prompts)
         longest_text = max(longest + self.options.max_new_tokens, self.shortest_cache)
         self._prompts = PromptRunner(self.model, self.clock, longest, longest_text)
-        self._slots: list[Request | None] = [None] * min(self.options.batch_size, len(requests))
+        self._first = first
+        self._slots: list[Request | None] = [None] * min(self.options.batch_size, len(samples))
         self._state: dict[str, Any] = {}  # a row a slot; made with the first prompt, which has the arrays' types
-        waiting = collections.deque(requests)
         while True:
             for slot, request in enumerate(self._slots):
                 if request is None and waiting:
@@ -222,7 +283,8 @@ class Decoder:
         tokens, options = self._prompts.visible(request.context), self.options
         logits_V, caches = self._prompts.run(tokens)
         row: dict[str, Any] = {"length": np.int32(len(tokens)), "count": np.int32(len(request.logprobs))}
-        row["key"] = jax.device_get(random_key(options.seed, request.prompt_index, request.sample_index))
+        prompt, sample = divmod(request.index, options.num_samples)
+        row["key"] = jax.device_get(random_key(options.seed, self._first + prompt, sample))
         row["logits"] = logits_V
         if options.repetition_penalty != 1:
             row["seen"] = seen_tokens(request.context, self.model.config.vocab_size)
@@ -237,20 +299,19 @@ class Decoder:
         request.cached = len(tokens)
 
     def _decode_chunk(self) -> Iterator[tuple[Request, list[int], str | None]]:
-        active_B = np.array([request is not None for request in self._slots])
-        limit, static = np.int32(self.options.max_new_tokens), (self.eos_id, self.options.compiled(), self.chunk)
-        self._state, out = self.clock.call(self.clock.new, _decode, self.model, self._state, active_B, limit, *static)
+        limit = self.options.max_new_tokens
+        room_B = np.array([limit - len(slot.logprobs) if slot else 0 for slot in self._slots], np.int32)
+        arguments = (self.model, self._state, room_B, self.eos_id, self.options.compiled(), self.chunk)
+        self._state, out = self.clock.call(self.clock.new, _decode, *arguments)
         tokens_CB, logprobs_CB = jax.device_get(out)
-        for slot, request in enumerate(self._slots):
-            if request is None:
-                continue
+        for slot, request in [(slot, request) for slot, request in enumerate(self._slots) if request]:
             new = tokens_CB[tokens_CB[:, slot] >= 0, slot].tolist()
             self.clock.new.tokens += len(new)
             request.context += new
             request.logprobs += logprobs_CB[: len(new), slot].tolist()
             request.cached += len(new)
             ended = new[-1] == self.eos_id
-            reason = "eos" if ended else "length" if len(request.logprobs) >= self.options.max_new_tokens else None
+            reason = "eos" if ended else "length" if len(request.logprobs) >= limit else None
             if reason is not None:
                 self._slots[slot] = None
             yield request, new[: len(new) - ended], reason
