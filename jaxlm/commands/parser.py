@@ -63,7 +63,7 @@ def add_config_file(parser: Parser) -> None:
     """Adds --config FILE."""
     names = ", ".join(shipped_configs())
     action = parser.add_argument(
-        "--config", required=True, metavar="FILE", help=f"configuration, .py or .json, or one that comes along: {names}"
+        "--config", required=True, metavar="FILE", help=f"configuration, .py or .json, or a shipped one: {names}"
     )
     set_completer(action, lambda prefix: [*shipped_configs(), *_paths(prefix, ".py", ".json", "/")])
 

@@ -32,8 +32,8 @@ def run(arguments: argparse.Namespace) -> None:
     # Before JAX is imported, so that a mistake shows at once.
     deepspeed.apply(validate(with_architecture(config, arguments.fresh)), world=None)
 
-    from jaxlm.parallel import processes as distributed
+    from jaxlm.parallel import processes
     from jaxlm.trainer import Trainer
 
-    distributed.start(arguments.coordinator_address, arguments.num_processes, arguments.process_id)
+    processes.start(arguments.coordinator_address, arguments.num_processes, arguments.process_id)
     Trainer(config, fresh=arguments.fresh).train()
