@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import jax
 from jax.experimental import topologies
 
-from jaxlm.commands import cli
+from jaxlm.commands.parser import Parser, add_config_file, add_config_options, config_from
 from jaxlm.plan.memory import peak_bytes
 from jaxlm.run.setup import resolve
 from jaxlm.train.assemble import assemble
@@ -56,7 +56,7 @@ def h100s(devices: int, hosts: int) -> list[jax.Device]:
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
-    config = cli.config_from(arguments)
+    config = config_from(arguments)
     assembly = assemble(resolve(config, h100s(arguments.devices, arguments.hosts)), attention=arguments.attention)
     # jax 0.11 cannot choose "deterministic" products without a device to try them on; 0.10 can.
     compiled = assembly.lower_step().compile(compiler_options={"xla_gpu_autotune_level": 0})
@@ -75,13 +75,13 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = cli.Parser(__doc__)
-    cli.add_config_file(parser)
+    parser = Parser(__doc__)
+    add_config_file(parser)
     parser.add_argument("--devices", type=int, default=1, metavar="N", help="GPUs of all hosts together")
     parser.add_argument("--hosts", type=int, default=1, metavar="H")
     parser.add_argument("--attention", metavar="KERNEL", help="default: the one that a run would take")
     parser.add_argument("--out", type=Path, metavar="FILE", help="where to write the program's text")
-    cli.add_config_options(parser)
+    add_config_options(parser)
     print(json.dumps(measure(parser.parse_args()), indent=2))
 
 

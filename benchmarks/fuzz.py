@@ -35,7 +35,7 @@ from typing import Any
 import pyarrow
 from pyarrow import parquet
 
-from jaxlm.commands import cli
+from jaxlm.commands.parser import Parser, add_config_options, config_from
 from jaxlm.config import (
     SECTIONS,
     Config,
@@ -249,9 +249,9 @@ def command_line(rng: random.Random, folder: Path) -> None:
     if rng.random() < 0.1:
         arguments.insert(rng.randrange(len(arguments)), rng.choice(("-h", "--", "-", "stray", "--fresh", "\udcff")))
     (folder / "arguments.json").write_text(json.dumps(arguments))
-    parser = cli.Parser("fuzz")
+    parser = Parser("fuzz")
     parser.add_argument("--config", required=True)
-    cli.add_config_options(parser)
+    add_config_options(parser)
     with redirect_stdout(io.StringIO()):
         try:
             parsed = parser.parse_args(arguments)
@@ -259,7 +259,7 @@ def command_line(rng: random.Random, folder: Path) -> None:
             if end.code == 0:  # --help
                 return
             raise
-    check_config(cli.config_from(parsed))
+    check_config(config_from(parsed))
 
 
 def deepspeed_file(rng: random.Random, folder: Path) -> None:

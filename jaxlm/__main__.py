@@ -2,20 +2,19 @@
 
 import os
 import sys
-from functools import partial
-from typing import Any, NoReturn
+from types import ModuleType
+from typing import NoReturn
 
 from jaxlm import __version__
-from jaxlm.commands import cli, completion, estimate_memory, evaluate, export, generate, report, train
+from jaxlm.commands import completion, estimate_memory, evaluate, export, generate, report, train
+from jaxlm.commands.exits import run_and_exit
+from jaxlm.commands.parser import Parser
+from jaxlm.config import nearest
+from jaxlm.errors import UserError
 
-COMMANDS: dict[str, Any] = {
-    "train": train,
-    "evaluate": evaluate,
-    "generate": generate,
-    "export": export,
-    "report": report,
-    "estimate_memory": estimate_memory,
-    "completion": completion,
+COMMANDS = {
+    module.__name__.rpartition(".")[2]: module
+    for module in (train, evaluate, generate, export, report, estimate_memory, completion)
 }
 
 
@@ -25,38 +24,37 @@ def main(name: str | None = None) -> NoReturn:
         import argcomplete
 
         argcomplete.autocomplete(program(), always_complete_options="long")
-    cli.main(partial(_dispatch, name, sys.argv[1:]))
+    run_and_exit(lambda: run(name, sys.argv[1:]) if name else run_named(sys.argv[1:] or ["--help"]))
 
 
-def _dispatch(name: str | None, arguments: list[str]) -> None:
-    if name is not None:
-        run(name, arguments)
-        return
-    word = arguments[0] if arguments else "--help"
-    name = word.replace("-", "_")
+def run_named(arguments: list[str]) -> None:
+    """Runs the command that the first argument names, or acts on an option of the program itself."""
+    name = arguments[0].replace("-", "_")
     if name in COMMANDS:
-        run(name, arguments[1:], prog=f"jaxlm {word}")
-    elif word.startswith("-"):
-        program().parse_args([word])
+        run(name, arguments[1:], prog=f"jaxlm {arguments[0]}")
+    elif arguments[0].startswith("-"):
+        program().parse_args(arguments[:1])
     else:
-        raise cli.UserError(f"{word}: unknown command{cli.nearest(name, COMMANDS)}; jaxlm --help lists all")
+        raise UserError(f"{arguments[0]}: unknown command{nearest(name, COMMANDS)}; jaxlm --help lists all")
 
 
 def run(name: str, arguments: list[str], prog: str | None = None) -> None:
-    """Runs a command in this process; raises what `cli.main` turns into an exit code."""
-    parser = cli.Parser(COMMANDS[name].__doc__, prog)
-    COMMANDS[name].add_options(parser)
-    COMMANDS[name].run(parser.parse_args(arguments))
+    """Runs a command in this process; raises what `run_and_exit` turns into an exit code."""
+    command: ModuleType = COMMANDS[name]
+    parser = Parser(command.__doc__ or "", prog=prog)
+    command.add_options(parser)
+    command.run(parser.parse_args(arguments))
 
 
-def program() -> cli.Parser:
+def program() -> Parser:
     """The parser of the whole command line."""
-    parser = cli.Parser("Trains language models in JAX: from raw text to a trained Transformer.", prog="jaxlm")
+    parser = Parser("Trains language models in JAX: from raw text to a trained Transformer.", prog="jaxlm")
     parser.add_argument("--version", action="version", version=f"jaxlm {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", title="commands", description="jaxlm COMMAND --help says more")
     for name, command in COMMANDS.items():
-        first_sentence = command.__doc__.partition(". ")[0].rstrip(".")
-        command.add_options(commands.add_parser(name, help=first_sentence, description=command.__doc__))
+        description = command.__doc__ or ""
+        first_sentence = description.partition(". ")[0].rstrip(".")
+        command.add_options(commands.add_parser(name, help=first_sentence, description=description))
     return parser
 
 

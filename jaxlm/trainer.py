@@ -24,7 +24,7 @@ from jaxlm.checkpoints.save import SAVE_ERRORS, Checkpoints, reason_of, save_mod
 from jaxlm.config import Config, check_steps
 from jaxlm.data.loader import total_steps
 from jaxlm.errors import RunFailed
-from jaxlm.generation.api import answer
+from jaxlm.generation.api import generate_one_or_many
 from jaxlm.interop.pretrained import open_pretrained
 from jaxlm.model import Transformer
 from jaxlm.monitor.histograms import HistogramWriter
@@ -349,4 +349,4 @@ class Trainer:
         """
         with self._watchdog.during("generating text"):
             model = nnx.merge(self.assembly.graphdef, self._to_whole(self.state.params))
-            return answer(model, self.tokenizer, prompt, **options)
+            return generate_one_or_many(model, self.tokenizer, prompt, **options)

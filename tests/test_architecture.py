@@ -27,6 +27,7 @@ TIERS = [
 ]
 TIER = {name: tier for tier, names in enumerate(TIERS) for name in names}
 PACKAGES = {path.name for path in PACKAGE.iterdir() if (path / "__init__.py").exists()}
+MAY_CATCH_EXCEPTION = PACKAGE / "config" / "files.py"  # it runs the user's own code, which may raise anything
 MODEL_MAY_IMPORT = {"config", "errors", "ops"}
 LONGEST_FILE, LONGEST_FUNCTION = 350, 60  # lines
 SOURCES = sorted(PACKAGE.rglob("*.py"))
@@ -132,7 +133,8 @@ def test_manners(path: Path) -> None:
         if isinstance(node, ast.ExceptHandler):
             caught = node.type.elts if isinstance(node.type, ast.Tuple) else [node.type]
             names = {getattr(kind, "id", getattr(kind, "attr", None)) for kind in caught}
-            assert not names & {None, "Exception", "BaseException"}, f"{where}: catches everything"
+            forbidden = {None, "BaseException"} | ({"Exception"} if path != MAY_CATCH_EXCEPTION else set())
+            assert not names & forbidden, f"{where}: catches everything"
         if isinstance(node, ast.Call):
             assert not second_default(node, path), f"{where}: a second default for an option"
 

@@ -173,6 +173,9 @@ SIMPLE = {
     "config of another kind": configured("c.yaml", "model: {}", r"c\.yaml\): must end in \.py or \.json"),
     "syntax error": configured("c.py", "x = 1\nconfig = Config(\n", r"c\.py\): line 2: .*never closed"),
     "config raises": configured("c.py", "x = 1\ny = x / 0\n", r"c\.py\): line 2: ZeroDivisionError: division by zero"),
+    "config raises an error of its own": configured(
+        "c.py", "class Odd(Exception): pass\nraise Odd('so')\n", r"c\.py\): line 2: Odd: so"
+    ),
     "config imports what is not there": configured("c.py", "import nosuch", r"line 1: ModuleNotFoundError: .*nosuch"),
     "unknown field in Python": configured(
         "c.py",
@@ -453,7 +456,7 @@ ON_RUN = {
     ),
     "export without a size": Case(
         [EXPORT, "--model", "{run}/best_model", "--to", "{folder}/out", "--max_shard_size", "5"],
-        r"--max_shard_size \(5\) must be a number with KB",
+        r"--max_shard_size \(5\) must be a number with a unit from K to T",
     ),
     "export as another type": Case(
         [EXPORT, "--model", "{run}/best_model", "--to", "{folder}/out", "--dtype", "bf16"],

@@ -325,7 +325,6 @@ UPDATES = """
 import sys
 from lib.worker import peak_bytes
 from jaxlm import Trainer
-from jaxlm.commands import cli
 from jaxlm.config import load_config, replace_fields
 
 peaks = []

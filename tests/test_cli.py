@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from jaxlm.commands import cli
+from jaxlm.commands.parser import Parser, add_config_options, config_from, overrides
 from jaxlm.config import SECTIONS, Config, load_config, shown, validate
 from jaxlm.errors import Stopped, UserError
 
@@ -21,9 +21,9 @@ CONFIGS = sorted(path for path in (ROOT / "configs").iterdir() if path.suffix in
 
 
 def parse(*arguments: str) -> dict[str, Any]:
-    parser = cli.Parser("test")
-    cli.add_config_options(parser)
-    return cli.overrides(parser.parse_args(arguments))
+    parser = Parser("test")
+    add_config_options(parser)
+    return overrides(parser.parse_args(arguments))
 
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -131,12 +131,12 @@ def test_help_lists_every_field_with_its_default_at_once() -> None:
 def test_mistakes_are_found_before_jax_is_imported() -> None:
     program = """
 import sys
-from jaxlm.commands import cli
+from jaxlm.commands.parser import Parser, add_config_options, config_from
 from jaxlm.config import validate
-parser = cli.Parser("test")
-cli.add_config_options(parser)
+parser = Parser("test")
+add_config_options(parser)
 parser.add_argument("--config")
-validate(cli.config_from(parser.parse_args(["--config", "configs/small.py", "--training.max_steps", "3"])))
+validate(config_from(parser.parse_args(["--config", "configs/small.py", "--training.max_steps", "3"])))
 assert not {"jax", "flax", "numpy", "datasets", "tokenizers"} & set(sys.modules), sorted(sys.modules)
 """
     done = run("-c", program)
@@ -153,11 +153,11 @@ def test_file_and_overrides(tmp_path: Path) -> None:
     as_json.write_text(json.dumps({"model": {"d_model": 64, "n_heads": 2}, "data": {"train_files": ["a"]}}))
     configs = []
     for file in (as_python, as_json):
-        parser = cli.Parser("test")
+        parser = Parser("test")
         parser.add_argument("--config")
-        cli.add_config_options(parser)
+        add_config_options(parser)
         arguments = parser.parse_args(["--config", str(file), "--model.d_model", "128", "--training.report_to", "[]"])
-        configs.append(cli.config_from(arguments))
+        configs.append(config_from(arguments))
     assert configs[0] == configs[1]
     config = configs[0]
     assert (config.model.d_model, config.model.n_heads, config.data.train_files) == (128, 2, ("a",))
@@ -188,11 +188,11 @@ def test_shipped_configurations(path: Path) -> None:
 def test_exit_codes(body: str, code: int, last_line: str) -> None:
     program = f"""
 import os, signal
-from jaxlm.commands import cli
+from jaxlm.commands.exits import run_and_exit
 from jaxlm.errors import RunFailed, Stopped, UserError
 def command():
     {body}
-cli.main(command)
+run_and_exit(command)
 """
     done = run("-c", program)
     assert (done.returncode, done.stdout) == (code, "")
@@ -202,7 +202,9 @@ cli.main(command)
 
 def test_a_full_device_is_told_in_one_line() -> None:
     done = run(
-        "-c", "import jax; from jaxlm.commands import cli; cli.main(lambda: jax.numpy.zeros(2**50).block_until_ready())"
+        "-c",
+        "import jax\nfrom jaxlm.commands.exits import run_and_exit\n"
+        "run_and_exit(lambda: jax.numpy.zeros(2**50).block_until_ready())",
     )
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.startswith("failed: the device's memory is full: set model.gradient_checkpointing true, or ")
@@ -238,7 +240,7 @@ assert [signal.getsignal(number) for number in STOP_SIGNALS] == before
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 def test_reader_that_goes_away_gets_no_complaint(unbuffered: str) -> None:
-    program = "import time\nfrom jaxlm.commands import cli\ncli.main(lambda: (input(), print('x' * 100_000)))"
+    program = "from jaxlm.commands.exits import run_and_exit\nrun_and_exit(lambda: (input(), print('x' * 100_000)))"
     with subprocess.Popen(
         [sys.executable, "-c", program],
         stdin=subprocess.PIPE,

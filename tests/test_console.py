@@ -15,13 +15,13 @@ from test_generate import TINY, lively
 
 from jaxlm.checkpoints.items import Progress
 from jaxlm.checkpoints.load import LoadedModel
-from jaxlm.commands.console import BETWEEN, converse, show_texts
+from jaxlm.commands.console import SEPARATOR, converse, show_texts
 from jaxlm.config import Config
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.errors import UserError
 from jaxlm.generation.api import generate_text
 from jaxlm.generation.options import make_options
-from jaxlm.generation.prompts import read_prompts
+from jaxlm.generation.text import read_prompts
 
 PROMPTS = ["the café", "my", "a model"]
 OPTIONS: dict[str, Any] = {"max_new_tokens": 24, "temperature": 1.0, "seed": 3}
@@ -48,7 +48,7 @@ def test_texts_in_order_with_a_line_between(
 ) -> None:
     show(loaded, PROMPTS)
     out, err = capsys.readouterr()
-    assert out == f"\n{BETWEEN}\n".join(texts) + "\n"
+    assert out == f"\n{SEPARATOR}\n".join(texts) + "\n"
     assert err.startswith("generated ") and err.count("\n") == 1 and "tokens/s" in err
 
 
@@ -146,7 +146,7 @@ def test_prompts_of_texts_files_and_standard_input(tmp_path: Path, monkeypatch: 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("none.txt", None, r"no such file; name a file with one prompt a line"),
+        ("none.txt", None, r"no such file or directory; name a file with one prompt a line"),
         ("empty.txt", b"\n \n", r"holds no prompt; write one a line"),
         ("latin.txt", b"one\ncaf\xe9\n", r"line 2 is not UTF-8 \(byte 0xe9\); convert it"),
         ("bad.jsonl", b'{"text": "x"}\n{"text": \n', r"line 2: bad JSON: "),

@@ -25,8 +25,9 @@ from typing import Any, NamedTuple
 import pytest
 
 from jaxlm.__main__ import COMMANDS, main, program
-from jaxlm.commands import cli
+from jaxlm.commands.parser import Parser, config_from
 from jaxlm.config import SECTIONS, load_config, replace_fields, shown, validate
+from jaxlm.errors import UserError
 from jaxlm.trainer import Trainer
 
 ROOT = Path(__file__).parents[1]
@@ -304,14 +305,14 @@ def reader(tmp_path: Path, corpus: Path, trained: Path, capsys: Any, monkeypatch
 
 def fault(name: str, given: list[str]) -> str | None:
     """What is wrong with a command's arguments, and its configuration if it takes one, as far as that is in them."""
-    parser = cli.Parser("")
+    parser = Parser("")
     COMMANDS[name].add_options(parser)
     with contextlib.suppress(SystemExit):  # of --help
         try:
             arguments = parser.parse_args(["small" if word in ("FILE", "mine.json") else word for word in given])
             if "config" in vars(arguments):
-                validate(cli.config_from(arguments))
-        except cli.UserError as error:
+                validate(config_from(arguments))
+        except UserError as error:
             return str(error)
     return None
 

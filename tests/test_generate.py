@@ -14,11 +14,9 @@ from flax import nnx
 from jaxlm.config import ModelConfig
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.errors import UserError
-from jaxlm.generation.api import Writer, generate_text, generate_tokens, stream_text
-from jaxlm.generation.api import generate as generate_all
-from jaxlm.generation.beam import _Search, beam_search
-from jaxlm.generation.clock import Clock
-from jaxlm.generation.decode import CHUNK, empty_caches, write_slot
+from jaxlm.generation.api import TextGenerator, generate_text, generate_tokens, stream_text
+from jaxlm.generation.beams import BeamSearch, beam_search
+from jaxlm.generation.decode import CHUNK, Clock, empty_caches, write_slot
 from jaxlm.generation.options import make_options
 from jaxlm.generation.sampling import choose, filter_logits, penalize
 from jaxlm.model import Transformer
@@ -68,9 +66,7 @@ def lively(config: ModelConfig) -> Transformer:
 
 
 def generate(model: Transformer, prompt: list, max_new_tokens: int, eos_id: int = NO_EOS, **options: Any) -> list:
-    graphdef, state = nnx.split(model)
-    options = {"temperature": 0, "max_new_tokens": max_new_tokens} | options
-    return generate_tokens(graphdef, nnx.to_pure_dict(state), prompt, eos_id, **options)
+    return generate_tokens(model, prompt, eos_id, **{"temperature": 0, "max_new_tokens": max_new_tokens} | options)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -249,9 +245,9 @@ def test_as_many_beams_as_tokens_find_the_best_of_all_texts() -> None:
 
 def test_a_beams_length_counts_its_end() -> None:
     """As in transformers: the score of [7, <eos>] is its log-probability over 2."""
-    search = _Search(PROMPT, 2, make_options(max_new_tokens=9, num_beams=2, length_penalty=1.0))
-    assert search.grow(np.array([-1.0, -2.0, -3.0, -4.0]), np.array([7, 8, 9, 5]), 10)
-    search.grow(np.array([-3.0, -4.0, -5.0, -6.0]), np.array([2, 7, 10 + 7, 8]), 10)
+    search = BeamSearch(PROMPT, 2, make_options(max_new_tokens=9, num_beams=2, length_penalty=1.0), 10)
+    assert search.grow(np.array([-1.0, -2.0, -3.0, -4.0]), np.array([7, 8, 9, 5]))
+    search.grow(np.array([-3.0, -4.0, -5.0, -6.0]), np.array([2, 7, 10 + 7, 8]))
     assert [(beam.tokens, beam.score) for beam in search.ended] == [([7], -1.5)]
 
 
@@ -271,10 +267,7 @@ def test_beams_beyond_the_window() -> None:
     assert len(best) == len(second) == count
     assert score(best) >= score(second) >= score(third)
     assert score(best) > score(reference(model, PROMPT, count))
-    graphdef, state = nnx.split(model)
-    beams = beam_search(
-        graphdef, nnx.to_pure_dict(state), PROMPT, NO_EOS, make_options(max_new_tokens=count, num_beams=3), Clock()
-    )
+    beams = beam_search(model, PROMPT, NO_EOS, make_options(max_new_tokens=count, num_beams=3), Clock())
     np.testing.assert_allclose([beam.logprob for beam in beams], [score(best)], rtol=1e-4)
 
 
@@ -343,12 +336,10 @@ def test_several_prompts_and_streaming_give_the_same_texts(model: Transformer, t
 
 def test_a_stop_string_ends_a_text_and_is_left_out(model: Transformer, tokenizer: Tokenizer) -> None:
     options: dict[str, Any] = {"max_new_tokens": 60, "temperature": 1.0, "seed": 3}
-    writer = Writer(model, tokenizer, make_options(**options))
-    (whole,) = generate_all(writer, ["the"])
+    (whole,) = TextGenerator(model, tokenizer, make_options(**options)).generate(["the"])
     assert whole.finish_reason == "length" and len(whole.tokens) == 60 and whole.logprob < 0
     stop = whole.text[20:23]
-    writer = Writer(model, tokenizer, make_options(**options, stop=[stop, "never there"]))
-    (stopped,) = generate_all(writer, ["the"])
+    (stopped,) = TextGenerator(model, tokenizer, make_options(**options, stop=[stop, "never there"])).generate(["the"])
     assert stopped.text == whole.text[: whole.text.index(stop)] and stopped.finish_reason == "stop"
     assert stopped.tokens == whole.tokens[: len(stopped.tokens)]
     assert stop in tokenizer.decode(stopped.tokens) and stop not in tokenizer.decode(stopped.tokens[:-1])
@@ -357,9 +348,9 @@ def test_a_stop_string_ends_a_text_and_is_left_out(model: Transformer, tokenizer
 
 def test_the_clock_tells_compiling_from_computing(model: Transformer, tokenizer: Tokenizer) -> None:
     options = make_options(max_new_tokens=37, temperature=0.9, top_k=3)  # which no other test has compiled
-    first, again = (Writer(model, tokenizer, options) for _ in range(2))
-    for writer in (first, again):
-        generate_all(writer, ["the café", "my"])
+    first, again = (TextGenerator(model, tokenizer, options) for _ in range(2))
+    for generator in (first, again):
+        list(generator.generate(["the café", "my"]))
     assert first.clock.compiling > 0 and again.clock.compiling == 0
     assert again.clock.new.tokens <= 2 * 37 and again.clock.new.seconds > 0
     assert again.clock.slides == 4 and "second half 4 times" in again.clock.summary()

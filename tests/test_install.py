@@ -15,8 +15,8 @@ import pytest
 
 import jaxlm
 from jaxlm.__main__ import COMMANDS
-from jaxlm.commands import cli
 from jaxlm.config import load_config
+from jaxlm.errors import UserError
 
 pytestmark = pytest.mark.xdist_group("install")  # one process, so that the wheel is built once
 ROOT = Path(__file__).parents[1]
@@ -139,7 +139,7 @@ def test_a_file_goes_before_a_shipped_configuration(tmp_path: Path, monkeypatch:
     monkeypatch.chdir(tmp_path)
     assert load_config("small") == load_config(str(ROOT / "configs" / "small.py"))
     (tmp_path / "small").mkdir()
-    with pytest.raises(cli.UserError, match=r"--config \(small\): is a folder"):
+    with pytest.raises(UserError, match=r"--config \(small\): is a folder"):
         load_config("small")
 
 
@@ -151,7 +151,7 @@ def test_a_file_goes_before_a_shipped_configuration(tmp_path: Path, monkeypatch:
         ("jaxlm train --training.optimizer lio", {"lion"}),
         ("jaxlm train --training.use_amp ", {"true", "false"}),
         ("jaxlm train --config smal", {"small"}),
-        ("jaxlm estimate_memory --gpu H", {"H100", "H200"}),
+        ("jaxlm estimate_memory --gpu H", {"H100", "H100\\ PCIE", "H100\\ NVL", "H200", "H200\\ NVL"}),
     ],
 )
 def test_completion(line: str, offered: set[str], tmp_path: Path) -> None:

@@ -282,7 +282,7 @@ def test_the_scripts_json(capsys):
         (["--memory", "lots"], "must be a number"),
         (["--gpu", ""], "known: T4"),
         (["--zero_stage", "4"], "at most 3"),
-        (["--zero_stage", "x"], "--zero_stage"),
+        (["--zero_stage", "x"], r"training\.zero_stage \('x'\) must be int or none"),
         (["--devices", "3", "--training.zero_group_size", "2"], "must divide the 3 device"),
     ],
 )
@@ -294,7 +294,7 @@ def test_the_scripts_errors(capsys, arguments, message):
 def test_an_estimate_starts_no_backend():
     """So that it can be made where the GPUs are busy, or JAX can't use them, and of models that fit nowhere."""
     program = f"""if True:
-        from jaxlm.commands import cli
+        from jaxlm.config import load_config
         from jaxlm.plan import memory
         from jax._src import xla_bridge
         config = load_config({str(GPT2["6700m"])!r})

@@ -16,8 +16,8 @@ import numpy as np
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
-from jaxlm.commands import cli
-from jaxlm.config import SECTIONS, Config, TrainingConfig, from_dict, replace_fields, to_dict
+from jaxlm.commands.parser import FIELD_TYPES, Parser, add_config_options, convert, overrides
+from jaxlm.config import Config, TrainingConfig, from_dict, replace_fields, to_dict
 from jaxlm.config.fields import accepts
 from jaxlm.data.loader import Rows, documents_of_step, train_batches
 from jaxlm.data.packing import plan
@@ -25,11 +25,6 @@ from jaxlm.errors import UserError
 from jaxlm.train.optim import SCHEDULES, build_schedule, effective_warmup
 
 ROOT = Path(__file__).parents[1]
-FIELD_TYPES = {
-    f"{name}.{field}": annotation
-    for name, section in SECTIONS.items()
-    for field, annotation in typing.get_type_hints(section).items()
-}
 
 
 def examples(count: int) -> settings:
@@ -104,12 +99,12 @@ NAMED_VALUES = st.sampled_from(sorted(FIELD_TYPES)).flatmap(
     lambda dotted: st.tuples(st.just(dotted), values_of(FIELD_TYPES[dotted]))
 )
 ONE_OF_EACH_TYPE = sorted({str(annotation): dotted for dotted, annotation in FIELD_TYPES.items()}.values())
-PARSER = cli.Parser("properties")
-cli.add_config_options(PARSER)
+PARSER = Parser("properties")
+add_config_options(PARSER)
 
 
 def parsed(*arguments: str) -> dict[str, Any]:
-    return cli.overrides(PARSER.parse_args(arguments))
+    return overrides(PARSER.parse_args(arguments))
 
 
 @examples(100)
@@ -157,7 +152,7 @@ JUNK = st.one_of(
 @given(st.sampled_from(ONE_OF_EACH_TYPE), JUNK)
 def test_any_text_is_a_value_or_an_error(dotted: str, text: str) -> None:
     try:
-        value = cli.convert(dotted, text, FIELD_TYPES[dotted])
+        value = convert(dotted, text, FIELD_TYPES[dotted])
     except UserError as error:
         assert str(error).startswith(f"{dotted} (")  # noqa: PT017
         return

@@ -17,11 +17,11 @@ def streamed(ids: list[int], stops: tuple[str, ...] = ()) -> tuple[list[str], Te
     stream = TextStream(TOKENIZER.decode, stops)
     pieces = []
     for token in ids:
-        pieces.append(stream.push(token))
+        pieces.append(stream.extend([token], is_last=False))
         if stream.stopped:
             break
     else:
-        pieces.append(stream.finish())
+        pieces.append(stream.extend([], is_last=True))
     return pieces, stream
 
 
@@ -53,9 +53,9 @@ def test_nothing_of_a_stop_string_or_of_half_a_character_is_shown(stop: str, sho
     text, seen = "qé🙂", []
     stream = TextStream(TOKENIZER.decode, (stop,))
     for token in TOKENIZER.encode(text):
-        seen.append(stream.push(token))
+        seen.append(stream.extend([token], is_last=False))
     assert [piece for piece in seen if piece] == shown
-    assert stream.finish() == ("🙂" if stop == "🙂c" else "")
+    assert stream.extend([], is_last=True) == ("🙂" if stop == "🙂c" else "")
     assert stream.stopped == (stop in text)
 
 
@@ -69,4 +69,4 @@ def test_a_decoder_that_drops_the_first_space() -> None:
     words = ["", "▁the", "▁cat", "s"]
     decode = lambda ids: "".join(words[i] for i in ids).replace("▁", " ").removeprefix(" ")  # noqa: E731
     stream = TextStream(decode)
-    assert [stream.push(token) for token in (1, 2, 3)] == ["the", " cat", "s"]
+    assert [stream.extend([token], is_last=False) for token in (1, 2, 3)] == ["the", " cat", "s"]

@@ -27,7 +27,7 @@ from lib.tables import table
 from lib.workers import OutOfTime, WorkerFailed, stream
 from speed import MODELS, ROWS
 
-from jaxlm.commands.cli import convert
+from jaxlm.commands.parser import convert
 from jaxlm.config import SECTIONS, Config, check_fields, replace_fields
 from jaxlm.errors import UserError
 

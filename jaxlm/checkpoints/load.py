@@ -17,7 +17,7 @@ from jaxlm.checkpoints.save import OPTIMIZER_ITEM
 from jaxlm.config import Config, validate
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.errors import UserError
-from jaxlm.generation.api import answer
+from jaxlm.generation.api import generate_one_or_many
 from jaxlm.model import Transformer
 from jaxlm.model.attention import compute_capability, obstacle
 from jaxlm.parallel.split import path_name
@@ -87,7 +87,7 @@ class LoadedModel:
 
     def generate(self, prompt: str | Sequence[str], **options: Any) -> Any:
         """As `Trainer.generate_text`: `prompt` and a continuation, or a list of them."""
-        return answer(self.model, self.tokenizer, prompt, **options)
+        return generate_one_or_many(self.model, self.tokenizer, prompt, **options)
 
 
 def load(path: str | os.PathLike[str], model_class: type[Transformer] = Transformer) -> LoadedModel:

@@ -1,4 +1,4 @@
-"""A module a command: its docstring describes it, `add_options(parser)` and `run(arguments)` are it.
+"""One module for each command: a docstring that `--help` shows, `add_options(parser)` and `run(arguments)`.
 
-They import nothing heavy before `run`, so that `--help` and mistakes come at once. `jaxlm/__main__.py` lists them.
+None imports anything heavy before `run`, so that `--help` and mistakes come at once. `jaxlm/__main__.py` lists them.
 """

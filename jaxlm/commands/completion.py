@@ -2,7 +2,7 @@
 
 import argparse
 
-from jaxlm.commands import cli
+from jaxlm.commands.parser import Parser
 
 SHELLS = {  # shell: how it is switched on for good
     "bash": "echo 'eval \"$(jaxlm completion bash)\"' >> ~/.bashrc",
@@ -11,7 +11,7 @@ SHELLS = {  # shell: how it is switched on for good
 }
 
 
-def add_options(parser: cli.Parser) -> None:
+def add_options(parser: Parser) -> None:
     parser.add_argument("shell", choices=SHELLS, help="; ".join(f"{shell}: {line}" for shell, line in SHELLS.items()))
 
 

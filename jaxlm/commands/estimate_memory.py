@@ -5,38 +5,36 @@ import dataclasses
 import json
 from typing import Any
 
-from jaxlm.commands import cli
+from jaxlm.commands.parser import Parser, add_config_file, add_config_options, config_from, set_completer
 from jaxlm.config.sizes import parse_size
+from jaxlm.errors import UserError
 from jaxlm.parallel import gpus
 
 
-def add_options(parser: cli.Parser) -> None:
-    cli.add_config_file(parser)
+def add_options(parser: Parser) -> None:
+    add_config_file(parser)
     parser.add_argument(
         "--devices", type=int, metavar="N", help="devices of all hosts together (default: training.world_size, or 1)"
     )
     parser.add_argument("--zero_stage", metavar="S", help="short for --training.zero_stage")
     gpu = parser.add_argument("--gpu", metavar="NAME", help=f"a GPU, to say what fits it: {', '.join(gpus.GPUS)}")
-    cli.offer(gpu, gpus.GPUS)
+    set_completer(gpu, lambda _: gpus.GPUS)
     parser.add_argument(
         "--memory",
         metavar="SIZE",
         help="memory of a device instead of --gpu, such as 80GB: G, GB, M and MB are powers of ten, GiB and MiB of two",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object, in bytes, instead of the table")
-    cli.add_config_options(parser)
+    add_config_options(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
     if arguments.gpu is not None and arguments.memory is not None:
-        raise cli.UserError(f"--memory ({arguments.memory}) and --gpu ({arguments.gpu}) say the same; give one")
-    config = cli.config_from(arguments)
-    if arguments.zero_stage is not None:
-        stage, dotted = cli.convert("--zero_stage", arguments.zero_stage, int | None), "training.zero_stage"
-        other = cli.overrides(arguments).get(dotted, stage)
-        if other != stage:
-            raise cli.UserError(f"--zero_stage ({stage}) and --{dotted} ({other}) differ; give one")
-        config = cli.replace_fields(config, {dotted: stage})
+        raise UserError(f"--memory ({arguments.memory}) and --gpu ({arguments.gpu}) say the same; give one")
+    short, dotted = arguments.zero_stage, "training.zero_stage"
+    if short is not None and vars(arguments).setdefault(dotted, short) != short:
+        raise UserError(f"--zero_stage ({short}) and --{dotted} ({vars(arguments)[dotted]}) differ; give one")
+    config = config_from(arguments)
     size = None if arguments.gpu is None else gpus.memory_of(arguments.gpu)
     if arguments.memory is not None:
         size = parse_size("--memory", arguments.memory, low=2**20)

@@ -5,19 +5,21 @@ import dataclasses
 import json
 import sys
 
-from jaxlm.commands import cli
+from jaxlm.commands.parser import Parser, add_config_options, add_model_folder, overrides
+from jaxlm.config import replace_fields
+from jaxlm.errors import UserError
 
 
-def add_options(parser: cli.Parser) -> None:
-    cli.add_model_folder(parser)
+def add_options(parser: Parser) -> None:
+    add_model_folder(parser)
     parser.add_argument("--batch_size", type=int, metavar="N", help="rows evaluated at once (default: the training's)")
-    cli.add_config_options(parser, ["data"])
+    add_config_options(parser, ["data"])
 
 
 def run(arguments: argparse.Namespace) -> None:
-    changes = cli.overrides(arguments)
+    changes = overrides(arguments)
     if arguments.batch_size is not None and arguments.batch_size < 1:
-        raise cli.UserError(f"--batch_size ({arguments.batch_size}) must be at least 1")
+        raise UserError(f"--batch_size ({arguments.batch_size}) must be at least 1")
 
     from jaxlm.checkpoints.load import load
     from jaxlm.parallel.devices import find_devices
@@ -25,7 +27,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     find_devices()
     loaded = load(arguments.model)
-    data = cli.replace_fields(loaded.config, changes).data
+    data = replace_fields(loaded.config, changes).data
     if "data.validation_files" in changes and "data.train_files" not in changes:
         data = dataclasses.replace(data, train_files=data.validation_files)  # evaluating needs no training text
     batch_size = arguments.batch_size or loaded.config.training.batch_size

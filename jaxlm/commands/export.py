@@ -4,12 +4,12 @@ import argparse
 import sys
 from pathlib import Path
 
-from jaxlm.commands import cli
+from jaxlm.commands.parser import Parser, add_model_folder
 from jaxlm.config.sizes import parse_size
 
 
-def add_options(parser: cli.Parser) -> None:
-    cli.add_model_folder(parser)
+def add_options(parser: Parser) -> None:
+    add_model_folder(parser)
     parser.add_argument("--to", required=True, metavar="DIR", help="folder to write; a new one, or empty")
     parser.add_argument(
         "--max_shard_size", default="5GB", metavar="SIZE", help="of a file of parameters, such as 500MB (default: 5GB)"

@@ -1,19 +1,22 @@
 """Prints what a saved model makes of prompts: text on standard output, all else on standard error."""
 
 import argparse
+import dataclasses
 
-from jaxlm.commands import cli
-from jaxlm.generation import options as generation_options
-from jaxlm.generation.prompts import read_prompts
+from jaxlm.commands.parser import Parser, add_field, add_model_folder, convert
+from jaxlm.config import DataConfig
+from jaxlm.errors import UserError
+from jaxlm.generation.options import FIELD_TYPES, GenerationOptions, make_options
+from jaxlm.generation.text import read_prompts
 
 
-def add_options(parser: cli.Parser) -> None:
-    cli.add_model_folder(parser)
+def add_options(parser: Parser) -> None:
+    add_model_folder(parser)
     parser.add_argument(
         "--prompt",
         action="append",
         metavar="TEXT",
-        help="text to go on from; may be repeated (default: none, a new text)",
+        help="text to continue; may be repeated (default: none, a new text)",
     )
     parser.add_argument(
         "--prompts_file", metavar="FILE", help='a prompt a line; .jsonl: {"text": PROMPT} a line; -: standard input'
@@ -25,19 +28,35 @@ def add_options(parser: cli.Parser) -> None:
     parser.add_argument(
         "--json", action="store_true", help="a JSON object a text: prompt, text, tokens, finish_reason, logprob"
     )
-    generation_options.add_options(parser)
+    for field in dataclasses.fields(GenerationOptions):
+        if field.name == "stop":
+            text = f"{field.metadata['help']} (text; default: none)"
+            parser.add_argument("--stop", action="append", metavar="TEXT", default=argparse.SUPPRESS, help=text)
+        else:
+            add_field(parser, field.name, field, FIELD_TYPES[field.name])
 
 
 def run(arguments: argparse.Namespace) -> None:
-    options = generation_options.options_from(arguments)
-    stream = None if arguments.stream == "auto" else cli.convert("--stream", arguments.stream, bool)
+    given = {name: text for name, text in vars(arguments).items() if name in FIELD_TYPES}
+    stop = {"stop": given.pop("stop", [])}  # may be repeated, so that it is a list already
+    options = make_options(
+        **{name: convert(f"--{name}", text, FIELD_TYPES[name]) for name, text in given.items()}, **stop
+    )
+    stream = None if arguments.stream == "auto" else convert("--stream", arguments.stream, bool)
     if arguments.interactive and (arguments.prompt or arguments.prompts_file or arguments.json or stream is False):
-        raise cli.UserError("--interactive takes no --prompt, --prompts_file, --json or --stream false; leave them out")
+        raise UserError("--interactive takes no --prompt, --prompts_file, --json or --stream false; leave them out")
     prompts = [] if arguments.interactive else read_prompts(arguments.prompt or [], arguments.prompts_file)
 
-    from jaxlm.commands.console import converse, open_model, show_texts
+    import jax
 
-    loaded = open_model(arguments.model)
+    from jaxlm.checkpoints.load import load
+    from jaxlm.commands.console import converse, show_texts
+    from jaxlm.data.tokens import cache_root
+    from jaxlm.parallel.devices import find_devices
+
+    find_devices()
+    loaded = load(arguments.model)
+    jax.config.update("jax_compilation_cache_dir", str(cache_root(DataConfig()) / "compiled"))
     if arguments.interactive:
         converse(loaded, options)
     else:

@@ -3,16 +3,13 @@
 import argparse
 from pathlib import Path
 
-from jaxlm.commands import cli
+from jaxlm.commands.parser import Parser
 
 
-def add_options(parser: cli.Parser) -> None:
+def add_options(parser: Parser) -> None:
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder (training.checkpoint_dir)")
     parser.add_argument(
-        "--out",
-        type=Path,
-        metavar="FILE",
-        help="default: report.html, in the folder of the run, or of several in this one",
+        "--out", type=Path, metavar="FILE", help="default: report.html, in the run's folder, or here for several runs"
     )
 
 

@@ -3,16 +3,16 @@
 import argparse
 from typing import TYPE_CHECKING
 
-from jaxlm.commands import cli
-from jaxlm.config import Config
+from jaxlm.commands.parser import Parser, add_config_file, add_config_options, config_from
+from jaxlm.config import Config, replace_fields
 from jaxlm.run.setup import resolve
 
 if TYPE_CHECKING:
     import jax
 
 
-def add_options(parser: cli.Parser) -> None:
-    cli.add_config_file(parser)
+def add_options(parser: Parser) -> None:
+    add_config_file(parser)
     parser.add_argument("--resume_from_checkpoint", metavar="PATH", help="checkpoint folder to start from, or latest")
     parser.add_argument("--fresh", action="store_true", help="start over; the old folder is moved aside, not deleted")
     several = parser.add_argument_group(
@@ -23,13 +23,13 @@ def add_options(parser: cli.Parser) -> None:
     several.add_argument("--coordinator_address", metavar="HOST:PORT", help="a free port of process 0's host")
     several.add_argument("--num_processes", type=int, metavar="N", help="how many there are")
     several.add_argument("--process_id", type=int, metavar="I", help="which one this is, from 0")
-    cli.add_config_options(parser)
+    add_config_options(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
-    config = cli.config_from(arguments)
+    config = config_from(arguments)
     if arguments.resume_from_checkpoint is not None:
-        config = cli.replace_fields(config, {"training.resume_from_checkpoint": arguments.resume_from_checkpoint})
+        config = replace_fields(config, {"training.resume_from_checkpoint": arguments.resume_from_checkpoint})
 
     def devices(config: Config) -> list["jax.Device"]:
         from jaxlm.parallel.devices import start_backend

@@ -11,22 +11,6 @@ from jaxlm.config.schema import Config
 from jaxlm.errors import UserError, printable
 
 PACKAGE = Path(__file__).parents[1]
-CONFIG_FILE_ERRORS = (  # what the user's own code in a configuration file is likely to raise
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    EOFError,
-    ImportError,
-    LookupError,
-    MemoryError,
-    NameError,
-    OSError,
-    RuntimeError,
-    StopIteration,
-    SystemExit,
-    TypeError,
-    ValueError,
-)
 
 
 def shipped_configs() -> dict[str, Path]:
@@ -62,7 +46,7 @@ def load_config(path: str) -> Config:
         found = runpy.run_path(path)
     except SyntaxError as error:
         raise UserError(f"--config ({path}): line {error.lineno}: {error.msg}") from error
-    except CONFIG_FILE_ERRORS as error:
+    except (Exception, SystemExit) as error:  # whatever the user's own code raises is a mistake in their file
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
         where = f"--config ({path})" + (f": line {lines[-1]}" if lines else "")
         raise UserError(f"{where}: {type(error).__name__}: {printable(error)}") from error

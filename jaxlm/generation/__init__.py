@@ -1,1 +1,1 @@
-"""How text is made, from the options down to the key-value cache; `jaxlm.generation.api` is the way in."""
+"""Text from a model; `jaxlm.generation.api` is what users call."""

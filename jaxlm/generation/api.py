@@ -1,32 +1,30 @@
 """Text from a model: what users call."""
 
 import dataclasses
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from flax import nnx
-
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.errors import UserError
-from jaxlm.generation.beam import beam_search
-from jaxlm.generation.clock import Clock
-from jaxlm.generation.decode import CHUNK, STREAM_CHUNK, Decoder, Job, News
+from jaxlm.generation.beams import beam_search
+from jaxlm.generation.decode import CHUNK, STREAM_CHUNK, Clock, Decoder
 from jaxlm.generation.options import GenerationOptions, make_options
 from jaxlm.generation.text import TextStream
 from jaxlm.model.transformer import Transformer
 
 
 @dataclasses.dataclass(frozen=True)
-class Generation:
+class GeneratedText:
     """A finished text.
 
     Attributes:
-      prompt: what it goes on from.
+      prompt: the text that it continues.
       text: the continuation, without the prompt, <eos> and the stop string.
-      tokens: its new ids, without <eos>; where a stop string ended it, those that made the string are there.
+      tokens: its new ids, without <eos>, but with those of a stop string that ended it.
       finish_reason: "eos", "stop" or "length".
-      logprob: natural logarithm of the probability that the model gives `tokens` (beams: with <eos>, and what the
-        repetition penalty makes of it).
+      logprob: natural logarithm of the probability that the model gives `tokens`; of beams, <eos> included, and after
+        the repetition penalty.
     """
 
     prompt: str
@@ -38,11 +36,11 @@ class Generation:
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """More of the text that is `number`th in the order of prompts and samples; `done` once it is finished."""
+    """The next part of a text, `index` in the order of prompts and samples; `finished` comes with its last one."""
 
-    number: int
+    index: int
     text: str
-    done: Generation | None = None
+    finished: GeneratedText | None = None
 
 
 def encode_prompts(tokenizer: Tokenizer, prompts: Sequence[str], window: int, name: str = "prompt") -> list[list[int]]:
@@ -53,60 +51,28 @@ def encode_prompts(tokenizer: Tokenizer, prompts: Sequence[str], window: int, na
     """
     encoded = [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in prompts]
     for number, ids in enumerate(encoded, 1):
-        if len(ids) > window:
+        if (size := len(ids)) > window:
             which = f"{name} {number}" if len(encoded) > 1 else name
-            raise UserError(
-                f"{which} ({len(ids):,} tokens with <bos>) exceeds model.max_seq_len ({window:,}); shorten it"
-            )
+            raise UserError(f"{which} ({size:,} tokens with <bos>) exceeds model.max_seq_len ({window:,}); shorten it")
     return encoded
 
 
-class _Text:
-    """A text that is being made."""
-
-    def __init__(self, stream: TextStream) -> None:
-        self.stream, self.tokens, self.logprob = stream, list[int](), 0.0
-
-    def take(self, news: News) -> tuple[str, str | None]:
-        """The text that is new, and why it ends, if it does."""
-        pieces = []
-        for token, logprob in zip(news.tokens, news.logprobs, strict=True):
-            self.tokens.append(token)
-            self.logprob += logprob
-            pieces.append(self.stream.push(token))
-            if self.stream.stopped:
-                break
-        else:
-            if news.reason is not None:
-                pieces.append(self.stream.finish())
-        return "".join(pieces), "stop" if self.stream.stopped else news.reason
-
-
-class Writer:
-    """A model that texts are to be made with.
-
-    Args:
-      chunk: tokens decoded between looks at them.
-      shortest_cache: what the key-value cache holds at least; one length for all prompts saves compilations.
+@dataclasses.dataclass
+class TextGenerator:
+    """Makes texts with a model.
 
     Attributes:
-      clock: tokens and seconds of all that was made.
+      chunk: tokens decoded between looks at them.
+      shortest_cache: positions that the key-value cache has at least; one length for all prompts saves compilations.
+      clock: tokens and seconds of all texts made.
     """
 
-    def __init__(
-        self,
-        model: Transformer,
-        tokenizer: Tokenizer,
-        options: GenerationOptions,
-        *,
-        chunk: int = CHUNK,
-        shortest_cache: int = 1,
-    ) -> None:
-        self._graphdef, state = nnx.split(model)
-        self._params, self._config = nnx.to_pure_dict(state), model.config
-        self._tokenizer, self._options, self._chunk = tokenizer, options, chunk
-        self._shortest_cache = shortest_cache
-        self.clock = Clock()
+    model: Transformer
+    tokenizer: Tokenizer
+    options: GenerationOptions
+    chunk: int = CHUNK
+    shortest_cache: int = 1
+    clock: Clock = dataclasses.field(default_factory=Clock)
 
     def stream(self, prompts: Sequence[str], first: int = 0) -> Iterator[Piece]:
         """The texts of all prompts, piece by piece; those of different texts alternate.
@@ -117,43 +83,53 @@ class Writer:
         Raises:
           UserError: a prompt does not fit into the model's window, or is no valid Unicode.
         """
-        encoded = encode_prompts(self._tokenizer, prompts, self._config.max_seq_len)
+        encoded = encode_prompts(self.tokenizer, prompts, self.model.config.max_seq_len)
         if not prompts:
             return iter(())
-        return self._beams(prompts, encoded) if self._options.num_beams > 1 else self._samples(prompts, encoded, first)
+        return self._beams(prompts, encoded) if self.options.num_beams > 1 else self._samples(prompts, encoded, first)
+
+    def generate(self, prompts: Sequence[str]) -> Iterator[GeneratedText]:
+        """The finished texts in the order of prompts and samples, as soon as that allows. Raises as `stream`."""
+        early: dict[int, GeneratedText] = {}
+        index = 0
+        for piece in self.stream(prompts):
+            if piece.finished is not None:
+                early[piece.index] = piece.finished
+            while index in early:
+                yield early.pop(index)
+                index += 1
 
     def _samples(self, prompts: Sequence[str], encoded: list[list[int]], first: int) -> Iterator[Piece]:
-        options = self._options
-        jobs = [Job(tuple(ids), first + i, j) for i, ids in enumerate(encoded) for j in range(options.num_samples)]
-        decoder = Decoder(
-            self._graphdef, self._params, self._tokenizer.eos_id, options, self.clock, self._chunk, self._shortest_cache
-        )
-        texts = {job: _Text(TextStream(self._tokenizer.decode, options.stop)) for job in jobs}
-        for news in decoder.run(jobs):
-            text, job = texts[news.job], news.job
-            piece, reason = text.take(news)
-            if reason == "stop":
-                decoder.stop(job)
-            prompt = prompts[job.prompt - first]
-            done = None if reason is None else Generation(prompt, text.stream.text, text.tokens, reason, text.logprob)
-            if piece or done:
-                yield Piece((job.prompt - first) * options.num_samples + job.sample, piece, done)
+        options, decode = self.options, self.tokenizer.decode
+        decoder = Decoder(self.model, self.tokenizer.eos_id, options, self.clock, self.chunk, self.shortest_cache)
+        streams = [TextStream(decode, options.stop) for _ in range(len(prompts) * options.num_samples)]
+        for request, tokens, reason in decoder.run(encoded, first):
+            index, stream = request.index, streams[request.index]
+            piece, finished = stream.extend(tokens, is_last=reason is not None), None
+            if stream.stopped:
+                decoder.stop(request)
+                reason = "stop"
+            if reason is not None:
+                logprob = sum(request.logprobs[: len(stream.tokens)])
+                prompt = prompts[index // options.num_samples]
+                finished = GeneratedText(prompt, stream.text, stream.tokens, reason, logprob)
+            if piece or finished:
+                yield Piece(index, piece, finished)
 
     def _beams(self, prompts: Sequence[str], encoded: list[list[int]]) -> Iterator[Piece]:
-        number = 0
-        for prompt, ids in zip(prompts, encoded, strict=True):
-            found = beam_search(self._graphdef, self._params, ids, self._tokenizer.eos_id, self._options, self.clock)
-            for beam in found:
-                text = self._tokenizer.decode(beam.tokens)
-                yield Piece(number, text, Generation(prompt, text, beam.tokens, beam.reason, beam.logprob))
-                number += 1
+        eos_id, options = self.tokenizer.eos_id, self.options
+        searches = (beam_search(self.model, ids, eos_id, options, self.clock) for ids in encoded)
+        for index, beam in enumerate(itertools.chain.from_iterable(searches)):
+            prompt, text = prompts[index // options.num_samples], self.tokenizer.decode(beam.tokens)
+            yield Piece(index, text, GeneratedText(prompt, text, beam.tokens, beam.finish_reason, beam.logprob))
 
 
-def generate_tokens(graphdef: Any, params: Any, prompt: Sequence[Any], eos_id: int, **options: Any) -> list[list[int]]:
+def generate_tokens(
+    model: Transformer, prompt: Sequence[int] | Sequence[Sequence[int]], eos_id: int, **options: Any
+) -> list[list[int]]:
     """New ids, <eos> left out: all samples of the first prompt, then those of the next.
 
     Args:
-      graphdef, params: a split `Transformer`.
       prompt: ids, at least one; or several such prompts. Of one longer than the model's window, the last half a
         window is seen.
       options: as in `generate_text`, but for `stop`.
@@ -161,37 +137,38 @@ def generate_tokens(graphdef: Any, params: Any, prompt: Sequence[Any], eos_id: i
     checked, clock = make_options(**options), Clock()
     if checked.stop:
         raise UserError(f"--stop ({checked.stop[0]}) needs text; use generate_text")
-    prompts: list[list[int]] = [list(ids) for ids in (prompt if isinstance(prompt[0], Sequence) else [prompt])]
+    several: Any = prompt if isinstance(prompt[0], Sequence) else [prompt]
+    prompts = [list(ids) for ids in several]
     if checked.num_beams > 1:
-        searches = (beam_search(graphdef, params, ids, eos_id, checked, clock) for ids in prompts)
-        return [beam.tokens for beams in searches for beam in beams]
-    jobs = [Job(tuple(ids), i, j) for i, ids in enumerate(prompts) for j in range(checked.num_samples)]
-    made: dict[Job, list[int]] = {job: [] for job in jobs}
-    for news in Decoder(graphdef, params, eos_id, checked, clock).run(jobs):
-        made[news.job] += news.tokens
-    return list(made.values())
-
-
-def generate(writer: Writer, prompts: Sequence[str]) -> list[Generation]:
-    """All texts, in the order of prompts and samples. Raises UserError, as `Writer.stream`."""
-    done = {piece.number: piece.done for piece in writer.stream(prompts) if piece.done is not None}
-    return [done[number] for number in sorted(done)]
+        return [beam.tokens for ids in prompts for beam in beam_search(model, ids, eos_id, checked, clock)]
+    made: list[list[int]] = [[] for _ in range(len(prompts) * checked.num_samples)]
+    for request, tokens, _ in Decoder(model, eos_id, checked, clock).run(prompts):
+        made[request.index] += tokens
+    return made
 
 
 def generate_text(model: Transformer, tokenizer: Tokenizer, prompt: str | Sequence[str], **options: Any) -> list[str]:
     """Continuations, each with its prompt in front: all samples of the first prompt, then those of the next.
 
     Args:
-      prompt: one, or several, which are worked on together; each text is what the prompt alone would give, if it had
-        its place among them (sampling depends on `seed`, on the places of prompt and sample, and on nothing else).
+      prompt: one, or several, which are worked on together. Each text is what its prompt alone would give: greedy text
+        depends on nothing else, sampled text also on `seed`, and on the number of its prompt and sample.
       options: fields of `GenerationOptions`, such as max_new_tokens=50, temperature=0.
 
     Raises:
       UserError: an option is unknown or out of bounds, or a prompt is longer than the model's window.
     """
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-    writer = Writer(model, tokenizer, make_options(**options))
-    return [done.prompt + done.text for done in generate(writer, prompts)]
+    generator = TextGenerator(model, tokenizer, make_options(**options))
+    return [finished.prompt + finished.text for finished in generator.generate(prompts)]
+
+
+def generate_one_or_many(
+    model: Transformer, tokenizer: Tokenizer, prompt: str | Sequence[str], **options: Any
+) -> str | list[str]:
+    """`generate_text`, but a str where one prompt gets one text."""
+    texts = generate_text(model, tokenizer, prompt, **options)
+    return texts[0] if isinstance(prompt, str) and len(texts) == 1 else texts
 
 
 def stream_text(model: Transformer, tokenizer: Tokenizer, prompt: str, **options: Any) -> Iterator[str]:
@@ -201,14 +178,6 @@ def stream_text(model: Transformer, tokenizer: Tokenizer, prompt: str, **options
       UserError: as `generate_text`; or `num_samples` or `num_beams` is not 1.
     """
     checked = make_options(**options)
-    for name, value in (("num_samples", checked.num_samples), ("num_beams", checked.num_beams)):
-        if value != 1:
-            raise UserError(f"--{name} ({value}) gives no text to stream; set it to 1, or use generate_text")
-    writer = Writer(model, tokenizer, checked, chunk=STREAM_CHUNK)
-    return (piece.text for piece in writer.stream([prompt]) if piece.text)
-
-
-def answer(model: Transformer, tokenizer: Tokenizer, prompt: str | Sequence[str], **options: Any) -> str | list[str]:
-    """`generate_text`, but a str where one prompt has one text."""
-    texts = generate_text(model, tokenizer, prompt, **options)
-    return texts[0] if isinstance(prompt, str) and len(texts) == 1 else texts
+    checked.check_single_text("gives no text to stream; set it to 1, or use generate_text")
+    generator = TextGenerator(model, tokenizer, checked, chunk=STREAM_CHUNK)
+    return (piece.text for piece in generator.stream([prompt]) if piece.text)

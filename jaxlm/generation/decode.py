@@ -2,174 +2,193 @@
 
 Shapes: B slots, C tokens of a chunk, T positions, V vocabulary, H heads of keys and values, K channels of a head.
 
-A text lives in a slot. `_prefill` runs its prompt alone, `_place` puts the outcome into a free slot, and `_decode` goes
-on with all slots, each at its own position; a slot whose text has ended takes the next prompt. So a text is a function
-of its own prompt and random key, and what else is made beside it changes only how fast it comes.
+Each text has a slot of the cache. `_prefill` runs its prompt alone, `_place` copies the keys and values into a free
+slot, and `_decode` continues all slots, each at its own position; when a text ends, the next prompt takes its slot.
+So a text depends only on its own prompt and random key; the others change only how fast it comes.
 """
 
 import collections
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
-from typing import Any
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
-from jaxlm.generation.clock import Clock
 from jaxlm.generation.options import GenerationOptions
-from jaxlm.generation.sampling import draw, process, row_key
+from jaxlm.generation.sampling import adjust_logits, next_token, random_key
+from jaxlm.model.layers import Cache
 from jaxlm.model.transformer import Transformer
 
 CHUNK = 32  # tokens decoded between looks at them
 STREAM_CHUNK = 4  # the same where somebody watches
 CACHE_STEP = 64  # the cache's length is a multiple of this,
 SHORTEST = 32  # and a prompt is padded to this times a power of 2: few shapes, so few compilations
+_COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"  # JAX sends it for programs read from its cache, too
+
+T = TypeVar("T")
+Caches = tuple[Cache, ...]  # keys and values [B, H, T, K] of each layer
+Prefilled = tuple[jax.Array, Caches]  # float32 [V] logits after a prompt, and its keys and values [1, H, T, K]
 
 
-@dataclasses.dataclass(frozen=True)
-class Job:
-    """One text to make: its prompt's ids, not empty, and the two numbers that its random key depends on."""
+@functools.cache  # registers once a process
+def _record_compilations() -> list[float]:
+    """The seconds of each compilation since the first call; JAX appends to it."""
+    seconds: list[float] = []
 
-    tokens: tuple[int, ...]
-    prompt: int = 0
-    sample: int = 0
+    def record(event: str, duration_secs: float, **_: str | int) -> None:
+        if event == _COMPILE_EVENT:
+            seconds.append(duration_secs)
+
+    jax.monitoring.register_event_duration_secs_listener(record)
+    return seconds
 
 
-@dataclasses.dataclass(frozen=True)
-class News:
-    """What a job has come to: new ids, and why it ended ("eos" or "length"); None: it goes on.
+@dataclasses.dataclass
+class Throughput:
+    """Tokens, and the seconds that they took."""
 
-    `logprobs` are the natural log-probabilities that the model gives each id, before penalties and filters.
-    <eos> itself is no text, and is left out.
+    tokens: int = 0
+    seconds: float = 0.0
+
+    def __str__(self) -> str:
+        rate = f"{self.tokens / self.seconds:,.0f}" if self.seconds else "?"
+        return f"{self.tokens:,} tokens in {self.seconds:.2f} s ({rate} tokens/s)"
+
+
+@dataclasses.dataclass
+class Clock:
+    """Tokens and seconds of all texts made so far.
+
+    Attributes:
+      compiling: seconds spent compiling; `prompt` and `new` leave them out.
+      slides: how often a text had filled the model's window, and continued from the second half of it.
     """
 
-    job: Job
-    tokens: list[int]
-    logprobs: list[float]
-    reason: str | None
+    prompt: Throughput = dataclasses.field(default_factory=Throughput)
+    new: Throughput = dataclasses.field(default_factory=Throughput)
+    compiling: float = 0.0
+    slides: int = 0
+
+    def call(self, measured: Throughput, function: Callable[..., T], *arguments: Any, **options: Any) -> T:
+        """The finished result of `function(...)`; adds its seconds to `measured`, those until it was compiled apart."""
+        compilations = _record_compilations()
+        before, begin = len(compilations), time.perf_counter()
+        out = function(*arguments, **options)
+        if len(compilations) > before:
+            compiled = time.perf_counter()
+            self.compiling += compiled - begin
+            begin = compiled
+        jax.block_until_ready(out)
+        measured.seconds += time.perf_counter() - begin
+        return out
+
+    def summary(self) -> str:
+        """One line: what was made, how fast, and what compiling took."""
+        parts = [f"generated {self.new}", f"prompts {self.prompt}"]
+        if self.compiling:
+            parts.append(f"compiling took {self.compiling:.1f} s")
+        if self.slides:
+            parts.append(f"a full window (model.max_seq_len) went on from its second half {self.slides:,} times")
+        return "; ".join(parts)
 
 
-class _Text:
-    """A job in its slot."""
+@dataclasses.dataclass
+class Request:
+    """One text to make.
 
-    def __init__(self, job: Job) -> None:
-        self.job = job
-        self.context = list(job.tokens)  # all of it: the prompt and what is new
-        self.held = 0  # how many of its last tokens the slot holds; 0: it has yet to be placed
+    Attributes:
+      prompt: token ids, at least one.
+      index: its place in the order of prompts and samples.
+      context: the prompt and all new tokens, <eos> included.
+      logprobs: natural log-probability of each new token by the model, before penalties and filters.
+      cached: how many of the context's last tokens the slot's cache holds; 0: it has no slot yet.
+    """
 
-    @property
-    def count(self) -> int:
-        return len(self.context) - len(self.job.tokens)
+    prompt: Sequence[int]
+    index: int
+
+    def __post_init__(self) -> None:
+        self.context, self.logprobs, self.cached = list(self.prompt), list[float](), 0
 
 
-@functools.partial(jax.jit, static_argnames="graphdef")
-def _prefill(graphdef: Any, params: Any, prompt_1T: jax.Array, length: jax.Array) -> tuple[jax.Array, Any]:
-    """float32 [V] logits after `length` tokens of a padded prompt, and each layer's keys and values [1, H, T, K]."""
-    model: Transformer = nnx.merge(graphdef, params)
+@jax.jit
+def _prefill(model: Transformer, prompt_1T: jax.Array, length: jax.Array) -> Prefilled:
+    """Runs a padded prompt of `length` tokens."""
     hidden_1TD, caches = model.prefill(prompt_1T)
     last_11D = jax.lax.dynamic_slice_in_dim(hidden_1TD, length - 1, 1, axis=1)
     return model.logits(last_11D)[0, 0], caches
 
 
-def write_slot(caches: Any, slot: jax.Array, new: Any) -> Any:
-    """`caches` with a prompt's, [1, H, T, K] in each layer, at the beginning of a slot."""
-
-    def write(old: jax.Array, x_1HTK: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_update_slice(old, x_1HTK.astype(old.dtype), (slot, 0, 0, 0))
-
-    return jax.tree.map(write, caches, new)
+@functools.partial(jax.jit, donate_argnums=0)
+def write_slot(caches: Caches, slot: jax.Array, prompt: Caches) -> Caches:
+    """`caches` with those of a prompt, [1, H, T, K], at the beginning of a slot."""
+    write = functools.partial(jax.lax.dynamic_update_slice, start_indices=(slot, 0, 0, 0))
+    return jax.tree.map(lambda old, x_1HTK: write(old, x_1HTK.astype(old.dtype)), caches, prompt)
 
 
-@functools.partial(jax.jit, donate_argnames="state")
-def _place(state: dict[str, Any], slot: jax.Array, prefilled: tuple[jax.Array, Any], row: dict[str, Any]) -> Any:
-    """`state` with a prompt in `slot`; `row` holds its numbers."""
-    logits_V, caches = prefilled
-    row = dict(row, key=row_key(*row.pop("key_of")), logits=logits_V)
+@functools.partial(jax.jit, donate_argnums=0)
+def _place(state: dict[str, Any], slot: jax.Array, row: dict[str, Any], prompt: Caches) -> dict[str, Any]:
+    """`state` with a prompt in `slot`: `row` in the arrays of that name, and its keys and values."""
     placed = {name: state[name].at[slot].set(value) for name, value in row.items()}
-    return state | placed | {"caches": write_slot(state["caches"], slot, caches)}
+    return placed | {"caches": write_slot(state["caches"], slot, prompt)}
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "options", "eos_id", "chunk"), donate_argnames="state")
+@functools.partial(jax.jit, static_argnames=("eos_id", "options", "chunk"), donate_argnames="state")
 def _decode(
-    graphdef: Any,
-    params: Any,
-    state: dict[str, Any],
-    active_B: jax.Array,
-    *,
-    options: GenerationOptions,
-    eos_id: int,
-    chunk: int,
+    model: Transformer, state: dict[str, Any], room_B: jax.Array, eos_id: int, options: GenerationOptions, chunk: int
 ) -> tuple[dict[str, Any], tuple[jax.Array, jax.Array]]:
-    """Up to `chunk` tokens more in every active slot.
+    """Up to `chunk` tokens more in every slot, and not more than `room_B` (int32).
 
     Returns:
-      The state; and the tokens int32 [chunk, B], -1 where a slot was not active, with their log-probabilities.
+      The state; and the tokens int32 [chunk, B], -1 where a slot got none, with their log-probabilities.
     """
-    model: Transformer = nnx.merge(graphdef, params)
     window = state["caches"][0][0].shape[2]
     slots = jnp.arange(len(state["length"]))
 
-    def go_on(carry: Any) -> jax.Array:
+    def is_unfinished(carry: Any) -> jax.Array:
         i, active_B, _, _ = carry
         return (i < chunk) & jnp.any(active_B)
 
-    def body(carry: Any) -> Any:
+    def decode_token(carry: Any) -> Any:
         i, active_B, state, (tokens_CB, logprobs_CB) = carry
-        logits_BV, length_B = state["logits"], state["length"]
-        token_B = _next(state, eos_id, options)
-        chosen_B = logits_BV[slots, token_B] - jax.nn.logsumexp(logits_BV, axis=-1)
-        out = (tokens_CB.at[i].set(jnp.where(active_B, token_B, -1)), logprobs_CB.at[i].set(chosen_B))
-        state = dict(state, count=state["count"] + active_B)
+        logits_BV, length_B, count_B = state["logits"], state["length"], state["count"]
+        adjusted_BV = adjust_logits(logits_BV, count_B, state.get("seen"), eos_id, options)
+        token_B = next_token(adjusted_BV, state["key"], count_B, options)
+        logprob_B = logits_BV[slots, token_B] - jax.nn.logsumexp(logits_BV, axis=-1)
+        out = (tokens_CB.at[i].set(jnp.where(active_B, token_B, -1)), logprobs_CB.at[i].set(logprob_B))
+        state = dict(state, count=count_B + active_B)
         if "seen" in state:
             state["seen"] = state["seen"].at[slots, token_B].set(True)
-        active_B = active_B & (token_B != eos_id) & (state["count"] < state["limit"]) & (length_B < window)
-        state["logits"], state["caches"] = model.decode(
-            token_B[:, None], jnp.minimum(length_B, window - 1), state["caches"]
-        )
+        active_B = active_B & (token_B != eos_id) & (i + 1 < room_B) & (length_B < window)
+        position_B = jnp.minimum(length_B, window - 1)
+        state["logits"], state["caches"] = model.decode(token_B[:, None], position_B, state["caches"])
         return i + 1, active_B, dict(state, length=length_B + active_B), out
 
     shape = (chunk, len(slots))
     empty = (jnp.full(shape, -1, jnp.int32), jnp.zeros(shape, jnp.float32))
-    _, _, state, out = jax.lax.while_loop(go_on, body, (jnp.int32(0), active_B, state, empty))
+    _, _, state, out = jax.lax.while_loop(is_unfinished, decode_token, (jnp.int32(0), room_B > 0, state, empty))
     return state, out
 
 
-def _next(state: dict[str, Any], eos_id: int, options: GenerationOptions) -> jax.Array:
-    """int32 [B]: the next token of each slot."""
-    logits_BV = process(state["logits"], state["count"], state.get("seen"), eos_id, options)
-    return draw(logits_BV, state["key"], state["count"], options)
+def _padded_length(length: int, window: int) -> int:
+    """The length that a prompt is padded to."""
+    return min(max(SHORTEST, 1 << (length - 1).bit_length()), window)
 
 
-def prompt_bucket(length: int, window: int) -> int:
-    """The padded length of a prompt."""
-    padded = SHORTEST
-    while padded < length:
-        padded *= 2
-    return min(padded, window)
+def empty_caches(prompt: Caches, slots: int, length: int) -> Caches:
+    """Zeros [slots, H, length, K] for each of a prompt's keys and values [1, H, T, K], on the same devices.
 
-
-def cache_bucket(prompt: int, total: int, window: int) -> int:
-    """The length of a cache for texts of `total` tokens with their prompts, which are of up to `prompt` tokens."""
-    return min(max(-(-total // CACHE_STEP) * CACHE_STEP, prompt_bucket(prompt, window)), window)
-
-
-def empty_caches(prompt: Any, slots: int, length: int) -> Any:
-    """Each layer's keys and values [slots, H, length, K], zeros, on the devices of `prompt`'s, [1, H, T, K].
-
-    On CPU they are float32 whatever the model computes in: writing into a 16-bit array, XLA converts all of it.
+    On CPU they are float32 whatever the model computes in: to write into a 16-bit array, XLA converts all of it.
     """
-
-    def zeros(x_1HTK: jax.Array) -> jax.Array:
-        _, heads, _, channels = x_1HTK.shape
-        devices: Any = x_1HTK.devices()
-        on_cpu = all(device.platform == "cpu" for device in devices)
-        dtype = jnp.float32 if on_cpu else x_1HTK.dtype
-        return jnp.zeros((slots, heads, length, channels), dtype, device=x_1HTK.sharding)
-
-    return jax.tree.map(zeros, prompt)
+    (_, heads, _, channels), keys = prompt[0][0].shape, prompt[0][0]
+    device: Any = next(iter(keys.devices()))
+    dtype = jnp.float32 if device.platform == "cpu" else keys.dtype
+    shape = (slots, heads, length, channels)
+    return jax.tree.map(lambda x: jnp.zeros(shape, dtype, device=x.sharding), prompt)
 
 
 def seen_tokens(context: Sequence[int], vocab_size: int) -> np.ndarray:
@@ -177,119 +196,122 @@ def seen_tokens(context: Sequence[int], vocab_size: int) -> np.ndarray:
     return np.bincount(context, minlength=vocab_size) > 0
 
 
-class Prompts:
-    """Runs prompts, for slots of a cache of `cache_length`; one that comes again in a row is run once."""
+class PromptRunner:
+    """Runs prompts for the slots of a cache; of equal ones in a row, only the first.
 
-    def __init__(self, graphdef: Any, params: Any, cache_length: int, clock: Clock) -> None:
-        self._model, self._cache_length, self._clock = (graphdef, params), cache_length, clock
-        self._window = nnx.merge(graphdef, params).config.max_seq_len
-        self._last: tuple[Sequence[int], Any] = ((), None)
+    Args:
+      longest_prompt, longest_text: tokens at most of a prompt, and of a prompt with its new tokens.
 
-    def view(self, context: list[int]) -> list[int]:
-        """What the model sees of a text: all of it, or half a window of its end."""
+    Attributes:
+      cache_length: positions of a cache that fits the texts, the model's window at most.
+    """
+
+    def __init__(self, model: Transformer, clock: Clock, longest_prompt: int, longest_text: int) -> None:
+        self._model, self._clock, self._window = model, clock, model.config.max_seq_len
+        length = max(-(-longest_text // CACHE_STEP) * CACHE_STEP, _padded_length(longest_prompt, self._window))
+        self.cache_length = min(length, self._window)
+        self._last: tuple[list[int], Any] = ([], None)
+
+    def visible(self, context: list[int]) -> list[int]:
+        """What the model sees of a text: all of it, or the last half a window where it is longer than the window."""
         if len(context) <= self._window:
             return list(context)  # a copy, as a text grows
         self._clock.slides += 1
         return context[-(self._window // 2) :]
 
-    def run(self, view: list[int]) -> tuple[jax.Array, Any]:
-        """float32 [V] logits after `view`, and each layer's keys and values [1, H, T, K]."""
-        if view != self._last[0]:
-            padded = prompt_bucket(len(view), self._cache_length)
-            prompt_1T = np.array([view + [0] * (padded - len(view))], np.int32)
-            part = self._clock.prompt
-            self._last = (view, self._clock.call(part, _prefill, *self._model, prompt_1T, np.int32(len(view))))
-            part.tokens += len(view)
+    def run(self, tokens: list[int]) -> Prefilled:
+        """Logits after `tokens`, and their keys and values."""
+        if tokens != self._last[0]:
+            padding = _padded_length(len(tokens), self.cache_length) - len(tokens)
+            prompt_1T = np.array([tokens + [0] * padding], np.int32)
+            prefilled = self._clock.call(self._clock.prompt, _prefill, self._model, prompt_1T, np.int32(len(tokens)))
+            self._last = (tokens, prefilled)
+            self._clock.prompt.tokens += len(tokens)
         return self._last[1]
 
 
+@dataclasses.dataclass
 class Decoder:
-    """Makes the texts of jobs, `options.batch_size` at a time.
+    """Makes texts, `options.batch_size` at a time.
 
-    Args:
-      graphdef, params: the model, split.
+    Attributes:
       eos_id: the token that ends a text.
+      clock: tokens and seconds of all texts made.
       chunk: tokens decoded between looks at them.
       shortest_cache: positions that the cache has at least; one length for all prompts saves compilations.
     """
 
-    def __init__(
-        self,
-        graphdef: Any,
-        params: Any,
-        eos_id: int,
-        options: GenerationOptions,
-        clock: Clock,
-        chunk: int = CHUNK,
-        shortest_cache: int = 1,
-    ) -> None:
-        self._model, self._eos_id, self._options, self._clock = (graphdef, params), eos_id, options, clock
-        self._static: Any = {"options": options.compiled(), "eos_id": eos_id, "chunk": chunk}
-        self._config, self._shortest_cache = nnx.merge(graphdef, params).config, shortest_cache
+    model: Transformer
+    eos_id: int
+    options: GenerationOptions
+    clock: Clock
+    chunk: int = CHUNK
+    shortest_cache: int = 1
 
-    def run(self, jobs: Sequence[Job]) -> Iterator[News]:
-        """News of the jobs (at least one) as they come, until all have ended or were stopped."""
-        longest = max(len(job.tokens) for job in jobs)
-        total = max(longest + self._options.max_new_tokens, self._shortest_cache)
-        self._cache_length = cache_bucket(longest, total, self._config.max_seq_len)
-        self._prompts = Prompts(*self._model, self._cache_length, self._clock)
-        self._texts: list[_Text | None] = [None] * min(self._options.batch_size, len(jobs))
-        self._state: dict[str, Any] = {}  # until the first prompt has shown what its arrays are like
-        waiting = collections.deque(jobs)
+    def run(self, prompts: Sequence[Sequence[int]], first: int = 0) -> Iterator[tuple[Request, list[int], str | None]]:
+        """`options.num_samples` texts of each prompt as they come, until all have ended; one run at a time.
+
+        Args:
+          first: number of the first prompt, for the random keys.
+
+        Yields:
+          A request; its next tokens, without <eos>; and why it ended, "eos" or "length", or None.
+        """
+        samples = [prompt for prompt in prompts for _ in range(self.options.num_samples)]
+        waiting = collections.deque(Request(prompt, index) for index, prompt in enumerate(samples))
+        longest = max(len(prompt) for prompt in prompts)
+        longest_text = max(longest + self.options.max_new_tokens, self.shortest_cache)
+        self._prompts = PromptRunner(self.model, self.clock, longest, longest_text)
+        self._first = first
+        self._slots: list[Request | None] = [None] * min(self.options.batch_size, len(samples))
+        self._state: dict[str, Any] = {}  # a row a slot; made with the first prompt, which has the arrays' types
         while True:
-            for slot, text in enumerate(self._texts):
-                if text is None and waiting:
-                    self._texts[slot] = text = _Text(waiting.popleft())
-                if text is not None and not 0 < text.held <= self._cache_length:
-                    self._place(slot, text)
-            if not any(self._texts):
+            for slot, request in enumerate(self._slots):
+                if request is None and waiting:
+                    self._slots[slot] = request = waiting.popleft()
+                if request is not None and not 0 < request.cached <= self._prompts.cache_length:
+                    self._prefill_slot(slot, request)
+            if not any(self._slots):
                 return
-            yield from self._step()
+            yield from self._decode_chunk()
 
-    def stop(self, job: Job) -> None:
-        """Ends a job: its slot is free, and there is no more news of it."""
-        self._texts = [None if text is not None and text.job is job else text for text in self._texts]
+    def stop(self, request: Request) -> None:
+        """Ends a request: its slot is free."""
+        self._slots = [None if other is request else other for other in self._slots]
 
-    def _place(self, slot: int, text: _Text) -> None:
-        """Puts what the model sees of a text into a slot."""
-        view = self._prompts.view(text.context)
-        prefilled = self._prompts.run(view)
+    def _prefill_slot(self, slot: int, request: Request) -> None:
+        tokens, options = self._prompts.visible(request.context), self.options
+        logits_V, caches = self._prompts.run(tokens)
+        row: dict[str, Any] = {"length": np.int32(len(tokens)), "count": np.int32(len(request.logprobs))}
+        prompt, sample = divmod(request.index, options.num_samples)
+        row["key"] = jax.device_get(random_key(options.seed, self._first + prompt, sample))
+        row["logits"] = logits_V
+        if options.repetition_penalty != 1:
+            row["seen"] = seen_tokens(request.context, self.model.config.vocab_size)
         if not self._state:
-            self._state = self._empty_state(*prefilled)
-        numbers = {"length": len(view), "count": text.count, "limit": self._options.max_new_tokens}
-        row: dict[str, Any] = {name: np.int32(number) for name, number in numbers.items()}
-        row["key_of"] = tuple(map(np.int32, (self._options.seed, text.job.prompt, text.job.sample)))
-        if "seen" in self._state:
-            row["seen"] = seen_tokens(text.context, self._config.vocab_size)
-        self._state = self._clock.call(self._clock.prompt, _place, self._state, np.int32(slot), prefilled, row)
-        text.held = len(view)
+            slots = len(self._slots)
+            self._state = {
+                name: jnp.zeros((slots, *value.shape), value.dtype, device=logits_V.sharding)
+                for name, value in row.items()
+            }
+            self._state["caches"] = empty_caches(caches, slots, self._prompts.cache_length)
+        self._state = self.clock.call(self.clock.prompt, _place, self._state, np.int32(slot), row, caches)
+        request.cached = len(tokens)
 
-    def _empty_state(self, logits_V: jax.Array, prompt: Any) -> dict[str, Any]:
-        def row(dtype: Any, *shape: int) -> jax.Array:
-            return jnp.zeros((len(self._texts), *shape), dtype, device=logits_V.sharding)
-
-        state: dict[str, Any] = {name: row(jnp.int32) for name in ("length", "count", "limit")}
-        state |= {"key": row(jnp.uint32, 2), "logits": row(jnp.float32, *logits_V.shape)}
-        if self._options.repetition_penalty != 1:
-            state["seen"] = row(bool, *logits_V.shape)
-        return state | {"caches": empty_caches(prompt, len(self._texts), self._cache_length)}
-
-    def _step(self) -> Iterator[News]:
-        """Decodes a chunk, and says what came of it."""
-        active_B = np.array([text is not None for text in self._texts])
-        arguments = (*self._model, self._state, active_B)
-        self._state, out = self._clock.call(self._clock.new, _decode, *arguments, **self._static)
+    def _decode_chunk(self) -> Iterator[tuple[Request, list[int], str | None]]:
+        limit = self.options.max_new_tokens
+        room_B = np.array([limit - len(slot.logprobs) if slot else 0 for slot in self._slots], np.int32)
+        arguments = (self.model, self._state, room_B, self.eos_id, self.options.compiled(), self.chunk)
+        self._state, out = self.clock.call(self.clock.new, _decode, *arguments)
         tokens_CB, logprobs_CB = jax.device_get(out)
-        for slot, text in enumerate(self._texts):
-            if text is None:
-                continue
+        for slot, request in [(slot, request) for slot, request in enumerate(self._slots) if request]:
             new = tokens_CB[tokens_CB[:, slot] >= 0, slot].tolist()
-            self._clock.new.tokens += len(new)
-            text.context += new
-            text.held += len(new)
-            ended = new[-1] == self._eos_id
-            reason = "eos" if ended else "length" if text.count >= self._options.max_new_tokens else None
+            self.clock.new.tokens += len(new)
+            request.context += new
+            request.logprobs += logprobs_CB[: len(new), slot].tolist()
+            request.cached += len(new)
+            ended = new[-1] == self.eos_id
+            reason = "eos" if ended else "length" if len(request.logprobs) >= limit else None
             if reason is not None:
-                self._texts[slot] = None
-            end = len(new) - ended
-            yield News(text.job, new[:end], logprobs_CB[:end, slot].tolist(), reason)
+                self._slots[slot] = None
+            yield request, new[: len(new) - ended], reason

@@ -1,13 +1,10 @@
 """The options of generating text, declared once for the command line and Python; imports nothing heavy."""
 
-import argparse
 import dataclasses
-import json
 import typing
 from typing import Any
 
-from jaxlm.commands import cli
-from jaxlm.config import nearest, type_name
+from jaxlm.config import nearest
 from jaxlm.config.schema import option
 from jaxlm.config.validate import check_field
 from jaxlm.errors import UserError
@@ -36,85 +33,57 @@ class GenerationOptions:
     )
 
     def compiled(self) -> "GenerationOptions":
-        """The part that compiled functions depend on; all else is at its default, so that it asks for no new ones."""
+        """The options that compiled functions depend on; the others at their defaults, so as not to compile anew."""
         names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "min_new_tokens")
         return GenerationOptions(**{name: getattr(self, name) for name in names})
 
+    def check_single_text(self, problem: str) -> None:
+        """Raises UserError, with `problem` after the option's value, where a prompt gets several texts or beams."""
+        for name, value in (("num_samples", self.num_samples), ("num_beams", self.num_beams)):
+            if value != 1:
+                raise UserError(f"--{name} ({value}) {problem}")
 
-NAMES = tuple(field.name for field in dataclasses.fields(GenerationOptions))
+
+FIELD_TYPES = typing.get_type_hints(GenerationOptions)
 
 
 def make_options(**values: Any) -> GenerationOptions:
-    """`GenerationOptions` of keyword arguments, checked; a str or a list will do for `stop`.
+    """`GenerationOptions` of keyword arguments, checked; `stop` may be a str or a list.
 
     Raises:
       UserError: a name is unknown, a value is out of bounds, or two contradict each other.
     """
-    unknown = next((name for name in values if name not in NAMES), None)
+    unknown = next((name for name in values if name not in FIELD_TYPES), None)
     if unknown is not None:
-        raise UserError(f"--{unknown}: unknown option{nearest(unknown, NAMES)}; there are {', '.join(NAMES)}")
+        known = ", ".join(FIELD_TYPES)
+        raise UserError(f"--{unknown}: unknown option{nearest(unknown, FIELD_TYPES)}; there are {known}")
     stop = values.get("stop", ())
     values["stop"] = (stop,) if isinstance(stop, str) else tuple(stop)
-    if "temperature" not in values and values.get("num_beams", 1) != 1:
-        values["temperature"] = 0.0  # what beam search means: only a temperature that was asked for contradicts it
+    if values.get("num_beams", 1) != 1:
+        values.setdefault("temperature", 0.0)  # beam search never samples; only a temperature that is given conflicts
     options = GenerationOptions(**values)
-    hints = typing.get_type_hints(GenerationOptions)
     for field in dataclasses.fields(GenerationOptions):
-        check_field(f"--{field.name}", field, hints[field.name], getattr(options, field.name))
-    _check_together(options)
+        check_field(f"--{field.name}", field, FIELD_TYPES[field.name], getattr(options, field.name))
+    contradiction = _contradiction(options)
+    if contradiction:
+        raise UserError(contradiction)
     return options
 
 
-def _check_together(options: GenerationOptions) -> None:
+def _contradiction(options: GenerationOptions) -> str | None:
+    beams, samples, low, high = options.num_beams, options.num_samples, options.min_new_tokens, options.max_new_tokens
     if "" in options.stop:
-        raise UserError("--stop () is empty; leave it out, or name the text to stop at")
-    if options.min_new_tokens > options.max_new_tokens:
-        raise UserError(
-            f"--min_new_tokens ({options.min_new_tokens}) exceeds --max_new_tokens ({options.max_new_tokens}); lower it"
-        )
-    if options.num_beams == 1:
-        if options.length_penalty != 1:
-            raise UserError(
-                f"--length_penalty ({options.length_penalty}) is for beams; set --num_beams, or leave it out"
-            )
-        return
+        return "--stop () is empty; leave it out, or name the text to stop at"
+    if low > high:
+        return f"--min_new_tokens ({low}) exceeds --max_new_tokens ({high}); lower it"
+    if beams == 1:
+        penalty = options.length_penalty
+        return f"--length_penalty ({penalty}) is for beams; set --num_beams, or leave it out" if penalty != 1 else None
     if options.temperature > 0:
-        raise UserError(
-            f"--num_beams ({options.num_beams}) takes no samples; set --temperature 0 (not {options.temperature})"
-        )
-    filters = {"top_k": options.top_k != 0, "top_p": options.top_p != 1, "min_p": options.min_p != 0}
-    if any(filters.values()):
-        name = next(name for name, is_set in filters.items() if is_set)
-        raise UserError(f"--{name} is for samples, which --num_beams ({options.num_beams}) takes none of; leave it out")
+        return f"--num_beams ({beams}) takes no samples; set --temperature 0 (not {options.temperature})"
+    for name, is_set in (("top_k", options.top_k), ("top_p", options.top_p != 1), ("min_p", options.min_p)):
+        if is_set:
+            return f"--{name} is for samples, which --num_beams ({beams}) takes none of; leave it out"
     if options.stop:
-        raise UserError("--stop ends texts as they are written, which beams are not; leave it or --num_beams out")
-    if options.num_samples > options.num_beams:
-        raise UserError(f"--num_samples ({options.num_samples}) exceeds --num_beams ({options.num_beams}); lower it")
-
-
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Adds --NAME VALUE for every option; those that are not given are left out of what is parsed."""
-    hints = typing.get_type_hints(GenerationOptions)
-    for field in dataclasses.fields(GenerationOptions):
-        repeated = field.name == "stop"
-        kind = "text" if repeated else type_name(hints[field.name])
-        default = "none" if repeated else json.dumps(field.default)
-        parser.add_argument(
-            f"--{field.name}",
-            action="append" if repeated else "store",
-            metavar="TEXT" if repeated else "VALUE",
-            default=argparse.SUPPRESS,
-            help=f"{field.metadata['help']} ({kind}; default: {default})",
-        )
-
-
-def options_from(arguments: argparse.Namespace) -> GenerationOptions:
-    """The options of `add_options` that were given, converted and checked. Raises UserError."""
-    hints = typing.get_type_hints(GenerationOptions)
-    given = {name: value for name, value in vars(arguments).items() if name in NAMES}
-    return make_options(
-        **{
-            name: value if name == "stop" else cli.convert(f"--{name}", value, hints[name])
-            for name, value in given.items()
-        }
-    )
+        return "--stop is for samples, not for beams, which grow side by side; leave it or --num_beams out"
+    return f"--num_samples ({samples}) exceeds --num_beams ({beams}); lower it" if samples > beams else None

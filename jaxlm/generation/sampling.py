@@ -1,4 +1,4 @@
-"""From logits to the next token: penalties, filters and the draw, row by row.
+"""From logits to the next token: penalties, filters and sampling, row by row.
 
 Shapes: B rows, V vocabulary, N groups of G tokens.
 """
@@ -8,11 +8,12 @@ import jax.numpy as jnp
 
 from jaxlm.generation.options import GenerationOptions
 
-GROUP = 128  # tokens summed together on the way to the one that is drawn
+GROUP = 128  # tokens whose weights are summed together, in `choose`
 
 
-def row_key(seed: jax.Array, prompt: jax.Array, sample: jax.Array) -> jax.Array:
-    """uint32 [2]: the random key of a text, a function of the seed, the prompt's number and the sample's alone."""
+@jax.jit
+def random_key(seed: int, prompt: int, sample: int) -> jax.Array:
+    """uint32 [2]: the random key of a text; it depends on the seed and on the prompt's and the sample's number only."""
     return jax.random.key_data(jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), prompt), sample))
 
 
@@ -24,20 +25,15 @@ def penalize(logits_BV: jax.Array, seen_BV: jax.Array, penalty: float) -> jax.Ar
     return jnp.where(seen_BV, jnp.where(logits_BV > 0, logits_BV / penalty, logits_BV * penalty), logits_BV)
 
 
-def forbid_end(logits_BV: jax.Array, count_B: jax.Array, eos_id: int, min_new_tokens: int) -> jax.Array:
-    """-inf for <eos> in rows that have fewer than `min_new_tokens` new tokens."""
-    is_eos_V = jnp.arange(logits_BV.shape[1]) == eos_id
-    return jnp.where((count_B < min_new_tokens)[:, None] & is_eos_V[None], -jnp.inf, logits_BV)
-
-
-def process(
+def adjust_logits(
     logits_BV: jax.Array, count_B: jax.Array, seen_BV: jax.Array | None, eos_id: int, options: GenerationOptions
 ) -> jax.Array:
-    """What beams and samples have in common: the repetition penalty, and no <eos> before `min_new_tokens`."""
+    """Repetition penalty, and no <eos> in rows with fewer than `min_new_tokens` new tokens; for beams and samples."""
     if seen_BV is not None:
         logits_BV = penalize(logits_BV, seen_BV, options.repetition_penalty)
     if options.min_new_tokens:
-        logits_BV = forbid_end(logits_BV, count_B, eos_id, options.min_new_tokens)
+        is_early_B, is_eos_V = count_B < options.min_new_tokens, jnp.arange(logits_BV.shape[1]) == eos_id
+        logits_BV = jnp.where(is_early_B[:, None] & is_eos_V[None], -jnp.inf, logits_BV)
     return logits_BV
 
 
@@ -48,21 +44,19 @@ def filter_logits(logits_BV: jax.Array, top_k: int, top_p: float, min_p: float =
     Nucleus sampling: Holtzman et al. 2019, arXiv:1904.09751. Min-p: Nguyen et al. 2024, arXiv:2407.01082.
     """
     if 0 < top_k < logits_BV.shape[-1]:
-        least_B1 = _least(logits_BV, jnp.ones_like(logits_BV), top_k)
-        logits_BV = jnp.where(logits_BV < least_B1, -jnp.inf, logits_BV)
+        logits_BV = _keep_likeliest(logits_BV, jnp.ones_like(logits_BV), top_k)
     if top_p < 1:
-        least_B1 = _least(logits_BV, jax.nn.softmax(logits_BV, axis=-1), top_p)
-        logits_BV = jnp.where(logits_BV < least_B1, -jnp.inf, logits_BV)
+        logits_BV = _keep_likeliest(logits_BV, jax.nn.softmax(logits_BV, axis=-1), top_p)
     if min_p:
         least_B1 = jnp.max(logits_BV, axis=-1, keepdims=True) + jnp.log(min_p)
         logits_BV = jnp.where(logits_BV < least_B1, -jnp.inf, logits_BV)
     return logits_BV
 
 
-def _least(logits_BV: jax.Array, weights_BV: jax.Array, bound: float) -> jax.Array:
-    """float32 [B, 1]: the least value such that the weights of the logits above it are less than `bound` in sum.
+def _keep_likeliest(logits_BV: jax.Array, weights_BV: jax.Array, bound: float) -> jax.Array:
+    """-inf for all logits but the largest ones, as few (with ties) as have weights of `bound` or more in sum.
 
-    By bisection over all floats, in the order of their bits: 32 sums instead of a sort, which takes 5 times as long.
+    Bisection over all floats, ordered by their bits: 32 sums instead of a sort, which takes 5 times as long.
     """
     bits_BV = jax.lax.bitcast_convert_type(logits_BV, jnp.int32)
     ordered_BV = jnp.where(bits_BV < 0, bits_BV ^ 0x7FFFFFFF, bits_BV)
@@ -74,15 +68,16 @@ def _least(logits_BV: jax.Array, weights_BV: jax.Array, bound: float) -> jax.Arr
         return jnp.where(above_B1 < bound, low_B1, middle_B1 + 1), jnp.where(above_B1 < bound, middle_B1, high_B1)
 
     limits = (ordered_BV.min(-1, keepdims=True), ordered_BV.max(-1, keepdims=True))
-    _, found_B1 = jax.lax.fori_loop(0, 32, halve, limits)
-    return jax.lax.bitcast_convert_type(jnp.where(found_B1 < 0, found_B1 ^ 0x7FFFFFFF, found_B1), jnp.float32)
+    _, least_B1 = jax.lax.fori_loop(0, 32, halve, limits)
+    least_B1 = jax.lax.bitcast_convert_type(jnp.where(least_B1 < 0, least_B1 ^ 0x7FFFFFFF, least_B1), jnp.float32)
+    return jnp.where(logits_BV < least_B1, -jnp.inf, logits_BV)
 
 
 def choose(weights_BV: jax.Array, uniform_B: jax.Array) -> jax.Array:
-    """int32 [B]: an index of each row, with a probability as its weight (>= 0, one of them > 0) has in their sum.
+    """int32 [B]: an index of each row, with probability weight / sum of the row's weights (>= 0, one of them > 0).
 
     Args:
-      uniform_B: float32 in [0, 1), which alone decides: one random number a row is much faster than one a token.
+      uniform_B: float32 in [0, 1); it alone decides, as one random number a row is much faster than one a token.
     """
     padding = -weights_BV.shape[1] % GROUP
     groups_BNG = jnp.pad(weights_BV, ((0, 0), (0, padding))).reshape(len(weights_BV), -1, GROUP)
@@ -93,16 +88,19 @@ def choose(weights_BV: jax.Array, uniform_B: jax.Array) -> jax.Array:
 
 
 def _find(weights_BN: jax.Array, target_B: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The first index where the weights up to and with it exceed the target, and what of that is left there."""
-    upto_BN = jnp.cumsum(weights_BN, axis=-1)
-    hit_BN = (upto_BN > target_B[:, None]) & (weights_BN > 0)  # rounding must not hit what is filtered out, ...
-    index_B = jnp.where(hit_BN.any(-1), hit_BN.argmax(-1), weights_BN.argmax(-1))  # ... nor miss all
+    """The first index at which the running sum of the weights exceeds the target, and the target less the sum before.
+
+    An index of zero weight is never found: rounding could lead to a token that is filtered out.
+    """
+    sums_BN = jnp.cumsum(weights_BN, axis=-1)
+    hit_BN = (sums_BN > target_B[:, None]) & (weights_BN > 0)
+    index_B = jnp.where(hit_BN.any(-1), hit_BN.argmax(-1), weights_BN.argmax(-1))  # rounding can also miss them all
     rows = jnp.arange(len(index_B))
-    return index_B, target_B - (upto_BN[rows, index_B] - weights_BN[rows, index_B])
+    return index_B, target_B - (sums_BN[rows, index_B] - weights_BN[rows, index_B])
 
 
-def draw(logits_BV: jax.Array, key_B2: jax.Array, count_B: jax.Array, options: GenerationOptions) -> jax.Array:
-    """int32 [B]: each row's next token, drawn with its own key and its own number of tokens before."""
+def next_token(logits_BV: jax.Array, key_B2: jax.Array, count_B: jax.Array, options: GenerationOptions) -> jax.Array:
+    """int32 [B]: each row's next token, sampled with its own key and its own number of new tokens so far."""
     if options.temperature == 0:
         return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
     logits_BV = filter_logits(logits_BV / options.temperature, options.top_k, options.top_p, options.min_p)

@@ -20,7 +20,7 @@ import jaxlm.trainer
 from jaxlm import Trainer
 from jaxlm.checkpoints.folder import checkpoint_steps
 from jaxlm.checkpoints.save import Checkpoints
-from jaxlm.commands import cli
+from jaxlm.commands.exits import run_and_exit
 from jaxlm.config import to_dict
 from jaxlm.train.assemble import Assembly
 
@@ -45,7 +45,7 @@ MOMENTS = {
 def exit_code(config):
     """Of `scripts/train.py` with this configuration."""
     with pytest.raises(SystemExit) as ended:
-        cli.main(lambda: Trainer(config).train())
+        run_and_exit(lambda: Trainer(config).train())
     return ended.value.code or 0
 
 
@@ -74,7 +74,7 @@ def test_sigterm_at_any_moment(tmp_path, corpus, monkeypatch, capsys, moment):
 HANG = """
     import sys, threading
     from jaxlm import Trainer
-    from jaxlm.commands import cli
+    from jaxlm.commands.exits import run_and_exit
     from jaxlm.parallel import processes as distributed
     from jaxlm.config import load_config, replace_fields
 
@@ -93,7 +93,7 @@ HANG = """
             trainer._watchdog.limit = 100  # the one that waits shall speak first
         trainer.train()
 
-    cli.main(run)
+    run_and_exit(run)
 """
 
 

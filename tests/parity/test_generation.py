@@ -36,8 +36,8 @@ def theirs() -> GPT2LMHeadModel:
 
 
 @pytest.fixture(scope="module")
-def ours(theirs: GPT2LMHeadModel) -> tuple[Any, Any]:
-    """graphdef and params: each of our parameters is theirs of the name below, layers stacked."""
+def ours(theirs: GPT2LMHeadModel) -> Transformer:
+    """Each of our parameters is theirs of the name below, layers stacked."""
     config = ModelConfig(
         vocab_size=VOCAB, d_model=WIDTH, n_heads=HEADS, n_layers=LAYERS, d_ff=4 * WIDTH, max_seq_len=WINDOW
     )
@@ -56,7 +56,7 @@ def ours(theirs: GPT2LMHeadModel) -> tuple[Any, Any]:
         inner = f"{rooms[room]}.{'bias' if leaf == 'bias' else 'weight'}"
         return jnp.stack([tensors[f"h.{layer}.{inner}"] for layer in range(LAYERS)]).reshape(own.shape)
 
-    return graphdef, jax.tree_util.tree_map_with_path(find, nnx.to_pure_dict(state))
+    return nnx.merge(graphdef, jax.tree_util.tree_map_with_path(find, nnx.to_pure_dict(state)))
 
 
 def generated(model: GPT2LMHeadModel, prompt: list[int], new: int, **options: Any) -> list[list[int]]:
@@ -68,8 +68,8 @@ def generated(model: GPT2LMHeadModel, prompt: list[int], new: int, **options: An
 
 
 @pytest.mark.parametrize("penalty", [1.0, 1.4, 0.8])
-def test_greedy_with_repetition_penalty(theirs: GPT2LMHeadModel, ours: tuple[Any, Any], penalty: float) -> None:
-    found = generate_tokens(*ours, PROMPTS, -1, max_new_tokens=40, temperature=0, repetition_penalty=penalty)
+def test_greedy_with_repetition_penalty(theirs: GPT2LMHeadModel, ours: Transformer, penalty: float) -> None:
+    found = generate_tokens(ours, PROMPTS, -1, max_new_tokens=40, temperature=0, repetition_penalty=penalty)
     wanted = [generated(theirs, prompt, 40, repetition_penalty=penalty)[0] for prompt in PROMPTS]
     assert found == wanted
     assert len({token for row in wanted for token in row}) > 8, "the tokens hardly differ: this would not test much"
@@ -78,23 +78,23 @@ def test_greedy_with_repetition_penalty(theirs: GPT2LMHeadModel, ours: tuple[Any
 @pytest.mark.parametrize("options", [{}, {"repetition_penalty": 1.3}, {"min_new_tokens": 6}], ids=str)
 @pytest.mark.parametrize("length_penalty", [1.0, 0.0, 2.5])
 def test_beam_search(
-    theirs: GPT2LMHeadModel, ours: tuple[Any, Any], length_penalty: float, options: dict[str, Any]
+    theirs: GPT2LMHeadModel, ours: Transformer, length_penalty: float, options: dict[str, Any]
 ) -> None:
     ended, new, beams = set(), 24, 4
     for prompt in PROMPTS:
         for eos_id in (generated(theirs, prompt, 12)[0][7], 30, 55):  # one that greedy decoding comes to, and others
             both: dict[str, Any] = {"num_beams": beams, "length_penalty": length_penalty, **options}
-            found = generate_tokens(*ours, prompt, eos_id, max_new_tokens=new, num_samples=beams, **both)
+            found = generate_tokens(ours, prompt, eos_id, max_new_tokens=new, num_samples=beams, **both)
             rows = generated(theirs, prompt, new, eos_token_id=eos_id, num_return_sequences=beams, **both)
             assert found == [row[: row.index(eos_id)] if eos_id in row else row for row in rows]
             ended |= {len(row) < new for row in found}
     assert ended == {True, False} or length_penalty, "some end early, others are as long as they may be"
 
 
-def test_beam_search_without_an_end(theirs: GPT2LMHeadModel, ours: tuple[Any, Any]) -> None:
-    found = generate_tokens(*ours, PROMPTS, -1, max_new_tokens=30, num_beams=3, num_samples=3)
+def test_beam_search_without_an_end(theirs: GPT2LMHeadModel, ours: Transformer) -> None:
+    found = generate_tokens(ours, PROMPTS, -1, max_new_tokens=30, num_beams=3, num_samples=3)
     wanted = [row for prompt in PROMPTS for row in generated(theirs, prompt, 30, num_beams=3, num_return_sequences=3)]
     assert found == wanted
-    greedy = generate_tokens(*ours, PROMPTS, -1, max_new_tokens=30, temperature=0)
+    greedy = generate_tokens(ours, PROMPTS, -1, max_new_tokens=30, temperature=0)
     assert found[::3] != greedy, "beams have to find something else"
     assert np.unique(np.ravel(found)).size > 8

@@ -200,8 +200,7 @@ def test_loss_and_gradients(pair: Pair) -> None:
 def test_greedy_generation(pair: Pair) -> None:
     prompt, new = pair.tokens_BT[0, :7].tolist(), 32
     ours = generate_tokens(
-        pair.graphdef,
-        pair.params,
+        nnx.merge(pair.graphdef, pair.params),
         prompt,
         eos_id=-1,
         max_new_tokens=new,

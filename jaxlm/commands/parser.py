@@ -1,0 +1,157 @@
+"""The parser of the command line: options of configuration files and fields, and their values by type."""
+
+import argparse
+import dataclasses
+import glob
+import json
+import re
+import types
+import typing
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NoReturn
+
+from jaxlm.config import (
+    SECTIONS,
+    Config,
+    excerpt,
+    load_config,
+    nearest,
+    replace_fields,
+    shipped_configs,
+    shown,
+    type_name,
+)
+from jaxlm.errors import UserError
+
+FIELD_TYPES = {
+    f"{name}.{field}": annotation
+    for name, section in SECTIONS.items()
+    for field, annotation in typing.get_type_hints(section).items()
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse without abbreviations, whose errors are UserErrors that name the nearest known option."""
+
+    def __init__(self, description: str, **more: Any) -> None:
+        kind = argparse.RawDescriptionHelpFormatter
+        super().__init__(description=description, allow_abbrev=False, formatter_class=kind, **more)
+
+    def parse_known_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def]
+        found, rest = super().parse_known_args(args, namespace)
+        for name, value in vars(found).items():
+            if value == []:  # what Python before 3.13 makes of --name=--
+                raise UserError(f"--{name} (--): is no value; --help lists all options")
+        return found, rest
+
+    def error(self, message: str) -> NoReturn:
+        unrecognized = re.match(r"unrecognized arguments: (--?[^\s=]+|\S+)", message)
+        if unrecognized and unrecognized[1].startswith("-"):
+            known = [name for action in self._actions for name in action.option_strings]
+            raise UserError(f"{unrecognized[1]}: unknown option{nearest(unrecognized[1], known)}; --help lists all")
+        if unrecognized:
+            message = (
+                f"{unrecognized[1]}: belongs to no option; quote a pattern ('*.txt') or a text with blanks, name an "
+                "option for each value"
+            )
+        elif message.endswith("expected one argument"):
+            message += " (a value that begins with - is written --name=value)"
+        raise UserError(f"{message}; --help lists all options")
+
+
+def add_config_file(parser: Parser) -> None:
+    """Adds --config FILE."""
+    names = ", ".join(shipped_configs())
+    action = parser.add_argument(
+        "--config", required=True, metavar="FILE", help=f"configuration, .py or .json, or a shipped one: {names}"
+    )
+    set_completer(action, lambda prefix: [*shipped_configs(), *_paths(prefix, ".py", ".json", "/")])
+
+
+def add_model_folder(parser: Parser) -> None:
+    """Adds --model DIR."""
+    text = "best_model, final_model or a checkpoint"
+    action = parser.add_argument("--model", required=True, metavar="DIR", help=text)
+    set_completer(action, lambda prefix: _paths(prefix, "/"))
+
+
+def set_completer(action: argparse.Action, complete: Callable[[str], Iterable[str]]) -> None:
+    """Lets shells complete an option's value: `complete` gets what has been typed of it."""
+    action.completer = lambda prefix, **_: list(complete(prefix))  # type: ignore[attr-defined]
+
+
+def _paths(prefix: str, *endings: str) -> list[str]:
+    return [path for ending in endings for path in glob.glob(f"{glob.escape(prefix)}*{ending}")]
+
+
+def add_config_options(parser: Parser, sections: Sequence[str] = tuple(SECTIONS)) -> None:
+    """Adds --SECTION.FIELD VALUE for every field of `sections`."""
+    required = [f"{action.option_strings[0]} {action.metavar}" for action in parser._actions if action.required]
+    parser.usage = " ".join(["%(prog)s", *required, "[options]"])  # argparse would list every field
+    for name in sections:
+        group = parser.add_argument_group(f"{name} options")
+        for field in dataclasses.fields(SECTIONS[name]):
+            add_field(group, f"{name}.{field.name}", field, FIELD_TYPES[f"{name}.{field.name}"])
+
+
+def add_field(group: argparse._ActionsContainer, name: str, field: dataclasses.Field[Any], annotation: Any) -> None:
+    """Adds --NAME VALUE for a field made by `jaxlm.config.schema.option`; what is not given is not in the namespace."""
+    choices = field.metadata["choices"]
+    shown_choices = f" [{'|'.join(choices)}]" if choices else ""
+    text = f"{field.metadata['help']}{shown_choices} ({type_name(annotation)}; default: {shown(field.default)})"
+    action = group.add_argument(f"--{name}", metavar="VALUE", default=argparse.SUPPRESS, help=text.replace("%", "%%"))
+    kinds = _alternatives(annotation)
+    if choices or not {str, tuple} & {typing.get_origin(kind) or kind for kind in kinds}:  # else it may be a path
+        values = [*choices, *["true", "false"] * (bool in kinds), *["none"] * (type(None) in kinds)]
+        set_completer(action, lambda _: values)
+
+
+def _alternatives(annotation: Any) -> tuple[Any, ...]:
+    return typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
+
+
+def overrides(arguments: argparse.Namespace) -> dict[str, Any]:
+    """{"section.field": value} of the config options that were given, converted to their declared types."""
+    given = {name: text for name, text in vars(arguments).items() if name in FIELD_TYPES}
+    return {name: convert(name, text, FIELD_TYPES[name]) for name, text in given.items()}
+
+
+def convert(name: str, text: str, annotation: Any) -> Any:
+    """`text` as a value of the declared type: true|false, none|null, a number, a string, a list (JSON or commas).
+
+    Raises:
+      UserError: it is none; names the option.
+    """
+    kinds = _alternatives(annotation)
+    if type(None) in kinds and text.lower() in ("none", "null"):
+        return None
+    for kind in kinds:
+        if typing.get_origin(kind) is tuple:
+            return _convert_list(name, text)
+        if kind is bool and text.lower() in ("true", "false"):
+            return text.lower() == "true"
+        if kind in (int, float):
+            try:
+                return kind(text)
+            except ValueError:
+                continue
+        if kind is str:
+            return text
+    raise UserError(f"{name} ({excerpt(text)}) must be {type_name(annotation)}")
+
+
+def _convert_list(name: str, text: str) -> tuple[str, ...]:
+    if not text.lstrip().startswith("["):
+        return tuple(part.strip() for part in text.split(",") if part.strip())
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f'{name} ({excerpt(text)}) is not a JSON list ({error}); write ["a", "b"] or a,b') from error
+    if not all(isinstance(value, str) for value in values):
+        raise UserError(f'{name} ({excerpt(text)}) holds something else than text; write ["a", "b"] or a,b')
+    return tuple(values)
+
+
+def config_from(arguments: argparse.Namespace) -> Config:
+    """The file given by --config with the command line's overrides."""
+    return replace_fields(load_config(arguments.config), overrides(arguments))
