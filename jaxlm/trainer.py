@@ -29,7 +29,6 @@ from jaxlm.errors import RunFailed, Stopped, UserError
 from jaxlm.generation.api import answer, encode_prompts
 from jaxlm.interop import deepspeed, pretrained
 from jaxlm.model import Transformer
-from jaxlm.model.attention import choose_attention, compute_capability, why_not_fused
 from jaxlm.monitor.anomalies import LossSpikes, SkippedUpdates
 from jaxlm.monitor.histograms import make_histograms, named_histograms
 from jaxlm.monitor.metrics import MetricsTracker, flops_per_token, memory_gib, model_flops_utilization
@@ -40,6 +39,7 @@ from jaxlm.monitor.sinks import Sink, check_report_to, make_sinks
 from jaxlm.monitor.start import Start
 from jaxlm.monitor.watchdog import Watchdog
 from jaxlm.ops import compiler
+from jaxlm.ops.attention_kernels import choose_attention, compute_capability, why_not_fused
 from jaxlm.parallel import sharding
 from jaxlm.parallel.processes import (
     StatusBoard,

@@ -21,8 +21,8 @@ from jaxlm.__main__ import run
 from jaxlm.config import Config, DataConfig, ModelConfig, TrainingConfig, load_config, replace_fields
 from jaxlm.errors import UserError
 from jaxlm.model import Transformer
-from jaxlm.model.attention import FUSED_FROM, choose_attention
 from jaxlm.model.dropout import row_keys
+from jaxlm.ops.attention_kernels import FUSED_FROM, choose_attention
 from jaxlm.parallel import gpus, sharding
 from jaxlm.parallel.sharding import Layout
 from jaxlm.plan import memory

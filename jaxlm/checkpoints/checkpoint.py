@@ -31,7 +31,7 @@ from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.errors import UserError
 from jaxlm.generation.api import answer
 from jaxlm.model import Transformer
-from jaxlm.model.attention import compute_capability, obstacle
+from jaxlm.ops.attention_kernels import compute_capability, why_unsupported
 from jaxlm.parallel.processes import is_leader, told_by_any
 from jaxlm.parallel.sharding import path_name
 from jaxlm.train.precision import compute_dtype
@@ -328,8 +328,8 @@ def load(path: str | os.PathLike[str], model_class: type[Transformer] = Transfor
             f"{progress.model_class}) opens it"
         )
     config = validate(read_config(folder))
-    pallas = obstacle("pallas", config, compute_capability(jax.devices()[0])) is None  # it takes any prompt and rows
-    implementation, dtype = "pallas" if pallas else "blockwise", compute_dtype(config.training)
+    why_not = why_unsupported("pallas", config, compute_capability(jax.devices()[0]))  # cudnn can't do every prompt
+    implementation, dtype = "pallas" if why_not is None else "blockwise", compute_dtype(config.training)
     make = lambda: model_class(config.model, implementation=implementation, dtype=dtype, rngs=nnx.Rngs(0))  # noqa: E731
     graphdef, abstract = nnx.split(nnx.eval_shape(make))
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])

@@ -19,7 +19,7 @@ from jaxlm.config import Config
 from jaxlm.data.loader import Rows
 from jaxlm.data.packing import Plan
 from jaxlm.monitor.sinks import open_lines
-from jaxlm.ops.matmul import cpu_has_bfloat16
+from jaxlm.ops.platform import cpu_has_bfloat16
 from jaxlm.train.optim import Schedule, effective_warmup, schedule_end
 from jaxlm.train.precision import compute_dtype
 

@@ -212,6 +212,13 @@ _gather.defvjp(
 )
 
 
+def _keep_all_but_gathered(primitive: Any, *_: Any, **params: Any) -> bool:
+    """Checkpoint policy: what `_gather` makes is gathered again in the backward pass, all else is kept."""
+    if primitive.name != "custom_vjp_call":
+        return primitive.name != "all_gather"
+    return not any(equation.primitive.name == "all_gather" for equation in params["call_jaxpr"].eqns)
+
+
 def _gather_as_one(shards: Params, splits: Params) -> Params:
     """Whole parameters, by one operation for all of them, and one for their gradients.
 
@@ -358,8 +365,8 @@ class Layout:
     def gather(self, params: Params, dtype: Any) -> tuple[Params, Any]:
         """(parameters to run the model with, `fetch` for its blocks): at stage 3 all but the blocks are gathered.
 
-        `fetch` makes one block's parameters whole just before it runs. Kernels are gathered in `dtype`, which they
-        are computed in.
+        `fetch` is a function that makes one block's parameters whole just before it runs, and the checkpoint policy
+        by which the backward pass does so again. Kernels are gathered in `dtype`, which they are computed in.
         """
         if self.stage < 3:
             return params, None
@@ -373,7 +380,7 @@ class Layout:
         rest = {name: leaf for name, leaf in params.items() if name != STACKED}
         splits = {name: self.splits[name] for name in rest}
         rest = _gather_as_one(rest, splits) if self.platform == "cpu" else whole(0)(splits, rest)
-        return rest | {STACKED: params[STACKED]}, partial(whole(1), self.splits[STACKED])
+        return rest | {STACKED: params[STACKED]}, (partial(whole(1), self.splits[STACKED]), _keep_all_but_gathered)
 
     def reduce_micro_batch(self, gradients: Params) -> Params:
         """What is accumulated: at stage 2 shards of the sum over "data" (at stage 3 `gather` has done it)."""

@@ -25,13 +25,14 @@ from jaxlm.config import Config, ModelConfig, resolved, validate
 from jaxlm.errors import UserError
 from jaxlm.interop import deepspeed
 from jaxlm.model import Transformer
-from jaxlm.model.attention import BLOCK, FUSED_FROM, UNROLL, choose_attention, compute_capability
 from jaxlm.model.layers import GATES
+from jaxlm.ops.attention_kernels import FUSED_FROM, choose_attention, compute_capability
+from jaxlm.ops.blockwise import BLOCK, UNROLL
 from jaxlm.ops.flash import TILES, padded_head_size
+from jaxlm.ops.reductions import logits_chunk_bytes
 from jaxlm.parallel import sharding
 from jaxlm.parallel.gpus import FRACTION_VARIABLES
 from jaxlm.parallel.sharding import STACKED, TENSOR_AXES, Layout
-from jaxlm.train.loss import bytes_of_chunk
 from jaxlm.train.optim import build_optimizer, build_schedule, check_optimizer
 from jaxlm.train.precision import compute_dtype
 from jaxlm.train.step import TrainState, compile_train_step, init_state, make_train_step
@@ -266,7 +267,9 @@ def _loss_at_work(config: Config) -> float:
     """
     copies = 2 if config.model.logit_softcap is None else 3
     rows, vocabulary, tensor = config.training.batch_size, config.model.vocab_size, config.training.tensor_parallel
-    logits = max(min(bytes_of_chunk(config.training, "gpu"), 4 * _tokens(config) * vocabulary), 4 * rows * vocabulary)
+    logits = max(
+        min(logits_chunk_bytes(config.training, "gpu"), 4 * _tokens(config) * vocabulary), 4 * rows * vocabulary
+    )
     return (logits * (copies + _compute_bytes(config) / 4) + 4 * vocabulary * config.model.d_model) / tensor
 
 

@@ -23,14 +23,12 @@ from jaxlm.model import Transformer
 from jaxlm.model.dropout import row_keys
 from jaxlm.model.transformer import Fetch
 from jaxlm.ops.compiler import Options
+from jaxlm.ops.reductions import CPU_CHUNK, logits_chunk_bytes
+from jaxlm.ops.scheduling import sum_over_rows
 from jaxlm.parallel.sharding import ROWS, Layout
-from jaxlm.train.loss import CPU_CHUNK, Sums, bytes_of_chunk, loss_sums
+from jaxlm.train.loss import Sums, loss_sums
 from jaxlm.train.optim import Schedule, build_optimizer
 from jaxlm.train.precision import LossScale, compute_dtype, initial_loss_scale, next_loss_scale
-
-# A CPU's cores don't all find work in one operation: up to so many parts of the rows, of at least so many tokens, go
-# through the model beside each other.
-CPU_PARTS, CPU_PART_TOKENS = 4, 1024
 
 Batch = dict[str, jax.Array]
 Params = Any  # nested dict of float32 arrays
@@ -91,24 +89,6 @@ def batch_loss(
     return loss_sums(hidden, w, batch["targets"], weights, softcap, z_loss, chunk_bytes)
 
 
-def in_parts(loss_of: Callable[[Params, Batch], Sums], params: Params, batch: Batch, layout: Layout) -> Sums:
-    """`loss_of` a device's rows ([B, T]): on a CPU with one device, of up to CPU_PARTS equal parts of them, added up.
-
-    Nothing in one part waits for another, so that they are computed at the same time, each closer to the caches. Their
-    gradients are added when they are whole: XLA's sum would put the layers together itself, slowly.
-    """
-    b, t = batch["tokens"].shape
-    alone = layout.platform == "cpu" and layout.mesh.size == 1
-    fit = [n for n in range(2, CPU_PARTS + 1) if b % n == 0 and b // n * t >= CPU_PART_TOKENS] if alone else []
-    if not fit:
-        return loss_of(params, batch)
-    parts = zip(*(jnp.split(x, fit[-1]) for x in batch.values()), strict=True)
-    whole = lambda: jax.tree.map(jax.lax.optimization_barrier, params)  # noqa: E731
-    loss_of = jax.jit(loss_of)  # traced once for all parts
-    each = [loss_of(whole(), dict(zip(batch, part, strict=True))) for part in parts]
-    return jax.tree.map(lambda *sums: sum(sums), *each)
-
-
 def make_gradients(graphdef: Any, config: Config, layout: Layout) -> Callable[..., tuple[jax.Array, Params]]:
     """(params, batch, step, factor) -> the cross entropy times `factor`, and the gradients of what is minimised.
 
@@ -119,7 +99,7 @@ def make_gradients(graphdef: Any, config: Config, layout: Layout) -> Callable[..
     """
     model, training = config.model, config.training
     dtype, accumulator = compute_dtype(training), jnp.dtype(training.accumulator_dtype)
-    chunk_bytes = bytes_of_chunk(training, layout.platform)
+    chunk_bytes = logits_chunk_bytes(training, layout.platform)
     uses_dropout = model.dropout > 0 or model.attention_dropout > 0
 
     def on_device(params: Params, batch: Batch, step: jax.Array, factor: jax.Array) -> tuple[jax.Array, Params]:
@@ -137,7 +117,7 @@ def make_gradients(graphdef: Any, config: Config, layout: Layout) -> Callable[..
                     keys = row_keys(step_key, rows["rows"], model.n_layers) if uses_dropout else None
                     return batch_loss(graphdef, params, rows, keys, packed, factor, fetch, z_loss, chunk_bytes)
 
-                return in_parts(loss_of, params, micro_batch, layout)
+                return sum_over_rows(loss_of, params, micro_batch, layout.platform, layout.mesh.size)
 
             (_, loss), gradients = jax.value_and_grad(scaled_loss, has_aux=True)(held)
             return loss, layout.reduce_micro_batch(gradients)
@@ -227,12 +207,12 @@ def make_eval_step(
 
     def on_device(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
         params, fetch = layout.gather(params, compute_dtype(config.training))
-        packed, chunk_bytes = config.data.pack_sequences, bytes_of_chunk(config.training, layout.platform)
+        packed, chunk_bytes = config.data.pack_sequences, logits_chunk_bytes(config.training, layout.platform)
 
         def loss_of(params: Params, rows: Batch) -> Sums:
             return batch_loss(graphdef, params, rows, None, packed, fetch=fetch, chunk_bytes=chunk_bytes)
 
-        _, nats = in_parts(loss_of, params, batch, layout)
+        _, nats = sum_over_rows(loss_of, params, batch, layout.platform, layout.mesh.size)
         return layout.sum_over(ROWS, (nats, (batch["segments"] > 0).sum()))
 
     return jax.shard_map(
