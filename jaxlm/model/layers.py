@@ -4,7 +4,6 @@ Shapes: B rows, T positions, D model width, F feed-forward width; I and O, the i
 """
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import jax
@@ -23,18 +22,18 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {  # of float32 value
     "swish": jax.nn.swish,
 }
 GATES = {"swiglu": "swish", "geglu": "gelu"}  # the activation of the gate
-PRODUCT = "product"  # what recomputing with remat_policy dots keeps
-
-
-def _activate(name: str, x: jax.Array) -> jax.Array:
-    wide = x.astype(jnp.float32)
-    y = ACTIVATIONS[GATES[name]](wide[:, :, 0]) * wide[:, :, 1] if name in GATES else ACTIVATIONS[name](wide)
-    return y.astype(x.dtype)
+PRODUCT = "product"  # checkpoint name of the products, which remat_policy dots keeps
 
 
 def activate(x: jax.Array, name: str) -> jax.Array:
     """The feed-forward activation, computed in float32: [B, T, F] of [B, T, F], or of [B, T, 2, F] if it is gated."""
-    return recomputed(partial(_activate, name))(x)
+
+    def f(x: jax.Array) -> jax.Array:
+        wide = x.astype(jnp.float32)
+        y = ACTIVATIONS[GATES[name]](wide[:, :, 0]) * wide[:, :, 1] if name in GATES else ACTIVATIONS[name](wide)
+        return y.astype(x.dtype)
+
+    return recomputed(f)(x)
 
 
 class Linear(nnx.Module):

@@ -24,9 +24,13 @@ from jaxlm.ops.reductions import per_token
 
 REMAT_POLICIES = {"full": None, "dots": jax.checkpoint_policies.save_only_these_names(PRODUCT)}
 
-# How a block's parameters, as they are held, become those it computes with; and the checkpoint policy
-# (`jax.checkpoint`) by which they are made again in the backward pass.
+# Makes a block's parameters, as they are held, those it computes with; the checkpoint policy that makes them again.
 Fetch = tuple[Callable[[Any], Any], Callable[..., bool]]
+
+
+def _count(tokens_BT: jax.Array) -> jax.Array:
+    """Positions 0, 1, 2, ... of each row."""
+    return jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32), tokens_BT.shape)
 
 
 def _unstack(tree: Any, n: int) -> list[Any]:
@@ -129,44 +133,37 @@ class Transformer(nnx.Module):
           keys: uint32 [L + 1, 3, B, 2] from `dropout.row_keys`; None: no dropout.
           fetch: makes a block's parameters just before it runs; None: they are there.
         """
-        return self._hidden_and_caches(tokens_BT, segments_BT, positions_BT, keys, fetch, keep_caches=False)[0]
-
-    def _hidden_and_caches(
-        self,
-        tokens_BT: jax.Array,
-        segments_BT: jax.Array | None,
-        positions_BT: jax.Array | None,
-        keys: jax.Array | None,
-        fetch: Fetch | None,
-        keep_caches: bool,
-    ) -> tuple[jax.Array, Any]:
-        """As `__call__`; the caches are [L, B, T, G, K]."""
-        config = self.config
         if positions_BT is None:
-            positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32), tokens_BT.shape)
+            positions_BT = _count(tokens_BT)
         x_BTD = self.embed(tokens_BT, positions_BT)
-        x_BTD = dropout(x_BTD, None if keys is None else keys[-1, 0], config.dropout)
+        x_BTD = dropout(x_BTD, None if keys is None else keys[-1, 0], self.config.dropout)
+        run = lambda block, x_BTD, keys: (block(x_BTD, segments_BT, positions_BT, keys)[0], None)  # noqa: E731
+        return self._run_blocks(run, x_BTD, None if keys is None else keys[:-1], fetch)[0]
+
+    def _run_blocks(
+        self, run: Callable[..., tuple[jax.Array, Any]], x_BTD: jax.Array, keys: jax.Array | None, fetch: Fetch | None
+    ) -> tuple[jax.Array, Any]:
+        """The final hidden states, and what `run(block, x, keys)` gives beside each layer's, stacked."""
+        config = self.config
         graphdef, state = nnx.split(self.blocks)
 
-        def run_block(x_BTD: jax.Array, layer: tuple[Any, jax.Array | None]) -> tuple[jax.Array, Cache | None]:
-            params, layer_keys = layer
-            block = nnx.merge(graphdef, params if fetch is None else fetch[0](params))
-            x_BTD, cache = block(x_BTD, segments_BT, positions_BT, layer_keys)
-            return x_BTD, cache if keep_caches else None
+        def body(x_BTD: jax.Array, layer: tuple[Any, jax.Array | None]) -> tuple[jax.Array, Any]:
+            params = layer[0] if fetch is None else fetch[0](layer[0])
+            return run(nnx.merge(graphdef, params), x_BTD, layer[1])
 
         if config.gradient_checkpointing or fetch is not None:
             policy = REMAT_POLICIES[config.remat_policy] if config.gradient_checkpointing or fetch is None else fetch[1]
-            run_block = jax.checkpoint(run_block, policy=policy, prevent_cse=not config.scan_layers)
-        layers = nnx.to_pure_dict(state), None if keys is None else keys[:-1]
+            body = jax.checkpoint(body, policy=policy, prevent_cse=not config.scan_layers)
+        layers = nnx.to_pure_dict(state), keys
         if config.scan_layers:
-            x_BTD, caches = jax.lax.scan(run_block, x_BTD, layers)
+            x_BTD, outputs = jax.lax.scan(body, x_BTD, layers)
         else:
-            run_block, each = jax.jit(run_block), []  # traced once for all layers
+            body, each = jax.jit(body), []  # traced once for all layers
             for layer in _unstack(layers, config.n_layers):
-                x_BTD, cache = run_block(x_BTD, layer)
-                each.append(cache)
-            caches = jax.tree.map(lambda *layers: jnp.stack(layers), *each)
-        return self._finish(x_BTD), caches
+                x_BTD, output = body(x_BTD, layer)
+                each.append(output)
+            outputs = jax.tree.map(lambda *layers: jnp.stack(layers), *each)
+        return self._finish(x_BTD), outputs
 
     def logits(self, hidden_BTD: jax.Array) -> jax.Array:
         """float32 [B, T, V]. For short sequences; training never holds all of them (`train.loss`)."""
@@ -177,7 +174,9 @@ class Transformer(nnx.Module):
 
     def prefill(self, tokens_BT: jax.Array) -> tuple[jax.Array, tuple[Cache, ...]]:
         """Hidden states [B, T, D] of a prompt, and each layer's keys and values [B, G, T, K]."""
-        hidden_BTD, kept = self._hidden_and_caches(tokens_BT, None, None, None, None, keep_caches=True)
+        positions_BT = _count(tokens_BT)
+        run = lambda block, x_BTD, keys: block(x_BTD, None, positions_BT, keys)  # noqa: E731
+        hidden_BTD, kept = self._run_blocks(run, self.embed(tokens_BT, positions_BT), None, None)
         k, v = (x_LBTGK.swapaxes(2, 3) for x_LBTGK in kept)
         return hidden_BTD, tuple(zip(k, v, strict=True))
 

@@ -37,6 +37,9 @@ class _Inputs(NamedTuple):
     key: jax.Array | None
 
 
+Residuals = tuple[_Inputs, jax.Array, jax.Array]  # with the output [B, H, T, K] and the log-sum-exp [B, H, T]
+
+
 def blockwise_attention(
     q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None, key: jax.Array | None, rate: float
 ) -> jax.Array:
@@ -115,8 +118,8 @@ def _attention(x: _Inputs, size: int, rate: float) -> jax.Array:
     return _forward(x, size, rate)[0]
 
 
-def _forward(x: _Inputs, size: int, rate: float) -> tuple[jax.Array, jax.Array]:
-    """Output [B, H, T, K] and log-sum-exp [B, H, T], query block by query block."""
+def _forward(x: _Inputs, size: int, rate: float) -> tuple[jax.Array, Residuals]:
+    """Output [B, H, T, K], query block by query block, and what the backward pass needs."""
     b, h, t, d = x.q.shape
     v_BHKT = x.v.swapaxes(2, 3)
 
@@ -148,17 +151,11 @@ def _forward(x: _Inputs, size: int, rate: float) -> tuple[jax.Array, jax.Array]:
         out_BHQK = (acc_BHKQ / total_BH1Q).astype(x.q.dtype).swapaxes(2, 3)
         return None, (out_BHQK, (max_BH1Q + jnp.log(total_BH1Q))[:, :, 0])
 
-    return _over_blocks(query_block, None, t // size)[1]
+    _, (out_BHTK, lse_BHT) = _over_blocks(query_block, None, t // size)
+    return out_BHTK, (x, out_BHTK, lse_BHT)
 
 
-def _attention_forward(x: _Inputs, size: int, rate: float) -> tuple[jax.Array, tuple[_Inputs, jax.Array, jax.Array]]:
-    out, lse = _forward(x, size, rate)
-    return out, (x, out, lse)
-
-
-def _attention_backward(
-    size: int, rate: float, saved: tuple[_Inputs, jax.Array, jax.Array], g: jax.Array
-) -> tuple[_Inputs]:
+def _backward(size: int, rate: float, saved: Residuals, g: jax.Array) -> tuple[_Inputs]:
     """Gradients of q, k and v, key block by key block, each against the queries at or after it."""
     x, out, lse_BHT = saved
     b, h, t, d = x.q.shape
@@ -200,4 +197,4 @@ def _attention_backward(
     return (x._replace(q=dq_BHKT.swapaxes(2, 3).astype(x.q.dtype), k=dk, v=dv, segments=None, key=None),)
 
 
-_attention.defvjp(_attention_forward, _attention_backward)
+_attention.defvjp(_forward, _backward)

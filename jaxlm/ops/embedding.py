@@ -20,25 +20,16 @@ BLOCK = 128  # ids
 
 def take_rows(table_VD: jax.Array, ids_BT: jax.Array) -> jax.Array:
     """`table_VD[ids_BT]`, float32 [B, T, D]."""
-    return _take_rows(table_VD, ids_BT, table_VD.shape[0])
 
+    def backward(ids_BT: jax.Array, g_BTD: jax.Array) -> tuple[jax.Array, None]:
+        rows_ND, ids_N = g_BTD.reshape(-1, g_BTD.shape[-1]), ids_BT.reshape(-1)
+        one_by_one = lambda rows, ids: jnp.zeros(table_VD.shape, rows.dtype).at[ids].add(rows)  # noqa: E731
+        sorted_runs = partial(_sum_sorted_runs, size=len(table_VD))
+        return by_platform(rows_ND, ids_N, cpu=one_by_one, default=sorted_runs), None
 
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _take_rows(table_VD: jax.Array, ids_BT: jax.Array, size: int) -> jax.Array:
-    return table_VD[ids_BT]
-
-
-def _take_rows_backward(size: int, ids_BT: jax.Array, g_BTD: jax.Array) -> tuple[jax.Array, None]:
-    rows_ND, ids_N = g_BTD.reshape(-1, g_BTD.shape[-1]), ids_BT.reshape(-1)
-    one_by_one, sorted_runs = (partial(f, size=size) for f in (_sum_one_by_one, _sum_sorted_runs))
-    return by_platform(rows_ND, ids_N, cpu=one_by_one, default=sorted_runs), None
-
-
-_take_rows.defvjp(lambda table, ids, size: (_take_rows(table, ids, size), ids), _take_rows_backward)
-
-
-def _sum_one_by_one(rows_ND: jax.Array, ids_N: jax.Array, size: int) -> jax.Array:
-    return jnp.zeros((size, rows_ND.shape[1]), rows_ND.dtype).at[ids_N].add(rows_ND)
+    take = jax.custom_vjp(lambda table, ids: table[ids])
+    take.defvjp(lambda table, ids: (table[ids], ids), backward)
+    return take(table_VD, ids_BT)
 
 
 def _sum_sorted_runs(rows_ND: jax.Array, ids_N: jax.Array, size: int) -> jax.Array:

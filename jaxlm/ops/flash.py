@@ -6,8 +6,7 @@ of a head, M queries of a block, N keys of a block.
 FlashAttention-2 (Dao 2023, arXiv:2307.08691): each program takes one block of queries, loops over the blocks of keys up
 to it, and stores only the log-sum-exp of the scores. The backward pass recomputes the weights, in one kernel for the
 gradients of keys and values and one for those of the queries, so that sums are always in the same order. In packed
-rows, blocks of keys before the documents of the queries are skipped. Dropout masks are those of `dropout_mask`,
-recomputed where they are needed.
+rows, blocks of keys before the documents of the queries are skipped. Dropout masks are recomputed, too.
 
 The kernels compile through Triton for NVIDIA GPUs from compute capability 8.0 on; on CPU they are interpreted, slowly,
 for tests. JAX 0.11 raises a DeprecationWarning when it lowers them (pyproject.toml excludes later versions).
@@ -113,19 +112,14 @@ def _flash(x: Inputs, constants: Constants) -> jax.Array:
     return forward(x, constants)[0]
 
 
-def _flash_forward(x: Inputs, constants: Constants) -> tuple[jax.Array, tuple[Inputs, jax.Array, jax.Array]]:
-    out, lse = forward(x, constants)
-    return out, (x, out, lse)
-
-
-def _flash_backward(constants: Constants, saved: tuple[Inputs, jax.Array, jax.Array], g: jax.Array) -> tuple[Inputs]:
+def _backward(constants: Constants, saved: tuple[Inputs, jax.Array, jax.Array], g: jax.Array) -> tuple[Inputs]:
     x, out, lse = saved
     delta = jnp.einsum("bthk,bthk->bht", g, out, preferred_element_type=jnp.float32)
     dq, dk, dv = gradients(x._replace(g=g, lse=lse, delta=delta), constants)
     return (Inputs(dq, None, dk, dv, None, None, None, None, None),)
 
 
-_flash.defvjp(_flash_forward, _flash_backward)
+_flash.defvjp(lambda x, constants: forward(x, constants), _backward)
 
 
 def _limits(segments_BT: jax.Array | None, tile: Tile, of_keys: bool = False) -> jax.Array | None:
@@ -145,9 +139,6 @@ def _limits(segments_BT: jax.Array | None, tile: Tile, of_keys: bool = False) ->
     starts_BT = jnp.pad(changes, ((0, 0), (1, 0)))
     first_BT = jax.lax.cummax(jnp.where(starts_BT, positions_1T, 0), axis=1)
     return first_BT[:, :: tile.queries] // tile.keys
-
-
-# -------------------------------------------------------------------------------------------- inside the kernels
 
 
 def _dot(x: jax.Array, y: jax.Array, *, trans_b: bool = False) -> jax.Array:
@@ -272,9 +263,6 @@ def _queries_kernel(x: Inputs[jax.Ref], dq_ref: jax.Ref, *, constants: Constants
     dq_ref[...] = (dq_MK * constants.scale).astype(dq_ref.dtype)
 
 
-# -------------------------------------------------------------------------------------------- around the kernels
-
-
 def _specs(queries: pl.BlockSpec, keys: pl.BlockSpec, rows: pl.BlockSpec, length: int) -> Inputs[pl.BlockSpec]:
     """The specs of all inputs from those of [B, T, H, K], [B, T, G, K] and [B, H, T]. The grid is (block, B, head)."""
     segments = pl.BlockSpec((None, length), lambda block, b, head: (b, 0))
@@ -327,13 +315,13 @@ def _launch(
     return by_platform(x, cpu=interpreted, default=compiled)
 
 
-def forward(x: Inputs[jax.Array], constants: Constants) -> tuple[jax.Array, jax.Array]:
-    """Output [B, T, H, K] and log-sum-exp (base 2) [B, H, T], float32."""
+def forward(x: Inputs[jax.Array], constants: Constants) -> tuple[jax.Array, tuple[Inputs, jax.Array, jax.Array]]:
+    """The output [B, T, H, K], and what the backward pass needs: x, the output and the log-sum-exp [B, H, T]."""
     tile, (b, t, h, _) = constants.tiles.forward, x.q.shape
-    x = x._replace(limits=_limits(x.segments, tile))
+    limited = x._replace(limits=_limits(x.segments, tile))
     outputs: Shapes = {"q": x.q, "lse": jax.ShapeDtypeStruct((b, h, t), jnp.float32)}
-    out, lse = _launch(_forward_kernel, constants, tile, x, _by_queries(x, tile), outputs)
-    return out, lse
+    out, lse = _launch(_forward_kernel, constants, tile, limited, _by_queries(x, tile), outputs)
+    return out, (x, out, lse)
 
 
 def gradients(x: Inputs[jax.Array], constants: Constants) -> tuple[jax.Array, jax.Array, jax.Array]:
