@@ -12,8 +12,9 @@ import jax
 from jaxlm import Trainer, load
 from jaxlm.config import load_config, replace_fields
 from jaxlm.model import Transformer
+from jaxlm.model.attention import Cache
 from jaxlm.model.dropout import dropout
-from jaxlm.model.layers import Block, Cache
+from jaxlm.model.transformer import Block
 
 
 class ParallelBlock(Block):

@@ -135,9 +135,9 @@ class Trainer:
 
     def _report_start(self, checkpoint: Path | None) -> None:
         """What will run, in a few lines."""
-        training, text = self.config.training, self.text
+        training = self.config.training
         program = self.resolved, self.assembly, self._xla_options, self.state
-        data = text.rows, text.eval_rows, text.fingerprint
+        data = self.text.rows, self.text.eval_rows, self.text.fingerprint
         self._start = StartReport(*program, *data, self.total_steps, self.schedule)
         for line in (*self.resolved.notes, *self._start.lines()):
             say(line)
@@ -201,7 +201,8 @@ class Trainer:
 
     def _begin(self, opened: ExitStack) -> None:
         """Writes what describes the run, opens the sinks and compiles the step; `opened` closes everything."""
-        opened.callback(self._write_report)  # called last
+        if is_leader():
+            opened.callback(write_report_of_run, self.folder, say)  # called last
         self._progress = Progress(self.current_step, self.last_step, shown=is_leader())
         sinks = self._open_sinks() if is_leader() else []
         self.metrics_tracker = MetricsTracker([*sinks, self._progress])
@@ -231,11 +232,6 @@ class Trainer:
         with folder.writing_to(self.folder):
             describe_run(self.folder, self.config, self.tokenizer, self._start, self.current_step)
             return [*make_sinks(self.config, self.folder, self.current_step), *self._own_sinks]
-
-    def _write_report(self) -> None:
-        if is_leader():
-            with self._watchdog.during("writing the report"):
-                write_report_of_run(self.folder, say)
 
     def _end(self, stop: StopRequest, stopping: bool) -> None:
         """Says how it ended, when all processes have saved."""

@@ -13,8 +13,8 @@ from test_model import dense_attention
 from jaxlm import Trainer
 from jaxlm.config import Config, replace_fields
 from jaxlm.errors import UserError
-from jaxlm.model import attention
-from jaxlm.model.attention import choose_attention, why_not_fused
+from jaxlm.ops.attention_kernels import choose_attention, why_not_fused
+from jaxlm.ops.blockwise import dropout_mask
 from jaxlm.ops.flash import TILES, flash_attention
 from jaxlm.parallel.mesh import abstract_mesh
 from jaxlm.train.assemble import Resolved, assemble
@@ -62,7 +62,7 @@ def reference(q, k, v, segments, key, rate):
     """Dense attention with the same dropout mask."""
     b, t, heads, _ = q.shape
     k, v = (jnp.repeat(x, heads // x.shape[2], axis=2) for x in (k, v))
-    keep = None if key is None else attention._keep(key, (b, heads, t, t), 0, 0, rate).swapaxes(2, 3)
+    keep = None if key is None else dropout_mask(key, (b, heads, t, t), 0, 0, rate).swapaxes(2, 3)
     return dense_attention(q, k, v, jnp.ones((b, t), jnp.int32) if segments is None else segments, keep, rate)
 
 

@@ -11,9 +11,12 @@ import pytest
 from flax import nnx
 
 from jaxlm.config import ModelConfig
-from jaxlm.model import Transformer, attention
-from jaxlm.model.dropout import dropout, keep_mask, row_keys
-from jaxlm.model.embedding import lookup
+from jaxlm.model import Transformer
+from jaxlm.model.dropout import dropout, row_keys
+from jaxlm.ops import blockwise
+from jaxlm.ops.attention_kernels import causal_attention
+from jaxlm.ops.embedding import take_rows
+from jaxlm.ops.masks import keep_mask
 from jaxlm.train.loss import loss_sums
 
 SMALL = ModelConfig(vocab_size=97, d_model=32, n_heads=4, n_layers=3, d_ff=64, max_seq_len=64)
@@ -59,16 +62,16 @@ def dense_attention(q, k, v, segments, keep=None, rate=0.0):
     ("t", "block"), [(24, 128), (40, 16), (100, 16), (150, 8)]
 )  # one block, unrolled, padded, loop
 def test_attention_equals_dense(monkeypatch, t, block, rate):
-    monkeypatch.setattr(attention, "BLOCK", block)
+    monkeypatch.setattr(blockwise, "BLOCK", block)
     rng = np.random.default_rng(0)
     b, h, k = 2, 3, 8
     q, keys, v, g = (jnp.asarray(rng.normal(size=(b, t, h, k)).astype(np.float32)) for _ in range(4))
     segments = packed_segments(rng, b, t)
     key = jnp.asarray(rng.integers(0, 2**32, (b, 2), dtype=np.uint32))
-    keep = attention._keep(key, (b, h, t, t), 0, 0, rate).swapaxes(2, 3) if rate else None
+    keep = blockwise.dropout_mask(key, (b, h, t, t), 0, 0, rate).swapaxes(2, 3) if rate else None
 
     def ours(q, keys, v):
-        y = attention.causal_attention(q, keys, v, segments, implementation="blockwise", key_B2=key, rate=rate)
+        y = causal_attention(q, keys, v, segments, implementation="blockwise", key_B2=key, rate=rate)
         return (y * g).sum(), y
 
     def reference(q, keys, v):
@@ -84,7 +87,7 @@ def test_attention_makes_no_square_array():
     segments = jax.ShapeDtypeStruct((1, t), jnp.int32)
 
     def loss(q, s):
-        return attention.causal_attention(q, q, q, s, implementation="blockwise").sum()
+        return causal_attention(q, q, q, s, implementation="blockwise").sum()
 
     text = jax.jit(jax.grad(loss)).lower(q, segments).as_text()
     assert f"{t}x{t}" not in text
@@ -408,7 +411,7 @@ def test_an_embedding_s_gradient_is_the_sum_over_its_positions(n, size, times):
     g = rng.normal(size=(1, n, 8)).astype(np.float32)
     expected = np.zeros((size, 8))
     np.add.at(expected, ids, g.astype(np.float64))
-    found = jax.jit(jax.grad(lambda table: (lookup(table, ids) * g).sum()))(jnp.zeros((size, 8)))
+    found = jax.jit(jax.grad(lambda table: (take_rows(table, ids) * g).sum()))(jnp.zeros((size, 8)))
     np.testing.assert_allclose(found, expected, atol=2e-7 * np.abs(g).sum() / len(np.unique(ids)), rtol=1e-6)
 
 

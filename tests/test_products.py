@@ -10,7 +10,8 @@ from flax import nnx
 
 from jaxlm.config import ModelConfig
 from jaxlm.model import Transformer
-from jaxlm.ops import matmul as products
+from jaxlm.ops import platform
+from jaxlm.ops.matmul import einsum
 from jaxlm.train.loss import loss_sums
 
 PRODUCT = re.compile(r"stablehlo\.dot_general.*: \(tensor<(?:\d+x)*(\w+)>, tensor<(?:\d+x)*(\w+)>\)")
@@ -22,11 +23,11 @@ def cpu(monkeypatch, tmp_path):
 
     def says(text):
         (tmp_path / "cpuinfo").write_text(text)
-        monkeypatch.setattr(products, "CPU_INFO", tmp_path / "cpuinfo")
-        products.cpu_has_bfloat16.cache_clear()
+        monkeypatch.setattr(platform, "CPU_INFO", tmp_path / "cpuinfo")
+        platform.cpu_has_bfloat16.cache_clear()
 
     yield says
-    products.cpu_has_bfloat16.cache_clear()
+    platform.cpu_has_bfloat16.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -42,18 +43,18 @@ def cpu(monkeypatch, tmp_path):
 )
 def test_a_cpu_says_what_it_can_do(cpu, text, has):
     cpu(text)
-    assert products.cpu_has_bfloat16() is has
+    assert platform.cpu_has_bfloat16() is has
 
 
 def test_where_the_system_does_not_say(cpu, monkeypatch, tmp_path):
     cpu("flags : avx512_bf16\n")
-    monkeypatch.setattr(products, "CPU_INFO", tmp_path / "missing")
-    assert not products.cpu_has_bfloat16()
+    monkeypatch.setattr(platform, "CPU_INFO", tmp_path / "missing")
+    assert not platform.cpu_has_bfloat16()
 
 
-def factors_of(function, *arguments, platform="cpu", exact=0):
+def factors_of(function, *arguments, target="cpu", exact=0):
     """Dtypes of all factors of the products in a program, but for the `exact` ones that sum embeddings' gradients."""
-    text = jax.jit(function).trace(*arguments).lower(lowering_platforms=(platform,)).as_text()
+    text = jax.jit(function).trace(*arguments).lower(lowering_platforms=(target,)).as_text()
     products = [line for line in text.splitlines() if PRODUCT.search(line)]
     rounded = [line for line in products if "precision = [HIGHEST, HIGHEST]" not in line]
     found = {dtype for line in rounded for dtype in PRODUCT.search(line).groups()}
@@ -80,7 +81,7 @@ def test_updates_and_generation_multiply_what_the_cpu_can(cpu, flags, expected):
 
     for function, exact in ((jax.grad(loss), 4), (next_token, 0)):  # on a GPU, two for tokens and two for positions
         assert factors_of(function, params) == {expected}
-        assert factors_of(function, params, platform="cuda", exact=exact) == {"bf16"}
+        assert factors_of(function, params, target="cuda", exact=exact) == {"bf16"}
 
 
 def test_the_result_is_the_same(cpu):
@@ -88,6 +89,6 @@ def test_the_result_is_the_same(cpu):
     exact = np.asarray(x, np.float64) @ np.asarray(y, np.float64).T
     for flags in ("avx2", "avx2 avx512_bf16"):
         cpu(f"flags : {flags}\n")
-        z = products.product("ik,jk->ij", x, y)
+        z = einsum("ik,jk->ij", x, y, jnp.float32)
         assert z.dtype == jnp.float32
         np.testing.assert_allclose(np.asarray(z), exact, rtol=1e-5, atol=1e-5)

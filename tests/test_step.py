@@ -11,12 +11,11 @@ import optax
 import pytest
 
 from jaxlm.config import Config, DataConfig, ModelConfig, TrainingConfig
-from jaxlm.model.layers import Block
-from jaxlm.parallel.layout import Layout
+from jaxlm.model.transformer import Block
+from jaxlm.ops.scheduling import CPU_PART_TOKENS, sum_over_rows
 from jaxlm.parallel.mesh import make_mesh
 from jaxlm.train.assemble import Resolved, assemble
 from jaxlm.train.schedules import build_schedule
-from jaxlm.train.step import CPU_PART_TOKENS, in_parts
 
 VOCAB, T, ROWS = 61, 24, 16
 MODEL = ModelConfig(vocab_size=VOCAB, d_model=32, n_heads=2, n_layers=2, d_ff=64, max_seq_len=T, scan_layers=True)
@@ -121,7 +120,7 @@ def test_parts_beside_each_other_equal_all_rows_at_once(monkeypatch):
     half = dataclasses.replace(MODEL, dropout=0.5, attention_dropout=0.5)
     config, batches = config_of(half, optimizer="sgd"), [make_batch(seed=s) for s in range(3)]
     whole, whole_losses, _ = run(config, batches)
-    monkeypatch.setattr("jaxlm.train.step.CPU_PART_TOKENS", ROWS * T // 4)
+    monkeypatch.setattr("jaxlm.ops.scheduling.CPU_PART_TOKENS", ROWS * T // 4)
     monkeypatch.setitem(globals(), "start", start.__wrapped__)  # not the step from the cache
     parts, losses, _ = run(config, batches)
     np.testing.assert_allclose(losses, whole_losses, rtol=1e-5)
@@ -130,11 +129,19 @@ def test_parts_beside_each_other_equal_all_rows_at_once(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("rows", "tokens", "devices", "parts"),
-    [(16, 1, 1, 4), (6, 1, 1, 3), (7, 1, 1, 1), (16, 1, 2, 1), (16, 0.25, 1, 4), (16, 0.125, 1, 2), (16, 0.1, 1, 1)],
+    ("platform", "rows", "tokens", "devices", "parts"),
+    [
+        ("cpu", 16, 1, 1, 4),
+        ("cpu", 6, 1, 1, 3),
+        ("cpu", 7, 1, 1, 1),
+        ("cpu", 16, 1, 2, 1),
+        ("cpu", 16, 0.25, 1, 4),
+        ("cpu", 16, 0.125, 1, 2),
+        ("cpu", 16, 0.1, 1, 1),
+        ("gpu", 16, 1, 1, 1),
+    ],
 )
-def test_parts_are_equal_and_large(rows, tokens, devices, parts):
-    layout = Layout(make_mesh(jax.devices()[:devices], (1, 1, devices)), 0, {})
+def test_parts_are_equal_and_large(platform, rows, tokens, devices, parts):
     batch = {"tokens": jnp.arange(rows * int(tokens * CPU_PART_TOKENS)).reshape(rows, -1)}
     seen = []
 
@@ -142,7 +149,7 @@ def test_parts_are_equal_and_large(rows, tokens, devices, parts):
         jax.debug.callback(seen.append, part["tokens"], ordered=True)
         return jnp.zeros(()), jnp.ones(())
 
-    _, count = in_parts(sums, {}, batch, layout)
+    _, count = sum_over_rows(sums, {}, batch, platform, devices)
     jax.effects_barrier()
     assert len(seen) == count == parts
     np.testing.assert_array_equal(np.concatenate(seen), batch["tokens"])
@@ -150,7 +157,7 @@ def test_parts_are_equal_and_large(rows, tokens, devices, parts):
 
 def test_a_block_is_traced_once(monkeypatch):
     """For all layers, parts and micro-batches: otherwise an update of configs/small.py begins 10 seconds later."""
-    monkeypatch.setattr("jaxlm.train.step.CPU_PART_TOKENS", ROWS * T // 8)
+    monkeypatch.setattr("jaxlm.ops.scheduling.CPU_PART_TOKENS", ROWS * T // 8)
     calls, whole = [], Block.__call__
     monkeypatch.setattr(Block, "__call__", lambda self, *a: calls.append(1) or whole(self, *a))
     assembly = assembled(config_of(dataclasses.replace(MODEL, scan_layers=False)))

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlm.config import Config, DataConfig, ModelConfig, TrainingConfig
-from jaxlm.model.attention import FUSED, causal_attention, obstacle
-from jaxlm.model.dropout import keep_mask
+from jaxlm.ops.attention_kernels import FUSED, causal_attention, why_unsupported
+from jaxlm.ops.masks import keep_mask
 
 Attention = Callable[..., Any]
 RATE = 0.1  # of dropout
@@ -88,7 +88,7 @@ def implementations(case: Case, capability: float | None) -> list[str]:
         training=TrainingConfig(use_amp=case.dtype != "float32"),
         data=DataConfig(pack_sequences=case.segments),
     )
-    return [*(kernel for kernel in FUSED if obstacle(kernel, config, capability) is None), "blockwise"]
+    return [*(kernel for kernel in FUSED if why_unsupported(kernel, config, capability) is None), "blockwise"]
 
 
 def inputs(case: Case) -> tuple[jax.Array, ...]:

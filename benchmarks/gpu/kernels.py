@@ -17,8 +17,8 @@ from attention import Attention, Case, checked, dense, implementations, inputs, 
 from lib.machine import say, without_paths
 from lib.worker import answers
 
-from jaxlm.model.attention import causal_attention, compute_capability
-from jaxlm.parallel.devices import find_devices
+from jaxlm.ops.attention_kernels import causal_attention, compute_capability
+from jaxlm.parallel.processes import find_devices
 
 FACTORS = {
     "output": 2.0,

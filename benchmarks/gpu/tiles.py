@@ -23,7 +23,7 @@ from attention import RATE, Case, inputs
 from kernels import reason, seconds_a_call
 from lib.report import markdown
 
-from jaxlm.model import flash
+from jaxlm.ops import flash
 from jaxlm.ops.flash import TILES, Tile
 
 KERNELS = {"forward": "forward", "keys": "keys_and_values", "queries": "queries"}  # and their fields of Tiles
@@ -62,12 +62,13 @@ def program(kernel: str, size: int, tile: Tile, case: Case) -> tuple[Callable[..
     """A function of one kernel alone, and its arguments."""
     q, k, v, g, segments, key, row = arrays(case)
     tiles = TILES[size]._replace(**{KERNELS[kernel]: tile})
-    of = flash._Case(size**-0.5, RATE if case.dropout else 0.0, tiles)
+    constants = flash.Constants(size**-0.5, RATE if case.dropout else 0.0, tiles)
     segments, key = segments if case.segments else None, key if case.dropout else None
+    x = flash.Inputs(q, g, k, v, row, row, segments, None, key)
     if kernel == "forward":
-        return lambda *x: flash._forward(*x, segments, key, of), (q, k, v)
+        return lambda x: flash.forward(x, constants)[1][1:], (x._replace(g=None, lse=None, delta=None),)
     wanted = slice(0, 1) if kernel == "queries" else slice(1, 3)  # XLA leaves the other kernel out
-    return lambda *x: flash._gradients(*x, segments, key, of)[wanted], (q, k, v, g, row, row)
+    return lambda x: flash.gradients(x, constants)[wanted], (x,)
 
 
 def main(arguments: list[str]) -> None:

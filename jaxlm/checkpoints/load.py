@@ -19,7 +19,7 @@ from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.errors import UserError
 from jaxlm.generation.api import generate_one_or_many
 from jaxlm.model import Transformer
-from jaxlm.model.attention import compute_capability, obstacle
+from jaxlm.ops.attention_kernels import compute_capability, why_unsupported
 from jaxlm.parallel.split import path_name
 from jaxlm.train.assemble import abstract_model
 from jaxlm.train.step import TrainState
@@ -118,7 +118,9 @@ def load(path: str | os.PathLike[str], model_class: type[Transformer] = Transfor
             f"{progress.model_class}) opens it"
         )
     config = validate(read_config(folder))
-    pallas = obstacle("pallas", config, compute_capability(jax.devices()[0])) is None  # it takes any prompt and rows
+    pallas = (
+        why_unsupported("pallas", config, compute_capability(jax.devices()[0])) is None
+    )  # cudnn can't do every prompt
     graphdef, abstract = nnx.split(abstract_model(config, "pallas" if pallas else "blockwise", model_class))
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), nnx.to_pure_dict(abstract))

@@ -20,7 +20,7 @@ import numpy as np
 
 from jaxlm.generation.options import GenerationOptions
 from jaxlm.generation.sampling import adjust_logits, next_token, random_key
-from jaxlm.model.layers import Cache
+from jaxlm.model.attention import Cache
 from jaxlm.model.transformer import Transformer
 
 CHUNK = 32  # tokens decoded between looks at them

@@ -171,7 +171,7 @@ def apply(config: Config, world: int | None) -> tuple[Config, list[str]]:
 def fields_of(config: Config) -> dict[str, Any]:
     """Every field's value by dotted name."""
     return {
-        f"{section}.{name}": value for section in SECTIONS for name, value in vars(getattr(config, section)).items()
+        f"{section}.{name}": value for section, fields in vars(config).items() for name, value in vars(fields).items()
     }
 
 

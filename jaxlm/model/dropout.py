@@ -1,17 +1,14 @@
-"""Dropout masks as a pure function of (key of the row, coordinates in the row).
+"""Dropout, and the keys that its masks come from.
 
-Shapes: B rows of the batch, T positions, D channels; `...` any coordinates.
-
-The bits come from a counter-based hash (the 32-bit finaliser of MurmurHash3 over a Weyl sequence) rather than from
-`jax.random.bits`: every element is computed where it is used, inside whatever loop needs it, so that attention can
-make the bits of one block at a time, the same in the forward and the backward pass and however rows are grouped.
+Shapes: B rows of the batch, T positions, D channels, L layers, S sites.
 """
 
 import jax
 import jax.numpy as jnp
 
+from jaxlm.ops.masks import keep_mask
+
 SITES = ("attention", "attention_output", "mlp_output")  # per layer; the embedding is a layer of its own
-_WEYL = 0x9E3779B9  # 2**32 / golden ratio
 
 
 def row_keys(seed_key: jax.Array, rows_B: jax.Array, n_layers: int) -> jax.Array:
@@ -25,34 +22,6 @@ def row_keys(seed_key: jax.Array, rows_B: jax.Array, n_layers: int) -> jax.Array
     fold = jax.vmap(jax.vmap(jax.random.fold_in, (0, None)), (None, 0))  # -> [n, B]
     keys_LSB = fold(keys_B, jnp.arange((n_layers + 1) * len(SITES), dtype=jnp.uint32))
     return jax.random.key_data(keys_LSB).reshape(n_layers + 1, len(SITES), -1, 2)
-
-
-def _mix(x: jax.Array) -> jax.Array:
-    x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
-    x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
-    return x ^ (x >> 16)
-
-
-def keep(first: jax.Array, second: jax.Array, coordinates: tuple[jax.Array, ...], rate: float) -> jax.Array:
-    """Boolean mask, True with probability 1 - rate, of the shape that all arguments broadcast to.
-
-    Args:
-      first, second: uint32, a row's key.
-      coordinates: uint32, in the row; the last one varies fastest.
-      rate: probability of False.
-    """
-    for coordinate in coordinates[:-1]:  # few elements: a full mix for each coordinate
-        first = _mix(first ^ (coordinate * jnp.uint32(_WEYL)))
-        second = _mix(second + first)
-    bits = _mix((first ^ (coordinates[-1] * jnp.uint32(_WEYL))) + second)
-    return bits >= jnp.uint32(round(rate * 2**32))
-
-
-def keep_mask(key_B2: jax.Array, coordinates: tuple[jax.Array, ...], rate: float) -> jax.Array:
-    """`keep` for each row of a batch: [B, ...], where `coordinates` broadcast to [...]."""
-    ndim = coordinates[0].ndim
-    first, second = (key_B2[:, i].reshape((-1,) + (1,) * ndim) for i in range(2))
-    return keep(first, second, tuple(c[None] for c in coordinates), rate)
 
 
 def dropout(x_BTD: jax.Array, key_B2: jax.Array | None, rate: float) -> jax.Array:

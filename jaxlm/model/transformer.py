@@ -1,4 +1,4 @@
-"""The decoder-only Transformer: embeddings, stacked blocks, final norm.
+"""The decoder-only Transformer and its blocks.
 
 Shapes: B rows, T positions, D model width, V vocabulary, L layers, G heads of keys and values, K channels of a head.
 
@@ -14,29 +14,62 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxlm.config import ModelConfig
+from jaxlm.model.attention import Attention, Cache
 from jaxlm.model.dropout import dropout
-from jaxlm.model.embedding import lookup
-from jaxlm.model.layers import PRODUCT, Block, Cache, make_norm, normalised
+from jaxlm.model.layers import PRODUCT, Mlp, make_norm
 from jaxlm.model.positions import sinusoids
-from jaxlm.ops.matmul import product
+from jaxlm.ops.embedding import take_rows
+from jaxlm.ops.matmul import einsum
+from jaxlm.ops.reductions import per_token
 
 REMAT_POLICIES = {"full": None, "dots": jax.checkpoint_policies.save_only_these_names(PRODUCT)}
 
-Fetch = Callable[[Any], Any]  # parameters of one block as they are held -> as they are computed with
+# Makes a block's parameters, as they are held, those it computes with; the checkpoint policy that makes them again.
+Fetch = tuple[Callable[[Any], Any], Callable[..., bool]]
 
 
-def _keep_all_but_fetched(primitive: Any, *_: Any, **params: Any) -> bool:
-    """Checkpoint policy: what `fetch` gathers from other devices is gathered again in the backward pass."""
-    if primitive.name != "custom_vjp_call":
-        return primitive.name != "all_gather"
-    return not any(equation.primitive.name == "all_gather" for equation in params["call_jaxpr"].eqns)
+def _count(tokens_BT: jax.Array) -> jax.Array:
+    """Positions 0, 1, 2, ... of each row."""
+    return jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32), tokens_BT.shape)
 
 
 def _unstack(tree: Any, n: int) -> list[Any]:
-    """The `n` layers of a tree with a leading layer axis. Its gradient puts theirs together once."""
+    """The `n` layers of a tree with a leading layer axis, split so that the gradients are joined by one operation."""
     parts = jax.tree.map(lambda x: jax.lax.split(x, (1,) * n), tree)
     layer = lambda i: jax.tree.map(lambda _, layers: layers[i][0], tree, parts)  # noqa: E731
     return [layer(i) for i in range(n)]
+
+
+class Block(nnx.Module):
+    """Attention and feed-forward, each with a residual, a norm (before or after) and dropout."""
+
+    def __init__(self, config: ModelConfig, implementation: str, dtype: Any, rngs: nnx.Rngs):
+        self.config = config
+        self.attention = Attention(config, implementation, dtype, rngs)
+        self.mlp = Mlp(config, dtype, rngs)
+        self.norm1 = make_norm(config, dtype, rngs)
+        self.norm2 = make_norm(config, dtype, rngs)
+
+    def _residuals(self, x_BTD: jax.Array, attend: Callable[[jax.Array], tuple[jax.Array, Cache]], keys: Any) -> Any:
+        pre, rate = self.config.pre_norm, self.config.dropout
+        y, cache = attend(per_token(self.norm1, x_BTD) if pre else x_BTD)
+        x_BTD = x_BTD + dropout(y, keys[0], rate)
+        x_BTD = x_BTD if pre else per_token(self.norm1, x_BTD)
+        y = self.mlp(per_token(self.norm2, x_BTD) if pre else x_BTD)
+        x_BTD = x_BTD + dropout(y, keys[1], rate)
+        return x_BTD if pre else per_token(self.norm2, x_BTD), cache
+
+    def __call__(
+        self, x_BTD: jax.Array, segments_BT: jax.Array | None, positions_BT: jax.Array, keys_SB2: jax.Array | None
+    ) -> tuple[jax.Array, Cache]:
+        """keys_SB2: uint32 dropout keys of the three sites, or None. Returns the output, and the keys and values."""
+        attention_key, *residual_keys = (None, None, None) if keys_SB2 is None else tuple(keys_SB2)
+        attend = lambda y: self.attention(y, segments_BT, positions_BT, attention_key)  # noqa: E731
+        return self._residuals(x_BTD, attend, residual_keys)
+
+    def decode(self, x_B1D: jax.Array, position_B: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+        """One position a row, at index `position_B`, with the keys and values [B, G, T, K] before it in `cache`."""
+        return self._residuals(x_B1D, lambda y: self.attention.decode(y, position_B, cache), (None, None))
 
 
 class Transformer(nnx.Module):
@@ -44,7 +77,7 @@ class Transformer(nnx.Module):
 
     Args:
       config: shapes and options; `config.vocab_size` is the tokenizer's.
-      implementation: attention kernel, "blockwise" or "cudnn".
+      implementation: attention kernel, "blockwise", "cudnn" or "pallas" (`ops.attention_kernels`).
       dtype: compute dtype, float32, bfloat16 or float16.
 
     A subclass may set `block_class` to a `Block` of its own.
@@ -73,36 +106,15 @@ class Transformer(nnx.Module):
         return (self.token_embedding if self.config.tie_embeddings else self.output_embedding)[...]
 
     def embed(self, tokens_BT: jax.Array, positions_BT: jax.Array) -> jax.Array:
-        x_BTD = lookup(self.token_embedding[...], tokens_BT)
+        x_BTD = take_rows(self.token_embedding[...], tokens_BT)
         if self.config.positions == "learned":
-            x_BTD = x_BTD + lookup(self.position_embedding[...], positions_BT)
+            x_BTD = x_BTD + take_rows(self.position_embedding[...], positions_BT)
         elif self.config.positions == "sinusoidal":
             x_BTD = x_BTD * self.config.d_model**0.5 + sinusoids(positions_BT, self.config.d_model)
         return x_BTD.astype(self.dtype)
 
-    def _run_blocks(self, step: Any, x: jax.Array, per_layer: Any, fetch: Fetch | None = None) -> tuple[jax.Array, Any]:
-        """Folds `step(block, x, item) -> (x, out)` over the layers; `per_layer` leaves have a leading layer axis."""
-        config = self.config
-        graphdef, state = nnx.split(self.blocks)
-        params = nnx.to_pure_dict(state)
-
-        def body(x: jax.Array, layer: Any) -> tuple[jax.Array, Any]:
-            block = layer[0] if fetch is None else fetch(layer[0])
-            return step(nnx.merge(graphdef, block), x, layer[1])
-
-        if config.gradient_checkpointing or fetch is not None:
-            policy = REMAT_POLICIES[config.remat_policy] if config.gradient_checkpointing else _keep_all_but_fetched
-            body = jax.checkpoint(body, policy=policy, prevent_cse=not config.scan_layers)
-        if config.scan_layers:
-            return jax.lax.scan(body, x, (params, per_layer))
-        body, outs = jax.jit(body), []  # traced once for all layers
-        for layer in _unstack((params, per_layer), config.n_layers):
-            x, out = body(x, layer)
-            outs.append(out)
-        return x, jax.tree.map(lambda *layers: jnp.stack(layers), *outs)
-
     def _finish(self, x_BTD: jax.Array) -> jax.Array:
-        return normalised(self.final_norm, x_BTD) if self.config.pre_norm else x_BTD
+        return per_token(self.final_norm, x_BTD) if self.config.pre_norm else x_BTD
 
     def __call__(
         self,
@@ -119,43 +131,52 @@ class Transformer(nnx.Module):
           segments_BT: int32, documents packed into a row; None: one document a row.
           positions_BT: int32 position in the document; None: 0, 1, 2, ...
           keys: uint32 [L + 1, 3, B, 2] from `dropout.row_keys`; None: no dropout.
-          fetch: makes a block's parameters just before it runs, again in the backward pass; None: they are there.
+          fetch: makes a block's parameters just before it runs; None: they are there.
         """
-        hidden, _ = self._hidden_and_cache(tokens_BT, segments_BT, positions_BT, keys, fetch=fetch)
-        return hidden
-
-    def _hidden_and_cache(
-        self,
-        tokens_BT: jax.Array,
-        segments_BT: Any = None,
-        positions_BT: Any = None,
-        keys: Any = None,
-        *,
-        fetch: Fetch | None = None,
-        keep_cache: bool = False,
-    ) -> tuple[jax.Array, Any]:
         if positions_BT is None:
-            positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32), tokens_BT.shape)
+            positions_BT = _count(tokens_BT)
         x_BTD = self.embed(tokens_BT, positions_BT)
         x_BTD = dropout(x_BTD, None if keys is None else keys[-1, 0], self.config.dropout)
+        run = lambda block, x_BTD, keys: (block(x_BTD, segments_BT, positions_BT, keys)[0], None)  # noqa: E731
+        return self._run_blocks(run, x_BTD, None if keys is None else keys[:-1], fetch)[0]
 
-        def step(block: Block, x: jax.Array, layer_keys: Any) -> tuple[jax.Array, Any]:
-            x, cache = block(x, segments_BT, positions_BT, layer_keys)
-            return x, cache if keep_cache else None
+    def _run_blocks(
+        self, run: Callable[..., tuple[jax.Array, Any]], x_BTD: jax.Array, keys: jax.Array | None, fetch: Fetch | None
+    ) -> tuple[jax.Array, Any]:
+        """The final hidden states, and what `run(block, x, keys)` gives beside each layer's, stacked."""
+        config = self.config
+        graphdef, state = nnx.split(self.blocks)
 
-        x_BTD, cache = self._run_blocks(step, x_BTD, None if keys is None else keys[:-1], fetch)
-        return self._finish(x_BTD), cache
+        def body(x_BTD: jax.Array, layer: tuple[Any, jax.Array | None]) -> tuple[jax.Array, Any]:
+            params = layer[0] if fetch is None else fetch[0](layer[0])
+            return run(nnx.merge(graphdef, params), x_BTD, layer[1])
+
+        if config.gradient_checkpointing or fetch is not None:
+            policy = REMAT_POLICIES[config.remat_policy] if config.gradient_checkpointing or fetch is None else fetch[1]
+            body = jax.checkpoint(body, policy=policy, prevent_cse=not config.scan_layers)
+        layers = nnx.to_pure_dict(state), keys
+        if config.scan_layers:
+            x_BTD, outputs = jax.lax.scan(body, x_BTD, layers)
+        else:
+            body, each = jax.jit(body), []  # traced once for all layers
+            for layer in _unstack(layers, config.n_layers):
+                x_BTD, output = body(x_BTD, layer)
+                each.append(output)
+            outputs = jax.tree.map(lambda *layers: jnp.stack(layers), *each)
+        return self._finish(x_BTD), outputs
 
     def logits(self, hidden_BTD: jax.Array) -> jax.Array:
-        """float32 [B, T, V]. For short sequences; training never holds all of them (see `loss.py`)."""
+        """float32 [B, T, V]. For short sequences; training never holds all of them (`train.loss`)."""
         w = self.output_matrix().astype(self.dtype)
-        logits_BTV = product("btd,vd->btv", hidden_BTD, w)
+        logits_BTV = einsum("btd,vd->btv", hidden_BTD, w, jnp.float32)
         cap = self.config.logit_softcap
         return logits_BTV if cap is None else cap * jnp.tanh(logits_BTV / cap)
 
     def prefill(self, tokens_BT: jax.Array) -> tuple[jax.Array, tuple[Cache, ...]]:
         """Hidden states [B, T, D] of a prompt, and each layer's keys and values [B, G, T, K]."""
-        hidden_BTD, kept = self._hidden_and_cache(tokens_BT, keep_cache=True)
+        positions_BT = _count(tokens_BT)
+        run = lambda block, x_BTD, keys: block(x_BTD, None, positions_BT, keys)  # noqa: E731
+        hidden_BTD, kept = self._run_blocks(run, self.embed(tokens_BT, positions_BT), None, None)
         k, v = (x_LBTGK.swapaxes(2, 3) for x_LBTGK in kept)
         return hidden_BTD, tuple(zip(k, v, strict=True))
 

@@ -17,11 +17,11 @@ import jax
 import jaxlm
 from jaxlm.data.loader import Rows
 from jaxlm.data.packing import Plan
-from jaxlm.model.attention import why_not_fused
 from jaxlm.monitor.sinks import open_lines
 from jaxlm.ops import compiler
+from jaxlm.ops.attention_kernels import why_not_fused
 from jaxlm.ops.compiler import Options
-from jaxlm.ops.matmul import cpu_has_bfloat16
+from jaxlm.ops.platform import cpu_has_bfloat16
 from jaxlm.parallel.mesh import show_row_shards
 from jaxlm.train.assemble import Assembly, Resolved
 from jaxlm.train.precision import compute_dtype, scales_loss

@@ -1,1 +1,1 @@
-"""Operations that are done differently on a CPU and on a GPU, each behind one function."""
+"""Operations that a CPU and a GPU compute in different ways, each behind one function; `platform` has the choice."""

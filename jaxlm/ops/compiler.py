@@ -1,7 +1,7 @@
-"""Options of XLA that the run's programs are compiled with: presets by name, and what makes them repeatable.
+"""XLA options that the run's programs are compiled with.
 
-They go to the compiler with each program rather than through XLA_FLAGS, where an option that this version of XLA does
-not know ends the process. What XLA_FLAGS says stays.
+They are passed to the compiler with each program rather than through XLA_FLAGS, where an option that this version of
+XLA doesn't know ends the process. Options that the user has set in XLA_FLAGS are left alone.
 """
 
 import os
@@ -14,27 +14,27 @@ from jaxlm.config import TrainingConfig, xla_option
 
 Options = dict[str, str | bool]  # numbers are written out
 
-LAYER_BYTES = 256 * 2**20  # of gradients or parameters that travel in one message: the layers of most models are less
+COMBINED_BYTES = str(256 * 2**20)  # gradients or parameters in one message: a layer of most models is smaller
 PRESETS: dict[str, Options] = {
     "none": {},
-    # Communication while computing, in messages of a layer or more, as JAX's notes on GPU performance have it.
+    # Communication while computing, in messages of a layer or more, as JAX's notes on GPU performance recommend.
     "overlap": {
         "xla_gpu_enable_latency_hiding_scheduler": True,
-        "xla_gpu_all_reduce_combine_threshold_bytes": str(LAYER_BYTES),
-        "xla_gpu_all_gather_combine_threshold_bytes": str(LAYER_BYTES),
-        "xla_gpu_reduce_scatter_combine_threshold_bytes": str(LAYER_BYTES),
+        "xla_gpu_all_reduce_combine_threshold_bytes": COMBINED_BYTES,
+        "xla_gpu_all_gather_combine_threshold_bytes": COMBINED_BYTES,
+        "xla_gpu_reduce_scatter_combine_threshold_bytes": COMBINED_BYTES,
     },
 }
-# Operations that sum in any order give way to others. It leaves autotuning on: what that chose is kept in the cache of
-# compiled programs, so that a run which goes on does so with the very program that it began with.
+# Replaces operations that sum in any order. Autotuning stays on: its choices are kept in the cache of compiled
+# programs, so that a resumed run uses the same program.
 REPEATABLE: Options = {"xla_gpu_exclude_nondeterministic_ops": True}
 
 
 def compiler_options(training: TrainingConfig, platform: str, report: Callable[[str], None]) -> Options:
-    """The options for this run's programs, as far as the installed XLA knows them; `report` hears of the others.
+    """The options for this run's programs that the installed XLA knows; `report` is called with a line on each other.
 
     Args:
-      platform: JAX's name of the backend; presets and determinism are about "gpu".
+      platform: JAX's name of the backend; presets and determinism apply to "gpu" alone.
     """
     wanted: Options = {}
     if platform == "gpu":
@@ -44,8 +44,8 @@ def compiler_options(training: TrainingConfig, platform: str, report: Callable[[
     return {name: value for name, value in wanted.items() if _may_set(name, value, in_environment, report)}
 
 
-def _may_set(name: str, value: str | bool, taken: set[str], report: Callable[[str], None]) -> bool:
-    if name in taken:
+def _may_set(name: str, value: str | bool, in_environment: set[str], report: Callable[[str], None]) -> bool:
+    if name in in_environment:
         report(f"{name}: as XLA_FLAGS has it")
         return False
     try:
@@ -57,9 +57,9 @@ def _may_set(name: str, value: str | bool, taken: set[str], report: Callable[[st
 
 
 def describe(training: TrainingConfig, options: Options) -> str:
-    """Whether a GPU's run repeats bit for bit, and what was asked of XLA, in words."""
+    """For the start report: whether a run on GPUs repeats bit for bit, and which options were asked for."""
     repeats = all(name in options for name in REPEATABLE)
-    said = "repeatable operations only" if repeats else "a run may not repeat bit for bit (training.deterministic)"
+    repeat = "repeatable operations only" if repeats else "a run may not repeat bit for bit (training.deterministic)"
     preset = "" if training.xla_preset == "none" else f", preset {training.xla_preset}"
     own = f", {' '.join(training.xla_options)}" if training.xla_options else ""
-    return f"{said}{preset}{own}"
+    return f"{repeat}{preset}{own}"

@@ -4,9 +4,11 @@ L "lead": how many leading axes of a parameter are missing from an array (1 for 
 """
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.extend.core import Primitive
 from jax.typing import DTypeLike
 
 from jaxlm.parallel.mesh import DATA
@@ -33,6 +35,13 @@ all_gather.defvjp(
     lambda shard, split, lead, dtype: (all_gather(shard, split, lead, dtype), None),
     lambda split, lead, dtype, _, g: (reduce_scatter(g.astype(jnp.float32), split, lead),),
 )
+
+
+def keep_all_but_gathered(primitive: Primitive, *_: object, **params: Any) -> bool:
+    """Checkpoint policy: what `all_gather` makes is gathered again in the backward pass, all else is kept."""
+    if primitive.name != "custom_vjp_call":
+        return primitive.name != "all_gather"
+    return not any(equation.primitive.name == "all_gather" for equation in params["call_jaxpr"].eqns)
 
 
 def all_gather_as_one(shards: Params, splits: Params) -> Params:

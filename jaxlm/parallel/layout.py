@@ -13,7 +13,7 @@ ZeRO is Rajbhandari et al. 2020, arXiv:1910.02054:
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -21,13 +21,14 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
-from jaxlm.parallel.collectives import all_gather, all_gather_as_one, reduce_scatter
+from jaxlm.parallel.collectives import all_gather, all_gather_as_one, keep_all_but_gathered, reduce_scatter
 from jaxlm.parallel.mesh import AXES, DATA, REPLICA, ROWS, TENSOR, AnyMesh
 from jaxlm.parallel.split import STACKED, Params, Path, Split, path_name, split_parameter
 
 HOST_MEMORY = "pinned_host"
 
-GatherBlock = Callable[[Params], Params]  # the shards of one block's parameters -> the whole ones
+# (the shards of one block's parameters -> the whole ones; the checkpoint policy that gathers them again)
+GatherBlock: TypeAlias = tuple[Callable[[Params], Params], Callable[..., bool]]
 
 
 class Layout:
@@ -161,10 +162,10 @@ class Layout:
         return jax.tree.map(lambda s: s.shard_rows_spec if self.stage else PartitionSpec(), self.splits)
 
     def gather(self, held: Params, dtype: DTypeLike) -> tuple[Params, GatherBlock | None]:
-        """Parameters to run the model with, and the function that makes one block's parameters whole.
+        """Parameters to run the model with, and how each block makes its own whole (below stage 3: None).
 
-        At stage 3 everything but the blocks is gathered here, and each block just before it runs, by that function
-        (below stage 3: none). Kernels are gathered in `dtype`, which they are computed in.
+        At stage 3 everything but the blocks is gathered here, and each block just before it runs, and again in the
+        backward pass. Kernels are gathered in `dtype`, which they are computed in.
         """
         if self.stage < 3:
             return held, None
@@ -178,7 +179,7 @@ class Layout:
         rest = {name: leaf for name, leaf in held.items() if name != STACKED}
         splits = {name: self.splits[name] for name in rest}
         rest = all_gather_as_one(rest, splits) if self.platform == "cpu" else gather_all(0)(splits, rest)
-        return rest | {STACKED: held[STACKED]}, partial(gather_all(1), self.splits[STACKED])
+        return rest | {STACKED: held[STACKED]}, (partial(gather_all(1), self.splits[STACKED]), keep_all_but_gathered)
 
     def reduce_micro_batch(self, gradients: Params) -> Params:
         """What is accumulated: at stage 2 shards of the sum over "data" (at stage 3 `gather` has done it)."""

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from jaxlm.config import replace_fields
-from jaxlm.model.attention import choose_attention
 from jaxlm.model.dropout import row_keys
+from jaxlm.ops.attention_kernels import choose_attention
 from jaxlm.ops.flash import TILES, padded_head_size
 from jaxlm.parallel.mesh import ROWS
 from jaxlm.parallel.split import Params

@@ -21,15 +21,16 @@ from jax.sharding import NamedSharding
 
 from jaxlm.config import Config, replace_fields
 from jaxlm.errors import UserError
-from jaxlm.model.attention import BLOCK, FUSED_FROM, UNROLL, choose_attention
 from jaxlm.model.layers import GATES
+from jaxlm.ops.attention_kernels import FUSED_FROM, choose_attention
+from jaxlm.ops.blockwise import BLOCK, UNROLL
+from jaxlm.ops.reductions import logits_chunk_bytes
 from jaxlm.parallel.gpus import FRACTION_VARIABLES
 from jaxlm.parallel.layout import bytes_a_device
 from jaxlm.parallel.split import STACKED, TENSOR_AXES, path_name
 from jaxlm.plan.activations import activation_bytes
 from jaxlm.run.setup import resolve
 from jaxlm.train.assemble import Resolved, assemble
-from jaxlm.train.loss import bytes_of_chunk
 from jaxlm.train.precision import compute_dtype
 
 BATCHES = 4  # on the device at a time: one computed with, the others sent ahead
@@ -188,7 +189,9 @@ def _loss_at_work(config: Config) -> float:
     """
     copies = 2 if config.model.logit_softcap is None else 3
     rows, vocabulary, tensor = config.training.batch_size, config.model.vocab_size, config.training.tensor_parallel
-    logits = max(min(bytes_of_chunk(config.training, "gpu"), 4 * _tokens(config) * vocabulary), 4 * rows * vocabulary)
+    logits = max(
+        min(logits_chunk_bytes(config.training, "gpu"), 4 * _tokens(config) * vocabulary), 4 * rows * vocabulary
+    )
     return (logits * (copies + _compute_bytes(config) / 4) + 4 * vocabulary * config.model.d_model) / tensor
 
 

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 from jaxlm.config import Config
 from jaxlm.model import Transformer
-from jaxlm.model.attention import FUSED_FROM, choose_attention, compute_capability
+from jaxlm.ops.attention_kernels import FUSED_FROM, choose_attention, compute_capability
 from jaxlm.ops.compiler import Options
 from jaxlm.parallel.layout import Layout
 from jaxlm.parallel.mesh import AnyMesh, replicated, row_shards, train_batch_sharding

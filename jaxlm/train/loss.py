@@ -3,35 +3,31 @@
 Shapes: B rows, T positions, C positions of a chunk, D model width, V vocabulary.
 """
 
-import dataclasses
 from functools import partial
-from typing import Any
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jaxlm.config import TrainingConfig
-from jaxlm.ops.matmul import product
+from jaxlm.ops.matmul import einsum, transpose_product
+from jaxlm.ops.reductions import CPU_CHUNK, is_target, softmax_statistics
 
 Sums = tuple[jax.Array, jax.Array]  # the objective and the cross entropy, float32 scalars
-# Float32 logits alive at a time. On CPU 8 to 128 MiB ran equally fast. A GPU needs some thousand tokens at a time to be
-# busy, and reads and writes the gradient of the output matrix once a chunk; its figure is not measured yet.
-CPU_CHUNK, GPU_CHUNK = 32 * 2**20, 512 * 2**20
+Gradients = tuple[jax.Array, jax.Array]  # of the hidden states and of the output matrix
 
 
-def bytes_of_chunk(training: TrainingConfig, platform: str) -> int:
-    """Bytes of float32 logits that a device holds at a time; `platform` is JAX's name of its backend, such as "cpu"."""
-    if training.loss_chunk_mib is not None:
-        return training.loss_chunk_mib * 2**20
-    return CPU_CHUNK if platform == "cpu" else GPU_CHUNK
+class _Tokens(NamedTuple):
+    """What the loss of some tokens is computed from: [B, T, ...], or [T/C, B, C, ...] in chunks."""
+
+    hidden: jax.Array
+    targets: jax.Array
+    weights: jax.Array
 
 
-def _chunks(
-    hidden_BTD: jax.Array, w_VD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array, chunk_bytes: int
-) -> Any:
-    """The per-token arrays as [T/C, B, C, ...], C such that its logits fit `chunk_bytes`; T is padded with weight 0."""
-    b, t = targets_BT.shape
-    fit = max(1, chunk_bytes // (4 * b * w_VD.shape[0]))
+def _in_chunks(tokens: _Tokens, vocabulary: int, chunk_bytes: int) -> _Tokens:
+    """Chunks whose float32 logits fit `chunk_bytes`; T is padded with weight 0."""
+    b, t = tokens.targets.shape
+    fit = max(1, chunk_bytes // (4 * b * vocabulary))
     n = -(-t // fit)
     c = -(-t // n)
 
@@ -39,12 +35,11 @@ def _chunks(
         padded = jnp.pad(x_BT, ((0, 0), (0, n * c - t)) + ((0, 0),) * (x_BT.ndim - 2))
         return jnp.moveaxis(padded.reshape(b, n, c, *x_BT.shape[2:]), 1, 0)
 
-    return split(hidden_BTD), split(targets_BT), split(weights_BT)
+    return _Tokens(*map(split, tokens))
 
 
-@dataclasses.dataclass(frozen=True)
-class _Chunk:
-    """What the loss of one chunk and its gradient are made of, float32."""
+class _Softmax(NamedTuple):
+    """What the loss of a chunk and its gradient are computed from, float32."""
 
     cross_entropy_BC: jax.Array
     log_total_BC: jax.Array  # log of the sum over the vocabulary of exp(logits)
@@ -54,55 +49,29 @@ class _Chunk:
     slope_BCV: jax.Array | None  # d logits / d raw logits, where they are capped
 
 
-def _statistics(logits_BCV: jax.Array, targets_BC: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The largest logit and the sum of exp(logits - largest), [B, C, 1], and the target's logit less the largest.
-
-    On a GPU, where a pass over the logits takes as long as reading them, in one: the largest so far and the sum for it.
-    """
-
-    def in_passes(logits_BCV: jax.Array, targets_BC: jax.Array) -> tuple[jax.Array, ...]:
-        max_BC1 = logits_BCV.max(-1, keepdims=True)
-        shifted_BCV = logits_BCV - max_BC1
-        target_BC = jnp.where(_is_target(logits_BCV, targets_BC), shifted_BCV, 0.0).sum(-1)
-        return max_BC1, jnp.exp(shifted_BCV).sum(-1, keepdims=True), target_BC
-
-    def in_one_pass(logits_BCV: jax.Array, targets_BC: jax.Array) -> tuple[jax.Array, ...]:
-        def join(x: tuple[jax.Array, jax.Array], y: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-            largest = jnp.maximum(x[0], y[0])
-            return largest, x[1] * jnp.exp(x[0] - largest) + y[1] * jnp.exp(y[0] - largest)
-
-        nothing = jnp.float32(jnp.finfo(jnp.float32).min), jnp.float32(0)
-        max_BC, total_BC = jax.lax.reduce((logits_BCV, jnp.ones_like(logits_BCV)), nothing, join, (2,))
-        target_BC1 = jnp.take_along_axis(logits_BCV, targets_BC[..., None], axis=-1)
-        return max_BC[..., None], total_BC[..., None], target_BC1[..., 0] - max_BC
-
-    return jax.lax.platform_dependent(logits_BCV, targets_BC, cpu=in_passes, default=in_one_pass)
-
-
-def _is_target(logits_BCV: jax.Array, targets_BC: jax.Array) -> jax.Array:
-    return targets_BC[..., None] == jnp.arange(logits_BCV.shape[-1], dtype=targets_BC.dtype)[None, None]
-
-
-def _chunk(hidden_BCD: jax.Array, w_VD: jax.Array, targets_BC: jax.Array, softcap: float | None) -> _Chunk:
-    logits_BCV = product("bcd,vd->bcv", hidden_BCD, w_VD)
+def _softmax(hidden_BCD: jax.Array, w_VD: jax.Array, targets_BC: jax.Array, softcap: float | None) -> _Softmax:
+    logits_BCV = einsum("bcd,vd->bcv", hidden_BCD, w_VD, jnp.float32)
     slope_BCV = None
     if softcap is not None:
         tanh_BCV = jnp.tanh(logits_BCV / softcap)
         logits_BCV, slope_BCV = softcap * tanh_BCV, 1 - tanh_BCV * tanh_BCV
-    max_BC1, total_BC1, target_BC = _statistics(logits_BCV, targets_BC)
+    max_BC1, total_BC1, target_BC = softmax_statistics(logits_BCV, targets_BC)
     exp_BCV = jnp.exp(logits_BCV - max_BC1)
-    log_BC, is_target_BCV = jnp.log(total_BC1[..., 0]), _is_target(logits_BCV, targets_BC)
-    return _Chunk(log_BC - target_BC, log_BC + max_BC1[..., 0], exp_BCV, total_BC1, is_target_BCV, slope_BCV)
+    log_BC, is_target_BCV = jnp.log(total_BC1[..., 0]), is_target(logits_BCV, targets_BC)
+    return _Softmax(log_BC - target_BC, log_BC + max_BC1[..., 0], exp_BCV, total_BC1, is_target_BCV, slope_BCV)
 
 
-def _add(sums: Sums, chunk: _Chunk, weights_BC: jax.Array, z_loss: float) -> Sums:
-    objective_BC = chunk.cross_entropy_BC
+def _zeros() -> Sums:
+    return (jnp.zeros((), jnp.float32),) * 2
+
+
+def _add(sums: Sums, softmax: _Softmax, weights_BC: jax.Array, z_loss: float) -> Sums:
+    objective_BC = softmax.cross_entropy_BC
     if z_loss:
-        objective_BC = objective_BC + z_loss * chunk.log_total_BC**2
-    return sums[0] + (objective_BC * weights_BC).sum(), sums[1] + (chunk.cross_entropy_BC * weights_BC).sum()
+        objective_BC = objective_BC + z_loss * softmax.log_total_BC**2
+    return sums[0] + (objective_BC * weights_BC).sum(), sums[1] + (softmax.cross_entropy_BC * weights_BC).sum()
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
 def loss_sums(
     hidden_BTD: jax.Array,
     w_VD: jax.Array,
@@ -116,7 +85,7 @@ def loss_sums(
 
     The first is to be minimised; the second, in nats, is for reports: no gradient comes from it. Z is the softmax's
     denominator (PaLM, arXiv:2204.02311, section 5). The gradient is computed together with the loss, one chunk of
-    positions at a time, so that the logits are made once and never held whole (as in Liger's fused linear cross
+    positions at a time, so that the logits are computed once and never held whole (as in Liger's fused linear cross
     entropy, arXiv:2410.10989).
 
     Args:
@@ -128,54 +97,51 @@ def loss_sums(
       z_loss: weight of log(Z)^2.
       chunk_bytes: of float32 logits at a time.
     """
-    w = w_VD.astype(hidden_BTD.dtype)
+    return _sums(_Tokens(hidden_BTD, targets_BT, weights_BT), w_VD, softcap, z_loss, chunk_bytes)
 
-    def body(sums: Sums, chunk: Any) -> tuple[Sums, None]:
-        hidden, targets, weights = chunk
-        return _add(sums, _chunk(hidden, w, targets, softcap), weights, z_loss), None
 
-    chunks = _chunks(hidden_BTD, w_VD, targets_BT, weights_BT, chunk_bytes)
-    return jax.lax.scan(body, (jnp.zeros((), jnp.float32),) * 2, chunks)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def _sums(tokens: _Tokens, w_VD: jax.Array, softcap: float | None, z_loss: float, chunk_bytes: int) -> Sums:
+    w = w_VD.astype(tokens.hidden.dtype)
+
+    def add_chunk(sums: Sums, chunk: _Tokens) -> tuple[Sums, None]:
+        return _add(sums, _softmax(chunk.hidden, w, chunk.targets, softcap), chunk.weights, z_loss), None
+
+    return jax.lax.scan(add_chunk, _zeros(), _in_chunks(tokens, len(w), chunk_bytes))[0]
 
 
 def _forward(
-    hidden_BTD: jax.Array,
-    w_VD: jax.Array,
-    targets_BT: jax.Array,
-    weights_BT: jax.Array,
-    softcap: float | None,
-    z_loss: float,
-    chunk_bytes: int,
-) -> tuple[Sums, Any]:
-    w = w_VD.astype(hidden_BTD.dtype)
+    tokens: _Tokens, w_VD: jax.Array, softcap: float | None, z_loss: float, chunk_bytes: int
+) -> tuple[Sums, Gradients]:
+    """The sums, and the gradients of the first of them."""
+    w = w_VD.astype(tokens.hidden.dtype)
 
-    def body(carry: Any, chunk: Any) -> tuple[Any, jax.Array]:
+    def add_chunk(carry: tuple[Sums, jax.Array], chunk: _Tokens) -> tuple[tuple[Sums, jax.Array], jax.Array]:
         sums, dw_DV = carry
-        hidden, targets, weights = chunk
-        of = _chunk(hidden, w, targets, softcap)
-        scale_BC1 = weights[..., None] / of.total_BC1
+        softmax = _softmax(chunk.hidden, w, chunk.targets, softcap)
+        scale_BC1 = chunk.weights[..., None] / softmax.total_BC1
         if z_loss:
-            scale_BC1 = scale_BC1 * (1 + 2 * z_loss * of.log_total_BC[..., None])
-        dlogits = of.exp_BCV * scale_BC1 - jnp.where(of.is_target_BCV, weights[..., None], 0.0)
-        if of.slope_BCV is not None:
-            dlogits = dlogits * of.slope_BCV
-        dlogits = dlogits.astype(hidden.dtype)
-        dhidden = product("bcv,vd->bcd", dlogits, w).astype(hidden.dtype)
+            scale_BC1 = scale_BC1 * (1 + 2 * z_loss * softmax.log_total_BC[..., None])
+        dlogits = softmax.exp_BCV * scale_BC1 - jnp.where(softmax.is_target_BCV, chunk.weights[..., None], 0.0)
+        if softmax.slope_BCV is not None:
+            dlogits = dlogits * softmax.slope_BCV
+        dlogits = dlogits.astype(w.dtype)
+        dhidden = einsum("bcv,vd->bcd", dlogits, w, jnp.float32).astype(w.dtype)
         # As [D, V]: transposing the hidden states is cheap, transposing the logits' gradient is not.
-        dw_DV = dw_DV + product("bcd,bcv->dv", hidden, dlogits)
-        return (_add(sums, of, weights, z_loss), dw_DV), dhidden
+        dw_DV = dw_DV + einsum("bcd,bcv->dv", chunk.hidden, dlogits, jnp.float32)
+        return (_add(sums, softmax, chunk.weights, z_loss), dw_DV), dhidden
 
-    chunks = _chunks(hidden_BTD, w_VD, targets_BT, weights_BT, chunk_bytes)
-    carry = ((jnp.zeros((), jnp.float32),) * 2, jnp.zeros(w_VD.shape[::-1], jnp.float32))
-    (sums, dw_DV), dhidden = jax.lax.scan(body, carry, chunks)
-    b, t, d = hidden_BTD.shape
-    dw_DV = jax.lax.optimization_barrier(dw_DV)  # XLA on CPU cannot run a 16-bit product whose result is transposed
-    return sums, (jnp.moveaxis(dhidden, 0, 1).reshape(b, -1, d)[:, :t], dw_DV.T)
+    start = _zeros(), jnp.zeros(w_VD.shape[::-1], jnp.float32)
+    (sums, dw_DV), dhidden = jax.lax.scan(add_chunk, start, _in_chunks(tokens, len(w), chunk_bytes))
+    b, t, d = tokens.hidden.shape
+    return sums, (jnp.moveaxis(dhidden, 0, 1).reshape(b, -1, d)[:, :t], transpose_product(dw_DV))
 
 
-def _backward(softcap: float | None, z_loss: float, chunk_bytes: int, saved: Any, g: Sums) -> tuple[Any, ...]:
-    dhidden_BTD, dw_VD = saved
-    return dhidden_BTD * g[0].astype(dhidden_BTD.dtype), dw_VD * g[0], None, None
+def _backward(
+    softcap: float | None, z_loss: float, chunk_bytes: int, gradients: Gradients, g: Sums
+) -> tuple[_Tokens, jax.Array]:
+    dhidden_BTD, dw_VD = gradients
+    return _Tokens._make((dhidden_BTD * g[0].astype(dhidden_BTD.dtype), None, None)), dw_VD * g[0]
 
 
-loss_sums.defvjp(_forward, _backward)
+_sums.defvjp(_forward, _backward)

@@ -22,17 +22,16 @@ from jax.typing import ArrayLike
 from jaxlm.config import Config
 from jaxlm.model import Transformer
 from jaxlm.model.dropout import row_keys
-from jaxlm.parallel.layout import GatherBlock, Layout
+from jaxlm.model.transformer import Fetch
+from jaxlm.ops.reductions import CPU_CHUNK, logits_chunk_bytes
+from jaxlm.ops.scheduling import sum_over_rows
+from jaxlm.parallel.layout import Layout
 from jaxlm.parallel.mesh import ROWS
 from jaxlm.parallel.split import Params
 from jaxlm.train.accumulate import Batch, accumulate
-from jaxlm.train.loss import CPU_CHUNK, Sums, bytes_of_chunk, loss_sums
+from jaxlm.train.loss import Sums, loss_sums
 from jaxlm.train.optim import build_optimizer
 from jaxlm.train.precision import LossScale, compute_dtype, initial_loss_scale, next_loss_scale
-
-# A CPU's cores don't all find work in one operation: up to so many parts of the rows, of at least so many tokens, go
-# through the model beside each other.
-CPU_PARTS, CPU_PART_TOKENS = 4, 1024
 
 Numbers = dict[str, ArrayLike]  # what may differ between runs of one compiled program: `learning_rate`, float32
 Metrics = dict[str, jax.Array]
@@ -78,7 +77,7 @@ def batch_loss(
     keys: jax.Array | None,
     packed: bool,
     factor: Any = 1.0,
-    fetch: GatherBlock | None = None,
+    fetch: Fetch | None = None,
     z_loss: float = 0.0,
     chunk_bytes: int = CPU_CHUNK,
 ) -> Sums:
@@ -92,24 +91,6 @@ def batch_loss(
     weights = jnp.where(batch["segments"] > 0, jnp.asarray(factor, jnp.float32), 0.0)
     w, softcap = model.output_matrix(), model.config.logit_softcap
     return loss_sums(hidden, w, batch["targets"], weights, softcap, z_loss, chunk_bytes)
-
-
-def in_parts(loss_of: Callable[[Params, Batch], Sums], params: Params, batch: Batch, layout: Layout) -> Sums:
-    """`loss_of` a device's rows ([B, T]): on a CPU with one device, of up to CPU_PARTS equal parts of them, added up.
-
-    Nothing in one part waits for another, so that they are computed at the same time, each closer to the caches. Their
-    gradients are added when they are whole: XLA's sum would put the layers together itself, slowly.
-    """
-    b, t = batch["tokens"].shape
-    alone = layout.platform == "cpu" and layout.mesh.size == 1
-    fit = [n for n in range(2, CPU_PARTS + 1) if b % n == 0 and b // n * t >= CPU_PART_TOKENS] if alone else []
-    if not fit:
-        return loss_of(params, batch)
-    parts = zip(*(jnp.split(x, fit[-1]) for x in batch.values()), strict=True)
-    whole = lambda: jax.tree.map(jax.lax.optimization_barrier, params)  # noqa: E731
-    loss_of = jax.jit(loss_of)  # traced once for all parts
-    each = [loss_of(whole(), dict(zip(batch, part, strict=True))) for part in parts]
-    return jax.tree.map(lambda *sums: sum(sums), *each)
 
 
 def uses_dropout(config: Config) -> bool:
@@ -126,7 +107,7 @@ def make_gradients(graphdef: nnx.GraphDef, config: Config, layout: Layout) -> Ca
     """
     training = config.training
     dtype = compute_dtype(training)
-    chunk_bytes = bytes_of_chunk(training, layout.platform)
+    chunk_bytes = logits_chunk_bytes(training, layout.platform)
 
     def on_device(params: Params, batch: Batch, step: jax.Array, factor: jax.Array) -> tuple[jax.Array, Params]:
         step_key = jax.random.fold_in(jax.random.key(training.seed), step)
@@ -143,7 +124,7 @@ def make_gradients(graphdef: nnx.GraphDef, config: Config, layout: Layout) -> Ca
                     keys = row_keys(step_key, rows["rows"], config.model.n_layers) if uses_dropout(config) else None
                     return batch_loss(graphdef, params, rows, keys, packed, factor, fetch, z_loss, chunk_bytes)
 
-                return in_parts(loss_of, params, micro_batch, layout)
+                return sum_over_rows(loss_of, params, micro_batch, layout.platform, layout.mesh.size)
 
             (_, loss), gradients = jax.value_and_grad(scaled_loss, has_aux=True)(held)
             return loss, layout.reduce_micro_batch(gradients)
@@ -211,12 +192,12 @@ def make_eval_step(graphdef: nnx.GraphDef, config: Config, layout: Layout) -> Ev
 
     def on_device(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
         params, fetch = layout.gather(params, compute_dtype(config.training))
-        packed, chunk_bytes = config.data.pack_sequences, bytes_of_chunk(config.training, layout.platform)
+        packed, chunk_bytes = config.data.pack_sequences, logits_chunk_bytes(config.training, layout.platform)
 
         def loss_of(params: Params, rows: Batch) -> Sums:
             return batch_loss(graphdef, params, rows, None, packed, fetch=fetch, chunk_bytes=chunk_bytes)
 
-        _, nats = in_parts(loss_of, params, batch, layout)
+        _, nats = sum_over_rows(loss_of, params, batch, layout.platform, layout.mesh.size)
         return layout.sum_over(ROWS, (nats, (batch["segments"] > 0).sum()))
 
     return jax.shard_map(

@@ -1,0 +1,102 @@
+"""The implementations of causal attention, and which of them a run uses.
+
+Shapes: B rows, T positions, H query heads, G heads of keys and values, K channels of a head.
+
+- `cudnn`: NVIDIA's flash attention, for plain causal attention on GPUs.
+- `pallas`: this package's GPU kernels (flash.py), which also do packed documents and dropout.
+- `blockwise`: plain JAX (blockwise.py), for everything, on every backend.
+"""
+
+import jax
+
+from jaxlm.config import Config
+from jaxlm.errors import UserError
+from jaxlm.ops.blockwise import blockwise_attention
+from jaxlm.ops.flash import MAX_HEAD_SIZE, flash_attention
+
+FUSED = ("cudnn", "pallas")  # GPU kernels, in the order of preference
+FUSED_FROM = 8.0  # lowest compute capability that they run on, the A100's
+
+
+def causal_attention(
+    q_BTHK: jax.Array,
+    k_BTGK: jax.Array,
+    v_BTGK: jax.Array,
+    segments_BT: jax.Array | None,
+    key_B2: jax.Array | None = None,
+    rate: float = 0.0,
+    *,
+    implementation: str,
+) -> jax.Array:
+    """Softmax attention of each position to itself and to the positions before it in its segment.
+
+    Query head h uses head h * G // H of keys and values; G divides H.
+
+    Args:
+      segments_BT: int32; positions of different segments don't see each other. None: one segment.
+      key_B2: uint32 dropout key of each row; None: no dropout.
+      rate: dropout rate of the attention weights.
+      implementation: "blockwise", "cudnn" (needs a GPU, 16-bit inputs, no segments, no dropout) or "pallas" (needs a
+        GPU, or is interpreted; the positions of a segment lie together).
+
+    Returns:
+      [B, T, H, K] in the dtype of `q_BTHK`.
+    """
+    if implementation == "cudnn":
+        return jax.nn.dot_product_attention(q_BTHK, k_BTGK, v_BTGK, is_causal=True, implementation="cudnn")
+    kernel = {"pallas": flash_attention, "blockwise": blockwise_attention}[implementation]
+    return kernel(q_BTHK, k_BTGK, v_BTGK, segments_BT, key_B2, rate)
+
+
+def compute_capability(device: jax.Device) -> float | None:
+    """The compute capability of an NVIDIA GPU, such as 9.0; None for a CPU."""
+    return float(device.compute_capability) if device.platform == "gpu" else None
+
+
+def why_unsupported(kernel: str, config: Config, capability: float | None) -> str | None:
+    """Why a fused kernel, "cudnn" or "pallas", can't do what the configuration needs; None if it can.
+
+    Args:
+      capability: the GPU's, as `compute_capability` gives it.
+    """
+    model, training = config.model, config.training
+    head_size = model.d_model // model.n_heads
+    if capability is None:
+        return "needs an NVIDIA GPU"
+    if capability < FUSED_FROM:
+        return f"needs a GPU of compute capability {FUSED_FROM:g} or later, not {capability:g}"
+    if not training.use_amp:
+        return "has no float32 (training.use_amp false)"
+    if kernel == "pallas":
+        if head_size > MAX_HEAD_SIZE:
+            return f"needs a head size up to {MAX_HEAD_SIZE}, not {head_size}"
+        return "can't be split over devices (training.tensor_parallel)" if training.tensor_parallel > 1 else None
+    if config.data.pack_sequences:
+        return "can't keep packed documents apart (data.pack_sequences)"
+    if model.attention_dropout:
+        return "has no dropout that a resumed run can repeat (model.attention_dropout)"
+    largest = 256 if capability >= 9 else 128
+    fits = head_size % 8 == 0 and head_size <= largest
+    return None if fits else f"needs a head size that is a multiple of 8 up to {largest}, not {head_size}"
+
+
+def choose_attention(config: Config, capability: float | None) -> str:
+    """The implementation that a run uses: the first of FUSED that supports the configuration, else blockwise.
+
+    Raises:
+      UserError: the configuration asks for a kernel that can't do it on this device.
+    """
+    asked = config.model.attention
+    if asked == "auto":
+        return next((kernel for kernel in FUSED if why_unsupported(kernel, config, capability) is None), "blockwise")
+    why = why_unsupported(asked, config, capability) if asked in FUSED else None
+    if why is not None:
+        raise UserError(f"model.attention ({asked}) {why}; use auto or blockwise")
+    return asked
+
+
+def why_not_fused(config: Config, capability: float | None) -> str | None:
+    """Why `auto` chose no fused kernel on a GPU; None if it chose one, or on a CPU."""
+    if capability is None or config.model.attention != "auto" or choose_attention(config, capability) in FUSED:
+        return None
+    return f"pallas {why_unsupported('pallas', config, capability)}"

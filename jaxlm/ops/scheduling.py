@@ -1,0 +1,50 @@
+"""What XLA does not schedule well by itself: work that can run in parallel, and results to compute again."""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+
+# One operation doesn't keep all cores of a CPU busy: the rows are split into up to CPU_PARTS equal parts, of at least
+# CPU_PART_TOKENS tokens each, which run at the same time.
+CPU_PARTS, CPU_PART_TOKENS = 4, 1024
+
+Params = Any  # a tree of arrays
+Batch = dict[str, jax.Array]
+Sums = TypeVar("Sums")
+
+
+def sum_over_rows(
+    sums_of: Callable[[Params, Batch], Sums], params: Params, batch: Batch, platform: str, devices: int
+) -> Sums:
+    """`sums_of(params, batch)`, sums over the rows of `batch` (arrays [B, T]); split into parts if on a single CPU.
+
+    The parts don't wait for each other, and each fits the caches better. The gradients of a part are complete before
+    they are added: XLA would otherwise merge the addition with the stacking of the layers' gradients, which is slow.
+
+    Args:
+      platform: JAX's name of the backend, such as "cpu".
+      devices: number of devices that the program runs on; several CPU devices are busy already.
+    """
+    b, t = batch["tokens"].shape
+    possible = [n for n in range(2, CPU_PARTS + 1) if b % n == 0 and b // n * t >= CPU_PART_TOKENS]
+    if platform != "cpu" or devices > 1 or not possible:
+        return sums_of(params, batch)
+    parts = zip(*(jnp.split(x, possible[-1]) for x in batch.values()), strict=True)
+    separate_params = lambda: jax.tree.map(jax.lax.optimization_barrier, params)  # noqa: E731
+    sums_of = jax.jit(sums_of)  # traced once for all parts
+    sums = [sums_of(separate_params(), dict(zip(batch, part, strict=True))) for part in parts]
+    return jax.tree.map(lambda *terms: sum(terms), *sums)
+
+
+def recomputed(f: Callable[[jax.Array], jax.Array]) -> Callable[[jax.Array], jax.Array]:
+    """`f` with a backward pass that keeps the argument alone and computes everything else again."""
+    g = jax.custom_vjp(f)
+
+    def backward(x: jax.Array, gradient: jax.Array) -> tuple[jax.Array]:
+        x, gradient = jax.lax.optimization_barrier((x, gradient))  # or XLA finds f's results and keeps them
+        return jax.vjp(f, x)[1](gradient)
+
+    g.defvjp(lambda x: (g(x), x), backward)
+    return g
