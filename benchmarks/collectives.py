@@ -14,12 +14,24 @@ import json
 import math
 import os
 import re
-from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
-ITEM_BYTES = {"pred": 1, "s32": 4, "u32": 4, "f32": 4, "bf16": 2, "f16": 2}
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+import jax
+import numpy as np
+from lib import hlo
+
+from jaxlm.config import Config, DataConfig, ModelConfig, TrainingConfig
+from jaxlm.parallel.layout import bytes_a_device
+from jaxlm.parallel.mesh import make_mesh, train_batch_sharding
+from jaxlm.train.assemble import Resolved, assemble
+from jaxlm.train.schedules import build_schedule
+
+LENGTH = 32  # tokens of a row
+SMALLEST = 65  # bytes of a collective that counts: the loss, the norm and other single numbers are not meant
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,120 +76,72 @@ def theory_moved(case: Case) -> float | None:
     return {0: 2, 1: 2, 2: case.k + 1, 3: 3 * case.k}[case.stage] + (2 / data if replicas > 1 else 0)
 
 
-def shape_bytes(shapes: str) -> int:
-    """Bytes of all arrays in a piece of HLO such as "(f32[8,16]{1,0}, bf16[4])"."""
-    found = re.findall(r"(\w+)\[([\d,]*)\]", shapes)
-    return sum(ITEM_BYTES[kind] * math.prod(int(d) for d in dims.split(",") if d) for kind, dims in found)
-
-
-def moved(hlo: str) -> Counter:
-    """{collective: bytes} of one run of a compiled module, from its text."""
-    bodies: dict[str, list[str]] = {}
-    entry = lines = None
-    for line in hlo.splitlines():
-        head = re.match(r"(ENTRY )?%?([\w.-]+) .*\{$", line)
-        if head and not line.startswith(" "):
-            lines = bodies.setdefault(head[2], [])
-            entry = head[2] if head[1] else entry
-        elif lines is not None:
-            lines.append(line)
-
-    def count(name: str) -> Counter:
-        total: Counter = Counter()
-        for line in bodies[name]:
-            op = re.match(r"\s+(?:ROOT )?%?[\w.-]+ = (.*?) ([\w-]+)\(", line)
-            if op is None:
-                continue
-            kind = op[2].removesuffix("-start")
-            if kind in COLLECTIVES:
-                groups = re.search(r"replica_groups=\{\{([\d,]+)\}", line)
-                shards = len(groups[1].split(",")) if groups else iota_group(line)
-                size = shape_bytes(op[1]) * (shards if kind == "reduce-scatter" else 1)
-                if size > 64:  # the loss, the norm and such are not what this is about
-                    total[kind] += size * (2 if kind == "all-reduce" else 1)
-            trips = re.search(r'known_trip_count":\{"n":"(\d+)"', line)
-            for inner in re.findall(r"(?:body|to_apply|calls)=%?([\w.-]+)", line):
-                for kind, size in count(inner).items():
-                    total[kind] += size * (int(trips[1]) if trips else 1)
-        return total
-
-    assert entry is not None
-    return count(entry)
-
-
-def iota_group(line: str) -> int:
-    """Devices of a group in the form replica_groups=[groups,devices]<=[n]."""
-    found = re.search(r"replica_groups=\[\d+,(\d+)\]", line)
-    return int(found[1]) if found else 1
-
-
-def measure(case: Case, options: argparse.Namespace) -> dict[str, Any]:
-    import jax
-    import numpy as np
-    from flax import nnx
-
-    from jaxlm.config import Config, DataConfig, ModelConfig, TrainingConfig
-    from jaxlm.model import Transformer
-    from jaxlm.parallel import sharding
-    from jaxlm.train.optim import build_optimizer, build_schedule
-    from jaxlm.train.precision import compute_dtype
-    from jaxlm.train.step import compile_train_step, init_state, make_train_step
-
+def example_config(case: Case, options: argparse.Namespace) -> Config:
     model = ModelConfig(
         vocab_size=options.vocab_size,
         d_model=options.d_model,
         n_heads=4,
         n_layers=options.n_layers,
         d_ff=4 * options.d_model,
-        max_seq_len=32,
+        max_seq_len=LENGTH,
         scan_layers=case.stage == 3,  # as by default: XLA on CPU merges the two gatherings of unrolled layers
     )
-    training = TrainingConfig(use_amp=False, warmup_steps=0, learning_rate=1e-2, eps=1e-4)
-    config = Config(model=model, training=training, data=DataConfig(max_length=32))
-    make = lambda: Transformer(model, dtype=compute_dtype(training), rngs=nnx.Rngs(0))  # noqa: E731
-    graphdef, abstract = nnx.split(nnx.eval_shape(make))
-    params = nnx.to_pure_dict(abstract)
-    mesh = sharding.make_mesh(jax.devices()[: math.prod(case.mesh)], case.mesh)
-    layout = sharding.Layout(mesh, case.stage, params)
-    init = lambda: init_state(make(), build_optimizer(training, layout.shapes), config, layout)  # noqa: E731
-    placed = layout.place(jax.eval_shape(init))
-    state = jax.jit(init, out_shardings=jax.tree.map(lambda x: x.sharding, placed))()
-    parameters = sum(math.prod(x.shape) for x in jax.tree.leaves(params))
-    held = {name: on_first_device(getattr(state, name)) for name in ("params", "opt_state")}
-    gradients = layout.bytes_of_state(placed) - sharding.bytes_a_device(placed)
+    replicas, data, _ = case.mesh
+    training = TrainingConfig(
+        batch_size=options.rows // (case.k * replicas * data),
+        gradient_accumulation_steps=case.k,
+        zero_stage=case.stage,
+        use_amp=False,
+        warmup_steps=0,
+        learning_rate=1e-2,
+        eps=1e-4,
+    )
+    return Config(model=model, training=training, data=DataConfig(max_length=LENGTH))
 
+
+def batches(case: Case, options: argparse.Namespace) -> Iterator[dict[str, np.ndarray]]:
+    """The same rows for every case, in `case.k` micro-batches: [K, rows / K, LENGTH] of int32."""
     rng = np.random.default_rng(0)
-    placement = sharding.train_batch_sharding(mesh)
-    step, losses = None, []
     for _ in range(options.steps):
-        tokens, targets = rng.integers(3, model.vocab_size, (2, options.rows, 32))
+        tokens, targets = rng.integers(3, options.vocab_size, (2, options.rows, LENGTH))
         batch = {"tokens": tokens % 7 + targets % 2, "targets": tokens % 7, "segments": tokens // tokens}
-        batch["positions"] = np.tile(np.arange(32), (options.rows, 1))
-        batch = {name: x.astype(np.int32).reshape(case.k, -1, 32) for name, x in batch.items()}
+        batch["positions"] = np.tile(np.arange(LENGTH), (options.rows, 1))
+        batch = {name: x.astype(np.int32).reshape(case.k, -1, LENGTH) for name, x in batch.items()}
         batch["rows"] = np.arange(options.rows, dtype=np.int32).reshape(case.k, -1)
-        batch = jax.device_put(batch, placement)
-        if step is None:
-            step = compile_train_step(
-                make_train_step(graphdef, config, build_schedule(training, 100), layout), placed, batch
-            )
-        state, metrics = step(state, batch)
+        yield batch
+
+
+def measure(case: Case, options: argparse.Namespace) -> dict[str, Any]:
+    """Losses of `options.steps` updates, and the bytes that a device holds and that an update moves."""
+    config = example_config(case, options)
+    mesh = make_mesh(jax.devices()[: math.prod(case.mesh)], case.mesh)
+    assembly = assemble(Resolved(config, mesh))
+    state, abstract = assembly.init(), assembly.abstract_state
+    held = {
+        "parameters": on_first_device(state.params),
+        "gradients": assembly.layout.bytes_of_state(abstract) - bytes_a_device(abstract),
+        "optimizer": on_first_device(state.opt_state),
+    }
+    parameters, step, losses = assembly.parameters, assembly.lower_step().compile(), []
+    schedule = build_schedule(config.training, 100)
+    for i, host_batch in enumerate(batches(case, options)):
+        batch = jax.device_put(host_batch, train_batch_sharding(mesh))
+        state, metrics = step(state, batch, {"learning_rate": np.float32(schedule(i))})
         losses.append(float(metrics["loss"]))
-    volumes = {kind: size / (4 * parameters) for kind, size in moved(step.as_text()).items()}
+    moved = hlo.bytes_moved(step.as_text(), at_least=SMALLEST)
     return {
         "case": dataclasses.asdict(case) | {"name": case.name},
         "parameters": parameters,
         "losses": losses,
-        "held": {"parameters": held["params"], "gradients": gradients, "optimizer": held["opt_state"]},
+        "held": held,
         "theory_held": theory_held(case, parameters),
-        "moved": volumes,
+        "moved": {kind: size / (4 * parameters) for kind, size in moved.items()},
         "theory_moved": theory_moved(case),
     }
 
 
 def on_first_device(tree: Any) -> int:
     """Bytes of the shards that really are on the first device."""
-    import jax
-
     first = jax.devices()[0]
     return sum(
         shard.data.nbytes for x in jax.tree.leaves(tree) for shard in x.addressable_shards if shard.device == first
@@ -198,11 +162,11 @@ def tables(results: list[dict[str, Any]], reference: list[float]) -> str:
         lines.append(f"| {label(case)} | {case['k']} | {off:.0e} | {sizes} | {ratio:.3f} |")
     lines += [
         "",
-        f"| layout | K | {' | '.join(COLLECTIVES)} | sum | theory |",
-        "|---|---:|" + "---:|" * (len(COLLECTIVES) + 2),
+        f"| layout | K | {' | '.join(hlo.COLLECTIVES)} | sum | theory |",
+        "|---|---:|" + "---:|" * (len(hlo.COLLECTIVES) + 2),
     ]
     for result in results:
-        volumes = [result["moved"].get(kind, 0.0) for kind in COLLECTIVES]
+        volumes = [result["moved"].get(kind, 0.0) for kind in hlo.COLLECTIVES]
         cells = " | ".join(f"{v:.2f}" for v in [*volumes, sum(volumes)])
         lines.append(f"| {label(result['case'])} | {result['case']['k']} | {cells} | {result['theory_moved'] or ''} |")
     return "\n".join(lines)
@@ -232,9 +196,6 @@ def main() -> None:
     parser.add_argument("--only", default="", help="regular expression for names such as 'hybrid, stage 2, K=4'")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    os.environ["JAX_PLATFORMS"] = "cpu"
-    import jax
-
     jax.config.update("jax_num_cpu_devices", options.devices)
     reference = measure(Case((1, 1, 1), 0, 1), options)["losses"]
     results = [measure(case, options) for case in cases_named(options.only, options.devices)]

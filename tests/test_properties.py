@@ -1,6 +1,6 @@
 """What must hold for any documents, options, schedules and resume points, and for damaged files."""
 
-import importlib.util
+import importlib
 import itertools
 import json
 import math
@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
@@ -301,16 +302,13 @@ def test_documents_of_a_step_are_those_in_its_batch(tokens: list[int], seed: int
 # ---- Damaged files
 
 
-def load_fuzz() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("fuzz", ROOT / "benchmarks" / "fuzz.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+@pytest.fixture
+def fuzz(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    return importlib.import_module("fuzz")
 
 
-def test_damaged_input_is_loaded_or_refused(tmp_path: Path) -> None:
-    fuzz = load_fuzz()
+def test_damaged_input_is_loaded_or_refused(fuzz: ModuleType, tmp_path: Path) -> None:
     numbers = [*range(300), *range(304, 1504, len(fuzz.KINDS))]  # and then texts, of which there are most kinds
     found = fuzz.run(seed=5, numbers=numbers, out=tmp_path)
     assert not [kind for kind, outcome in found if outcome == "defect"]
@@ -318,14 +316,13 @@ def test_damaged_input_is_loaded_or_refused(tmp_path: Path) -> None:
         assert found[kind, "loaded"] >= 4 and found[kind, "refused"] >= 4, "the input is not what it should be"
 
 
-def test_fuzzing_notices_defects(tmp_path: Path) -> None:
-    fuzz = load_fuzz()
+def test_fuzzing_notices_defects(fuzz: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
     def faulty(rng: Any, folder: Path) -> None:
         (folder / "file").touch()
         raise KeyError("a bug")
 
-    fuzz.KINDS = {"faulty": faulty}
+    monkeypatch.setattr(fuzz, "KINDS", {"faulty": faulty})
     assert fuzz.run(seed=0, numbers=range(2), out=tmp_path) == {("faulty", "defect"): 2}
     assert (tmp_path / "0-1" / "file").exists()
     assert "KeyError: 'a bug'" in (tmp_path / "0-1" / "defect.txt").read_text()
