@@ -63,13 +63,6 @@ def new_name(path: Path) -> Path:
     return path.with_name(path.name + ".new")
 
 
-def delete(path: Path) -> None:
-    """Deletes a folder so that a crash leaves no incomplete one under its name."""
-    old = path.with_name(path.name + ".old")
-    path.rename(old)
-    shutil.rmtree(old)
-
-
 def clean(folder: Path) -> None:
     """Puts back a model that a crash left between two renames, deletes unfinished saves.
 
@@ -125,12 +118,11 @@ def find_checkpoint(path: str, folder: Path, report: Callable[[str], None]) -> P
             raise UserError(f"{where}: no checkpoint in {folder}; leave it out to start there")
         return newest
     chosen = Path(path)
-    if not chosen.is_dir():
-        raise UserError(f"{where}: no such folder; name a {PREFIX}_<step> folder, or latest")
     if not (chosen / "optimizer").is_dir():
+        problem = "is not a checkpoint folder" if chosen.is_dir() else "no such folder"
         inside = list(checkpoint_steps(chosen).values())
-        hint = f"one of its checkpoints, such as {inside[-1]}" if inside else f"a {PREFIX}_<step> folder"
-        raise UserError(f"{where}: is not a checkpoint folder; name {hint}")
+        hint = f"one of its checkpoints, such as {inside[-1]}" if inside else f"a {PREFIX}_<step> folder, or latest"
+        raise UserError(f"{where}: {problem}; name {hint}")
     if fault := _damage(chosen):
         raise UserError(f"{where}: is damaged: {fault}; name another")
     return chosen

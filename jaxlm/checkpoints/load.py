@@ -60,11 +60,7 @@ def restore_params(path: Path, target: Any, shards: int) -> Any:
 
 
 def restore_state(path: Path, target: TrainState, shards: int) -> TrainState:
-    """The state saved in the checkpoint at `path`.
-
-    Args:
-      target: abstract state (shapes, dtypes, shardings) of the run that goes on.
-      shards: devices that its arrays are sharded over.
+    """The state saved in the checkpoint at `path`, placed as the abstract `target`, which has `shards`.
 
     Raises:
       UserError: damaged, or of another model.
@@ -108,10 +104,9 @@ def load(path: str | os.PathLike[str], model_class: type[Transformer] = Transfor
         raise UserError(f"{folder} is damaged: {fault}; name another")
     progress = read_progress(folder)
     if progress.model_class != model_class.__name__:
-        raise UserError(
-            f"{folder}: holds a {progress.model_class}, not a {model_class.__name__}; from Python, load(path, "
-            f"{progress.model_class}) opens it"
-        )
+        own = progress.model_class
+        difference = f"holds a {own}, not a {model_class.__name__}"
+        raise UserError(f"{folder}: {difference}; from Python, load(path, {own}) opens it")
     config = validate(read_config(folder))
     pallas = obstacle("pallas", config, compute_capability(jax.devices()[0])) is None  # it takes any prompt and rows
     graphdef, abstract = nnx.split(abstract_model(config, "pallas" if pallas else "blockwise", model_class))

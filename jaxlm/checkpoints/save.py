@@ -17,7 +17,7 @@ import jax
 import orbax.checkpoint as ocp
 from absl import logging as absl_logging
 
-from jaxlm.checkpoints.folder import PREFIX, checkpoint_steps, clean, delete, new_name
+from jaxlm.checkpoints.folder import PREFIX, checkpoint_steps, clean, new_name
 from jaxlm.checkpoints.items import Progress, write_json_items
 from jaxlm.checkpoints.manifest import seal
 from jaxlm.config import Config
@@ -74,10 +74,9 @@ class Checkpoints:
         try:
             _check_room(self.folder, state)
             self._orbax.save(new_name(final), args=args, force=True)
+            self._saving = progress.step, self._thread.submit(self._finish, final, config, tokenizer, progress)
         except SAVE_ERRORS as error:
             self._give_up(progress.step, error)
-            return
-        self._saving = progress.step, self._thread.submit(self._finish, final, config, tokenizer, progress)
 
     def _finish(self, final: Path, config: Config, tokenizer: Tokenizer, progress: Progress) -> None:
         """Makes a checkpoint of what Orbax has written, and only then deletes old ones."""
@@ -86,8 +85,8 @@ class Checkpoints:
             write_json_items(new_name(final), config, tokenizer, progress)
             seal(new_name(final), final)
             if self.limit:
-                for old in list(checkpoint_steps(self.folder).values())[: -self.limit]:
-                    delete(old)
+                for path in list(checkpoint_steps(self.folder).values())[: -self.limit]:
+                    shutil.rmtree(path.rename(f"{path}.old"))  # so that a crash leaves no part of it under its name
 
     def wait(self) -> None:
         """Returns when the last save is on disk, or was given up."""

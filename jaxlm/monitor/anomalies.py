@@ -49,10 +49,9 @@ class LossSpikes:
             return None
         before = list(self._recent)
         self._recent.append(loss)
-        if len(before) < SPIKE_WINDOW // 5:
-            return None
-        median = statistics.median(before)
-        deviation = statistics.median(abs(value - median) for value in before)
-        if loss <= median + max(SPIKE_FACTOR * deviation, SPIKE_LEAST):
-            return None
-        return f"loss spike: {loss:.4f}, where the last {len(before)} logged had a median of {median:.4f}"
+        if len(before) >= SPIKE_WINDOW // 5:
+            median = statistics.median(before)
+            deviation = statistics.median(abs(value - median) for value in before)
+            if loss > median + max(SPIKE_FACTOR * deviation, SPIKE_LEAST):
+                return f"loss spike: {loss:.4f}, where the last {len(before)} logged had a median of {median:.4f}"
+        return None

@@ -63,16 +63,11 @@ def memory_gib(devices: Sequence["jax.Device"]) -> Row:
     statistics = [device.memory_stats() or {} for device in devices]
     peaks = [each["peak_bytes_in_use"] for each in statistics if "peak_bytes_in_use" in each]
     on_device = {"train/memory_gib": max(peaks) / 2**30} if peaks else {}
-    return on_device | {"train/host_memory_gib": _peak_of_process() / 2**30}
-
-
-def _peak_of_process() -> int:
-    """Peak memory of this process, in bytes."""
+    # On Linux, getrusage also counts the memory of the process that started this one.
     status = Path("/proc/self/status").read_text() if sys.platform == "linux" else ""
-    if found := re.search(r"^VmHWM:\s*(\d+) kB", status, re.MULTILINE):
-        return int(found[1]) * 1024  # getrusage also counts the memory of the process that started this one
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    found = re.search(r"^VmHWM:\s*(\d+) kB", status, re.MULTILINE)
+    peak = int(found[1]) if found else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB; on macOS, bytes
+    return on_device | {"train/host_memory_gib": peak / (2**30 if sys.platform == "darwin" else 2**20)}
 
 
 class MetricsTracker:

@@ -10,10 +10,12 @@ import sys
 import time
 import uuid
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Protocol, TextIO
 
 import numpy as np
+from tensorboardX import summary
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto import event_pb2
 
 from jaxlm.config import SECTIONS, Config, to_dict
 from jaxlm.config.validate import own_sink
@@ -93,12 +95,7 @@ class TensorBoard:
     """
 
     def __init__(self, folder: Path, start_step: int, config: Config) -> None:
-        from tensorboardX import summary
-        from tensorboardX.event_file_writer import EventsWriter
-        from tensorboardX.proto import event_pb2
-
         folder.mkdir(parents=True, exist_ok=True)
-        self._summary, self._proto = summary, event_pb2
         self._file = EventsWriter(str(folder / "events"))
         self._add(start_step + 1, session_log=event_pb2.SessionLog(status=event_pb2.SessionLog.START))
         # The HPARAMS page. Without the first part, which names its columns, it begins with those in which runs differ.
@@ -107,19 +104,19 @@ class TensorBoard:
         self._file.flush()
 
     def _add(self, step: int, **content: Any) -> None:
-        self._file.write_event(self._proto.Event(wall_time=time.time(), step=step, **content))
+        self._file.write_event(event_pb2.Event(wall_time=time.time(), step=step, **content))
 
     def write(self, row: Row, step: int) -> None:
         for name, value in row.items():
             if math.isfinite(value):  # TensorBoard cannot draw others
-                self._add(step, summary=self._summary.scalar(name, value))
+                self._add(step, summary=summary.scalar(name, value))
         self._file.flush()
 
     def write_text(self, name: str, text: str, step: int) -> None:
-        self._add(step, summary=self._summary.text(name, _markdown(text)))
+        self._add(step, summary=summary.text(name, _markdown(text)))
 
     def write_histogram(self, name: str, histogram: Histogram, step: int) -> None:
-        content = self._summary.histogram_raw(
+        content = summary.histogram_raw(
             name,
             min=histogram.low,
             max=histogram.high,
@@ -156,15 +153,12 @@ def hyperparameters(config: Config) -> dict[str, bool | float | str]:
 class WeightsAndBiases:
     """A wandb run; a resumed jaxlm run goes on in the same one. WANDB_MODE=offline works without a network."""
 
-    library: ModuleType
-    run: Any  # of the library's class
-
     def __init__(self, folder: Path, config: Config) -> None:
         import wandb
 
-        self.library = wandb
+        self.library: Any = wandb
         try:
-            self.run = wandb.init(dir=str(folder), id=_kept_id(folder / "wandb_run_id"), **_run_options(config))
+            self.run: Any = wandb.init(dir=str(folder), id=_kept_id(folder / "wandb_run_id"), **_run_options(config))
         except wandb.errors.Error as error:
             message = f"{str(error).rstrip('.')}; log in, or set WANDB_MODE=offline"
             raise UserError(f"training.report_to (wandb): {message}") from error

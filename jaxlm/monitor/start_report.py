@@ -27,7 +27,6 @@ from jaxlm.train.precision import compute_dtype, scales_loss
 from jaxlm.train.schedules import Schedule, effective_warmup, schedule_end
 from jaxlm.train.step import TrainState
 
-FILE = "starts.jsonl"
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "datasets", "tokenizers", "numpy")
 
 
@@ -113,7 +112,7 @@ class StartReport:
             "train": _packing(self.rows.plan),
             "validation": _packing(self.eval_rows.plan),
         }
-        with open_lines(folder / FILE) as file:
+        with open_lines(folder / "starts.jsonl") as file:
             file.write(json.dumps(start) + "\n")
 
 
