@@ -10,6 +10,7 @@ import struct
 import subprocess
 import sys
 import threading
+from collections import namedtuple
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,11 +24,11 @@ from conftest import make_config
 from tensorboardX.proto.event_pb2 import Event
 
 from jaxlm import Trainer, load
-from jaxlm.config import Config, TrainingConfig, from_dict, to_dict, validate
+from jaxlm.config import Config, TrainingConfig, from_dict, replace_fields, to_dict, validate
 from jaxlm.errors import UserError
 from jaxlm.monitor.histograms import count_values
 from jaxlm.monitor.metrics import MetricsTracker, flops_per_token, memory_gib, model_flops_utilization
-from jaxlm.monitor.sinks import Histogram, JsonLines, Samples, TensorBoard, check_report_to, hyperparameters, make_sinks
+from jaxlm.monitor.sinks import Histogram, JsonLines, Samples, TensorBoard, hyperparameters, make_sinks
 
 pytestmark = pytest.mark.xdist_group("metrics")  # one process, so that the run is done once
 
@@ -208,7 +209,7 @@ def test_json_lines_are_appended_and_say_null_for_what_json_cannot(tmp_path: Pat
 
 
 def test_tensorboard_events(tmp_path: Path) -> None:
-    sink = TensorBoard(tmp_path, 0)
+    sink = TensorBoard(tmp_path, 0, Config())
     sink.write({"train/loss": 2.5, "bad": math.nan}, 1)
     sink.write({"train/loss": 1.5}, 2)
     sink.write_text("sample", "def f():\n    return 1", 2)
@@ -244,15 +245,20 @@ def test_samples_are_appended(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("start_step", [0, 7])
 def test_what_an_earlier_run_wrote_beyond_the_start_is_hidden(tmp_path: Path, start_step: int) -> None:
-    TensorBoard(tmp_path, start_step).close()
+    TensorBoard(tmp_path, start_step, Config()).close()
     (session,) = [event for event in read_events(tmp_path) if event.HasField("session_log")]
     assert session.session_log.status == session.session_log.START
     assert session.step == start_step + 1, "TensorBoard drops the events of earlier files from this step on"
 
 
 def test_model_flops_utilization() -> None:
-    flops = flops_per_token(124_000_000, n_layers=12, max_length=1024, d_model=768)
+    Device = namedtuple("Device", "device_kind")
+    parameters = 124_000_000
+    flops = flops_per_token(parameters, n_layers=12, max_length=1024, d_model=768)
     assert flops == 6 * 124e6 + 12 * 12 * 1024 * 768
+    config = replace_fields(
+        Config(), {"model.n_layers": 12, "model.d_model": 768, "model.max_seq_len": 1024, "data.max_length": 1024}
+    )
     for name, peak in {
         "NVIDIA H100 80GB HBM3": 989e12,
         "NVIDIA H100 PCIe": 756e12,
@@ -262,10 +268,10 @@ def test_model_flops_utilization() -> None:
         "NVIDIA L40S": 362e12,
         "Tesla T4": 65e12,
     }.items():
-        assert model_flops_utilization(peak / flops, flops, name, 1) == pytest.approx(1)
-        assert model_flops_utilization(peak / flops, flops, name, 4) == pytest.approx(0.25)
+        assert model_flops_utilization(peak / flops, config, parameters, [Device(name)]) == pytest.approx(1)
+        assert model_flops_utilization(peak / flops, config, parameters, [Device(name)] * 4) == pytest.approx(0.25)
     for unknown in ("cpu", "NVIDIA L40", "NVIDIA RTX A4000", "NVIDIA A10G"):
-        assert math.isnan(model_flops_utilization(1.0, flops, unknown, 1)), unknown
+        assert math.isnan(model_flops_utilization(1.0, config, parameters, [Device(unknown)])), unknown
 
 
 # ---- A user's own metrics, through a whole run
@@ -424,7 +430,6 @@ class Mine(Recorder):
 def test_own_sinks_get_the_rows(tmp_path: Path) -> None:
     own = Mine()
     config = Config(training=TrainingConfig(report_to=("jsonl", f"{__name__}:Mine", own)))
-    check_report_to(config.training.report_to)
     tracker = MetricsTracker(make_sinks(validate(config), tmp_path, 0))
     assert [type(sink).__name__ for sink in tracker.sinks] == ["JsonLines", "Samples", "Mine", "Mine"]
     assert tracker.sinks[-1] is own
@@ -455,7 +460,7 @@ def test_an_own_sink_is_a_name_in_json() -> None:
 )
 def test_entries_that_are_no_sink(entry: object, message: str) -> None:
     with pytest.raises(UserError, match=r"^training\.report_to .*" + message):
-        check_report_to(validate(Config(training=TrainingConfig(report_to=(entry,)))).training.report_to)
+        validate(Config(training=TrainingConfig(report_to=(entry,))))
 
 
 def test_an_own_sink_through_a_run(histograms: tuple[Normed, Everything]) -> None:
@@ -469,16 +474,15 @@ def test_an_own_sink_through_a_run(histograms: tuple[Normed, Everything]) -> Non
 TRACKING_PROGRAM = """
 import sys
 from pathlib import Path
-from jaxlm.config import Config, TrainingConfig
+from jaxlm.config import Config, TrainingConfig, validate
 from jaxlm.errors import UserError
 from jaxlm.monitor.metrics import MetricsTracker
-from jaxlm.monitor.sinks import Histogram, check_report_to, make_sinks
+from jaxlm.monitor.sinks import Histogram, make_sinks
 import numpy as np
 if sys.argv[2] == "missing":
     sys.modules[sys.argv[3]] = None  # what its import finds where it is not installed
 try:
-    check_report_to(("tensorboard", sys.argv[3]))
-    config = Config(training=TrainingConfig(report_to=(sys.argv[3],)))
+    config = validate(Config(training=TrainingConfig(report_to=("jsonl", sys.argv[3]))))
     tracker = MetricsTracker(make_sinks(config, Path(sys.argv[1]), 0))
     for step in (1, 2):
         tracker.update({"train/loss": 2.5 / step}, step)

@@ -5,9 +5,7 @@ complete.
 """
 
 import itertools
-import re
 import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,7 +24,7 @@ TIME_FORMAT = "%Y%m%d_%H%M%S"
 
 
 def open_folder(folder: Path, fresh: bool) -> FileLock:
-    """Makes the run's folder, after moving an old one aside if `fresh`, and locks it.
+    """Makes the run's folder, after moving an old one aside if `fresh`.
 
     Returns:
       The lock that keeps other runs out, held by the leader; within one process it can be taken again.
@@ -36,21 +34,15 @@ def open_folder(folder: Path, fresh: bool) -> FileLock:
     """
     lock = FileLock(folder / ".lock", timeout=0, is_singleton=True)
     with writing_to(folder):
-        try:
-            if fresh and folder.exists() and is_leader():
-                with lock:
-                    aside = _unused(folder.with_name(f"{folder.name}.{time.strftime(TIME_FORMAT)}"))
-                    folder.rename(aside)
-                say(f"moved aside: {folder} is now {aside}")
-            barrier("moved the old folder aside")
-            folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=folder):
-                pass
-            if is_leader():
-                lock.acquire()
-        except Timeout as error:  # which is an OSError
-            message = "another run is using it; wait for its end, or name another folder"
-            raise UserError(f"training.checkpoint_dir ({folder}): {message}") from error
+        if fresh and folder.exists() and is_leader():
+            with lock:
+                aside = _unused(folder.with_name(f"{folder.name}.{time.strftime(TIME_FORMAT)}"))
+                folder.rename(aside)
+            say(f"moved aside: {folder} is now {aside}")
+        barrier("moved the old folder aside")
+        folder.mkdir(parents=True, exist_ok=True)
+        if is_leader():
+            lock.acquire()
     return lock
 
 
@@ -61,6 +53,8 @@ def writing_to(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         message = f"cannot be written to ({error.strerror}); mend that or name another folder"
+        if isinstance(error, Timeout):  # of the lock
+            message = "another run is using it; wait for its end, or name another folder"
         raise UserError(f"training.checkpoint_dir ({folder}): {message}") from error
 
 
@@ -69,15 +63,8 @@ def new_name(path: Path) -> Path:
     return path.with_name(path.name + ".new")
 
 
-def delete(path: Path) -> None:
-    """Deletes a folder so that a crash leaves no incomplete one under its name."""
-    old = path.with_name(path.name + ".old")
-    path.rename(old)
-    shutil.rmtree(old)
-
-
 def clean(folder: Path) -> None:
-    """Puts a run's folder in order after a crash: puts back a model between two renames, deletes unfinished saves.
+    """Puts back a model that a crash left between two renames, deletes unfinished saves.
 
     For the leader alone, while nothing is being saved.
     """
@@ -131,12 +118,11 @@ def find_checkpoint(path: str, folder: Path, report: Callable[[str], None]) -> P
             raise UserError(f"{where}: no checkpoint in {folder}; leave it out to start there")
         return newest
     chosen = Path(path)
-    if not chosen.is_dir():
-        raise UserError(f"{where}: no such folder; name a {PREFIX}_<step> folder, or latest")
-    if not (chosen / "optimizer").is_dir() or not (chosen / "params").is_dir():
+    if not (chosen / "optimizer").is_dir():
+        problem = "is not a checkpoint folder" if chosen.is_dir() else "no such folder"
         inside = list(checkpoint_steps(chosen).values())
-        hint = f"one of its checkpoints, such as {inside[-1]}" if inside else f"a {PREFIX}_<step> folder"
-        raise UserError(f"{where}: is not a checkpoint folder; name {hint}")
+        hint = f"one of its checkpoints, such as {inside[-1]}" if inside else f"a {PREFIX}_<step> folder, or latest"
+        raise UserError(f"{where}: {problem}; name {hint}")
     if fault := _damage(chosen):
         raise UserError(f"{where}: is damaged: {fault}; name another")
     return chosen
@@ -157,16 +143,16 @@ def move_later_aside(folder: Path, step: int) -> list[Path]:
 
 
 def _numbered(folder: Path) -> dict[int, Path]:
-    steps = {path: re.fullmatch(rf"{PREFIX}_(\d+)", path.name) for path in folder.glob(f"{PREFIX}_*")}
-    return dict(sorted((int(step[1]), path) for path, step in steps.items() if step))
+    steps = {path: path.name.removeprefix(f"{PREFIX}_") for path in folder.glob(f"{PREFIX}_*")}
+    return dict(sorted((int(step), path) for path, step in steps.items() if step.isdecimal()))
 
 
 def _damage(path: Path) -> str | None:
-    """As `manifest.damage`; all processes call it together, and each checks its share of the files."""
+    """As `damage`; all processes call it together, and each checks its share of the files."""
     return text_from_any_process(damage(path, part=jax.process_index(), parts=jax.process_count()))
 
 
 def _unused(path: Path) -> Path:
     """`path`, or that name with a number if it exists: a clock has jumped, or two runs start in the same second."""
     numbered = (path.with_name(f"{path.name}_{i}") for i in itertools.count(2))
-    return path if not path.exists() else next(name for name in numbered if not name.exists())
+    return next(name for name in itertools.chain([path], numbered) if not name.exists())

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from jaxlm.config import Config, from_dict
+from jaxlm.config import Config, from_dict, to_dict
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.errors import UserError
 
@@ -31,6 +31,15 @@ class Progress:
     global_batch: int  # rows an update; with the step, it says where in the data the run is
     shards: int  # devices that arrays were sharded over: an axis that it does not divide was saved padded with zeros
     model_class: str = "Transformer"  # folders from before there were others don't say
+
+
+def write_json_items(folder: Path, config: Config, tokenizer: Tokenizer, progress: Progress) -> None:
+    """Writes the items of a saved folder that are no arrays."""
+    contents = {"config": to_dict(config), "progress": dataclasses.asdict(progress)}
+    texts = {item: json.dumps(content) for item, content in contents.items()} | {"tokenizer": tokenizer.to_json()}
+    for item, text in texts.items():
+        (folder / item).mkdir(exist_ok=True)
+        (folder / item / JSON_ITEMS[item]).write_text(text, encoding="utf-8")
 
 
 def _read_json(path: Path, item: str, build: Callable[[Any], T]) -> T:

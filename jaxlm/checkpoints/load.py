@@ -10,10 +10,10 @@ import jax
 import orbax.checkpoint as ocp
 from flax import nnx
 
+from jaxlm.checkpoints.folder import MODELS
 from jaxlm.checkpoints.items import JSON_ITEMS, Progress, read_config, read_progress, read_tokenizer
 from jaxlm.checkpoints.manifest import damage
-from jaxlm.checkpoints.quiet import quiet_orbax
-from jaxlm.checkpoints.save import OPTIMIZER_ITEM
+from jaxlm.checkpoints.save import OPTIMIZER_ITEM, quiet_orbax
 from jaxlm.config import Config, validate
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.errors import UserError
@@ -26,53 +26,46 @@ from jaxlm.train.step import TrainState
 
 
 def _restore(path: Path, item: str, target: Any, shards: int) -> Any:
-    """One array item of a saved folder, with the shapes, dtypes and placement of `target`.
+    """One array item of a saved folder, with the shapes, dtypes and placement of `target`, which has `shards`.
 
-    Args:
-      shards: the most devices that either side is sharded over; fewer zeros than that are cut off or added.
+    Zeros are cut off or added, fewer than either side has shards.
     """
+    folder, shards = (path / item).resolve(), max(shards, read_progress(path).shards)
     with quiet_orbax(), ocp.StandardCheckpointer() as checkpointer:
-        stored = checkpointer.metadata((path / item).resolve()).item_metadata.tree
-    try:
-        padded = _is_padded(stored, target, shards)
-    except ValueError as error:
-        raise UserError(f"{path / item}: is of another model ({error}); name another") from error
-    with quiet_orbax(), ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
-        arguments = ocp.args.StandardRestore(target, strict=not padded)
-        return checkpointer.restore((path / item).resolve(), args=arguments)
+        stored, wanted = _shapes(checkpointer.metadata(folder).item_metadata.tree), _shapes(target)
+        difference = _difference(stored, wanted, shards)
+        if difference is not None:
+            raise UserError(f"{path / item}: is of another model ({difference}); name another")
+        return checkpointer.restore(folder, target, strict=stored == wanted)
 
 
-def _is_padded(stored: Any, target: Any, shards: int) -> bool:
-    """Whether shapes differ by padding; ValueError if they differ by more, or the trees do."""
-    shapes = [
-        {path_name(p): x.shape for p, x in jax.tree_util.tree_leaves_with_path(tree)} for tree in (stored, target)
-    ]
-    if shapes[0].keys() != shapes[1].keys():
-        raise ValueError(f"other arrays: {sorted(shapes[0].keys() ^ shapes[1].keys())[:3]}")
-    for name, shape in shapes[0].items():
-        other = shapes[1][name]
-        if len(shape) != len(other) or any(abs(a - b) >= shards for a, b in zip(shape, other, strict=True) if a != b):
-            raise ValueError(f"{name} has shape {tuple(shape)} instead of {tuple(other)}")
-    return shapes[0] != shapes[1]
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    return {path_name(path): tuple(x.shape) for path, x in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def _difference(stored: dict[str, tuple[int, ...]], wanted: dict[str, tuple[int, ...]], shards: int) -> str | None:
+    """In what two sets of arrays differ, except for padding."""
+    if stored.keys() != wanted.keys():
+        return f"other arrays: {sorted(stored.keys() ^ wanted.keys())[:3]}"
+    for name, shape in stored.items():
+        other = wanted[name]
+        if len(shape) != len(other) or any(abs(a - b) >= shards for a, b in zip(shape, other, strict=True)):
+            return f"{name} has shape {shape} instead of {other}"
+    return None
 
 
 def restore_params(path: Path, target: Any, shards: int) -> Any:
     """The parameters saved in a model or checkpoint folder, as `target` has them; see `restore_state`."""
-    return _restore(path, "params", target, max(shards, read_progress(path).shards))
+    return _restore(path, "params", target, shards)
 
 
 def restore_state(path: Path, target: TrainState, shards: int) -> TrainState:
-    """The state saved in the checkpoint at `path`.
-
-    Args:
-      target: abstract state (shapes, dtypes, shardings) of the run that goes on.
-      shards: devices that its arrays are sharded over.
+    """The state saved in the checkpoint at `path`, placed as the abstract `target`, which has `shards`.
 
     Raises:
       UserError: damaged, or of another model.
     """
-    rest = {name: getattr(target, name) for name in OPTIMIZER_ITEM}
-    optimizer = _restore(path, "optimizer", rest, max(shards, read_progress(path).shards))
+    optimizer = _restore(path, "optimizer", {name: getattr(target, name) for name in OPTIMIZER_ITEM}, shards)
     return TrainState(params=restore_params(path, target.params, shards), **optimizer)
 
 
@@ -100,23 +93,20 @@ def load(path: str | os.PathLike[str], model_class: type[Transformer] = Transfor
       UserError: not such a folder, damaged, or a model of another class.
     """
     folder = Path(path)
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; name a best_model, final_model or checkpoint_<step> folder")
     if not (folder / "params").is_dir():
-        inside = [name for name in ("best_model", "final_model") if (folder / name).is_dir()]
+        inside = [name for name in MODELS if (folder / name).is_dir()]
         hint = f", such as {folder / inside[0]}" if inside else ""
-        if (folder / "model.safetensors").exists() or (folder / "model.safetensors.index.json").exists():
+        if any(folder.glob("model.safetensors*")):
             hint += " (this one is for transformers; training.init_from starts a run from it)"
-        raise UserError(f"{folder}: holds no model; name a best_model, final_model or checkpoint_<step> folder{hint}")
-    wrong = damage(folder, ("params", *JSON_ITEMS))
-    if wrong is not None:
-        raise UserError(f"{folder} is damaged: {wrong}; name another")
+        problem = "holds no model" if folder.is_dir() else "no such folder"
+        raise UserError(f"{folder}: {problem}; name a best_model, final_model or checkpoint_<step> folder{hint}")
+    if fault := damage(folder, ("params", *JSON_ITEMS)):
+        raise UserError(f"{folder} is damaged: {fault}; name another")
     progress = read_progress(folder)
     if progress.model_class != model_class.__name__:
-        raise UserError(
-            f"{folder}: holds a {progress.model_class}, not a {model_class.__name__}; from Python, load(path, "
-            f"{progress.model_class}) opens it"
-        )
+        own = progress.model_class
+        difference = f"holds a {own}, not a {model_class.__name__}"
+        raise UserError(f"{folder}: {difference}; from Python, load(path, {own}) opens it")
     config = validate(read_config(folder))
     pallas = (
         why_unsupported("pallas", config, compute_capability(jax.devices()[0])) is None
@@ -124,5 +114,5 @@ def load(path: str | os.PathLike[str], model_class: type[Transformer] = Transfor
     graphdef, abstract = nnx.split(abstract_model(config, "pallas" if pallas else "blockwise", model_class))
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), nnx.to_pure_dict(abstract))
-    model = nnx.merge(graphdef, _restore(folder, "params", target, progress.shards))
+    model = nnx.merge(graphdef, restore_params(folder, target, progress.shards))
     return LoadedModel(model, read_tokenizer(folder), config, progress)

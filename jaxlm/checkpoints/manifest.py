@@ -5,6 +5,7 @@ Orbax itself restores an array with a flipped bit without an error.
 
 import hashlib
 import json
+import shutil
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,9 +17,9 @@ THREADS = 8  # hashing releases the interpreter's lock
 
 
 def seal(folder: Path, final: Path) -> None:
-    """Writes the manifest of `folder`, waits until all of it is on the disk, and renames it to `final`.
+    """Writes the manifest of `folder`, waits until all of it is on the disk, and puts it in the place of `final`.
 
-    So `final` is complete whenever it exists, even after a power cut.
+    So `final` is complete whenever it exists, even after a power cut; what was there before is `.old` for a moment.
     """
     content = list(folder.rglob("*"))
     files = {str(path.relative_to(folder)): path for path in content if path.is_file()}
@@ -29,8 +30,12 @@ def seal(folder: Path, final: Path) -> None:
     manifest.write_text(json.dumps({"sha256": listed, "of_these": _digest_of(listed)}, indent=1), encoding="utf-8")
     sync(manifest)
     sync(folder)
+    old = final.with_name(final.name + ".old")
+    if final.exists() and final != folder:
+        final.rename(old)
     folder.rename(final)
     sync(final.parent)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def is_sealed(folder: Path) -> bool:
@@ -46,28 +51,19 @@ def damage(folder: Path, items: Iterable[str] | None = None, part: int = 0, part
       part: which of `parts` equal shares of the files to check.
     """
     try:
-        listed = _read(folder / MANIFEST)
+        content = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        listed = content["sha256"]
+        if content["of_these"] != _digest_of(listed):
+            raise ValueError("not as it was saved")
     except FileNotFoundError:
         return f"{MANIFEST} is missing, so it was not saved to its end"
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, LookupError, TypeError) as error:
         return f"{MANIFEST} is not readable ({error})"
-    if items is not None:
-        wanted = tuple(f"{item}/" for item in items)
-        listed = {name: digest for name, digest in listed.items() if name.startswith(wanted)}
-    names = list(listed)[part::parts]
+    wanted = ("",) if items is None else tuple(f"{item}/" for item in items)
+    names = [name for name in listed if name.startswith(wanted)][part::parts]
     with ThreadPoolExecutor(THREADS) as pool:
         faults = pool.map(lambda name: _fault(folder / name, listed[name]), names)
         return next((f"{name} {fault}" for name, fault in zip(names, faults, strict=True) if fault), None)
-
-
-def _read(path: Path) -> dict[str, str]:
-    """The digests by file; ValueError if the manifest itself is damaged."""
-    content = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(content, dict) or content.keys() != {"sha256", "of_these"}:
-        raise ValueError("not a manifest")
-    if _digest_of(content["sha256"]) != content["of_these"]:
-        raise ValueError("not as it was saved")
-    return content["sha256"]
 
 
 def _fault(path: Path, digest: str) -> str | None:

@@ -1,25 +1,26 @@
 """Saving checkpoints and models with Orbax."""
 
-import dataclasses
 import errno
 import gc
-import json
+import logging
 import os
 import shutil
-from collections.abc import Callable
+import sys
+import warnings
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from absl import logging as absl_logging
 
-from jaxlm.checkpoints.folder import PREFIX, checkpoint_steps, clean, delete, new_name
-from jaxlm.checkpoints.items import JSON_ITEMS, Progress
+from jaxlm.checkpoints.folder import PREFIX, checkpoint_steps, clean, new_name
+from jaxlm.checkpoints.items import Progress, write_json_items
 from jaxlm.checkpoints.manifest import seal
-from jaxlm.checkpoints.quiet import quiet_orbax
-from jaxlm.config import Config, to_dict
+from jaxlm.config import Config
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.parallel.processes import is_leader, text_from_any_process
 from jaxlm.parallel.split import Params
@@ -29,18 +30,22 @@ OPTIMIZER_ITEM = ("step", "skipped", "loss_scale", "opt_state")  # of TrainState
 SAVE_ERRORS = (OSError, ValueError, RuntimeError)  # of files; of tensorstore; of the other processes, as JAX puts it
 
 
-def _handlers() -> dict[str, Any]:
-    arrays = {name: ocp.StandardCheckpointHandler() for name in ("params", "optimizer")}
-    return arrays | {name: ocp.JsonCheckpointHandler(filename) for name, filename in JSON_ITEMS.items()}
+@contextmanager
+def quiet_orbax() -> Iterator[None]:
+    """Silences what Orbax says of each save, and what asyncio and Python say of each write of a save that failed.
 
-
-def _items(params: Params, config: Config, tokenizer: Tokenizer, progress: Progress) -> dict[str, Any]:
-    return {
-        "params": ocp.args.StandardSave(params),
-        "config": ocp.args.JsonSave(to_dict(config)),
-        "tokenizer": ocp.args.JsonSave(json.loads(tokenizer.to_json())),
-        "progress": ocp.args.JsonSave(dataclasses.asdict(progress)),
-    }
+    Such a failure is one error, and it is raised.
+    """
+    asyncio_log, hook = logging.getLogger("asyncio"), sys.unraisablehook
+    with ExitStack() as restored, warnings.catch_warnings():
+        restored.callback(asyncio_log.setLevel, asyncio_log.level)
+        restored.callback(absl_logging.set_verbosity, absl_logging.get_verbosity())
+        restored.callback(setattr, sys, "unraisablehook", hook)
+        asyncio_log.setLevel(logging.CRITICAL)
+        absl_logging.set_verbosity(absl_logging.FATAL)
+        sys.unraisablehook = lambda raised: None if "Event loop is closed" in str(raised.exc_value) else hook(raised)
+        warnings.filterwarnings("ignore", r"coroutine '.*\.write_fragment' was never awaited", RuntimeWarning)
+        yield
 
 
 class Checkpoints:
@@ -52,8 +57,7 @@ class Checkpoints:
     def __init__(self, folder: Path, limit: int | None, report: Callable[[str], None]) -> None:
         self.folder, self.limit, self.report = folder.resolve(), limit, report
         self.failed: str | None = None  # why the last save failed, if it did
-        self._any_failed = False
-        self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(**_handlers()))
+        self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
         self._saving: tuple[int, Future[None]] | None = None
         self._thread = ThreadPoolExecutor(1, "save")
         self._open = ExitStack()
@@ -65,26 +69,24 @@ class Checkpoints:
         final = self.folder / f"{PREFIX}_{progress.step}"
         if final.exists():
             return
-        optimizer = {name: getattr(state, name) for name in OPTIMIZER_ITEM}
-        items = _items(state.params, config, tokenizer, progress)
-        args = ocp.args.Composite(optimizer=ocp.args.StandardSave(optimizer), **items)
-        new = new_name(final)
+        arrays = {"params": state.params, "optimizer": {name: getattr(state, name) for name in OPTIMIZER_ITEM}}
+        args = ocp.args.Composite(**{item: ocp.args.StandardSave(tree) for item, tree in arrays.items()})
         try:
             _check_room(self.folder, state)
-            self._orbax.save(new, args=args, force=True)
+            self._orbax.save(new_name(final), args=args, force=True)
+            self._saving = progress.step, self._thread.submit(self._finish, final, config, tokenizer, progress)
         except SAVE_ERRORS as error:
             self._give_up(progress.step, error)
-            return
-        self._saving = progress.step, self._thread.submit(self._finish, new, final)
 
-    def _finish(self, new: Path, final: Path) -> None:
+    def _finish(self, final: Path, config: Config, tokenizer: Tokenizer, progress: Progress) -> None:
         """Makes a checkpoint of what Orbax has written, and only then deletes old ones."""
         self._orbax.wait_until_finished()
         if is_leader():
-            seal(new, final)
+            write_json_items(new_name(final), config, tokenizer, progress)
+            seal(new_name(final), final)
             if self.limit:
-                for old in list(checkpoint_steps(self.folder).values())[: -self.limit]:
-                    delete(old)
+                for path in list(checkpoint_steps(self.folder).values())[: -self.limit]:
+                    shutil.rmtree(path.rename(f"{path}.old"))  # so that a crash leaves no part of it under its name
 
     def wait(self) -> None:
         """Returns when the last save is on disk, or was given up."""
@@ -103,7 +105,7 @@ class Checkpoints:
         return next(reversed(checkpoint_steps(self.folder).values()), None)
 
     def _give_up(self, step: int, error: Exception) -> None:
-        self.failed, self._any_failed = reason_of(error), True
+        self.failed = reason_of(error)
         self.report(f"checkpoint_{step} was NOT saved: {self.failed}; the checkpoints before it stay")
         if is_leader():
             clean(self.folder)
@@ -112,8 +114,7 @@ class Checkpoints:
         self.wait()
         self._thread.shutdown()
         self._orbax.close()
-        if self._any_failed:
-            gc.collect()  # writes that were never begun, while what Python says of them is still dropped
+        gc.collect()  # writes of a failed save that were never begun, while what Python says of them is still dropped
         self._open.close()
         if is_leader():
             clean(self.folder)  # what threads of a save that was given up still wrote
@@ -123,9 +124,14 @@ def _check_room(folder: Path, arrays: Any) -> None:
     """Raises OSError if `arrays` don't fit on the disk; Orbax would find out too, but only after some hundred lines."""
     needed, free = sum(x.nbytes for x in jax.tree.leaves(arrays)), shutil.disk_usage(folder).free
     lacking = f"{os.strerror(errno.ENOSPC)}, {needed / 2**20:,.1f} MiB needed and {free / 2**20:,.1f} MiB free"
-    message = text_from_any_process(lacking if free < needed else None)
-    if message is not None:
-        raise OSError(errno.ENOSPC, message)
+    _raise_everywhere(lacking if free < needed else None)
+
+
+def _raise_everywhere(failure: str | None) -> None:
+    """Raises OSError in all processes, which call it together, if one of them has a failure."""
+    failure = text_from_any_process(failure)
+    if failure is not None:
+        raise OSError(errno.EIO, failure)
 
 
 def reason_of(error: Exception) -> str:
@@ -140,7 +146,6 @@ def reason_of(error: Exception) -> str:
 def save_model(path: Path, params: Params, config: Config, tokenizer: Tokenizer, progress: Progress) -> None:
     """Writes a self-contained model folder, replacing the one at `path` so that a crash leaves one of the two.
 
-    The new one is written beside it and swapped in; `clean` mends a crash between the two renames.
     All processes call it together.
 
     Raises:
@@ -148,25 +153,13 @@ def save_model(path: Path, params: Params, config: Config, tokenizer: Tokenizer,
     """
     _check_room(path.parent, params)
     new = new_name(path)
-    handlers = {name: handler for name, handler in _handlers().items() if name != "optimizer"}
-    with quiet_orbax(), ocp.Checkpointer(ocp.CompositeCheckpointHandler(**handlers)) as orbax:
-        orbax.save(new.resolve(), args=ocp.args.Composite(**_items(params, config, tokenizer, progress)), force=True)
-    failed = None
+    with quiet_orbax(), ocp.Checkpointer(ocp.StandardCheckpointHandler()) as orbax:
+        orbax.save((new / "params").resolve(), args=ocp.args.StandardSave(params), force=True)
+    failure = None
     if is_leader():
         try:
-            _swap(new, path)
+            write_json_items(new, config, tokenizer, progress)
+            seal(new, path)
         except OSError as error:
-            failed = reason_of(error)
-    failed = text_from_any_process(failed)
-    if failed is not None:
-        raise OSError(failed)
-
-
-def _swap(new: Path, path: Path) -> None:
-    """Seals the model in `new` and puts it in the place of the one at `path`, if there is one."""
-    ready, old = path.with_name(path.name + ".new.ready"), path.with_name(path.name + ".old")
-    seal(new, ready)
-    if path.exists():
-        path.rename(old)
-    ready.rename(path)
-    shutil.rmtree(old, ignore_errors=True)
+            failure = reason_of(error)
+    _raise_everywhere(failure)

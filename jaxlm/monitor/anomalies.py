@@ -14,10 +14,7 @@ SPIKE_LEAST = 0.5  # nats a token above the median
 
 
 class SkippedUpdates:
-    """The updates that were skipped because their loss or gradient was not finite; `total` before the first one noted.
-
-    Notes are read from the device only by `read`.
-    """
+    """The updates that were skipped as not finite; `total` of them before the first one noted."""
 
     def __init__(self, total: int) -> None:
         self.in_a_row = 0  # skipped, up to the last update read
@@ -25,21 +22,18 @@ class SkippedUpdates:
         self._noted: list[tuple[int, jax.Array]] = []
 
     def note(self, step: int, total: "jax.Array") -> None:
-        """After update `step`, `total` (float32 scalar) updates were skipped since the run began."""
+        """After update `step`, `total` (int32 scalar, not waited for) updates were skipped since the run began."""
         self._noted.append((step, total))
 
     def read(self) -> list[int]:
         """The steps skipped since the last call; waits for the last one noted."""
-        noted, self._noted = self._noted, []
-        if noted and int(noted[-1][1]) == self._total:  # read one number, not all of them
-            self.in_a_row = 0
-            return []
         skipped = []
-        for step, value in noted:
-            before, self._total = self._total, int(value)
+        for step, total in self._noted:
+            before, self._total = self._total, int(total)
             if self._total > before:
                 skipped.append(step)
             self.in_a_row = self.in_a_row + 1 if self._total > before else 0
+        self._noted.clear()
         return skipped
 
 
@@ -55,10 +49,9 @@ class LossSpikes:
             return None
         before = list(self._recent)
         self._recent.append(loss)
-        if len(before) < SPIKE_WINDOW // 5:
-            return None
-        median = statistics.median(before)
-        deviation = statistics.median(abs(value - median) for value in before)
-        if loss <= median + max(SPIKE_FACTOR * deviation, SPIKE_LEAST):
-            return None
-        return f"loss spike: {loss:.4f}, where the last {len(before)} logged had a median of {median:.4f}"
+        if len(before) >= SPIKE_WINDOW // 5:
+            median = statistics.median(before)
+            deviation = statistics.median(abs(value - median) for value in before)
+            if loss > median + max(SPIKE_FACTOR * deviation, SPIKE_LEAST):
+                return f"loss spike: {loss:.4f}, where the last {len(before)} logged had a median of {median:.4f}"
+        return None

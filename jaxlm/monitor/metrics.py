@@ -6,16 +6,15 @@ import re
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from operator import methodcaller
 from pathlib import Path
-from typing import TYPE_CHECKING, SupportsFloat
+from typing import TYPE_CHECKING, Any, SupportsFloat
 
 from jaxlm.config import Config
 from jaxlm.data.atomic import atomic_write
 from jaxlm.errors import one_line
-from jaxlm.monitor.sinks import Histogram, HistogramSink, Row, Sink, TextSink, finite
+from jaxlm.monitor.sinks import OPTIONAL_METHODS, Histogram, Row, Sink, finite
 from jaxlm.parallel.gpus import peak_flops
 
 if TYPE_CHECKING:
@@ -25,8 +24,7 @@ if TYPE_CHECKING:
 def flops_per_token(parameters: int, n_layers: int, max_length: int, d_model: int) -> float:
     """Training FLOPs a token, 6 N + 12 L T D: forward and backward, causality and recomputation not counted.
 
-    N is all parameters (a tied embedding once). Where heads share keys and values the second term is the same: each
-    query head has its own products. Source: Chowdhery et al. 2022 (PaLM), appendix B.
+    N is all parameters (a tied embedding once). Source: Chowdhery et al. 2022 (PaLM), appendix B.
     """
     return 6 * parameters + 12 * n_layers * max_length * d_model
 
@@ -65,18 +63,11 @@ def memory_gib(devices: Sequence["jax.Device"]) -> Row:
     statistics = [device.memory_stats() or {} for device in devices]
     peaks = [each["peak_bytes_in_use"] for each in statistics if "peak_bytes_in_use" in each]
     on_device = {"train/memory_gib": max(peaks) / 2**30} if peaks else {}
-    return on_device | {"train/host_memory_gib": _peak_of_process() / 2**30}
-
-
-def _peak_of_process() -> int:
-    """Peak memory of this process, in bytes."""
-    status = Path("/proc/self/status")
-    if status.exists():  # Linux, whose getrusage also counts the memory of the process that started this one
-        found = re.search(r"^VmHWM:\s*(\d+) kB", status.read_text(), re.MULTILINE)
-        if found is not None:
-            return int(found[1]) * 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    # On Linux, getrusage also counts the memory of the process that started this one.
+    status = Path("/proc/self/status").read_text() if sys.platform == "linux" else ""
+    found = re.search(r"^VmHWM:\s*(\d+) kB", status, re.MULTILINE)
+    peak = int(found[1]) if found else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB; on macOS, bytes
+    return on_device | {"train/host_memory_gib": peak / (2**30 if sys.platform == "darwin" else 2**20)}
 
 
 class MetricsTracker:
@@ -101,15 +92,15 @@ class MetricsTracker:
             row = self._pending.pop(complete)
             for name, value in row.items():
                 self.history.setdefault(name, []).append((complete, value))
-            self._each(methodcaller("write", row, complete))
+            self._call_sinks("write", row, complete)
 
     def write_text(self, name: str, text: str, step: int) -> None:
         """Writes `text` at once, to the sinks that show texts."""
-        self._each(methodcaller("write_text", name, text, step), TextSink)
+        self._call_sinks("write_text", name, text, step)
 
     def write_histogram(self, name: str, histogram: Histogram, step: int) -> None:
         """Writes `histogram` at once, to the sinks that show histograms."""
-        self._each(methodcaller("write_histogram", name, histogram, step), HistogramSink)
+        self._call_sinks("write_histogram", name, histogram, step)
 
     def get_latest(self, name: str) -> float | None:
         """The last value of `name`, flushed or not; None if there is none."""
@@ -138,15 +129,15 @@ class MetricsTracker:
     def close(self) -> None:
         """Writes the rows that are left and closes the sinks."""
         self.flush(max(self._pending, default=0))
-        self._each(methodcaller("close"))
+        self._call_sinks("close")
 
-    def _each(self, call: Callable[[Sink], None], kind: type = object) -> None:
-        """Does `call` with every sink of `kind`. A full disk costs rows of a log, reported once, and not the run."""
+    def _call_sinks(self, method: str, *arguments: Any) -> None:
+        """Calls `method` of every sink. A full disk costs rows, which is reported once, and not the run."""
         for i, sink in enumerate(self.sinks):
-            if not isinstance(sink, kind):
+            if method in OPTIONAL_METHODS and not hasattr(sink, method):
                 continue
             try:
-                call(sink)
+                getattr(sink, method)(*arguments)
                 self._failing.discard(i)
             except OSError as error:
                 if i not in self._failing:

@@ -1,40 +1,29 @@
 """A trace of some updates (training.profile_steps), for TensorBoard's profile page or Perfetto."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from jaxlm.config import profiled_steps
-from jaxlm.errors import UserError
 from jaxlm.parallel.processes import is_leader, say
 
 
 class Profiler:
-    """Traces the updates named by `steps` ("A:B", or None) into `folder`/plugins/profile, in the first process.
-
-    Raises:
-      UserError: the run ends before the first of them.
-    """
+    """Traces the updates named by `steps` ("A:B", or None) into `folder`/plugins/profile, in the first process."""
 
     def __init__(self, steps: str | None, folder: Path, last_step: int) -> None:
         self.folder, self.running = folder, False
-        self.first, self.last = (0, 0) if steps is None or not is_leader() else profiled_steps(steps)
-        if self.first > last_step:
-            raise UserError(f"training.profile_steps ({steps}) begins after the run's last update, {last_step}")
-        self.last = min(self.last, last_step)
+        self.first, last = (0, 0) if steps is None or not is_leader() else profiled_steps(steps)
+        self.last = min(last, last_step)
 
-    @contextmanager
-    def update(self, step: int, before: Any) -> Iterator[None]:
-        """Wraps the call that starts update `step`; `before` holds the arrays that the updates before it compute."""
+    def update(self, step: int, before: Any) -> jax.profiler.StepTraceAnnotation:
+        """A context for the call that starts update `step`; `before`: the arrays that the updates before it compute."""
         if step == self.first:
             jax.block_until_ready(before)
             jax.profiler.start_trace(self.folder, create_perfetto_trace=True)
             self.running = True
-        with jax.profiler.StepTraceAnnotation("update", step_num=step):
-            yield
+        return jax.profiler.StepTraceAnnotation("update", step_num=step)
 
     def stop_after(self, step: int, results: Any) -> None:
         """Ends the trace if `step` is its last update, after waiting for `results`, the arrays that it computes."""

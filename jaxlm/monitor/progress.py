@@ -3,6 +3,8 @@
 import sys
 import time
 
+from tqdm import tqdm
+
 from jaxlm.monitor.sinks import Row
 
 PROGRESS_FORMATS = {
@@ -16,8 +18,6 @@ class Progress:
     """The progress line on stderr: a bar on a terminal, a line a row elsewhere, nothing unless `shown`."""
 
     def __init__(self, start_step: int, last_step: int, shown: bool = True) -> None:
-        from tqdm import tqdm
-
         self.last_step, self.shown = last_step, shown
         self.bar = tqdm(
             total=last_step,
@@ -43,17 +43,14 @@ class Progress:
         """Shows the row of a step: loss, speed, and what users added."""
         parts = [pattern.format(row[name]) for name, pattern in PROGRESS_FORMATS.items() if name in row]
         parts += [f"{name} {value:.4g}" for name, value in row.items() if not name.startswith(("train/", "eval/"))]
-        if self.bar.disable:
-            self.line(f"step {step}/{self.last_step}  " + "  ".join([*parts, self._time_left(step)]).rstrip())
-        else:
+        if not self.bar.disable:
             self.bar.set_postfix_str(", ".join(parts))
-
-    def _time_left(self, step: int) -> str:
-        """The time for the rest at the mean speed since the first row."""
-        if self._first is None:
-            self._first = step, time.monotonic()
-        done, took = step - self._first[0], time.monotonic() - self._first[1]
-        return f"left {self.bar.format_interval((self.last_step - step) * took / done)}" if done else ""
+            return
+        self._first = self._first or (step, time.monotonic())
+        done, seconds = step - self._first[0], time.monotonic() - self._first[1]
+        if done:
+            parts.append(f"left {self.bar.format_interval((self.last_step - step) * seconds / done)}")
+        self.line("  ".join([f"step {step}/{self.last_step}", *parts]))
 
     def close(self) -> None:
         self.bar.close()

@@ -49,12 +49,7 @@ def _print(text: str) -> None:
 
 
 def stopped(by: signal.Signals | None, step: int, save_error: str | None) -> Stopped:
-    """What ends a run that a signal stopped after update `step`.
-
-    Args:
-      by: None: another process got it.
-      save_error: why that step is not saved, if it isn't.
-    """
+    """What ends a run after update `step`; another process got the signal if `by` is None."""
     name = "a signal to another process" if by is None else by.name
     saved = "it is saved" if save_error is None else f"that step was not saved ({save_error})"
     return Stopped(f"{name} at step {step}; {saved}, the same command goes on")

@@ -9,39 +9,31 @@ import os
 import sys
 import time
 import uuid
-from collections.abc import Callable, Sequence
-from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
-from types import ModuleType
-from typing import Any, Protocol, TextIO, runtime_checkable
+from typing import Any, Protocol, TextIO
 
 import numpy as np
+from tensorboardX import summary
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto import event_pb2
 
 from jaxlm.config import SECTIONS, Config, to_dict
+from jaxlm.config.validate import own_sink
 from jaxlm.data.atomic import atomic_write
-from jaxlm.errors import UserError, one_line
+from jaxlm.errors import UserError
 
 Row = dict[str, float]  # the metrics of a step by name
-LONGEST_ROW = 2**20  # bytes of a line of metrics.jsonl or samples.jsonl
-PACKAGES = ("wandb", "trackio")  # names in report_to that need a package, which the extra of that name installs
 # Fields that a resumed run may change although they change the training.
 SIZES = ("batch_size", "gradient_accumulation_steps", "num_epochs", "max_steps")
+OPTIONAL_METHODS = ("write_text", "write_histogram")  # (name, str or `Histogram`, step)
 
 
 class Sink(Protocol):
-    """Takes rows. One that shows texts or histograms, too, also has the method of `TextSink` or `HistogramSink`."""
+    """Takes rows; texts and histograms too, if it has the OPTIONAL_METHODS."""
 
     def write(self, row: Row, step: int) -> None: ...
 
     def close(self) -> None: ...
-
-
-@runtime_checkable
-class TextSink(Protocol):
-    """A sink that also takes texts, such as samples."""
-
-    def write_text(self, name: str, text: str, step: int) -> None: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,23 +52,13 @@ class Histogram:
         return self.low + np.linspace(0.0, max(self.high - self.low, 1e-9), len(self.counts) + 1)
 
 
-@runtime_checkable
-class HistogramSink(Protocol):
-    """A sink that also takes histograms."""
-
-    def write_histogram(self, name: str, histogram: Histogram, step: int) -> None: ...
-
-
 def finite(value: float) -> float | None:
     """`value` for JSON, which has no NaN and no infinity."""
     return value if math.isfinite(value) else None
 
 
-# ---- Files of the run's folder ---------------------------------------------------------------------------------------
-
-
 class JsonLines:
-    """metrics.jsonl: an object a row, appended; null for NaN and infinities, which JSON does not have."""
+    """metrics.jsonl: an object a row, appended; null for NaN and infinities."""
 
     def __init__(self, path: Path) -> None:
         self.file = open_lines(path)
@@ -101,54 +83,40 @@ class Samples(JsonLines):
 def open_lines(path: Path) -> TextIO:
     """A file of JSON lines to append to, without the part of a line that a process killed while it wrote left there."""
     if path.exists():
-        with path.open("r+b") as file:
-            end = file.seek(0, os.SEEK_END)
-            file.seek(max(0, end - LONGEST_ROW))
-            tail = file.read()
-            file.truncate(end - len(tail) + tail.rfind(b"\n") + 1)
+        os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
     return path.open("a", encoding="utf-8", buffering=1)
-
-
-# ---- Trackers --------------------------------------------------------------------------------------------------------
 
 
 class TensorBoard:
     """Event files; TensorBoard hides what an earlier run wrote there beyond `start_step`.
 
     Written by parts of tensorboardX rather than its SummaryWriter, whose thread dies of a full disk and takes the run
-    with it. With `config`, the HPARAMS page has the run, too.
+    with it.
     """
 
-    def __init__(self, folder: Path, start_step: int, config: Config | None = None) -> None:
-        from tensorboardX import summary
-        from tensorboardX.event_file_writer import EventsWriter
-        from tensorboardX.proto import event_pb2
-
+    def __init__(self, folder: Path, start_step: int, config: Config) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self._summary, self._proto = summary, event_pb2
         self._file = EventsWriter(str(folder / "events"))
         self._add(start_step + 1, session_log=event_pb2.SessionLog(status=event_pb2.SessionLog.START))
-        self._session_end = None
-        if config is not None:
-            # Without the first part, which names columns, TensorBoard begins with the columns in which runs differ.
-            _, session_start, self._session_end = summary.hparams(hyperparameters(config), {})
-            self._add(0, summary=session_start)
-            self._file.flush()
+        # The HPARAMS page. Without the first part, which names its columns, it begins with those in which runs differ.
+        _, session_start, self._session_end = summary.hparams(hyperparameters(config), {})
+        self._add(0, summary=session_start)
+        self._file.flush()
 
     def _add(self, step: int, **content: Any) -> None:
-        self._file.write_event(self._proto.Event(wall_time=time.time(), step=step, **content))
+        self._file.write_event(event_pb2.Event(wall_time=time.time(), step=step, **content))
 
     def write(self, row: Row, step: int) -> None:
         for name, value in row.items():
             if math.isfinite(value):  # TensorBoard cannot draw others
-                self._add(step, summary=self._summary.scalar(name, value))
+                self._add(step, summary=summary.scalar(name, value))
         self._file.flush()
 
     def write_text(self, name: str, text: str, step: int) -> None:
-        self._add(step, summary=self._summary.text(name, _markdown(text)))
+        self._add(step, summary=summary.text(name, _markdown(text)))
 
     def write_histogram(self, name: str, histogram: Histogram, step: int) -> None:
-        content = self._summary.histogram_raw(
+        content = summary.histogram_raw(
             name,
             min=histogram.low,
             max=histogram.high,
@@ -161,8 +129,7 @@ class TensorBoard:
         self._add(step, summary=content)
 
     def close(self) -> None:
-        if self._session_end is not None:
-            self._add(0, summary=self._session_end)
+        self._add(0, summary=self._session_end)
         self._file.close()
 
 
@@ -173,28 +140,25 @@ def _markdown(text: str) -> str:
 
 def hyperparameters(config: Config) -> dict[str, bool | float | str]:
     """{"section.field": value} of the fields that change the training; lists as text, None as "none"."""
-    values, shown = to_dict(config), {}
+    values, found = to_dict(config), {}
     for section, kind in SECTIONS.items():
         for field in dataclasses.fields(kind):
             if not field.metadata["resumable"] or field.name in SIZES:
                 value = values[section][field.name]
                 is_plain = isinstance(value, bool | int | float | str)
-                shown[f"{section}.{field.name}"] = value if is_plain else ", ".join(value or ["none"])
-    return shown
+                found[f"{section}.{field.name}"] = value if is_plain else ", ".join(value or ["none"])
+    return found
 
 
 class WeightsAndBiases:
     """A wandb run; a resumed jaxlm run goes on in the same one. WANDB_MODE=offline works without a network."""
 
-    library: ModuleType
-    run: Any  # of the library's class
-
     def __init__(self, folder: Path, config: Config) -> None:
         import wandb
 
-        self.library = wandb
+        self.library: Any = wandb
         try:
-            self.run = wandb.init(dir=str(folder), id=_kept_id(folder / "wandb_run_id"), **_run_options(config))
+            self.run: Any = wandb.init(dir=str(folder), id=_kept_id(folder / "wandb_run_id"), **_run_options(config))
         except wandb.errors.Error as error:
             message = f"{str(error).rstrip('.')}; log in, or set WANDB_MODE=offline"
             raise UserError(f"training.report_to (wandb): {message}") from error
@@ -203,10 +167,7 @@ class WeightsAndBiases:
         self.run.log(row, step=step)
 
     def write_text(self, name: str, text: str, step: int) -> None:
-        self.run.log({name: self._verbatim(text)}, step=step)
-
-    def _verbatim(self, text: str) -> object:
-        return self.library.Html(f"<pre>{html.escape(text)}</pre>", inject=False)
+        self.run.log({name: self.library.Html(f"<pre>{html.escape(text)}</pre>", inject=False)}, step=step)
 
     def write_histogram(self, name: str, histogram: Histogram, step: int) -> None:
         shown = self.library.Histogram(np_histogram=(histogram.counts, histogram.edges))
@@ -229,8 +190,8 @@ class Trackio(WeightsAndBiases):
             options = _run_options(config) | {"embed": False, "auto_log_gpu": False, "auto_log_cpu": False}
             self.run = trackio.init(name=name, **options)
 
-    def _verbatim(self, text: str) -> object:
-        return self.library.Markdown(_markdown(text))
+    def write_text(self, name: str, text: str, step: int) -> None:
+        self.run.log({name: self.library.Markdown(_markdown(text))}, step=step)
 
 
 def _run_options(config: Config) -> dict[str, Any]:
@@ -244,40 +205,15 @@ def _kept_id(path: Path) -> str:
     return path.read_text().strip()
 
 
-# ---- Which sinks a run has -------------------------------------------------------------------------------------------
-
-
-def check_report_to(report_to: Sequence[str | Sink]) -> None:
-    """Raises UserError if an entry needs a package that is not installed, or names a class that is not there."""
-    for name in report_to:
-        if name in PACKAGES and find_spec(name) is None:
-            raise UserError(f'training.report_to ({name}): the package is not installed; pip install -e ".[{name}]"')
-        if isinstance(name, str) and ":" in name:
-            _own_class(name)
-
-
-def _own_class(name: str) -> Callable[[Path, Config], Sink]:
-    """The class that "module:Class" names; UserError if there is none, or it is no sink."""
-    module, _, attribute = name.partition(":")
-    where = f"training.report_to ({name})"
-    try:
-        found = vars(import_module(module)).get(attribute)
-    except ImportError as error:
-        raise UserError(f"{where}: {one_line(error)}; put the module's folder on PYTHONPATH, or install it") from error
-    if not isinstance(found, type) or not all(callable(getattr(found, method, None)) for method in ("write", "close")):
-        raise UserError(f"{where}: is not a class with write(row, step) and close(); see jaxlm.monitor.sinks.Sink")
-    return found
-
-
 def make_sinks(config: Config, folder: Path, start_step: int) -> list[Sink]:
     """metrics.jsonl and samples.jsonl, and one sink for each entry of report_to."""
-    classes: dict[str, Callable[[Path, Config], Sink]] = {"wandb": WeightsAndBiases, "trackio": Trackio}
     sinks: list[Sink] = [JsonLines(folder / "metrics.jsonl"), Samples(folder / "samples.jsonl")]
+    trackers = {"wandb": WeightsAndBiases, "trackio": Trackio}
     for entry in config.training.report_to:
         if not isinstance(entry, str):
             sinks.append(entry)
         elif entry == "tensorboard":
             sinks.append(TensorBoard(folder / "logs", start_step, config))
         elif entry != "jsonl":  # which is always written
-            sinks.append((classes.get(entry) or _own_class(entry))(folder, config))
+            sinks.append((trackers.get(entry) or own_sink(entry))(folder, config))
     return sinks

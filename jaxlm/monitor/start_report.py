@@ -8,9 +8,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import jax
 
@@ -28,7 +27,6 @@ from jaxlm.train.precision import compute_dtype, scales_loss
 from jaxlm.train.schedules import Schedule, effective_warmup, schedule_end
 from jaxlm.train.step import TrainState
 
-FILE = "starts.jsonl"
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "datasets", "tokenizers", "numpy")
 
 
@@ -48,8 +46,8 @@ class StartReport:
 
     @property
     def _devices(self) -> str:
-        devices = self.resolved.devices
-        return f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform})"
+        first = self.resolved.devices[0]
+        return f"{len(self.resolved.devices)} x {first.device_kind} ({first.platform})"
 
     @property
     def _compiler(self) -> str | None:
@@ -58,48 +56,35 @@ class StartReport:
 
     def lines(self) -> Iterator[str]:
         """The report on stderr."""
-        config, layout = self.resolved.config, self.assembly.layout
-        model = config.model
-        processes = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
-        layers = "scanned" if model.scan_layers else "unrolled"
-        remat = f"recomputed ({model.remat_policy})" if model.gradient_checkpointing else "kept"
+        config, layout, steps = self.resolved.config, self.assembly.layout, self.total_steps
+        model, training, global_batch = config.model, config.training, self.resolved.global_batch
         yield f"model: {self.assembly.parameters:,} parameters, vocabulary {model.vocab_size:,}"
-        yield f"layers: {layers}, activations {remat}"
+        activations = f"recomputed ({model.remat_policy})" if model.gradient_checkpointing else "kept"
+        yield f"layers: {'scanned' if model.scan_layers else 'unrolled'}, activations {activations}"
+        processes = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
         yield f"devices: {self._devices}{processes}"
         yield f"layout: {layout.describe()}"
-        yield self._line_of_precision()
+        dtype = compute_dtype(training)
+        widened = layout.platform == "cpu" and dtype == "bfloat16" and not cpu_has_bfloat16()
+        in_float32 = " (multiplied in float32: this CPU has no bfloat16)" if widened else ""
+        scaled = f", loss scale from {float(self.state.loss_scale.scale):g}" if scales_loss(training) else ""
+        yield f"precision: float32 parameters, {dtype} compute{in_float32}{scaled}"
         yield f"kernels: {self.assembly.attention} attention, chunked cross entropy"
-        not_fused = why_not_fused(config, self.resolved.capability)
-        if not_fused is not None:
+        if not_fused := why_not_fused(config, self.resolved.capability):
             yield f"attention is not fused: {not_fused}"
         if self._compiler is not None:
             yield f"compiler: {self._compiler}"
         state = layout.bytes_of_state(self.assembly.abstract_state)
         yield f"memory: {state / 2**20:,.0f} MiB a device of parameters, optimizer and gradients"
-        training, global_batch = config.training, self.resolved.global_batch
         accumulated = training.gradient_accumulation_steps
         yield (
             f"batch: {training.batch_size} rows x {show_row_shards(self.resolved.mesh)} x "
             f"{accumulated} micro-batch{'es' * (accumulated > 1)} = {global_batch} rows, "
             f"{global_batch * config.data.max_length:,} tokens"
         )
-        yield from self._lines_of_schedule()
-
-    def _line_of_precision(self) -> str:
-        training = self.resolved.config.training
-        dtype = compute_dtype(training)
-        widened = self.assembly.layout.platform == "cpu" and dtype == "bfloat16" and not cpu_has_bfloat16()
-        in_float32 = " (multiplied in float32: this CPU has no bfloat16)" if widened else ""
-        scaled = f", loss scale from {float(self.state.loss_scale.scale):g}" if scales_loss(training) else ""
-        return f"precision: float32 parameters, {dtype} compute{in_float32}{scaled}"
-
-    def _lines_of_schedule(self) -> Iterator[str]:
-        training, steps = self.resolved.config.training, self.total_steps
         warmup, end = effective_warmup(training, steps), schedule_end(training, steps)
-        yield (
-            f"steps: {steps:,} ({steps * self.resolved.global_batch / len(self.rows):.2f} epochs), "
-            f"{training.lr_scheduler} schedule, {warmup} of warm-up"
-        )
+        epochs = steps * global_batch / len(self.rows)
+        yield f"steps: {steps:,} ({epochs:.2f} epochs), {training.lr_scheduler} schedule, {warmup} of warm-up"
         if end != steps:
             yield f"the schedule ends at step {end:,}: the learning rate is {self.schedule(end):.3g} from there on"
         if warmup < training.warmup_steps:
@@ -107,7 +92,13 @@ class StartReport:
 
     def append_to(self, folder: Path) -> None:
         """Adds this start to starts.jsonl of the run in `folder`."""
-        start = describe_program() | {
+        start = {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "command": _command(sys.orig_argv),
+            "commit": _commit(Path(__file__).parents[2]),
+            "versions": {"jaxlm": jaxlm.__version__, "python": platform.python_version()}
+            | {package: version(package) for package in PACKAGES},
+            "system": f"{platform.system()} {platform.machine()}",
             "step": int(self.state.step),
             "total_steps": self.total_steps,
             "parameters": self.assembly.parameters,
@@ -118,23 +109,11 @@ class StartReport:
             "compiler": self._compiler,
             "rows_an_update": self.resolved.global_batch,
             "data_fingerprint": self.data_fingerprint,
-            "train": describe_plan(self.rows.plan),
-            "validation": describe_plan(self.eval_rows.plan),
+            "train": _packing(self.rows.plan),
+            "validation": _packing(self.eval_rows.plan),
         }
-        with open_lines(folder / FILE) as file:
+        with open_lines(folder / "starts.jsonl") as file:
             file.write(json.dumps(start) + "\n")
-
-
-def describe_program() -> dict[str, Any]:
-    """The command, and the versions of what it runs on."""
-    found = {name: installed for name in PACKAGES if (installed := _version(name)) is not None}
-    return {
-        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "command": _command(sys.orig_argv),
-        "commit": commit_of(Path(__file__).parents[2]),
-        "versions": {"jaxlm": jaxlm.__version__, "python": platform.python_version()} | found,
-        "system": f"{platform.system()} {platform.machine()}",
-    }
 
 
 def _command(words: list[str]) -> str:
@@ -143,18 +122,10 @@ def _command(words: list[str]) -> str:
     return shlex.join(["jaxlm", *words[2:]] if installed else ["python", *words[1:]])
 
 
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def commit_of(folder: Path) -> str | None:
-    """The git commit checked out in `folder`, "-dirty" if files of it have changed; none if it is no clone."""
-    if not (folder / ".git").exists():  # git would look in the folders above, too
-        return None
-    command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+def _commit(folder: Path) -> str | None:
+    """The git commit checked out in `folder`, "-dirty" if files of it have changed; None if it is no clone."""
+    in_folder = ["git", "-C", str(folder), "--git-dir=.git"]  # without the last, git looks in the folders above, too
+    command = [*in_folder, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
     except (OSError, subprocess.TimeoutExpired):
@@ -162,15 +133,8 @@ def commit_of(folder: Path) -> str | None:
     return done.stdout.strip() or None
 
 
-def describe_plan(plan: Plan) -> dict[str, int | float]:
+def _packing(plan: Plan) -> dict[str, int | float]:
     """How documents were put into rows; `tokens` are those that the rows hold."""
-    return {
-        "rows": len(plan),
-        "row_length": plan.max_length,
-        "tokens": plan.pairs,
-        "fill": plan.efficiency,
-        "documents": plan.documents,
-        "cut_documents": plan.cut_documents,
-        "dropped_documents": plan.dropped_documents,
-        "dropped_tokens": plan.dropped_tokens,
-    }
+    size = {"rows": len(plan), "row_length": plan.max_length, "tokens": plan.pairs, "fill": plan.efficiency}
+    counts = ("documents", "cut_documents", "dropped_documents", "dropped_tokens")
+    return size | {name: getattr(plan, name) for name in counts}

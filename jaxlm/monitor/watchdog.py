@@ -22,8 +22,6 @@ OTHER_LIMIT = 1800.0  # seconds for work whose usual time is unknown: compiling,
 class Watchdog:
     """A thread that ends the process with exit code 1 when the training loop has shown no sign of life for too long.
 
-    Only time in which this thread itself runs is counted: a suspended process or a sleeping laptop is not a hang.
-
     Args:
       limit: seconds for an update; 0: no watchdog; None: LIMIT_IN_UPDATES times the median time of the last updates.
         All other work has OTHER_LIMIT, if that is more.
@@ -31,11 +29,10 @@ class Watchdog:
 
     def __init__(self, limit: float | None) -> None:
         self.limit, self.board = limit, StatusBoard()
-        self._step = 0  # the last update done
-        self._phase: str | None = "starting"  # the work other than updates; None: updates
-        self._times: deque[float] = deque(maxlen=50)
+        self._doing, self._updating = "starting", False
+        self._update_times: deque[float] = deque(maxlen=50)  # seconds
         self._last_update = time.monotonic()
-        self._silent, self._signs = 0.0, 0
+        self._silent, self._signs = 0.0, 0  # seconds since the last sign of life; how many there were
         self._ended = threading.Event()
 
     def __enter__(self) -> "Watchdog":
@@ -49,9 +46,9 @@ class Watchdog:
     def updated(self, step: int) -> None:
         """Notes that update `step` is done on the device."""
         now = time.monotonic()
-        if self._phase is None:
-            self._times.append(now - self._last_update)
-        self._phase, self._last_update, self._step = None, now, step
+        if self._updating:
+            self._update_times.append(now - self._last_update)
+        self._doing, self._updating, self._last_update = f"the update after step {step}", True, now
         self.alive()
 
     def alive(self) -> None:
@@ -60,43 +57,37 @@ class Watchdog:
         self._signs += 1
 
     @contextlib.contextmanager
-    def during(self, phase: str) -> Iterator[None]:
-        """A context for `phase`, work other than updates."""
-        before, self._phase = self._phase, phase
+    def during(self, work: str) -> Iterator[None]:
+        """A context for work other than updates."""
+        before = self._doing, self._updating
+        self._doing, self._updating = work, False
         self.alive()
         try:
             yield
         finally:
-            self._phase, self._last_update = before, time.monotonic()
+            (self._doing, self._updating), self._last_update = before, time.monotonic()
             self.alive()
 
     def allowed(self) -> float:
         """Seconds without a sign of life allowed now."""
-        if self._phase is not None or (self.limit is None and len(self._times) < 5):
+        if not self._updating or (self.limit is None and len(self._update_times) < 5):
             return max(self.limit or 0, OTHER_LIMIT)
         if self.limit is not None:
             return self.limit
-        return max(LEAST_LIMIT, LIMIT_IN_UPDATES * statistics.median(self._times))
-
-    def _doing(self) -> str:
-        return self._phase or f"the update after step {self._step}"
+        return max(LEAST_LIMIT, LIMIT_IN_UPDATES * statistics.median(self._update_times))
 
     def _watch(self) -> None:
-        last = time.monotonic()
         while not self._ended.wait(TICK):
-            now = time.monotonic()
-            self._silent += min(now - last, 2 * TICK)
-            last = now
-            self.board.post(self._signs, self._doing())
+            self._silent += TICK  # however long it took: a suspended process or a sleeping laptop is not a hang
+            self.board.post(self._signs, self._doing)
             if self._silent > self.allowed():
                 self._end()
 
     def _end(self) -> None:
         """Prints every thread's stack and ends the process at once: nothing in it can be trusted to clean up."""
         faulthandler.dump_traceback(sys.stderr, all_threads=True)
-        self.board.post(self._signs, self._doing())
         print(
-            f"failed: {self._doing()}: no sign of life for {self.allowed():.0f} s (training.watchdog_seconds)"
+            f"failed: {self._doing}: no sign of life for {self.allowed():.0f} s (training.watchdog_seconds)"
             f"{self.board.lagging()}; all threads' stacks are above; the same command goes on from the last checkpoint",
             file=sys.stderr,
             flush=True,

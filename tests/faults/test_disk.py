@@ -17,6 +17,7 @@ from jaxlm import Trainer
 from jaxlm.checkpoints.folder import checkpoint_steps
 from jaxlm.checkpoints.items import read_progress
 from jaxlm.checkpoints.manifest import damage
+from jaxlm.config import Config
 from jaxlm.errors import RunFailed, UserError
 from jaxlm.monitor.metrics import MetricsTracker
 from jaxlm.monitor.sinks import JsonLines, TensorBoard
@@ -95,7 +96,7 @@ def test_a_log_that_cannot_be_written_is_said_once(tmp_path, capsys):
         def write(self, row, step):
             raise OSError(28, "No space left on device")
 
-    log = TensorBoard(tmp_path / "logs", 0)
+    log = TensorBoard(tmp_path / "logs", 0, Config())
     tracker = MetricsTracker([Full(tmp_path / "metrics.jsonl"), log])
     for step in range(3):
         tracker.update({"train/loss": 1.0}, step)
