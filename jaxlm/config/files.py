@@ -4,29 +4,16 @@ import json
 import os
 import runpy
 import traceback
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
+from types import TracebackType
 
 from jaxlm.config.fields import from_dict, nearest
 from jaxlm.config.schema import Config
 from jaxlm.errors import UserError, printable
 
 PACKAGE = Path(__file__).parents[1]
-CONFIG_FILE_ERRORS = (  # what the user's own code in a configuration file is likely to raise
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    EOFError,
-    ImportError,
-    LookupError,
-    MemoryError,
-    NameError,
-    OSError,
-    RuntimeError,
-    StopIteration,
-    SystemExit,
-    TypeError,
-    ValueError,
-)
 
 
 def shipped_configs() -> dict[str, Path]:
@@ -58,14 +45,20 @@ def load_config(path: str) -> Config:
             raise UserError(f"--config ({path}): not readable as JSON: {error}") from error
     if file.suffix != ".py":
         raise UserError(f"--config ({path}): must end in .py or .json")
-    try:
+    with ExitStack() as user_code:
+        user_code.push(partial(_raise_user_error, path))
         found = runpy.run_path(path)
-    except SyntaxError as error:
-        raise UserError(f"--config ({path}): line {error.lineno}: {error.msg}") from error
-    except CONFIG_FILE_ERRORS as error:
-        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
-        where = f"--config ({path})" + (f": line {lines[-1]}" if lines else "")
-        raise UserError(f"{where}: {type(error).__name__}: {printable(error)}") from error
     if not isinstance(found.get("config"), Config):
         raise UserError(f"--config ({path}): must define `config = Config(...)` (from jaxlm.config import Config)")
     return found["config"]
+
+
+def _raise_user_error(
+    path: str, _: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+) -> None:
+    """At the end of a context: one line for whatever the user's code in `path` raised, except for signals."""
+    if isinstance(error, Exception | SystemExit):
+        lines = [frame.lineno for frame in traceback.extract_tb(trace) if frame.filename == path]
+        line = lines[-1] if lines else getattr(error, "lineno", None)  # the code of a SyntaxError never ran
+        where = f"--config ({path})" + (f": line {line}" if line else "")
+        raise UserError(f"{where}: {type(error).__name__}: {printable(error)}") from error
