@@ -1,5 +1,7 @@
 """The configuration of a run: its options, files and rules; imports nothing heavy."""
 
+# ruff: noqa: F401
+
 from jaxlm.config.fields import (
     changed_fields,
     excerpt,
@@ -24,31 +26,3 @@ from jaxlm.config.validate import (
     validate,
     xla_option,
 )
-
-__all__ = [
-    "SECTIONS",
-    "Config",
-    "DataConfig",
-    "ModelConfig",
-    "TrainingConfig",
-    "changed_fields",
-    "check_fields",
-    "check_platform",
-    "check_steps",
-    "check_together",
-    "excerpt",
-    "from_dict",
-    "load_config",
-    "mesh_shape",
-    "nearest",
-    "plain",
-    "profiled_steps",
-    "replace_fields",
-    "shipped_configs",
-    "shown",
-    "to_dict",
-    "type_name",
-    "validate",
-    "with_derived",
-    "xla_option",
-]

@@ -2,12 +2,12 @@
 
 import dataclasses
 import difflib
-import types
+import operator
 import typing
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from jaxlm.config.schema import SECTIONS, Config
+from jaxlm.config.schema import FIELDS, SECTIONS, Config
 from jaxlm.errors import UserError
 
 SHOWN = 200  # characters of a wrong value that a message repeats
@@ -21,27 +21,21 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 def accepts(annotation: Any, value: Any) -> bool:
     """Whether `value` has the declared type: an int passes for a float, a bool passes for neither."""
-    options = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
-    for kind in options:
-        if typing.get_origin(kind) is tuple:
-            item_type = typing.get_args(kind)[0]
-            if isinstance(value, tuple) and all(item_type is Any or isinstance(item, item_type) for item in value):
-                return True
-        elif kind is float:
-            if isinstance(value, int | float) and not isinstance(value, bool):
-                return True
-        elif isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
-            return True
-    return False
+    if typing.get_origin(annotation) is tuple:
+        item_type = typing.get_args(annotation)[0]
+        return isinstance(value, tuple) and (item_type is Any or all(isinstance(item, item_type) for item in value))
+    kinds = typing.get_args(annotation) or (annotation,)
+    if isinstance(value, bool):
+        return bool in kinds
+    return isinstance(value, (*kinds, int) if float in kinds else kinds)
 
 
 def type_name(annotation: Any) -> str:
     """How a declared type is called in messages, such as 'int or none'."""
-    options = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
+    if typing.get_origin(annotation) is tuple:
+        return "list of text"
     names = {type(None): "none", bool: "true or false", str: "text"}
-    return " or ".join(
-        "list of text" if typing.get_origin(kind) is tuple else names.get(kind, kind.__name__) for kind in options
-    )
+    return " or ".join(names.get(kind, kind.__name__) for kind in typing.get_args(annotation) or (annotation,))
 
 
 def excerpt(value: Any) -> str:
@@ -62,6 +56,11 @@ def shown(value: Any) -> str:
     return "none" if value is None else str(plain(value)) or '""'
 
 
+def field_values(config: Config) -> dict[str, Any]:
+    """Every field's value by its dotted name, "section.field"."""
+    return {dotted: operator.attrgetter(dotted)(config) for dotted in FIELDS}
+
+
 def replace_fields(config: Config, values: Mapping[str, Any]) -> Config:
     """A copy of `config` with the fields named in `values` ("section.field") set.
 
@@ -71,13 +70,10 @@ def replace_fields(config: Config, values: Mapping[str, Any]) -> Config:
     changes: dict[str, dict[str, Any]] = {name: {} for name in SECTIONS}
     for dotted, value in values.items():
         section, _, field = dotted.partition(".")
-        if section not in SECTIONS:
-            raise UserError(
-                f"{dotted}: unknown section {section!r}{nearest(section, SECTIONS)}; use model, training or data"
-            )
-        known = [f.name for f in dataclasses.fields(SECTIONS[section])]
-        if field not in known:
-            elsewhere = [f"{s}.{field}" for s in SECTIONS if field in {f.name for f in dataclasses.fields(SECTIONS[s])}]
+        _check_section(section, where=dotted)
+        if dotted not in FIELDS:
+            elsewhere = [name for name in FIELDS if name.endswith(f".{field}")]
+            known = [name.removeprefix(f"{section}.") for name in FIELDS if name.startswith(f"{section}.")]
             hint = f" (did you mean {elsewhere[0]}?)" if elsewhere else nearest(field, known)
             raise UserError(f"{dotted}: unknown field{hint}")
         changes[section][field] = value
@@ -85,12 +81,14 @@ def replace_fields(config: Config, values: Mapping[str, Any]) -> Config:
     return Config(**typing.cast(Any, sections))
 
 
+def _check_section(name: str, where: str) -> None:
+    if name not in SECTIONS:
+        raise UserError(f"{where}: unknown section {name!r}{nearest(name, SECTIONS)}; use model, training or data")
+
+
 def to_dict(config: Config) -> dict[str, dict[str, Any]]:
     """The configuration as plain JSON values, by section; an object in report_to as the name of its class."""
-    return {
-        name: {field.name: plain(getattr(getattr(config, name), field.name)) for field in dataclasses.fields(section)}
-        for name, section in SECTIONS.items()
-    }
+    return {name: {field: plain(x) for field, x in vars(section).items()} for name, section in vars(config).items()}
 
 
 def plain(value: Any) -> Any:
@@ -110,11 +108,8 @@ def from_dict(values: Any, where: str) -> Config:
     """
     if not isinstance(values, dict) or not all(isinstance(section, dict) for section in values.values()):
         raise UserError(f'{where}: expected {{"model": {{}}, "training": {{}}, "data": {{}}}}')
-    unknown = [name for name in values if name not in SECTIONS]
-    if unknown:
-        raise UserError(
-            f"{where}: unknown section {unknown[0]!r}{nearest(unknown[0], SECTIONS)}; use model, training, data"
-        )
+    for name in values:
+        _check_section(name, where)
     fields = {f"{section}.{name}": value for section in values for name, value in values[section].items()}
     try:
         return replace_fields(Config(), fields)
@@ -133,10 +128,6 @@ def with_derived(config: Config) -> Config:
 
 def changed_fields(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
     """{"section.field": (old, new)} for the fields that change the training and differ."""
-    return {
-        f"{name}.{field.name}": (getattr(getattr(old, name), field.name), getattr(getattr(new, name), field.name))
-        for name, section in SECTIONS.items()
-        for field in dataclasses.fields(section)
-        if not field.metadata["resumable"]
-        and getattr(getattr(old, name), field.name) != getattr(getattr(new, name), field.name)
-    }
+    before, after = field_values(old), field_values(new)
+    changed = [name for name in FIELDS if before[name] != after[name] and not FIELDS[name].metadata["resumable"]]
+    return {name: (before[name], after[name]) for name in changed}

@@ -5,9 +5,7 @@ A field is declared once, with `option(default, help, ...)`: the command line, `
 """
 
 import dataclasses
-import re
 import typing
-from collections.abc import Callable
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -30,25 +28,19 @@ def option(
     high: float | None = None,
     above: float | None = None,
     below: float | None = None,
-    others: Callable[[Any], bool] | None = None,
+    others: bool = False,
+    path: bool = False,
     resumable: bool = False,
 ) -> T:
     """Declares a field. `low`/`high` are inclusive bounds, `above`/`below` exclusive ones.
 
-    `others` tells whether a value that is none of `choices` is valid all the same.
-
-    `resumable` marks a field that does not change the training itself, so that a run may go on with another value.
+    `others` says that more than `choices` may be valid. `path` marks names of files and folders, in which ~ stands for
+    a home folder; `resumable` a field that does not change the training itself, so that a run may go on with another
+    value.
     """
-    bounds = {"choices": choices, "low": low, "high": high, "above": above, "below": below, "others": others}
-    return typing.cast(T, dataclasses.field(default=default, metadata={"help": help, "resumable": resumable, **bounds}))
-
-
-def _is_own_sink(item: Any) -> bool:
-    """Whether an entry of report_to is a sink of the user's own: "module:Class", or an object (jaxlm.monitor.sinks)."""
-    if isinstance(item, str):
-        return re.fullmatch(r"[^:]+:[^:]+", item) is not None
-    methods = (getattr(item, name, None) for name in ("write", "close"))
-    return not isinstance(item, type) and all(callable(method) for method in methods)
+    metadata = {"help": help, "choices": choices, "low": low, "high": high, "above": above, "below": below}
+    metadata |= {"others": others, "path": path, "resumable": resumable}
+    return typing.cast(T, dataclasses.field(default=default, metadata=metadata))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,19 +200,22 @@ class TrainingConfig(_Section):
     save_steps: int = option(2000, "updates between checkpoints", low=1, resumable=True)
     eval_steps: int = option(1000, "updates between evaluations", low=1, resumable=True)
     logging_steps: int = option(100, "updates between logged rows", low=1, resumable=True)
-    checkpoint_dir: str = option("./checkpoints", "the run's folder", resumable=True)
+    checkpoint_dir: str = option("./checkpoints", "the run's folder", path=True, resumable=True)
     save_total_limit: int | None = option(3, "newest checkpoints to keep; 0 or none: all", low=0, resumable=True)
-    resume_from_checkpoint: str | None = option(None, "checkpoint folder to start from, or latest", resumable=True)
+    resume_from_checkpoint: str | None = option(
+        None, "checkpoint folder to start from, or latest", path=True, resumable=True
+    )
     init_from: str | None = option(
         None,
         "model whose parameters, architecture and tokenizer to start from: a best_model, final_model or checkpoint, or "
         "a folder or Hub name for transformers; model options that are not at their defaults must agree with it",
+        path=True,
     )
     report_to: tuple[Any, ...] = option(
         ("tensorboard",),
         "where metrics go beside metrics.jsonl; also module:Class, a sink of your own (jaxlm/monitor/sinks.py)",
         choices=("tensorboard", "wandb", "trackio", "jsonl"),
-        others=_is_own_sink,
+        others=True,
         resumable=True,
     )
     wandb_project: str = option("jaxlm", "project (report_to wandb, trackio)", resumable=True)
@@ -291,8 +286,10 @@ class DataConfig(_Section):
     dataset_config: str | None = option("wikitext-103-raw-v1", "configuration of the Hub data set")
     dataset_split: str = option("train", "split to train on")
     validation_split: str | None = option("validation", "split to evaluate on; none: hold out validation_fraction")
-    train_files: tuple[str, ...] = option((), "own text instead of dataset_name: .txt, .jsonl, .csv or .parquet files")
-    validation_files: tuple[str, ...] = option((), "own held-out text; none: hold out validation_fraction")
+    train_files: tuple[str, ...] = option(
+        (), "own text instead of dataset_name: .txt, .jsonl, .csv or .parquet files", path=True
+    )
+    validation_files: tuple[str, ...] = option((), "own held-out text; none: hold out validation_fraction", path=True)
     validation_fraction: float = option(
         0.05, "share of the text held out where there is no validation split", above=0, below=1
     )
@@ -303,7 +300,7 @@ class DataConfig(_Section):
         "stop before the run, or skip: it is left out, and that is said",
         choices=("stop", "skip"),
     )
-    tokenizer_path: str | None = option(None, "a tokenizer.json of your own, instead of training one")
+    tokenizer_path: str | None = option(None, "a tokenizer.json of your own, instead of training one", path=True)
     max_length: int = option(1024, "tokens a row; longer documents are cut into pieces", low=2)
     min_length: int = option(10, "documents of fewer tokens (with <bos> and <eos>) are dropped", low=0)
     pack_sequences: bool = option(True, "put several documents into a row, kept apart in attention; false: pad")
@@ -312,7 +309,7 @@ class DataConfig(_Section):
     )
     preprocessing_num_workers: int = option(8, "threads that tokenize", low=1, resumable=True)
     cache_dir: str | None = option(
-        None, "where tokenized text and compiled programs are kept; none: ~/.cache/jaxlm", resumable=True
+        None, "where tokenized text and compiled programs are kept; none: ~/.cache/jaxlm", path=True, resumable=True
     )
 
 
@@ -331,3 +328,6 @@ class Config:
 
 
 SECTIONS: dict[str, type[_Section]] = {"model": ModelConfig, "training": TrainingConfig, "data": DataConfig}
+FIELDS: dict[str, dataclasses.Field[Any]] = {
+    f"{name}.{field.name}": field for name, section in SECTIONS.items() for field in dataclasses.fields(section)
+}
