@@ -102,13 +102,6 @@ def test_greedy_is_next_fit(tokens: list[int], max_length: int) -> None:
     assert lengths(plan(offsets(tokens), max_length, 0, "greedy", True)) == expected
 
 
-@settings(deadline=None, max_examples=50)
-@given(st.lists(st.integers(1, 9), min_size=1), st.integers(1, 5))
-def test_greedy_in_blocks_is_the_same(sizes: list[int], block: int) -> None:
-    length = np.array(sizes, np.int32)
-    assert packing._greedy(length, 10, block).tolist() == packing._greedy(length, 10).tolist()
-
-
 @settings(deadline=None, max_examples=150)
 @given(TOKENS, st.integers(2, 50))
 def test_first_fit_is_first_fit(tokens: list[int], max_length: int) -> None:

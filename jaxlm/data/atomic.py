@@ -1,15 +1,12 @@
-"""The one way to write a file or a folder whole: under another name beside it, then renamed.
+"""The one way to write a file or a folder whole: under another name beside it, then renamed."""
 
-Of the processes that write the same path, one at a time does so; the others wait. So the other name can be fixed, and
-the next process that writes the path removes what a killed one left there.
-"""
-
-import fcntl
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from filelock import FileLock
 
 
 @contextmanager
@@ -18,9 +15,10 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
     It is on the disk by then, so that even a power cut leaves the old content or the new. If the block raises or writes
     nothing, `path` stays as it was. A file replaces a file, a folder only an empty one: else `OSError` is raised.
+    Of several processes that write the same path, the others wait, and the next removes what a killed one has left.
     """
     part = path.with_name(f".{path.name}.part")
-    with _locked(path.with_name(f".{path.name}.lock")):
+    with FileLock(path.with_name(f".{path.name}.lock")) as lock:
         _remove(part)
         try:
             yield part
@@ -31,6 +29,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
                 sync(path.parent)
         finally:
             _remove(part)
+            _remove(Path(lock.lock_file))  # filelock lets a process that waits for a deleted file begin again
 
 
 def atomic_write(path: Path, text: str) -> None:
@@ -46,24 +45,6 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Waits until no other process holds the lock file `path`; the system releases it when its holder is killed."""
-    while True:
-        with path.open("w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            try:
-                current = os.path.samestat(os.fstat(file.fileno()), path.stat())
-            except FileNotFoundError:
-                current = False
-            if current:  # else the holder before us has deleted it while we waited
-                try:
-                    yield
-                finally:
-                    path.unlink(missing_ok=True)
-                return
 
 
 def _remove(path: Path) -> None:

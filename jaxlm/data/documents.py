@@ -17,6 +17,7 @@ class Document(NamedTuple):
 
 
 Documents = Callable[[], Iterator[Document]]  # each call starts a new pass over the text
+Found = Iterator[Document | UserError]  # an error stands for a bad document, and says its place and what is wrong
 
 
 class LeftOut:
@@ -28,55 +29,62 @@ class LeftOut:
         self._skip = data.on_bad_document == "skip"
         self.empty, self.bad, self.first = 0, 0, list[str]()  # first: descriptions of the first bad ones
 
-    def non_empty(self, read: Documents) -> Iterator[Document]:
-        """A new pass over the documents of `read`, without the empty ones, which are counted."""
+    def good(self, read: Callable[[], Found], where: str) -> Iterator[Document]:
+        """A new pass over `read`, without what is left out; UserError, which `where` begins, if nothing is left."""
         self.empty, self.bad, self.first = 0, 0, []
+        nothing = True
         for document in read():
-            if document.text:
+            if isinstance(document, UserError):
+                self.add(document)
+            elif document.text:
+                nothing = False
                 yield document
             else:
                 self.empty += 1
+        if nothing:
+            raise UserError("; ".join([f"{where} holds no text", *self._bad_ones()]))
 
-    def add(self, fault: str) -> None:
-        """Counts a bad document, of which `fault` says the place and what is wrong; UserError unless it is skipped."""
+    def add(self, fault: UserError) -> None:
+        """Counts a bad document; raises UserError unless it is skipped."""
         if not self._skip:
-            raise UserError(f"{fault}; mend it, or set data.on_bad_document skip to leave out bad documents")
+            raise UserError(f"{fault}; mend it, or set data.on_bad_document skip to leave out bad documents") from fault
         self.bad += 1
         if self.bad <= SHOWN:
-            self.first.append(fault)
-
-    def checked(self, value: object, column: str, place: str) -> Iterator[Document]:
-        """The document of a table's cell; nothing if its value is no text, which is counted."""
-        if not isinstance(value, str):
-            self.add(f"data.text_column ({column}): {place} holds {type(value).__name__}, not text")
-        elif fault := encoding_fault(value, place):
-            self.add(fault)
-        else:
-            yield Document(value, place)
+            self.first.append(str(fault))
 
     def lines(self, part: str) -> list[str]:
         """The lines of the report about what was left out of `part`."""
-        lines = [f"{part}: {self.empty:,} empty document(s) left out"] if self.empty else []
-        if self.bad:
-            more = f"; and {self.bad - SHOWN:,} more" if self.bad > SHOWN else ""
-            lines.append(f"{part}: {self.bad:,} bad document(s) left out: {'; '.join(self.first)}{more}")
-        return lines
+        empty = [f"{self.empty:,} empty document(s) left out"] if self.empty else []
+        return [f"{part}: {line}" for line in empty + self._bad_ones()]
+
+    def _bad_ones(self) -> list[str]:
+        more = [f"and {self.bad - SHOWN:,} more"] if self.bad > SHOWN else []
+        return [f"{self.bad:,} bad document(s) left out: {'; '.join(self.first + more)}"] if self.bad else []
 
 
-def missing_column(column: str, columns: Iterable[str], where: str) -> str:
-    """The message for a data.text_column that is not one of `columns`."""
+def checked(value: object, column: str, place: str) -> Document | UserError:
+    """The document of a table's cell, or the error for a value that is no text."""
+    if not isinstance(value, str):
+        return UserError(f"data.text_column ({column}): {place} holds {type(value).__name__}, not text")
+    return encoding_fault(value, place) or Document(value, place)
+
+
+def missing_column(column: str, columns: Iterable[str], where: str) -> UserError:
+    """The error for a data.text_column that is not one of `columns`."""
     names = list(columns)
     listed = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
-    return f"data.text_column ({column}): not in {where}{nearest(column, names)}; there is: {listed or 'nothing'}"
+    return UserError(
+        f"data.text_column ({column}): not in {where}{nearest(column, names)}; there is: {listed or 'nothing'}"
+    )
 
 
-def encoding_fault(text: str, place: str) -> str | None:
-    """The message for a text that cannot be written as UTF-8; None if it can."""
+def encoding_fault(text: str, place: str) -> UserError | None:
+    """The error for a text that cannot be written as UTF-8; None if it can."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
         code = ord(text[error.start])
         if 0xDC80 <= code <= 0xDCFF:  # how errors="surrogateescape" represents a byte that is not UTF-8
-            return f"{place} is not UTF-8 (byte {code - 0xDC00:#x} at character {error.start + 1})"
-        return f"{place}: {text[error.start]!r} is half a surrogate pair, not text"
+            return UserError(f"{place} is not UTF-8 (byte {code - 0xDC00:#x} at character {error.start + 1})")
+        return UserError(f"{place}: {text[error.start]!r} is half a surrogate pair, not text")
     return None

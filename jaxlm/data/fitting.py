@@ -20,10 +20,7 @@ def _compiled(loop: Callable[..., Any]) -> Callable[..., Any]:
 
 @_compiled
 def _empty_tree(leaves: int, value: int) -> np.ndarray:
-    size = 1
-    while size < leaves:
-        size *= 2
-    return np.full(2 * size, value, np.int32)
+    return np.full(2 << int(np.ceil(np.log2(leaves))), value, np.int32)
 
 
 @_compiled

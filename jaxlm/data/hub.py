@@ -1,15 +1,15 @@
 """Data sets of the Hugging Face Hub."""
 
-import itertools
 import logging
 import os
 import re
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from itertools import chain
 from typing import TYPE_CHECKING
 
 from jaxlm.config import nearest
-from jaxlm.data.documents import Document, LeftOut, missing_column
+from jaxlm.data.documents import Found, checked, missing_column
 from jaxlm.errors import UserError, one_line
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ SECONDS = 10  # the Hub has to answer a first request within this time
 
 
 def prepare(name: str, configuration: str | None, where: str) -> tuple[str, "datasets.DatasetBuilder"]:
-    """Downloads a data set into the cache of `datasets`, or finds it there.
+    """Downloads a data set into the cache of `datasets`, or finds it there; returns a description and the data set.
 
     From here on `datasets` and `huggingface_hub` log errors only and, if the Hub is out of reach, are offline.
 
@@ -37,9 +37,6 @@ def prepare(name: str, configuration: str | None, where: str) -> tuple[str, "dat
       name: on the Hub, or one of `NAMES`.
       configuration: of the data set; None: its only one.
       where: begins the messages of errors.
-
-    Returns:
-      A description for people, and the data set.
 
     Raises:
       UserError: there is no such data set, or it is not in the cache and the Hub is out of reach.
@@ -79,46 +76,45 @@ def prepare(name: str, configuration: str | None, where: str) -> tuple[str, "dat
 
 def why_unreachable(request: Callable[["huggingface_hub.HfApi"], object]) -> str | None:
     """Why the Hub does not answer `request` in time; None if it does. The library alone would retry for minutes."""
-    result: list[str | None] = []
+    reason: str | None = f"no answer within {2 * SECONDS} s"
 
     def ask() -> None:
+        nonlocal reason
         from huggingface_hub import HfApi
         from huggingface_hub.errors import HfHubHTTPError, HTTPError, RepositoryNotFoundError
 
         try:
             request(HfApi())
-            result.append(None)
+            reason = None
         except RepositoryNotFoundError:
-            result.append(None)  # the Hub is there; loading reports the missing data set
+            reason = None  # the Hub is there; loading reports the missing data set
         except HfHubHTTPError as error:
-            result.append(f"HTTP status {error.response.status_code}")
+            reason = f"HTTP status {error.response.status_code}"
         except (OSError, HTTPError) as error:
-            result.append(one_line(error))
+            reason = one_line(error)
         except (ValueError, KeyError, TypeError):
-            result.append("what answers is not the Hub")  # no JSON, or without its keys: a hotel's sign-in page
+            reason = "what answers is not the Hub"  # no JSON, or without its keys: a hotel's sign-in page
 
     thread = threading.Thread(target=ask, daemon=True)  # a name server that is silent cannot be timed out otherwise
     thread.start()
     thread.join(2 * SECONDS)
-    return result[0] if result else f"no answer within {2 * SECONDS} s"
+    return reason
 
 
 def load_split(builder: "datasets.DatasetBuilder", split: str, column: str, field: str) -> "datasets.Dataset":
-    """A split that has text in `column`; UserError, naming the option `field`, if there is none."""
+    """A split that has the column `column`; UserError, naming the option `field`, if there is none."""
     try:
         dataset = builder.as_dataset(split=split)
     except ValueError as error:
         hint = "; none: hold out data.validation_fraction" if field == "data.validation_split" else ""
         raise UserError(f"{field} ({split}): {one_line(error).rstrip('.')}{hint}") from error
     if column not in dataset.column_names:
-        raise UserError(missing_column(column, dataset.column_names, f"split {split}"))
-    if not len(dataset):
-        raise UserError(f"{field} ({split}) is empty")
+        raise missing_column(column, dataset.column_names, f"split {split}")
     return dataset
 
 
-def read_split(dataset: "datasets.Dataset", column: str, where: str, left_out: LeftOut) -> Iterator[Document]:
+def read_split(dataset: "datasets.Dataset", column: str, where: str) -> Found:
     """The documents of a split; `where` begins their places."""
     batches = dataset.select_columns([column]).iter(batch_size=1024)
-    for row, value in enumerate(itertools.chain.from_iterable(batch[column] for batch in batches), 1):
-        yield from left_out.checked(value, column, f"{where}: row {row}")
+    values = chain.from_iterable(batch[column] for batch in batches)
+    return (checked(value, column, f"{where}: row {row}") for row, value in enumerate(values, 1))

@@ -13,8 +13,7 @@ from zipfile import BadZipFile
 
 import numpy as np
 
-from jaxlm.data.atomic import atomic_path
-from jaxlm.data.tokens import Report, TokenDocuments, writing_to_cache
+from jaxlm.data.tokens import Report, TokenDocuments, made_once
 from jaxlm.errors import UserError
 
 FORMAT = 1  # raise it when a strategy gives other rows
@@ -78,7 +77,10 @@ def plan(doc_offsets: np.ndarray, max_length: int, min_length: int, strategy: st
         elif strategy == "greedy":
             row_offsets = _greedy(piece_length, max_length)
         else:
-            order, row_offsets = _fit(piece_length, max_length, strategy)
+            from jaxlm.data import fitting
+
+            fit = {"first_fit": fitting.first_fit, "best_fit": fitting.best_fit}[strategy]
+            order, row_offsets = fitting.counting_sort(fit(piece_length, max_length))
             piece_start, piece_length = piece_start[order], piece_length[order]
     return Plan(
         row_offsets,
@@ -101,26 +103,22 @@ def plan_cached(
     Raises:
       UserError: no document is left, or the folder cannot be read or written.
     """
+
+    def save(part: Path) -> None:
+        with part.open("wb") as file:  # given a path, numpy would add an extension
+            np.savez(file, **vars(plan(documents.offsets, max_length, min_length, strategy, pack)))
+
     kind = strategy if pack else "unpacked"
     path = documents.folder / f"{documents.split}.plan-{FORMAT}-{kind}-{max_length}-{min_length}.npz"
     start = time.perf_counter()
-    found = path.is_file()
-    if not found:
-        with writing_to_cache(path.parent), atomic_path(path) as part:
-            if not path.is_file():  # else another process has made it meanwhile
-                _save(plan(documents.offsets, max_length, min_length, strategy, pack), part)
+    made = made_once(path, save)
     result = _load(path)
     report(
         f"{documents.split} rows: {len(result):,} of {max_length} tokens, {kind}, {result.efficiency:.1%} full; "
         f"{result.documents:,} documents, {result.cut_documents:,} cut, {result.dropped_documents:,} dropped "
-        f"({'cached' if found else f'{time.perf_counter() - start:.1f} s'})"
+        f"({f'{time.perf_counter() - start:.1f} s' if made else 'cached'})"
     )
     return result
-
-
-def _save(result: Plan, path: Path) -> None:
-    with path.open("wb") as file:  # given a path, numpy would add an extension
-        np.savez(file, **vars(result))
 
 
 def _load(path: Path) -> Plan:
@@ -154,26 +152,11 @@ def _concat(starts: np.ndarray, pairs: np.ndarray, max_length: int) -> tuple[np.
     return starts[document] + cuts - begins[document], length, np.bincount(document), row_offsets
 
 
-def _greedy(length: np.ndarray, max_length: int, block: int = 2**20) -> np.ndarray:
-    """int64 [rows + 1]: the offsets of rows filled in order, each closed when the next piece does not fit.
-
-    For a whole block of pieces at once it finds where the row ends that would begin at each of them.
-    """
+def _greedy(length: np.ndarray, max_length: int) -> np.ndarray:
+    """int64 [rows + 1]: the offsets of rows filled in order, each closed when the next piece does not fit."""
     ends = np.cumsum(length, dtype=np.int64)
-    offsets, row = array("q"), 0
-    for low in range(0, len(length), block):
-        high = min(low + block, len(length))
-        room_ends = ends[low:high] - length[low:high] + max_length
-        following = np.searchsorted(ends, room_ends, side="right").tolist()
-        while row < high:
-            offsets.append(row)
-            row = following[row - low]
-    return np.array([*offsets, len(length)], np.int64)
-
-
-def _fit(length: np.ndarray, max_length: int, strategy: str) -> tuple[np.ndarray, np.ndarray]:
-    """The order of the pieces, int64 [pieces], those of a row in the order of the text, and the offsets of the rows."""
-    from jaxlm.data import fitting
-
-    fit = {"first_fit": fitting.first_fit, "best_fit": fitting.best_fit}[strategy]
-    return fitting.counting_sort(fit(length, max_length))
+    end_of_row_from = np.searchsorted(ends, ends - length + max_length, side="right")  # [pieces]
+    offsets = array("q", [0])
+    while offsets[-1] < len(length):
+        offsets.append(end_of_row_from[offsets[-1]])
+    return np.array(offsets)

@@ -7,15 +7,16 @@ import hashlib
 import os
 import platform
 import sysconfig
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
 from jaxlm.config import DataConfig
 from jaxlm.data import files, hub
-from jaxlm.data.documents import Document, Documents, LeftOut
+from jaxlm.data.documents import Documents, Found, LeftOut
 from jaxlm.data.held_out import HeldOut
 from jaxlm.errors import UserError
 
@@ -54,27 +55,26 @@ def open_source(data: DataConfig) -> Source:
 
 
 class _Part(NamedTuple):
-    """A part of a source: a hash of its content, and the function that reads it."""
+    """A part of a source."""
 
-    fingerprint: str
-    read: Callable[[LeftOut], Iterator[Document]]
+    where: str  # begins messages
+    fingerprint: str  # changes with the content
+    read: Callable[[], Found]
 
 
-def _source(data: DataConfig, name: str, where: str, train: _Part, validation: _Part | None) -> Source:
-    """`train` and `validation` without their empty documents; without `validation`, a part of `train` is held out."""
-
-    def documents(part: _Part, left_out: LeftOut) -> Documents:
-        return partial(left_out.non_empty, partial(part.read, left_out))
-
-    left_out, held_out = LeftOut(data), LeftOut(data)
+def _source(data: DataConfig, name: str, train: _Part, validation: _Part | None) -> Source:
+    """`train` and `validation` without what is left out; without `validation`, a part of `train` is held out."""
+    left_out = LeftOut(data)
+    train_documents = partial(left_out.good, train.read, train.where)
     if validation is None:
-        split = HeldOut(documents(train, left_out), data.validation_fraction, where)
+        split = HeldOut(train_documents, data.validation_fraction, train.where)
         return Source(name, train.fingerprint, split.train, split.validation, {"text": left_out})
+    held_out = LeftOut(data)
     return Source(
         name,
         f"{train.fingerprint}-{validation.fingerprint}",
-        documents(train, left_out),
-        documents(validation, held_out),
+        train_documents,
+        partial(held_out.good, validation.read, validation.where),
         {"training text": left_out, "held-out text": held_out},
     )
 
@@ -82,15 +82,14 @@ def _source(data: DataConfig, name: str, where: str, train: _Part, validation: _
 def _own_files(data: DataConfig) -> Source:
     def part(patterns: tuple[str, ...], field: str) -> tuple[str, _Part]:
         paths = files.find_files(patterns, field)
-        read = partial(files.read_files, paths, data.text_column, field)
-        return files.summary(paths), _Part(files.hash_files(paths, field), read)
+        name, read = files.summary(paths), partial(files.read_files, paths, data.text_column, field)
+        return name, _Part(f"{field} ({name})", files.hash_files(paths, field), read)
 
     name, train = part(data.train_files, "data.train_files")
-    validation = None
-    if data.validation_files:
-        held_out, validation = part(data.validation_files, "data.validation_files")
-        name = f"{name}, held out: {held_out}"
-    return _source(data, name, "data.train_files", train, validation)
+    if not data.validation_files:
+        return _source(data, name, train, None)
+    held_out, validation = part(data.validation_files, "data.validation_files")
+    return _source(data, f"{name}, held out: {held_out}", train, validation)
 
 
 def _hub(data: DataConfig) -> Source:
@@ -98,35 +97,30 @@ def _hub(data: DataConfig) -> Source:
 
     def part(split: str, field: str) -> _Part:
         rows = hub.load_split(builder, split, data.text_column, field)
-        return _Part(rows._fingerprint, partial(hub.read_split, rows, data.text_column, f"{where} {split}"))
+        read = partial(hub.read_split, rows, data.text_column, f"{where} {split}")
+        return _Part(f"{where} {split}", rows._fingerprint, read)
 
     name, builder = hub.prepare(data.dataset_name, data.dataset_config, where)
     train = part(data.dataset_split, "data.dataset_split")
     validation = None if data.validation_split is None else part(data.validation_split, "data.validation_split")
-    return _source(data, name, where, train, validation)
+    return _source(data, name, train, validation)
 
 
 def _standard_library(data: DataConfig) -> Source:
     where, root = f"data.dataset_name ({STDLIB})", Path(sysconfig.get_path("stdlib"))
-    documents, not_utf8, digest = [], 0, hashlib.sha256()
-    for path in _library_files(root):
-        content = _read(path, where)
-        try:
-            content.decode()
-        except UnicodeDecodeError:
-            not_utf8 += 1
-        else:
-            documents.append(path)
-            digest.update(len(content).to_bytes(8, "big") + content)
-    if not documents:
+    paths, digest = _library_files(root), hashlib.sha256()
+    if not paths:
         raise UserError(f"{where}: no Python source files in {root}; use data.train_files")
+    for path in paths:
+        with files.reading(f"{where}: {path}"):
+            content = path.read_bytes()
+        digest.update(len(content).to_bytes(8, "big") + content)
 
-    def read(left_out: LeftOut) -> Iterator[Document]:
-        return (Document(_read(path, where).decode(), f"{where}: {path}") for path in documents)
+    def read() -> Found:
+        return chain.from_iterable(files.read_txt(path, "", f"{where}: {path}") for path in paths)
 
-    note = f"; {not_utf8} left out: not UTF-8" if not_utf8 else ""
-    name = f"{STDLIB} {platform.python_version()} ({len(documents)} files{note})"
-    return _source(data, name, where, _Part(digest.hexdigest(), read), None)
+    name = f"{STDLIB} {platform.python_version()} ({len(paths)} files)"
+    return _source(data, name, _Part(where, digest.hexdigest(), read), None)
 
 
 def _library_files(root: Path) -> list[Path]:
@@ -136,10 +130,3 @@ def _library_files(root: Path) -> list[Path]:
         folders[:] = [name for name in folders if name not in _NOT_STDLIB]
         names += [os.path.relpath(os.path.join(folder, name), root) for name in found if name.endswith(".py")]
     return [root / name for name in sorted(names)]
-
-
-def _read(path: Path, where: str) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{where}: {path} cannot be read: {error.strerror}") from error

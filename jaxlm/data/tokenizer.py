@@ -5,7 +5,9 @@ import json
 import os
 import re
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 from functools import cached_property
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
@@ -41,16 +43,14 @@ class Tokenizer:
         backend.no_truncation()
         vocabulary = backend.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocabulary.values(), default=-1) + 1  # ids may have gaps
-
-        def find(names: Sequence[str]) -> int | None:
-            return next((vocabulary[name] for name in names if name in vocabulary), None)
-
-        bos, eos, pad = find(BOS_NAMES), find(EOS_NAMES), find(PAD_NAMES)
-        if bos is None or eos is None:
-            verb, names = ("begin", BOS_NAMES) if bos is None else ("end", EOS_NAMES)
-            needed = f"it must contain one of {', '.join(names)}"
-            raise UserError(f"{where} has no token to {verb} a document with; {needed}")
-        self.bos_id, self.eos_id, self.pad_id = bos, eos, eos if pad is None else pad
+        for verb, names in (("begin", BOS_NAMES), ("end", EOS_NAMES)):
+            if not vocabulary.keys() & names:
+                needed = f"it must contain one of {', '.join(names)}"
+                raise UserError(f"{where} has no token to {verb} a document with; {needed}")
+        self.bos_id, self.eos_id, self.pad_id = (
+            next(vocabulary[name] for name in names if name in vocabulary)
+            for names in (BOS_NAMES, EOS_NAMES, PAD_NAMES + EOS_NAMES)
+        )
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
@@ -85,16 +85,13 @@ class Tokenizer:
           UserError: it begins with `name`, the option; the file is missing, unreadable, corrupt, or see `__init__`.
         """
         where, path = f"{name} ({path})", Path(path).expanduser()
-        folder = os.path.isdir(path)  # unlike Path.is_dir, no error where a name is too long or a folder closed
-        candidates = [path / "tokenizer.json", path / "tokenizer" / "tokenizer.json"] if folder else [path]
-        file = next((candidate for candidate in candidates if os.path.isfile(candidate)), None)
-        if file is None:
-            raise UserError(f"{where}: " + ("holds no tokenizer.json" if folder else "no such file"))
-        try:
-            text = file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{where} cannot be read: {one_line(error)}") from error
-        return cls.from_json(text, where)
+        for file in (path, path / "tokenizer.json", path / "tokenizer" / "tokenizer.json"):
+            if os.path.isfile(file):  # unlike Path.is_file, no error where a name is too long or a folder closed
+                try:
+                    return cls.from_json(file.read_text(encoding="utf-8"), where)
+                except (OSError, UnicodeDecodeError) as error:
+                    raise UserError(f"{where} cannot be read: {one_line(error)}") from error
+        raise UserError(f"{where}: " + ("holds no tokenizer.json" if os.path.isdir(path) else "no such file"))
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Writes folder/tokenizer.json, whole or not at all. Raises OSError where that is not possible."""
@@ -108,8 +105,8 @@ class Tokenizer:
 
     def agrees_with(self, other: "Tokenizer") -> bool:
         """Whether both give every text the same ids, apart from the tokens that a template puts around it."""
-        settings = [json.loads(tokenizer.to_json()) for tokenizer in (self, other)]
-        return len({json.dumps(each | {"post_processor": None}, sort_keys=True) for each in settings}) == 1
+        own, others = (json.loads(tokenizer.to_json()) | {"post_processor": None} for tokenizer in (self, other))
+        return bool(own == others)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -141,17 +138,14 @@ class Tokenizer:
           UserError: one of them cannot be tokenized; the message has the reason, not the text.
         """
         parts = [split_safely(text) if self._splits_safely else [text] for text in texts]
-        flat = [part for each in parts for part in each]
         with _LibraryErrors("cannot be tokenized"):
-            encodings = iter(self._backend.encode_batch_fast(flat, add_special_tokens=False))
+            encodings = iter(self._backend.encode_batch_fast([*chain.from_iterable(parts)], add_special_tokens=False))
         documents = []
-        for text, each in zip(texts, parts, strict=True):
-            ids = [self.bos_id]
-            for _ in each:
-                ids += next(encodings).ids
-            if len(ids) == 1 and text.strip():  # every word is unknown, and the vocabulary has no token for that
+        for text, of_text in zip(texts, parts, strict=True):
+            ids = [token for encoding in islice(encodings, len(of_text)) for token in encoding.ids]
+            if not ids and text.strip():  # every word is unknown, and the vocabulary has no token for that
                 raise UserError("cannot be tokenized: the tokenizer has no token for anything in it")
-            documents.append(np.array([*ids, self.eos_id], self.dtype))
+            documents.append(np.array([self.bos_id, *ids, self.eos_id], self.dtype))
         return documents
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -162,25 +156,23 @@ class Tokenizer:
     def _splits_safely(self) -> bool:
         """Whether text is split into words as `train` does it, so that `split_safely` applies."""
         settings = json.loads(self.to_json())
-        words = settings["pre_tokenizer"] or {}
+        words = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
+        only_special = all(token["special"] for token in settings["added_tokens"])
         return (
-            settings["normalizer"] is None
-            and all(token["special"] for token in settings["added_tokens"])
-            and [words.get(key) for key in ("type", "add_prefix_space", "use_regex")] == ["ByteLevel", False, True]
+            only_special
+            and settings["normalizer"] is None
+            and (settings["pre_tokenizer"] or {}).items() >= words.items()
         )
 
 
-class _LibraryErrors:
-    """A context whose library errors become a UserError, which `message` begins.
+class _LibraryErrors(AbstractContextManager[None]):
+    """A context in which an error of `tokenizers` becomes a UserError, which `message` begins.
 
-    `tokenizers` raises a bare `Exception`, so just that class is taken for one: all others are defects and pass.
+    That library raises a bare `Exception`, so just that class is meant: all others are defects and pass.
     """
 
     def __init__(self, message: str) -> None:
         self._message = message
-
-    def __enter__(self) -> None:
-        pass
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
         if error is not None and kind is Exception:

@@ -18,11 +18,11 @@ import time
 from array import array
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain, repeat
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -85,14 +85,10 @@ class Prepared:
 
 
 def cache_root(data: DataConfig) -> Path:
-    """The folder for everything that can be made again; it exists and can be written to.
-
-    Raises:
-      UserError: it cannot be made, or not be written to.
-    """
+    """The folder for everything that can be made again; UserError if it cannot be made, or not be written to."""
     home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"  # set but empty means not set
     root = Path(data.cache_dir if data.cache_dir is not None else f"{home}/jaxlm").expanduser()
-    with writing_to_cache(root):
+    with _writing_to(root):
         root.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=root):
             pass
@@ -118,53 +114,50 @@ def prepare(data: DataConfig, vocab_size: int, tokenizer: Tokenizer | None, repo
     root = cache_root(data)
     source = open_source(data)
     report(f"text: {source.name}")
-    split = _split_settings(data)
+    local = data.train_files or data.dataset_name == STDLIB
+    held_out = not data.validation_files if local else data.validation_split is None
+    settings = [data.text_column, data.on_bad_document, data.validation_fraction if held_out else None]
     if tokenizer is None and data.tokenizer_path is not None:
         tokenizer = Tokenizer.load(data.tokenizer_path)
     elif tokenizer is None:
-        folder = root / "tokenizers" / _key(source.fingerprint, split, vocab_size)
+        folder = root / "tokenizers" / _key(source.fingerprint, settings, vocab_size)
         tokenizer = _trained_tokenizer(folder, source, vocab_size, report)
-    folder = root / "tokens" / _key(source.fingerprint, split, tokenizer.fingerprint)
+    folder = root / "tokens" / _key(source.fingerprint, settings, tokenizer.fingerprint)
     start = time.perf_counter()
-    made = _made_once(folder, lambda part: _tokenize(part, source, tokenizer, data))
+    made = made_once(folder, lambda part: _tokenize(part, source, tokenizer, data))
     report(f"tokenized text: {f'{time.perf_counter() - start:.1f} s' if made else 'cached'} ({folder})")
     train, validation = _open_splits(folder, tokenizer.dtype, report)
     return Prepared(tokenizer, train, validation, source.name, source.fingerprint)
 
 
+def made_once(path: Path, fill: Callable[[Path], None]) -> bool:
+    """Whether the file or folder `path` of the cache had to be made: by `fill`, under another name.
+
+    Raises:
+      UserError: it cannot be written.
+    """
+    if path.exists():
+        return False
+    with _writing_to(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_path(path) as part:
+            if path.exists():  # another process has made it meanwhile
+                return False
+            fill(part)
+    return True
+
+
 @contextmanager
-def writing_to_cache(folder: Path) -> Iterator[None]:
-    """Turns the OSError of a write to `folder`, which is in the cache, into a UserError."""
+def _writing_to(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
         reason = error.strerror or error
-        raise UserError(f"data.cache_dir ({folder}) cannot be written to: {reason}; name another") from error
-
-
-def _split_settings(data: DataConfig) -> list[str | float | None]:
-    """The settings that decide, beside the content of the source, which text is in which split."""
-    local = data.train_files or data.dataset_name == STDLIB
-    held_out = not data.validation_files if local else data.validation_split is None
-    return [data.text_column, data.on_bad_document, data.validation_fraction if held_out else None]
+        raise UserError(f"data.cache_dir ({path}) cannot be written to: {reason}; name another") from error
 
 
 def _key(*parts: object) -> str:
     return hashlib.sha256(json.dumps([FORMAT, *parts]).encode()).hexdigest()[:32]
-
-
-def _made_once(folder: Path, fill: Callable[[Path], None]) -> bool:
-    """Whether `folder` had to be made, by `fill` in a new folder; another process may have done so meanwhile."""
-    if folder.is_dir():
-        return False
-    with writing_to_cache(folder):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_path(folder) as part:
-            if folder.is_dir():
-                return False
-            part.mkdir()
-            fill(part)
-    return True
 
 
 def _trained_tokenizer(folder: Path, source: Source, vocab_size: int, report: Report) -> Tokenizer:
@@ -175,7 +168,7 @@ def _trained_tokenizer(folder: Path, source: Source, vocab_size: int, report: Re
         Tokenizer.train(texts, vocab_size).save(part)
 
     start = time.perf_counter()
-    made = _made_once(folder, train)
+    made = made_once(folder, train)
     tokenizer = Tokenizer.load(folder, "cached tokenizer")
     if made:
         fewer = f" (asked for {vocab_size}; there is too little text)" if tokenizer.vocab_size < vocab_size else ""
@@ -186,7 +179,8 @@ def _trained_tokenizer(folder: Path, source: Source, vocab_size: int, report: Re
 
 
 def _tokenize(folder: Path, source: Source, tokenizer: Tokenizer, data: DataConfig) -> None:
-    """Writes the tokens of both splits into `folder`."""
+    """Writes the tokens of both splits into `folder`, which it makes."""
+    folder.mkdir()
     left_out = dict(source.left_out)
     for split, documents in zip(SPLITS, (source.train(), source.validation()), strict=True):
         untokenizable = left_out[f"tokenizing {split}"] = LeftOut(data)
@@ -194,7 +188,7 @@ def _tokenize(folder: Path, source: Source, tokenizer: Tokenizer, data: DataConf
         with (folder / f"{split}.tokens").open("wb") as file:
             for document, ids in _encoded(tokenizer, _with_progress(documents, f"tokenizing {split}")):
                 if isinstance(ids, UserError):
-                    untokenizable.add(f"{document.place} {ids}")
+                    untokenizable.add(UserError(f"{document.place} {ids}"))
                     continue
                 ids.tofile(file)
                 offsets.append(offsets[-1] + len(ids))
@@ -213,12 +207,12 @@ Ids = np.ndarray | UserError  # of a document, or the reason why it has none
 def _encoded(tokenizer: Tokenizer, documents: Iterable[Document]) -> Iterator[tuple[Document, Ids]]:
     """Each document, in order, with its ids; tokenized CALLS batches ahead of where the reader is."""
     with ThreadPoolExecutor(CALLS) as pool:
-        begun: deque[tuple[list[Document], Future[list[Ids]]]] = deque()
-        for batch in chain(_batches(documents), repeat([], CALLS)):  # the empty ones push the last real ones out
-            begun.append((batch, pool.submit(_encode, tokenizer, batch)))
-            if len(begun) > CALLS:
-                batch, ids = begun.popleft()
-                yield from zip(batch, ids.result(), strict=True)
+        calls = ((batch, pool.submit(_encode, tokenizer, batch)) for batch in _batches(documents))
+        begun = deque(islice(calls, CALLS))
+        while begun:
+            batch, ids = begun.popleft()
+            begun.extend(islice(calls, 1))
+            yield from zip(batch, ids.result(), strict=True)
 
 
 def _encode(tokenizer: Tokenizer, batch: list[Document]) -> list[Ids]:
@@ -226,20 +220,6 @@ def _encode(tokenizer: Tokenizer, batch: list[Document]) -> list[Ids]:
         return [*tokenizer.encode_documents([document.text for document in batch])]
     except UserError as error:  # of some document in the batch: find out which
         return [error] if len(batch) == 1 else [_encode(tokenizer, [document])[0] for document in batch]
-
-
-def _open_splits(folder: Path, dtype: np.dtype, report: Report) -> list[TokenDocuments]:
-    """The documents of both splits, after a line to `report` for each part that documents were left out of."""
-    splits = [TokenDocuments(folder, split, dtype) for split in SPLITS]
-    try:
-        for line in json.loads((folder / "left_out.json").read_text()):
-            report(line)
-        complete = all(len(d.tokens) == d.offsets[-1] and len(d.document_bytes) == len(d) for d in splits)
-    except (OSError, EOFError, ValueError) as error:
-        raise UserError(f"cached tokens ({folder}) cannot be read ({error}); delete that folder") from error
-    if not complete:
-        raise UserError(f"cached tokens ({folder}) are damaged; delete that folder")
-    return splits
 
 
 def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
@@ -255,11 +235,21 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
         yield batch
 
 
-def _with_progress(documents: Iterable[Document], description: str) -> Iterator[Document]:
+def _with_progress(documents: Iterable[Document], description: str) -> Iterable[Document]:
     """`documents`, with a bar on stderr if that is a terminal."""
     from tqdm import tqdm
 
-    with tqdm(desc=description, unit="char", unit_scale=True, disable=None, leave=False) as bar:
-        for document in documents:
-            yield document
-            bar.update(len(document.text))
+    return tqdm(documents, description, unit=" documents", unit_scale=True, disable=None, leave=False)
+
+
+def _open_splits(folder: Path, dtype: np.dtype, report: Report) -> list[TokenDocuments]:
+    """The documents of both splits, after a line to `report` for each part that documents were left out of."""
+    splits = [TokenDocuments(folder, split, dtype) for split in SPLITS]
+    try:
+        for line in json.loads((folder / "left_out.json").read_text()):
+            report(line)
+        if not all(len(d.tokens) == d.offsets[-1] and len(d.document_bytes) == len(d) for d in splits):
+            raise ValueError("files of different lengths")
+    except (OSError, EOFError, ValueError) as error:
+        raise UserError(f"cached tokens ({folder}) are damaged ({error}); delete that folder") from error
+    return splits
