@@ -79,20 +79,20 @@ class MetricsTracker:
     def __init__(self, sinks: Sequence[Sink] = ()) -> None:
         self.sinks = list(sinks)
         self._failing: set[int] = set()  # indices of sinks
-        self.history: dict[str, list[tuple[int, float]]] = {}
+        self.history: dict[str, dict[int, float]] = {}  # {name: {step: value}}, written or not
         self._pending: dict[int, Row] = {}
 
     def update(self, metrics: Mapping[str, SupportsFloat | str], step: int) -> None:
         """Adds values (anything `float()` takes) to the row of `step`; a name given twice keeps the later value."""
-        self._pending.setdefault(step, {}).update({name: float(value) for name, value in metrics.items()})
+        row = {name: float(value) for name, value in metrics.items()}
+        self._pending.setdefault(step, {}).update(row)
+        for name, value in row.items():
+            self.history.setdefault(name, {})[step] = value
 
     def flush(self, step: int) -> None:
         """Writes the rows of all steps up to `step`; without any, does nothing."""
         for complete in sorted(s for s in self._pending if s <= step):
-            row = self._pending.pop(complete)
-            for name, value in row.items():
-                self.history.setdefault(name, []).append((complete, value))
-            self._call_sinks("write", row, complete)
+            self._call_sinks("write", self._pending.pop(complete), complete)
 
     def write_text(self, name: str, text: str, step: int) -> None:
         """Writes `text` at once, to the sinks that show texts."""
@@ -108,21 +108,20 @@ class MetricsTracker:
 
     def get_average(self, name: str, window: int | None = None) -> float | None:
         """The mean of the last `window` values of `name` (None: of all), flushed or not; None if there are none."""
-        values = [value for _, value in self.history.get(name, [])]
-        values += [row[name] for _, row in sorted(self._pending.items()) if name in row]
+        values = list(self.history.get(name, {}).values())
         values = values if window is None else values[-window:]
         return math.fsum(values) / len(values) if values else None
 
     def save(self, path: str | Path) -> None:
         """Writes the history as JSON, whole or not at all; NaN and infinities as null."""
-        history = {name: [[step, finite(value)] for step, value in values] for name, values in self.history.items()}
+        history = {name: [[step, finite(x)] for step, x in values.items()] for name, values in self.history.items()}
         atomic_write(Path(path), json.dumps(history))
 
     def load(self, path: str | Path) -> None:
         """Replaces the history by one that `save` wrote; null becomes NaN."""
         history = json.loads(Path(path).read_text(encoding="utf-8"))
         self.history = {
-            name: [(step, math.nan if value is None else value) for step, value in values]
+            name: {step: math.nan if value is None else value for step, value in values}
             for name, values in history.items()
         }
 

@@ -12,7 +12,6 @@ from collections.abc import Iterator
 
 from jaxlm.parallel.processes import StatusBoard
 
-EXIT_FAILED = 1
 TICK = 1.0  # seconds between checks
 LEAST_LIMIT = 60.0  # seconds for an update, where no limit is set
 LIMIT_IN_UPDATES = 20  # times the median time of the last updates
@@ -92,4 +91,4 @@ class Watchdog:
             file=sys.stderr,
             flush=True,
         )
-        os._exit(EXIT_FAILED)
+        os._exit(1)
