@@ -452,9 +452,7 @@ def test_damaged_cache_is_named(data: DataConfig) -> None:
         path = folder / f"{split}.tokens"
         whole = path.read_bytes()
         path.write_bytes(whole[:-2])
-        with pytest.raises(
-            UserError, match=rf"{folder.name}\) are damaged \(.* lengths\); delete that folder"
-        ):
+        with pytest.raises(UserError, match=rf"{folder.name}\) are damaged \(.* lengths\); delete that folder"):
             prepare(data, 300, None, print)
         path.write_bytes(whole)
     (folder / "train.offsets.npy").write_bytes(b"")

@@ -1,8 +1,8 @@
 """DeepSpeed's JSON file: each key sets fields of Config, is ignored because nothing follows from it, or is refused.
 
-The tables in deepspeed.toml say which; docs/deepspeed.md shows them. Names, meanings and defaults are DeepSpeed's:
+The tables in deepspeed.toml say which; docs/deepspeed.md shows them. Names, meanings and defaults are those of
 https://www.deepspeed.ai/docs/config-json/, https://deepspeed.readthedocs.io/en/latest/schedulers.html and, where these
-differ, github.com/deepspeedai/DeepSpeed; those of "auto" https://huggingface.co/docs/transformers/deepspeed's.
+differ, of the program, github.com/deepspeedai/DeepSpeed; "auto" is from https://huggingface.co/docs/transformers/deepspeed.
 """
 
 import dataclasses
@@ -170,9 +170,8 @@ def apply(config: Config, world: int | None) -> tuple[Config, list[str]]:
 
 def fields_of(config: Config) -> dict[str, Any]:
     """Every field's value by dotted name."""
-    return {
-        f"{section}.{name}": value for section, fields in vars(config).items() for name, value in vars(fields).items()
-    }
+    sections = vars(config).items()
+    return {f"{section}.{name}": value for section, fields in sections for name, value in vars(fields).items()}
 
 
 class _Translation:
@@ -182,9 +181,7 @@ class _Translation:
         self.keys = keys  # dotted key -> value, sections too
         self.given = {key: value for key, value in keys.items() if value is not None and value != "auto"}
         self.own, self.unset = fields_of(config), fields_of(Config())
-        self.claims: dict[
-            str, list[tuple[Any, str]]
-        ] = {}  # field -> values that keys give it, each with the key's words
+        self.claims: dict[str, list[tuple[Any, str]]] = {}  # field -> each value that a key gives it, and "KEY is ..."
         self.lines: list[str] = []
         self.settle_precision()
         self.follow_rules()
@@ -304,9 +301,9 @@ class _Translation:
         total = self.given.get(TRAIN)
         if not there:
             raise UserError(f"none of {TRAIN}, {', '.join(fields)} is there; set two of them, or auto")
-        left_to_config = self.keys.get(TRAIN) == "auto" or there == [ACCUMULATION]
-        sizes = {key: self.given.get(key, self.own[fields[key]]) for key in fields if key in there or left_to_config}
-        if ACCUMULATION not in sizes and (total is None or MICRO not in sizes):
+        sizes = {key: self.given.get(key, self.own[fields[key]]) for key in fields if key in there}
+        total_is_auto = self.keys.get(TRAIN) == "auto"
+        if ACCUMULATION not in sizes and not total_is_auto and (total is None or MICRO not in sizes):
             sizes[ACCUMULATION] = 1
             self.claim(fields[ACCUMULATION], 1, f"{ACCUMULATION} (left out)", 1)
         if total is not None and total < 1:
