@@ -145,7 +145,7 @@ SIMPLE = {
         "2",
     ),
     "optax's that needs more": train(
-        r"training\.optimizer \(optax\.sophia\) needs more than gradients and parameters; use another",
+        r"training\.optimizer \(optax\.sophia\) is not one of adamw, adam, sgd",
         "--training.optimizer",
         "optax.sophia",
     ),

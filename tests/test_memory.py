@@ -123,7 +123,7 @@ def test_activations_are_those_of_the_formula(policy):
         ({"training.use_amp": False}, 1),
         ({"model.scan_layers": True}, 0),
         ({"model.activation": "swiglu"}, 1),
-        ({"model.norm": "rmsnorm", "model.use_bias": False}, -1),
+        ({"model.norm": "rmsnorm", "model.use_bias": False}, 0),
         ({"model.dropout": 0.1}, 1),
         ({"training.zero_stage": 3}, 0),
         ({"training.tensor_parallel": 2}, -1),

@@ -225,8 +225,13 @@ def _estimate(resolved: Resolved) -> Estimate:
     gradients, in_update = _gradient_bytes(config, sizes)
     recomputed = 0
     if model.gradient_checkpointing:
-        block = replace_fields(config, {"model.gradient_checkpointing": False, "model.n_layers": 1})
-        recomputed = activation_bytes(dataclasses.replace(resolved, config=block))
+        one, two = (
+            replace_fields(config, {"model.gradient_checkpointing": False, "model.n_layers": layers})
+            for layers in (1, 2)
+        )
+        recomputed = activation_bytes(dataclasses.replace(resolved, config=two)) - activation_bytes(
+            dataclasses.replace(resolved, config=one)
+        )
     work = _weight_copies(config, sizes) + max(_block_at_work(config, attention, recomputed), _loss_at_work(config))
     # Updates, the moved parameters before they are gathered, and the optimizer state if it comes from the host.
     update = in_update + 4 * sizes.shard * (2 if training.zero_stage else 1) + sizes.host
