@@ -1,4 +1,4 @@
-"""How a position enters: sinusoids that are added, or rotations of queries and keys and their stretched frequencies.
+"""Position encodings: sinusoids, added to the embedding, and rotary embeddings with the scaling of their frequencies.
 
 Shapes: B rows, T positions, D model width, H heads, K channels of a head.
 """
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from jaxlm.config import ModelConfig
 
-YARN_FAST, YARN_SLOW = 32, 1  # turns in the original length, of frequencies that stay and that are stretched in full
+YARN_FAST, YARN_SLOW = 32, 1  # turns in the original length: more, and a frequency is kept; fewer, it is fully scaled
 
 
 def sinusoids(positions_BT: jax.Array, d_model: int) -> jax.Array:
@@ -22,40 +22,40 @@ def sinusoids(positions_BT: jax.Array, d_model: int) -> jax.Array:
     return jnp.pad(table, ((0, 0), (0, 0), (0, d_model - 2 * half)))
 
 
-def _index(turns: float, length: int, config: ModelConfig) -> float:
-    """Which frequency (counted in real numbers) turns so many times in `length` positions."""
+def _index_of(turns: float, length: int, config: ModelConfig) -> float:
+    """The (fractional) index of the frequency that makes `turns` full turns in `length` positions."""
     half = config.d_model // config.n_heads // 2
     return half * math.log(length / (turns * 2 * math.pi)) / math.log(config.rope_theta)
 
 
-def _kept(frequencies: jax.Array, config: ModelConfig) -> jax.Array:
-    """How much of each frequency rope_scaling keeps, from 0 (all of it is divided by the factor) to 1."""
+def _kept_share(frequencies: jax.Array, config: ModelConfig) -> jax.Array:
+    """The share of each frequency that rope_scaling keeps, from 0 (the frequency is divided by the factor) to 1."""
     length = config.rope_original_length
-    if config.rope_scaling == "linear" or length is None:  # `validate` sees that the others have one
+    if config.rope_scaling == "linear" or length is None:  # `validate` requires it of the others
         return jnp.zeros_like(frequencies)
     if config.rope_scaling == "llama3":
         turns = length * frequencies / (2 * math.pi)
         low, high = config.rope_low_freq_factor, config.rope_high_freq_factor
         return jnp.clip((turns - low) / (high - low), 0, 1)
     half = len(frequencies)
-    first = max(math.floor(_index(YARN_FAST, length, config)), 0)
-    last = min(math.ceil(_index(YARN_SLOW, length, config)), 2 * half - 1)
+    first = max(math.floor(_index_of(YARN_FAST, length, config)), 0)
+    last = min(math.ceil(_index_of(YARN_SLOW, length, config)), 2 * half - 1)
     steps = jnp.arange(half, dtype=jnp.float32) - first
     return 1 - jnp.clip(steps / max(last - first, 1e-3), 0, 1)
 
 
 def rotary_frequencies(config: ModelConfig) -> tuple[jax.Array, float]:
-    """(radians a position, float32 [K / 2]; factor on the rotated vectors, 1 but for yarn).
+    """(radians a position, float32 [K / 2]; factor on the rotated vectors, which is 1 except for yarn).
 
-    Stretched by `config.rope_scaling`: linear (Chen et al. 2023, arXiv:2306.15595) divides all frequencies by the
-    factor; llama3 (Dubey et al. 2024, arXiv:2407.21783) and yarn (Peng et al. 2023, arXiv:2309.00071) leave high ones
-    and blend between.
+    `config.rope_scaling`: linear (Chen et al. 2023, arXiv:2306.15595) divides all frequencies by the factor; llama3
+    (Dubey et al. 2024, arXiv:2407.21783) and yarn (Peng et al. 2023, arXiv:2309.00071) keep high frequencies, divide
+    low ones and interpolate in between.
     """
     half = config.d_model // config.n_heads // 2
     frequencies = config.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
     if config.rope_scaling is None:
         return frequencies, 1.0
-    kept, factor = _kept(frequencies, config), config.rope_scaling_factor
+    kept, factor = _kept_share(frequencies, config), config.rope_scaling_factor
     scale = 0.1 * math.log(factor) + 1 if config.rope_scaling == "yarn" else 1.0
     return frequencies * (kept + (1 - kept) / factor), scale
 

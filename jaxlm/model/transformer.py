@@ -24,7 +24,8 @@ from jaxlm.ops.reductions import per_token
 
 REMAT_POLICIES = {"full": None, "dots": jax.checkpoint_policies.save_only_these_names(PRODUCT)}
 
-# Makes a block's parameters, as they are held, those it computes with; the checkpoint policy that makes them again.
+# A function from a block's parameters as they are stored to those it computes with, and the policy (`jax.checkpoint`)
+# by which the backward pass calls it again.
 Fetch = tuple[Callable[[Any], Any], Callable[..., bool]]
 
 
@@ -131,7 +132,7 @@ class Transformer(nnx.Module):
           segments_BT: int32, documents packed into a row; None: one document a row.
           positions_BT: int32 position in the document; None: 0, 1, 2, ...
           keys: uint32 [L + 1, 3, B, 2] from `dropout.row_keys`; None: no dropout.
-          fetch: makes a block's parameters just before it runs; None: they are there.
+          fetch: makes a block's parameters just before it runs; None: they are stored as they are used.
         """
         if positions_BT is None:
             positions_BT = _count(tokens_BT)
@@ -143,7 +144,7 @@ class Transformer(nnx.Module):
     def _run_blocks(
         self, run: Callable[..., tuple[jax.Array, Any]], x_BTD: jax.Array, keys: jax.Array | None, fetch: Fetch | None
     ) -> tuple[jax.Array, Any]:
-        """The final hidden states, and what `run(block, x, keys)` gives beside each layer's, stacked."""
+        """The final hidden states, and the outputs of all layers, stacked, of `run(block, x, keys) -> (x, output)`."""
         config = self.config
         graphdef, state = nnx.split(self.blocks)
 

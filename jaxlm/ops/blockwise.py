@@ -51,8 +51,7 @@ def blockwise_attention(
     padding = (0, blocks * size - t)
     q, k, v = (jnp.pad(x, ((0, 0), padding, (0, 0), (0, 0))).transpose(0, 2, 1, 3) for x in (q, k, v))
     segments = None if segments is None else jnp.pad(segments, ((0, 0), padding))
-    rate = 0.0 if key is None else rate
-    out_BHTK = _attention(_Inputs(q, k, v, segments, key), size, rate)
+    out_BHTK = _attention(_Inputs(q, k, v, segments, key), size, 0.0 if key is None else rate)
     return out_BHTK.transpose(0, 2, 1, 3)[:, :t]
 
 

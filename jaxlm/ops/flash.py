@@ -107,21 +107,6 @@ def flash_attention(
     return _flash(x, constants)[:, :t, :, :size]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _flash(x: Inputs, constants: Constants) -> jax.Array:
-    return forward(x, constants)[0]
-
-
-def _backward(constants: Constants, saved: tuple[Inputs, jax.Array, jax.Array], g: jax.Array) -> tuple[Inputs]:
-    x, out, lse = saved
-    delta = jnp.einsum("bthk,bthk->bht", g, out, preferred_element_type=jnp.float32)
-    dq, dk, dv = gradients(x._replace(g=g, lse=lse, delta=delta), constants)
-    return (Inputs(dq, None, dk, dv, None, None, None, None, None),)
-
-
-_flash.defvjp(lambda x, constants: forward(x, constants), _backward)
-
-
 def _limits(segments_BT: jax.Array | None, tile: Tile, of_keys: bool = False) -> jax.Array | None:
     """int32 [B, T / M]: for each block of queries the first block of keys that any of them sees.
 
@@ -169,7 +154,7 @@ def _load(ref: jax.Ref | None, block: slice | pl.Slice) -> jax.Array | None:
 
 
 def _pair(queries: jax.Array | None, keys: jax.Array | None, keys_first: bool = False) -> Any:
-    """One number of each query and of each key, as the two broadcast to scores [M, N] or [N, M]; None without."""
+    """Vectors [M] and [N] with a second axis, so that they broadcast to scores [M, N] or [N, M]; None if not given."""
     if queries is None or keys is None:
         return None
     return (queries[None, :], keys[:, None]) if keys_first else (queries[:, None], keys[None, :])
@@ -325,7 +310,7 @@ def forward(x: Inputs[jax.Array], constants: Constants) -> tuple[jax.Array, tupl
 
 
 def gradients(x: Inputs[jax.Array], constants: Constants) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Of q, k and v."""
+    """Gradients of q, k and v."""
     tile = constants.tiles.queries
     x = x._replace(limits=_limits(x.segments, tile))
     (dq,) = _launch(_queries_kernel, constants, tile, x, _by_queries(x, tile), {"q": x.q})
@@ -333,3 +318,18 @@ def gradients(x: Inputs[jax.Array], constants: Constants) -> tuple[jax.Array, ja
     x = x._replace(limits=_limits(x.segments, tile, of_keys=True))
     dk, dv = _launch(_keys_kernel, constants, tile, x, _by_keys(x, tile), {"k": x.k, "v": x.v})
     return dq, dk, dv
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _flash(x: Inputs, constants: Constants) -> jax.Array:
+    return forward(x, constants)[0]
+
+
+def _backward(constants: Constants, saved: tuple[Inputs, jax.Array, jax.Array], g: jax.Array) -> tuple[Inputs]:
+    x, out, lse = saved
+    delta = jnp.einsum("bthk,bthk->bht", g, out, preferred_element_type=jnp.float32)
+    dq, dk, dv = gradients(x._replace(g=g, lse=lse, delta=delta), constants)
+    return (Inputs(dq, None, dk, dv, None, None, None, None, None),)
+
+
+_flash.defvjp(forward, _backward)
