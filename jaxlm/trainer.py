@@ -186,6 +186,7 @@ class Trainer:
                     self._progress.advance(self.current_step)
                     if stopping:
                         break
+                    self.train_batches.dispatched(self.current_step, self.step_metrics["loss"])
                 if not stopping and self.current_step >= self.total_steps:
                     self._save_final_model()
         self._end(stop, stopping)
@@ -194,7 +195,6 @@ class Trainer:
         """What has to know of each update, without waiting for it."""
         self._profiler.stop_after(self.current_step, self.step_metrics)
         self._judge.note(self.current_step, self.step_metrics)
-        self.train_batches.dispatched(self.current_step, self.step_metrics["loss"])
 
     def _due(self, every: int) -> bool:
         return self.current_step % every == 0 or self.current_step == self.total_steps

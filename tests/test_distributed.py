@@ -7,6 +7,7 @@ import pytest
 
 from jaxlm.errors import RunFailed, UserError
 from jaxlm.parallel import processes as distributed
+from jaxlm.parallel.devices import find_devices
 
 
 @pytest.mark.parametrize(
@@ -49,4 +50,4 @@ def test_a_backend_that_is_not_here(monkeypatch):
     monkeypatch.setenv("JAX_PLATFORMS", "cuda")
     monkeypatch.setattr(jax, "devices", no_backend)
     with pytest.raises(UserError, match=r"JAX_PLATFORMS \(cuda\): JAX found no device; unset it, .*pip install"):
-        distributed.find_devices()
+        find_devices()

@@ -75,6 +75,11 @@ def assert_close(a, b, tolerance):
         np.testing.assert_allclose(x, y, rtol=tolerance, atol=tolerance)
 
 
+def assert_equal(a, b):
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
 @pytest.mark.parametrize(("optimizer", "k"), [("adamw", 2), ("adamw", 8), ("sgd", 8)])
 def test_accumulation_equals_one_large_batch(optimizer, k):
     """K micro-batches, of unequal numbers of targets and with dropout, equal one batch K times as large."""
@@ -95,6 +100,48 @@ def test_unweighted_accumulation_would_be_noticed():
     parts = regroup(batch, 8)
     per_part = [run(config_of(), [{n: x[i : i + 1] for n, x in parts.items()}])[1][0] for i in range(8)]
     assert abs(np.mean(per_part) - whole) > 1e-3
+
+
+def test_multisteps_is_what_sums_micro_batches(monkeypatch):
+    """A wrong sum in optax.MultiSteps is noticed with several micro-batches; a single one does without it."""
+    config, batch = config_of(optimizer="sgd", max_grad_norm=None), make_batch()
+    whole, _, _ = run(config, [batch])
+    right = optax.MultiSteps.update
+
+    def wrong(self, *arguments, **options):
+        updates, state = right(self, *arguments, **options)
+        return jax.tree.map(lambda u: 1.01 * u, updates), state
+
+    monkeypatch.setattr(optax.MultiSteps, "update", wrong)
+    monkeypatch.setitem(globals(), "start", start.__wrapped__)  # not the step from the cache
+    assert_close(run(config, [batch])[0].params, whole.params, 1e-6)
+    with pytest.raises(AssertionError):
+        assert_close(run(config, [regroup(batch, 4)])[0].params, whole.params, 1e-5)
+
+
+def test_an_overflow_in_one_micro_batch_skips_that_update_alone():
+    """float16, micro-batch 2 of 4: nothing but the counters changes, and nothing of it stays in the accumulator."""
+    untied = dataclasses.replace(MODEL, tie_embeddings=False)
+    config = config_of(untied, use_amp=True, amp_dtype="float16", loss_scale=2.0**8)
+    step, state = start(config)
+    batch = regroup(make_batch(), 4)
+    poison = VOCAB - 1  # a token of that micro-batch alone, whose embedding exceeds float16
+    batch["tokens"] = np.where(batch["tokens"] == poison, 3, batch["tokens"])
+    large = dataclasses.replace(state, params=jax.tree.map(jnp.array, state.params))
+    large.params["token_embedding"] = large.params["token_embedding"].at[poison].set(1e5)
+    overflowing = {name: x.copy() for name, x in batch.items()}
+    overflowing["tokens"][1] = poison
+    after, metrics = step(large, overflowing)
+    assert (int(after.skipped), int(after.step)) == (1, 1) and not np.isfinite(float(metrics["grad_norm"]))
+    for new, old in zip(
+        jax.tree.leaves((after.params, after.opt_state)), jax.tree.leaves((large.params, large.opt_state)), strict=True
+    ):
+        np.testing.assert_array_equal(new, old)
+    batch["targets"] = np.where(batch["targets"] == poison, 3, batch["targets"])
+    following, metrics = step(after, batch)
+    fresh, _ = step(dataclasses.replace(large, step=after.step, skipped=after.skipped), batch)
+    assert int(following.skipped) == 1 and np.isfinite(float(metrics["loss"]))
+    assert_equal(following, fresh)
 
 
 def test_dropout_belongs_to_the_row():
