@@ -464,7 +464,7 @@ ON_RUN = {
     ),
     "export to where nothing can be written": Case(
         [EXPORT, "--model", "{run}/best_model", "--to", "{folder}/config.json/out"],
-        r"--to \({folder}/config\.json/out\): cannot be written \(Not a directory\)",
+        r"--to \({folder}/config\.json/out\): cannot be written \((Not a directory|File exists)\)",
     ),
     "nothing to evaluate": Case(
         [EVALUATE, "--model", "{run}/best_model", "--data.validation_files", "none.txt"],

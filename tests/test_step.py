@@ -19,7 +19,7 @@ from jaxlm.train.schedules import build_schedule
 
 VOCAB, T, ROWS = 61, 24, 16
 MODEL = ModelConfig(vocab_size=VOCAB, d_model=32, n_heads=2, n_layers=2, d_ff=64, max_seq_len=T, scan_layers=True)
-TRAINING = TrainingConfig(use_amp=False, learning_rate=1e-2, warmup_steps=0, eps=1e-4)
+TRAINING = TrainingConfig(seed=0, use_amp=False, learning_rate=1e-2, warmup_steps=0, eps=1e-4)
 
 
 def config_of(model=MODEL, **training):

@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING
 
 from jaxlm.commands.parser import Parser, add_config_file, add_config_options, config_from
 from jaxlm.config import Config, replace_fields
-from jaxlm.run.setup import resolve
 
 if TYPE_CHECKING:
     import jax
@@ -38,7 +37,9 @@ def run(arguments: argparse.Namespace) -> None:
         start(arguments.coordinator_address, arguments.num_processes, arguments.process_id)
         return start_backend(config.training)
 
-    resolved = resolve(config, devices, arguments.fresh)
+    from jaxlm.run.setup import resolve
+
+    resolved = resolve(config, devices, arguments.fresh)  # before JAX is imported, so that a mistake shows at once
 
     from jaxlm.trainer import Trainer
 

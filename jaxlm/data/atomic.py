@@ -18,6 +18,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     Of several processes that write the same path, the others wait, and the next removes what a killed one has left.
     """
     part = path.with_name(f".{path.name}.part")
+    os.stat(path.parent / ".")  # filelock would make a folder that is missing
     with FileLock(path.with_name(f".{path.name}.lock")) as lock:
         _remove(part)
         try:

@@ -6,10 +6,8 @@ tokenizer.json, tokenizer_config.json      the same ids as here, with <bos> befo
 README.md                                  the model card: what it was trained on, how, and how well it does
 """
 
-import glob
 import json
 import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,7 +21,6 @@ from safetensors import SafetensorError
 from tokenizers.processors import TemplateProcessing
 
 from jaxlm.checkpoints.load import LoadedModel
-from jaxlm.checkpoints.manifest import sync
 from jaxlm.checkpoints.save import reason_of
 from jaxlm.config import nearest
 from jaxlm.data.atomic import atomic_path
@@ -80,18 +77,14 @@ def export(loaded: LoadedModel, source: Path, to: Path, *, max_shard_size: int, 
         **_tokenizer_files(loaded.tokenizer, loaded.config.model.max_seq_len),
     }
     try:
-        for left_behind in to.parent.glob(f".{glob.escape(to.name)}.*.part"):  # by an export that was killed
-            shutil.rmtree(left_behind, ignore_errors=True)
+        to.parent.mkdir(parents=True, exist_ok=True)
         with atomic_path(to) as folder:
-            folder.mkdir(parents=True)
+            folder.mkdir()
             for name, text in texts.items():
                 (folder / name).write_text(text, encoding="utf-8")
             _write_tensors(folder, tensors, max_shard_size, dtype)
             for path in folder.iterdir():
                 path.chmod((folder / "config.json").stat().st_mode)  # safetensors lets nobody else read its files
-                sync(path)
-            sync(folder)
-        sync(to.parent)
     except (OSError, SafetensorError) as error:
         raise UserError(f"--to ({to}): cannot be written ({reason_of(error)}); name another folder") from error
     return family.architecture
