@@ -582,7 +582,7 @@ def test_a_run_starts_from_an_exported_run(tmp_path: Path, corpus: Path, capsys:
     card = (tmp_path / "hf" / "README.md").read_text()
     row = [json.loads(line) for line in (first.folder / "metrics.jsonl").read_text().splitlines()][-1]
     for figure in (
-        f"| parameters | {first.parameters:,} |",
+        f"| parameters | {first.assembly.parameters:,} |",
         f"| validation loss | {row['eval/loss']:.4f} nats",
         f"| validation bits per byte | {row['eval/bits_per_byte']:.4f} |",
         "| updates | 2 of 2 |",
