@@ -54,7 +54,8 @@ def writing_to(folder: Path) -> Iterator[None]:
     except OSError as error:
         message = f"cannot be written to ({error.strerror}); mend that or name another folder"
         if isinstance(error, Timeout):  # of the lock
-            message = "another run is using it; wait for its end, or name another folder"
+            where = f"training.checkpoint_dir ({folder})"
+            raise UserError(f"{where}: another run is using it; wait for its end, or name another folder") from error
         raise UserError(f"training.checkpoint_dir ({folder}): {message}") from error
 
 
