@@ -18,7 +18,7 @@ from lib.machine import say, without_paths
 from lib.worker import answers
 
 from jaxlm.ops.attention_kernels import causal_attention, compute_capability
-from jaxlm.parallel.processes import find_devices
+from jaxlm.parallel.devices import find_devices
 
 FACTORS = {
     "output": 2.0,

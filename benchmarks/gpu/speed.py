@@ -27,7 +27,7 @@ from lib.workers import Worker, WorkerFailed
 from ours import dump_batches
 
 from jaxlm.config import load_config
-from jaxlm.monitor.metrics import flops_per_token, model_flops_utilization
+from jaxlm.monitor.metrics import flops_per_token
 
 BENCHMARKS = Path(__file__).resolve().parents[1]
 PROGRAMS = {"ours": "ours.py", "gpt": "peer_gpt.py", "compiled": "peer_torch.py"}
