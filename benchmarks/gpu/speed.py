@@ -177,7 +177,7 @@ def summarized(result: dict[str, Any], spec: dict[str, Any], gpu: str | None) ->
     flops = flops_per_token(result["parameters"], shape["n_layers"], spec["seq_len"], shape["d_model"])
     if not math.isfinite(result["loss"]):
         return {"error": f"the loss is {result['loss']}"}
-    mfu = model_flops_utilization(median, flops, gpu or "", 1)
+    mfu = median * flops / peak_flops(gpu or "")
     rate = {"median": median, "min": min(rates), "max": max(rates)}
     return result | {"tokens_per_second": rate, "mfu": mfu if mfu > 0 else None}
 
