@@ -28,6 +28,7 @@ from ours import dump_batches
 
 from jaxlm.config import load_config
 from jaxlm.monitor.metrics import flops_per_token
+from jaxlm.parallel.gpus import peak_flops
 
 BENCHMARKS = Path(__file__).resolve().parents[1]
 PROGRAMS = {"ours": "ours.py", "gpt": "peer_gpt.py", "compiled": "peer_torch.py"}
