@@ -12,12 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxlm.config import Config, TrainingConfig, replace_fields
-from jaxlm.config.fields import accepts
+from jaxlm.config.fields import accepts, field_values
 from jaxlm.errors import UserError
-from jaxlm.interop.deepspeed import RULES, TABLES, Rule, apply, fields_of
+from jaxlm.interop.deepspeed import RULES, TABLES, Rule, apply
 
 PAGE = Path(__file__).parents[1] / "docs" / "deepspeed.md"
-DEFAULTS = fields_of(Config())
+DEFAULTS = field_values(Config())
 TRAIN, MICRO, STEPS = "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"
 BATCH = {MICRO: 8, STEPS: 8}  # TrainingConfig's own defaults
 
@@ -68,7 +68,7 @@ def changed(file: Any, **rest: Any) -> dict[str, Any]:
         "training.deepspeed_config": "ds.json",
         "training.zero_stage": 0,
     }
-    return {name: value for name, value in fields_of(run(file, **rest)[0]).items() if value != usual[name]}
+    return {name: value for name, value in field_values(run(file, **rest)[0]).items() if value != usual[name]}
 
 
 def accepted(file: Any) -> list[str]:
@@ -561,7 +561,7 @@ def test_auto_leaves_a_field_as_it_is(key: str) -> None:
         assert f'{key} ("auto") must be one of' in refused(file_with(key, "auto"))
         return
     for field in RULES[key].fields:
-        assert fields_of(run(file_with(key, "auto"))[0])[field] == (
+        assert field_values(run(file_with(key, "auto"))[0])[field] == (
             2 if field == "training.zero_stage" else DEFAULTS[field]
         )
     assert not accepted(file_with(key, "auto"))

@@ -16,9 +16,10 @@ import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
-from jaxlm.commands.parser import FIELD_TYPES, Parser, add_config_options, convert, overrides
+from jaxlm.commands.parser import Parser, add_config_options, convert, overrides
 from jaxlm.config import Config, TrainingConfig, from_dict, replace_fields, to_dict
 from jaxlm.config.fields import accepts
+from jaxlm.config.schema import FIELDS
 from jaxlm.data.loader import Rows, documents_of_step, train_batches
 from jaxlm.data.packing import plan
 from jaxlm.errors import UserError
@@ -95,10 +96,10 @@ def values_of(annotation: Any) -> st.SearchStrategy[Any]:
     return st.one_of(*(strategies[kind] for kind in kinds))
 
 
-NAMED_VALUES = st.sampled_from(sorted(FIELD_TYPES)).flatmap(
-    lambda dotted: st.tuples(st.just(dotted), values_of(FIELD_TYPES[dotted]))
+NAMED_VALUES = st.sampled_from(sorted(FIELDS)).flatmap(
+    lambda dotted: st.tuples(st.just(dotted), values_of(FIELDS[dotted].type))
 )
-ONE_OF_EACH_TYPE = sorted({str(annotation): dotted for dotted, annotation in FIELD_TYPES.items()}.values())
+ONE_OF_EACH_TYPE = sorted({str(field.type): dotted for dotted, field in FIELDS.items()}.values())
 PARSER = Parser("properties")
 add_config_options(PARSER)
 
@@ -125,7 +126,7 @@ def test_what_is_typed_is_what_is_meant(named: tuple[str, Any], in_one: bool) ->
     dotted, value = named
     if isinstance(value, str):
         assume(value != "--")  # Python before 3.13 takes it for something else; that is an error
-        assume(type(None) not in typing.get_args(FIELD_TYPES[dotted]) or value.lower() not in ("none", "null"))
+        assume(type(None) not in typing.get_args(FIELDS[dotted].type) or value.lower() not in ("none", "null"))
     text = value if isinstance(value, str) else json.dumps(value)
     typed = [f"--{dotted}={text}"] if in_one or text.startswith("-") else [f"--{dotted}", text]
     given = parsed(*typed)
@@ -152,18 +153,18 @@ JUNK = st.one_of(
 @given(st.sampled_from(ONE_OF_EACH_TYPE), JUNK)
 def test_any_text_is_a_value_or_an_error(dotted: str, text: str) -> None:
     try:
-        value = convert(dotted, text, FIELD_TYPES[dotted])
+        value = convert(dotted, text, FIELDS[dotted].type)
     except UserError as error:
         assert str(error).startswith(f"{dotted} (")  # noqa: PT017
         return
-    assert accepts(FIELD_TYPES[dotted], value)
+    assert accepts(FIELDS[dotted].type, value)
 
 
 @examples(200)
 @given(
     st.lists(
         st.text()
-        | st.sampled_from([f"--{dotted}" for dotted in FIELD_TYPES] + ["--", "-", "=", "1", "true"])
+        | st.sampled_from([f"--{dotted}" for dotted in FIELDS] + ["--", "-", "=", "1", "true"])
         | st.tuples(st.sampled_from(ONE_OF_EACH_TYPE), JUNK | st.just("--")).map("--{0[0]}={0[1]}".format)
     )
 )
@@ -173,7 +174,7 @@ def test_any_command_line_is_options_or_an_error(arguments: list[str]) -> None:
         values = parsed(*arguments)
     except UserError:
         return
-    assert all(accepts(FIELD_TYPES[dotted], value) for dotted, value in values.items())
+    assert all(accepts(FIELDS[dotted].type, value) for dotted, value in values.items())
 
 
 # ---- Schedules

@@ -1,12 +1,11 @@
 """Prints what a saved model makes of prompts: text on standard output, all else on standard error."""
 
 import argparse
-import dataclasses
 
 from jaxlm.commands.parser import Parser, add_field, add_model_folder, convert
 from jaxlm.config import DataConfig
 from jaxlm.errors import UserError
-from jaxlm.generation.options import FIELD_TYPES, GenerationOptions, make_options
+from jaxlm.generation.options import FIELDS, make_options
 from jaxlm.generation.text import read_prompts
 
 
@@ -28,20 +27,18 @@ def add_options(parser: Parser) -> None:
     parser.add_argument(
         "--json", action="store_true", help="a JSON object a text: prompt, text, tokens, finish_reason, logprob"
     )
-    for field in dataclasses.fields(GenerationOptions):
-        if field.name == "stop":
+    for name, field in FIELDS.items():
+        if name == "stop":
             text = f"{field.metadata['help']} (text; default: none)"
             parser.add_argument("--stop", action="append", metavar="TEXT", default=argparse.SUPPRESS, help=text)
         else:
-            add_field(parser, field.name, field, FIELD_TYPES[field.name])
+            add_field(parser, name, field)
 
 
 def run(arguments: argparse.Namespace) -> None:
-    given = {name: text for name, text in vars(arguments).items() if name in FIELD_TYPES}
-    stop = {"stop": given.pop("stop", [])}  # may be repeated, so that it is a list already
-    options = make_options(
-        **{name: convert(f"--{name}", text, FIELD_TYPES[name]) for name, text in given.items()}, **stop
-    )
+    given = {name: value for name, value in vars(arguments).items() if name in FIELDS}
+    texts = {name: text for name, text in given.items() if name != "stop"}  # which is a list, as it may be repeated
+    options = make_options(**given | {name: convert(f"--{name}", x, FIELDS[name].type) for name, x in texts.items()})
     stream = None if arguments.stream == "auto" else convert("--stream", arguments.stream, bool)
     if arguments.interactive and (arguments.prompt or arguments.prompts_file or arguments.json or stream is False):
         raise UserError("--interactive takes no --prompt, --prompts_file, --json or --stream false; leave them out")

@@ -5,7 +5,6 @@ import dataclasses
 import glob
 import json
 import re
-import types
 import typing
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn
@@ -21,13 +20,9 @@ from jaxlm.config import (
     shown,
     type_name,
 )
+from jaxlm.config.fields import kinds_of
+from jaxlm.config.schema import FIELDS
 from jaxlm.errors import UserError
-
-FIELD_TYPES = {
-    f"{name}.{field}": annotation
-    for name, section in SECTIONS.items()
-    for field, annotation in typing.get_type_hints(section).items()
-}
 
 
 class Parser(argparse.ArgumentParser):
@@ -91,29 +86,25 @@ def add_config_options(parser: Parser, sections: Sequence[str] = tuple(SECTIONS)
     for name in sections:
         group = parser.add_argument_group(f"{name} options")
         for field in dataclasses.fields(SECTIONS[name]):
-            add_field(group, f"{name}.{field.name}", field, FIELD_TYPES[f"{name}.{field.name}"])
+            add_field(group, f"{name}.{field.name}", field)
 
 
-def add_field(group: argparse._ActionsContainer, name: str, field: dataclasses.Field[Any], annotation: Any) -> None:
+def add_field(group: argparse._ActionsContainer, name: str, field: dataclasses.Field[Any]) -> None:
     """Adds --NAME VALUE for a field made by `jaxlm.config.schema.option`; what is not given is not in the namespace."""
     choices = field.metadata["choices"]
     shown_choices = f" [{'|'.join(choices)}]" if choices else ""
-    text = f"{field.metadata['help']}{shown_choices} ({type_name(annotation)}; default: {shown(field.default)})"
+    text = f"{field.metadata['help']}{shown_choices} ({type_name(field.type)}; default: {shown(field.default)})"
     action = group.add_argument(f"--{name}", metavar="VALUE", default=argparse.SUPPRESS, help=text.replace("%", "%%"))
-    kinds = _alternatives(annotation)
+    kinds = kinds_of(field.type)
     if choices or not {str, tuple} & {typing.get_origin(kind) or kind for kind in kinds}:  # else it may be a path
         values = [*choices, *["true", "false"] * (bool in kinds), *["none"] * (type(None) in kinds)]
         set_completer(action, lambda _: values)
 
 
-def _alternatives(annotation: Any) -> tuple[Any, ...]:
-    return typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
-
-
 def overrides(arguments: argparse.Namespace) -> dict[str, Any]:
     """{"section.field": value} of the config options that were given, converted to their declared types."""
-    given = {name: text for name, text in vars(arguments).items() if name in FIELD_TYPES}
-    return {name: convert(name, text, FIELD_TYPES[name]) for name, text in given.items()}
+    given = {name: text for name, text in vars(arguments).items() if name in FIELDS}
+    return {name: convert(name, text, FIELDS[name].type) for name, text in given.items()}
 
 
 def convert(name: str, text: str, annotation: Any) -> Any:
@@ -122,7 +113,7 @@ def convert(name: str, text: str, annotation: Any) -> Any:
     Raises:
       UserError: it is none; names the option.
     """
-    kinds = _alternatives(annotation)
+    kinds = kinds_of(annotation)
     if type(None) in kinds and text.lower() in ("none", "null"):
         return None
     for kind in kinds:

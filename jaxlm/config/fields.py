@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import operator
+import types
 import typing
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -19,12 +20,17 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f" (did you mean {close[0]}?)" if close else ""
 
 
+def kinds_of(annotation: Any) -> tuple[Any, ...]:
+    """The types that a declared type allows, such as int and NoneType for int | None."""
+    return typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
+
+
 def accepts(annotation: Any, value: Any) -> bool:
     """Whether `value` has the declared type: an int passes for a float, a bool passes for neither."""
     if typing.get_origin(annotation) is tuple:
         item_type = typing.get_args(annotation)[0]
         return isinstance(value, tuple) and (item_type is Any or all(isinstance(item, item_type) for item in value))
-    kinds = typing.get_args(annotation) or (annotation,)
+    kinds = kinds_of(annotation)
     if isinstance(value, bool):
         return bool in kinds
     return isinstance(value, (*kinds, int) if float in kinds else kinds)
@@ -35,7 +41,7 @@ def type_name(annotation: Any) -> str:
     if typing.get_origin(annotation) is tuple:
         return "list of text"
     names = {type(None): "none", bool: "true or false", str: "text"}
-    return " or ".join(names.get(kind, kind.__name__) for kind in typing.get_args(annotation) or (annotation,))
+    return " or ".join(names.get(kind, kind.__name__) for kind in kinds_of(annotation))
 
 
 def excerpt(value: Any) -> str:

@@ -23,16 +23,16 @@ BOUNDS = {
 }
 
 
-def check_field(dotted: str, field: Any, annotation: Any, value: Any) -> None:
+def check_field(dotted: str, field: Any, value: Any) -> None:
     """Checks one value against its declared type and bounds; UserError names it `dotted`."""
-    if not accepts(annotation, value):
-        raise UserError(f"{dotted} ({excerpt(value)}) must be {type_name(annotation)}")
+    if not accepts(field.type, value):
+        raise UserError(f"{dotted} ({excerpt(value)}) must be {type_name(field.type)}")
     limits = field.metadata
     for item in value if isinstance(value, tuple) else (value,):
         if isinstance(item, str):
             _check_text(dotted, limits, item)
     if isinstance(value, int | float):
-        largest = LARGEST_FLOAT if accepts(annotation, 0.5) else LARGEST_INT
+        largest = LARGEST_FLOAT if accepts(field.type, 0.5) else LARGEST_INT
         if not abs(value) <= largest:  # NaN compares with nothing
             raise UserError(f"{dotted} ({excerpt(value)}) must be a finite number, at most {largest}")
         for name, (words, holds) in BOUNDS.items():
@@ -105,7 +105,7 @@ def _check_report_to(report_to: tuple[Any, ...]) -> None:
 def check_fields(config: Config) -> None:
     """Checks each value by itself, against its declared type and bounds; UserError names it."""
     for dotted, value in field_values(config).items():
-        check_field(dotted, FIELDS[dotted], FIELDS[dotted].type, value)
+        check_field(dotted, FIELDS[dotted], value)
 
 
 def profiled_steps(text: str) -> tuple[int, int]:

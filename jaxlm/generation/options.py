@@ -1,7 +1,6 @@
 """The options of generating text, declared once for the command line and Python; imports nothing heavy."""
 
 import dataclasses
-import typing
 from typing import Any
 
 from jaxlm.config import nearest
@@ -44,7 +43,7 @@ class GenerationOptions:
                 raise UserError(f"--{name} ({value}) {problem}")
 
 
-FIELD_TYPES = typing.get_type_hints(GenerationOptions)
+FIELDS = {field.name: field for field in dataclasses.fields(GenerationOptions)}
 
 
 def make_options(**values: Any) -> GenerationOptions:
@@ -53,17 +52,16 @@ def make_options(**values: Any) -> GenerationOptions:
     Raises:
       UserError: a name is unknown, a value is out of bounds, or two contradict each other.
     """
-    unknown = next((name for name in values if name not in FIELD_TYPES), None)
+    unknown = next((name for name in values if name not in FIELDS), None)
     if unknown is not None:
-        known = ", ".join(FIELD_TYPES)
-        raise UserError(f"--{unknown}: unknown option{nearest(unknown, FIELD_TYPES)}; there are {known}")
+        raise UserError(f"--{unknown}: unknown option{nearest(unknown, FIELDS)}; there are {', '.join(FIELDS)}")
     stop = values.get("stop", ())
     values["stop"] = (stop,) if isinstance(stop, str) else tuple(stop)
     if values.get("num_beams", 1) != 1:
         values.setdefault("temperature", 0.0)  # beam search never samples; only a temperature that is given conflicts
     options = GenerationOptions(**values)
-    for field in dataclasses.fields(GenerationOptions):
-        check_field(f"--{field.name}", field, FIELD_TYPES[field.name], getattr(options, field.name))
+    for name, field in FIELDS.items():
+        check_field(f"--{name}", field, getattr(options, name))
     contradiction = _contradiction(options)
     if contradiction:
         raise UserError(contradiction)

@@ -11,10 +11,11 @@ import math
 import tomllib
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
-from jaxlm.config import SECTIONS, Config, nearest, replace_fields, shown, type_name
-from jaxlm.config.fields import SHOWN, accepts
+from jaxlm.config import Config, nearest, replace_fields, shown, type_name
+from jaxlm.config.fields import SHOWN, accepts, field_values
+from jaxlm.config.schema import FIELDS
 from jaxlm.config.validate import check_field
 from jaxlm.errors import UserError
 
@@ -168,19 +169,13 @@ def apply(config: Config, world: int | None) -> tuple[Config, list[str]]:
     return replace_fields(config, fields), [f"training.deepspeed_config: {line}" for line in translation.lines]
 
 
-def fields_of(config: Config) -> dict[str, Any]:
-    """Every field's value by dotted name."""
-    sections = vars(config).items()
-    return {f"{section}.{name}": value for section, fields in sections for name, value in vars(fields).items()}
-
-
 class _Translation:
     """The keys of a file as they become fields: what each sets is gathered first, then compared."""
 
     def __init__(self, config: Config, keys: dict[str, Any]) -> None:
         self.keys = keys  # dotted key -> value, sections too
         self.given = {key: value for key, value in keys.items() if value is not None and value != "auto"}
-        self.own, self.unset = fields_of(config), fields_of(Config())
+        self.own, self.unset = field_values(config), field_values(Config())
         self.claims: dict[str, list[tuple[Any, str]]] = {}  # field -> each value that a key gives it, and "KEY is ..."
         self.lines: list[str] = []
         self.settle_precision()
@@ -191,9 +186,7 @@ class _Translation:
 
     def claim(self, field: str, value: Any, key: str, given: Any) -> None:
         """Notes that the file sets `field` to `value`, by what is `given` at `key`."""
-        section, name = field.split(".")
-        declared = {f.name: f for f in dataclasses.fields(SECTIONS[section])}[name]
-        check_field(key, declared, get_type_hints(SECTIONS[section])[name], value)
+        check_field(key, FIELDS[field], value)
         self.claims.setdefault(field, []).append((value, f"{key} is {_json(given)}"))
 
     def settle_precision(self) -> None:
