@@ -1,13 +1,17 @@
 """Classes of Hugging Face's `transformers` that compute what a model of jaxlm does: one table each, read both ways.
 
-`to_config` and `from_config` translate config.json; `tensors` translates the parameters. Needs no JAX, torch or
-transformers.
+`to_config` and `from_config` translate config.json, `to_tensors` and `from_tensors` the parameters, which are named by
+their paths, such as "blocks/mlp/up/kernel"; those of blocks have a leading layer axis. Needs no JAX or transformers.
+
+Shapes: I inputs and O outputs of a linear layer, N tensors that jaxlm holds as one parameter.
 """
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
+
+import numpy as np
 
 from jaxlm.config import Config, ModelConfig, check_fields, shown
 from jaxlm.errors import UserError
@@ -21,17 +25,10 @@ PLAIN = {"gelu": "gelu_new gelu_pytorch_tanh gelu_fast", "gelu_exact": "gelu", "
 GATED = {"swiglu": "silu swish", "geglu": "gelu_pytorch_tanh gelu_new gelu_fast"}
 
 # For each rope_type: key of `rope_parameters` -> field of ModelConfig.
-ROPE_TYPES: dict[str, dict[str, str]] = {
-    "default": {},
-    "linear": {"factor": "rope_scaling_factor"},
-    "llama3": {
-        "factor": "rope_scaling_factor",
-        "original_max_position_embeddings": "rope_original_length",
-        "low_freq_factor": "rope_low_freq_factor",
-        "high_freq_factor": "rope_high_freq_factor",
-    },
-    "yarn": {"factor": "rope_scaling_factor", "original_max_position_embeddings": "rope_original_length"},
-}
+_LINEAR = {"factor": "rope_scaling_factor"}
+_YARN = {**_LINEAR, "original_max_position_embeddings": "rope_original_length"}
+_LLAMA3 = {**_YARN, "low_freq_factor": "rope_low_freq_factor", "high_freq_factor": "rope_high_freq_factor"}
+ROPE_TYPES: dict[str, dict[str, str]] = {"default": {}, "linear": _LINEAR, "llama3": _LLAMA3, "yarn": _YARN}
 ROPE_FIXED = {"beta_fast": 32, "beta_slow": 1, "truncate": True, "partial_rotary_factor": 1}  # the only values known
 
 COMMON = {"pre_norm": True, "qk_norm": False, "logit_softcap": None}  # what most classes imply
@@ -45,7 +42,6 @@ class Family:
     model_type: str
     keys: Mapping[str, str]  # field of ModelConfig -> key of config.json, or several keys that must agree
     implied: Mapping[str, Any]  # field of ModelConfig -> the value that all models of the class have
-    activation: str  # key of config.json for the activation
     activations: Mapping[str, str]  # PLAIN or GATED
     dropouts: Mapping[str, str]  # key of config.json -> field of ModelConfig; written only
     required: Mapping[str, Any]  # key of config.json -> the only value that jaxlm can express
@@ -70,10 +66,10 @@ GPT2 = Family(
         "d_ff": "n_inner",
         "max_seq_len": "n_positions",
         "norm_epsilon": "layer_norm_epsilon",
+        "activation": "activation_function",
         "tie_embeddings": "tie_word_embeddings",
     },
     implied={**COMMON, "n_kv_heads": None, "norm": "layernorm", "use_bias": True, "positions": "learned"},
-    activation="activation_function",
     activations=PLAIN,
     dropouts={"embd_pdrop": "dropout", "resid_pdrop": "dropout", "attn_pdrop": "attention_dropout"},
     required={"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False},
@@ -111,11 +107,11 @@ LLAMA = Family(
         "d_ff": "intermediate_size",
         "max_seq_len": "max_position_embeddings",
         "norm_epsilon": "rms_norm_eps",
+        "activation": "hidden_act",
         "use_bias": "attention_bias mlp_bias",
         "tie_embeddings": "tie_word_embeddings",
     },
     implied={**COMMON, "norm": "rmsnorm", "positions": "rotary"},
-    activation="hidden_act",
     activations=GATED,
     dropouts={"attention_dropout": "attention_dropout"},
     required={},
@@ -200,12 +196,12 @@ def _unlike(model: ModelConfig, family: Family) -> list[str]:
 
 def to_config(model: ModelConfig, family: Family) -> dict[str, Any]:
     """config.json of the model, without its tokens and dtype."""
-    values = dataclasses.asdict(model) | {"n_kv_heads": model.kv_heads}
+    activation = family.activations[model.activation].split()[0]
+    values = dataclasses.asdict(model) | {"n_kv_heads": model.kv_heads, "activation": activation}
     config = {
         "architectures": [family.architecture],
         "model_type": family.model_type,
         **{key: values[field] for field, keys in family.keys.items() for key in keys.split()},
-        family.activation: family.activations[model.activation].split()[0],
         **{key: values[field] for key, field in family.dropouts.items()},
         **family.required,
     }
@@ -239,6 +235,8 @@ def from_config(config: Any, where: str) -> tuple[Family, ModelConfig]:
     if missing:
         raise UserError(f"{where}: config.json of a {family.architecture} lacks {', '.join(missing)}")
     fields = {field: values[keys.split()[0]] for field, keys in family.keys.items()}
+    theirs = fields.pop("activation")
+    activations = [ours for ours, names in family.activations.items() if theirs in names.split()]
     if fields["d_ff"] is None and isinstance(fields["d_model"], int):
         fields["d_ff"] = 4 * fields["d_model"]
     rope, refused = _from_rope(values) if family.rotary else ({}, [])
@@ -247,10 +245,9 @@ def from_config(config: Any, where: str) -> tuple[Family, ModelConfig]:
         check_fields(Config(model=model))
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
-    activations = [ours for ours, names in family.activations.items() if values[family.activation] in names.split()]
     refused += _refused(family, values)
     if not activations:
-        refused.append(_named(family.activation, values))
+        refused.append(_named(family.keys["activation"], values))
     if refused:
         raise UserError(f"{where}: jaxlm has no {family.architecture} with {', '.join(refused)}")
     n_kv_heads = None if model.n_kv_heads == model.n_heads else model.n_kv_heads
@@ -312,3 +309,41 @@ def _from_rope(values: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
 
 def _named(key: str, values: dict[str, Any]) -> str:
     return f"{key} {json.dumps(values[key])}"
+
+
+def tensor_names(path: str, family: Family, layer: int | None) -> list[str]:
+    """The N tensors that make up the parameter at `path`, in one layer; KeyError: the class has no such parameter."""
+    module, _, leaf = path.rpartition("/")
+    if not module:  # an embedding is a parameter of its own here, and a module in transformers
+        module, leaf = path, "weight"
+    names = [name.format(layer) for name in family.modules[module].split()]
+    kind = "bias" if leaf == "bias" else "weight"
+    return [f"{'' if name == 'lm_head' else family.prefix}{name}.{kind}" for name in names]
+
+
+def _split(x: np.ndarray, path: str, n: int, family: Family) -> list[np.ndarray]:
+    """The `n` tensors of one layer's parameter, as views where that is possible."""
+    is_kernel = path.endswith("/kernel")
+    parts = [x[..., i, :] for i in range(n)] if n > 1 else [x]
+    if is_kernel:  # one tensor may hold several matrices: [I, N, O] -> [I, N * O]
+        parts = [part.reshape(part.shape[0], -1) for part in parts]
+    elif path.startswith("blocks/"):
+        parts = [part.reshape(-1) for part in parts]
+    return [part.T for part in parts] if is_kernel and family.transposed else parts
+
+
+def to_tensors(params: Mapping[str, np.ndarray], family: Family) -> Iterator[tuple[str, np.ndarray]]:
+    """(name, tensor) for all parameters, in their dtype; KeyError: the class has no such parameter."""
+    for path, x in params.items():
+        layers: Iterable[tuple[int | None, np.ndarray]] = enumerate(x) if path.startswith("blocks/") else [(None, x)]
+        for layer, part in layers:
+            names = tensor_names(path, family, layer)
+            yield from zip(names, _split(part, path, len(names), family), strict=True)
+
+
+def from_tensors(path: str, shape: tuple[int, ...], family: Family, read: Callable[[str], np.ndarray]) -> np.ndarray:
+    """The parameter at `path`, float32 of `shape`, from the tensors that `read` returns by name."""
+    x = np.empty(shape, np.float32)
+    for name, view in to_tensors({path: x}, family):
+        view[...] = read(name)  # into `x`: no reshaping or transposing of a contiguous array copies
+    return x

@@ -21,8 +21,7 @@ from jaxlm.config import Config, ModelConfig, from_dict, shown
 from jaxlm.data.hub import SECONDS, why_unreachable
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.errors import UserError, one_line
-from jaxlm.interop.families import ARCHITECTURE, from_config
-from jaxlm.interop.tensors import from_tensors, tensor_names, to_tensors
+from jaxlm.interop.families import ARCHITECTURE, from_config, from_tensors, tensor_names, to_tensors
 
 INDEX, SINGLE_FILE = "model.safetensors.index.json", "model.safetensors"
 FETCHED = ("config.json", "tokenizer.json", INDEX, "*.safetensors")  # from the Hub

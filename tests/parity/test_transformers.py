@@ -32,9 +32,8 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from jaxlm.config import Config, DataConfig, ModelConfig, TrainingConfig, replace_fields
 from jaxlm.generation.api import generate_tokens
-from jaxlm.interop.families import FAMILIES, Family
+from jaxlm.interop.families import FAMILIES, Family, from_tensors
 from jaxlm.interop.pretrained import open_pretrained, with_architecture
-from jaxlm.interop.tensors import from_tensors
 from jaxlm.model import Transformer
 from jaxlm.model.positions import rotary_frequencies
 from jaxlm.parallel.layout import Layout
