@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from jaxlm.commands.parser import parse_size
 from jaxlm.config import (
     SECTIONS,
     Config,
@@ -24,7 +25,6 @@ from jaxlm.config import (
     validate,
 )
 from jaxlm.config.fields import accepts
-from jaxlm.config.sizes import parse_size
 from jaxlm.errors import UserError
 
 ROOT = Path(__file__).parents[1]

@@ -5,8 +5,7 @@ import dataclasses
 import json
 from typing import Any
 
-from jaxlm.commands.parser import Parser, add_config_file, add_config_options, config_from, set_completer
-from jaxlm.config.sizes import parse_size
+from jaxlm.commands.parser import Parser, add_config_file, add_config_options, config_from, parse_size, set_completer
 from jaxlm.errors import UserError
 from jaxlm.parallel import gpus
 

@@ -4,8 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from jaxlm.commands.parser import Parser, add_model_folder
-from jaxlm.config.sizes import parse_size
+from jaxlm.commands.parser import Parser, add_model_folder, parse_size
 
 
 def add_options(parser: Parser) -> None:

@@ -1,4 +1,4 @@
-"""Configuration files: a Python module that defines `config`, JSON, or one that comes along, by its name."""
+"""Configuration files: a Python module that defines `config`, JSON, or one that comes with jaxlm, by its name."""
 
 import json
 import os
@@ -25,31 +25,26 @@ def load_config(path: str) -> Config:
     Raises:
       UserError: missing, unreadable, not valid, or without a configuration.
     """
-    shipped = shipped_configs()
-    if path in shipped and not os.path.lexists(path):
-        path = str(shipped[path])
-    file = Path(path)
+    shipped, where = shipped_configs(), f"--config ({path})"
+    file = shipped[path] if path in shipped and not os.path.lexists(path) else Path(path)
     if not os.path.isfile(file):  # Path's own would raise where a name is too long, or a folder is closed to us
         reason = "is a folder" if os.path.isdir(file) else "no such file"
-        raise UserError(
-            f"--config ({path}): {reason}{nearest(path, shipped)}; name a .py or .json file, or one that comes along: "
-            f"{', '.join(shipped)}"
-        )
+        names = f"name a .py or .json file, or one that comes with jaxlm: {', '.join(shipped)}"
+        raise UserError(f"{where}: {reason}{nearest(path, shipped)}; {names}")
     if file.suffix == ".json":
         try:
-            return from_dict(json.loads(file.read_text(encoding="utf-8")), f"--config ({path})")
+            return from_dict(json.loads(file.read_text(encoding="utf-8")), where)
         except (ValueError, RecursionError, OSError) as error:
-            raise UserError(f"--config ({path}): not readable as JSON: {error}") from error
+            raise UserError(f"{where}: not readable as JSON: {error}") from error
     if file.suffix != ".py":
-        raise UserError(f"--config ({path}): must end in .py or .json")
+        raise UserError(f"{where}: must end in .py or .json")
     try:
-        found = runpy.run_path(path)
+        found = runpy.run_path(str(file))
     except SyntaxError as error:
-        raise UserError(f"--config ({path}): line {error.lineno}: {error.msg}") from error
+        raise UserError(f"{where}: line {error.lineno}: {error.msg}") from error
     except (Exception, SystemExit) as error:  # whatever the user's own code raises is a mistake in their file
-        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
-        where = f"--config ({path})" + (f": line {lines[-1]}" if lines else "")
-        raise UserError(f"{where}: {type(error).__name__}: {printable(error)}") from error
+        lines = [f": line {at.lineno}" for at in traceback.extract_tb(error.__traceback__) if at.filename == str(file)]
+        raise UserError(f"{where}{''.join(lines[-1:])}: {type(error).__name__}: {printable(error)}") from error
     if not isinstance(found.get("config"), Config):
-        raise UserError(f"--config ({path}): must define `config = Config(...)` (from jaxlm.config import Config)")
+        raise UserError(f"{where}: must define `config = Config(...)` (from jaxlm.config import Config)")
     return found["config"]

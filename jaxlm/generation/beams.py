@@ -64,15 +64,14 @@ class BeamSearch:
         """What `_advance` takes: int32 [W] each beam's parent, last token, its position in the cache, and the number of
         new tokens; float32 [W] its score; with a repetition penalty, bool [W, V] the tokens in it.
         """
-        width, last = len(self.contexts), [context[-1] for context in self.contexts]
-        integers = {
-            "parent": self.parents,
-            "token": last,
-            "position": [position] * width,
-            "count": [self.count] * width,
+        width = len(self.contexts)
+        arrays = {
+            "parent": np.array(self.parents, np.int32),
+            "token": np.array([context[-1] for context in self.contexts], np.int32),
+            "position": np.full(width, position, np.int32),
+            "count": np.full(width, self.count, np.int32),
+            "score": np.array(self.scores, np.float32),
         }
-        arrays = {name: np.array(values, np.int32) for name, values in integers.items()}
-        arrays["score"] = np.array(self.scores, np.float32)
         if self._options.repetition_penalty != 1:
             arrays["seen"] = np.stack([seen_tokens(context, self._vocab_size) for context in self.contexts])
         return arrays

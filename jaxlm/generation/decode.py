@@ -73,11 +73,11 @@ class Clock:
     compiling: float = 0.0
     slides: int = 0
 
-    def call(self, measured: Throughput, function: Callable[..., T], *arguments: Any, **options: Any) -> T:
+    def call(self, measured: Throughput, function: Callable[..., T], *arguments: Any) -> T:
         """The finished result of `function(...)`; adds its seconds to `measured`, those until it was compiled apart."""
         compilations = _record_compilations()
         before, begin = len(compilations), time.perf_counter()
-        out = function(*arguments, **options)
+        out = function(*arguments)
         if len(compilations) > before:
             compiled = time.perf_counter()
             self.compiling += compiled - begin
@@ -101,18 +101,16 @@ class Request:
     """One text to make.
 
     Attributes:
-      prompt: token ids, at least one.
       index: its place in the order of prompts and samples.
-      context: the prompt and all new tokens, <eos> included.
+      context: the prompt, at least one token, and all new tokens, <eos> included.
       logprobs: natural log-probability of each new token by the model, before penalties and filters.
       cached: how many of the context's last tokens the slot's cache holds; 0: it has no slot yet.
     """
 
-    prompt: Sequence[int]
     index: int
-
-    def __post_init__(self) -> None:
-        self.context, self.logprobs, self.cached = list(self.prompt), list[float](), 0
+    context: list[int]
+    logprobs: list[float] = dataclasses.field(default_factory=list)
+    cached: int = 0
 
 
 @jax.jit
@@ -258,7 +256,7 @@ class Decoder:
           A request; its next tokens, without <eos>; and why it ended, "eos" or "length", or None.
         """
         samples = [prompt for prompt in prompts for _ in range(self.options.num_samples)]
-        waiting = collections.deque(Request(prompt, index) for index, prompt in enumerate(samples))
+        waiting = collections.deque(Request(index, list(prompt)) for index, prompt in enumerate(samples))
         longest = max(len(prompt) for prompt in prompts)
         longest_text = max(longest + self.options.max_new_tokens, self.shortest_cache)
         self._prompts = PromptRunner(self.model, self.clock, longest, longest_text)

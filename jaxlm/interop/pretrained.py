@@ -218,9 +218,8 @@ def _model_of_the_run(config: Config) -> ModelConfig | None:
     resume = training.resume_from_checkpoint
     folder = training.checkpoint_dir if resume in (None, "latest") else f"{resume}/config"
     try:
-        text = (Path(folder).expanduser() / "config.json").read_text(encoding="utf-8")
-        saved = from_dict(json.loads(text), folder)
-    except (OSError, ValueError, UserError):
+        saved = from_dict(_read_json(Path(folder).expanduser() / "config.json", folder), folder)
+    except UserError:
         return None  # resuming reads it again, and says what is wrong
     return saved.model if saved.training.init_from == training.init_from else None
 
