@@ -59,13 +59,7 @@ def encode_prompts(tokenizer: Tokenizer, prompts: Sequence[str], window: int, na
 
 @dataclasses.dataclass
 class TextGenerator:
-    """Makes texts with a model.
-
-    Attributes:
-      chunk: tokens decoded between looks at them.
-      shortest_cache: positions that the key-value cache has at least; one length for all prompts saves compilations.
-      clock: tokens and seconds of all texts made.
-    """
+    """Makes texts with a model; `chunk`, `shortest_cache` and `clock` as in `Decoder`."""
 
     model: Transformer
     tokenizer: Tokenizer
