@@ -5,7 +5,8 @@ import pytest
 from conftest import make_config
 
 from jaxlm import Trainer
-from jaxlm.config import TrainingConfig, xla_option
+from jaxlm.config import TrainingConfig
+from jaxlm.config.validate import xla_option
 from jaxlm.errors import UserError
 from jaxlm.ops import compiler
 from jaxlm.ops.compiler import compiler_options, describe

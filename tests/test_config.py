@@ -18,13 +18,12 @@ from jaxlm.config import (
     DataConfig,
     ModelConfig,
     TrainingConfig,
-    changed_fields,
     from_dict,
     replace_fields,
     to_dict,
     validate,
 )
-from jaxlm.config.fields import accepts
+from jaxlm.config.fields import accepts, changed_fields
 from jaxlm.errors import UserError
 
 ROOT = Path(__file__).parents[1]

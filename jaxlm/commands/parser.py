@@ -9,18 +9,8 @@ import typing
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn
 
-from jaxlm.config import (
-    SECTIONS,
-    Config,
-    excerpt,
-    load_config,
-    nearest,
-    replace_fields,
-    shipped_configs,
-    shown,
-    type_name,
-)
-from jaxlm.config.fields import kinds_of
+from jaxlm.config import SECTIONS, Config, load_config, nearest, replace_fields, shipped_configs, shown, type_name
+from jaxlm.config.fields import excerpt, kinds_of
 from jaxlm.config.schema import FIELDS
 from jaxlm.errors import UserError
 

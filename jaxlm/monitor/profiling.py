@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 
-from jaxlm.config import profiled_steps
+from jaxlm.config.validate import profiled_steps
 from jaxlm.parallel.processes import is_leader, say
 
 

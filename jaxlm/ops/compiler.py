@@ -10,7 +10,8 @@ from collections.abc import Callable
 
 import jax
 
-from jaxlm.config import TrainingConfig, xla_option
+from jaxlm.config import TrainingConfig
+from jaxlm.config.validate import xla_option
 
 Options = dict[str, str | bool]  # numbers are written out
 

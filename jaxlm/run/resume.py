@@ -6,7 +6,8 @@ from pathlib import Path
 
 from jaxlm.checkpoints import folder
 from jaxlm.checkpoints.items import Progress, read_config, read_progress
-from jaxlm.config import Config, changed_fields
+from jaxlm.config import Config
+from jaxlm.config.fields import changed_fields
 from jaxlm.errors import UserError
 from jaxlm.parallel.mesh import row_shards, show_row_shards
 from jaxlm.parallel.processes import barrier, is_leader, say
