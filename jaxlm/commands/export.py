@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 from jaxlm.commands.parser import Parser, add_model_folder, parse_size
+from jaxlm.config.fields import check_choice
 
 
 def add_options(parser: Parser) -> None:
@@ -22,11 +23,11 @@ def run(arguments: argparse.Namespace) -> None:
     source, to = Path(arguments.model), Path(arguments.to)
 
     from jaxlm.checkpoints.load import load
-    from jaxlm.interop.export import check_dtype, check_target, export
+    from jaxlm.interop.export import DTYPES, check_target, export
     from jaxlm.parallel.devices import find_devices
 
     max_shard_size = parse_size("--max_shard_size", arguments.max_shard_size)
-    check_dtype(arguments.dtype)
+    check_choice("--dtype", arguments.dtype, DTYPES)
     check_target(to)
     find_devices()
     kind = export(load(source), source, to, max_shard_size=max_shard_size, dtype=arguments.dtype)

@@ -5,7 +5,7 @@ import difflib
 import operator
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from jaxlm.config.schema import FIELDS, SECTIONS, Config
@@ -23,6 +23,12 @@ def nearest(name: str, known: Iterable[str]) -> str:
 def kinds_of(annotation: Any) -> tuple[Any, ...]:
     """The types that a declared type allows, such as int and NoneType for int | None."""
     return typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
+
+
+def check_choice(name: str, value: str, choices: Collection[str]) -> None:
+    """Raises UserError, which `name` begins, unless `value` is one of `choices`."""
+    if value not in choices:
+        raise UserError(f"{name} ({value[:SHOWN]}) is not one of {', '.join(choices)}{nearest(value, choices)}")
 
 
 def accepts(annotation: Any, value: Any) -> bool:

@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from jaxlm.config.fields import SHOWN, accepts, excerpt, field_values, nearest, type_name
+from jaxlm.config.fields import SHOWN, accepts, check_choice, excerpt, field_values, nearest, type_name
 from jaxlm.config.schema import FIELDS, Config, ModelConfig
 from jaxlm.errors import UserError, one_line
 
@@ -41,9 +41,8 @@ def check_field(dotted: str, field: Any, value: Any) -> None:
 
 
 def _check_text(dotted: str, limits: Mapping[str, Any], text: str) -> None:
-    choices = limits["choices"]
-    if choices and text not in choices and not limits["others"]:
-        raise UserError(f"{dotted} ({text[:SHOWN]}) is not one of {', '.join(choices)}{nearest(text, choices)}")
+    if limits["choices"] and not limits["others"]:
+        check_choice(dotted, text, limits["choices"])
     if "\0" in text:
         raise UserError(f"{dotted} ({excerpt(text)}) holds a NUL character; remove it")
     if limits["path"] and text.startswith("~") and os.path.expanduser(text) == text:

@@ -27,7 +27,7 @@ import jaxlm
 from jaxlm.checkpoints.items import Progress
 from jaxlm.checkpoints.load import LoadedModel
 from jaxlm.checkpoints.save import reason_of
-from jaxlm.config import Config, DataConfig, nearest, replace_fields, to_dict
+from jaxlm.config import Config, DataConfig, replace_fields, to_dict
 from jaxlm.data.atomic import atomic_path
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.errors import UserError
@@ -46,12 +46,6 @@ def check_target(path: Path) -> None:
             raise UserError(f"--to ({path}): is not empty; name another folder, or delete it")
     elif os.path.lexists(path):
         raise UserError(f"--to ({path}): is no folder; name another")
-
-
-def check_dtype(name: str) -> None:
-    """Raises UserError unless it is one of DTYPES."""
-    if name not in DTYPES:
-        raise UserError(f"--dtype ({name}) is not one of {', '.join(DTYPES)}{nearest(name, DTYPES)}")
 
 
 def export(loaded: LoadedModel, source: Path, to: Path, *, max_shard_size: int, dtype: str) -> str:
