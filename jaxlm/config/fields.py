@@ -5,7 +5,7 @@ import difflib
 import operator
 import types
 import typing
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 from jaxlm.config.schema import FIELDS, SECTIONS, Config
@@ -50,10 +50,10 @@ def type_name(annotation: Any) -> str:
     return " or ".join(names.get(kind, kind.__name__) for kind in kinds_of(annotation))
 
 
-def excerpt(value: Any) -> str:
-    """`value` for a message, cut where it is long."""
+def excerpt(value: Any, write: Callable[[Any], str] = repr) -> str:
+    """`value` for a message, as `write` has it, cut where it is long."""
     try:
-        text = repr(value)
+        text = write(value)
     except ValueError:  # Python refuses to write out an int of thousands of digits
         return f"{type(value).__name__} too large to show"
     return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."

@@ -6,6 +6,7 @@ differ, of the program, github.com/deepspeedai/DeepSpeed; "auto" is from https:/
 """
 
 import dataclasses
+import functools
 import json
 import math
 import tomllib
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxlm.config import Config, nearest, replace_fields, shown, type_name
-from jaxlm.config.fields import SHOWN, accepts, field_values
+from jaxlm.config.fields import accepts, excerpt, field_values
 from jaxlm.config.schema import FIELDS
 from jaxlm.config.validate import check_field
 from jaxlm.errors import UserError
@@ -26,6 +27,8 @@ LR, PEAK, LOWEST = "optimizer.params.lr", "scheduler.params.warmup_max_lr", "sch
 STAGE, RATE = "zero_optimization.stage", "training.learning_rate"
 KINDS: dict[str, Any] = {"bool": bool, "int": int, "float": float, "text": str, "list": list, "object": dict}
 KINDS |= {"int?": int | None, "text?": str | None, "object?": dict | None, "int|bool?": int | bool | None}
+
+_json = functools.partial(excerpt, write=json.dumps)  # as it stands in the file: the quotes of "2" may be what is wrong
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,12 +134,6 @@ def _checked(key: str, value: Any) -> Any:
     elif isinstance(value, str) and not hint:
         hint = "numbers, true and false stand without quotes"
     raise UserError(f"{key} ({_json(value)}) must be {wanted}{hint and '; '}{hint}")
-
-
-def _json(value: Any) -> str:
-    """A value of the file as it stands there: the quotes of "2" may be what is wrong with it."""
-    text = json.dumps(value)
-    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
 
 
 # --- Applying it ------------------------------------------------------------------------------------------------------

@@ -241,14 +241,13 @@ def _adopt(config: Config, model: ModelConfig) -> Config:
 def _agreed_tokenizer(config: Config, found: Tokenizer | None) -> Tokenizer:
     """The tokenizer `found` in the folder, or else that of data.tokenizer_path; UserError if there is none, or two."""
     path = config.data.tokenizer_path
-    if path is None:
-        if found is None:
-            raise UserError(f"{_where(config)}: holds no tokenizer.json; write one there, or set data.tokenizer_path")
-        return found
-    own = Tokenizer.load(path)
-    if found is not None and not found.agrees_with(own):
+    own = None if path is None else Tokenizer.load(path)
+    if found and own and not found.agrees_with(own):
         raise UserError(f"data.tokenizer_path ({path}) is not the tokenizer of {_where(config)}; leave it out")
-    return found or own
+    agreed = found or own
+    if agreed is None:
+        raise UserError(f"{_where(config)}: holds no tokenizer.json; write one there, or set data.tokenizer_path")
+    return agreed
 
 
 def _open(config: Config) -> Pretrained:
