@@ -152,7 +152,7 @@ def test_prompts_of_texts_files_and_standard_input(tmp_path: Path, monkeypatch: 
         ("bad.jsonl", b'{"text": "x"}\n{"text": \n', r"line 2: bad JSON: "),
         ("key.jsonl", b'{"prompt": "x"}\n', r'line 1: must be an object such as \{"text": "a prompt"\}'),
         ("list.jsonl", b"[1]\n", r"line 1: must be an object"),
-        ("half.jsonl", b'{"text": "\\ud83d"}\n', r"line 1 is not valid Unicode"),
+        ("half.jsonl", b'{"text": "\\ud83d"}\n', r"line 1: .* is half a surrogate pair, not text"),
     ],
 )
 def test_bad_prompts_files(tmp_path: Path, name: str, content: bytes | None, message: str) -> None:

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from jaxlm.data.documents import encoding_fault
 from jaxlm.errors import UserError, one_line
 
 REPLACEMENT = "\ufffd"  # stands for bytes that are not (yet) a character
@@ -72,7 +73,8 @@ def read_prompts(prompts: Sequence[str], file: str | None) -> list[str]:
       UserError: the file is missing, unreadable, not UTF-8, not such JSON, or holds no prompt; one text is not Unicode.
     """
     for prompt in prompts:
-        _check_unicode(f"--prompt ({prompt!a})", prompt)
+        if fault := encoding_fault(prompt, f"--prompt ({prompt!a})"):
+            raise fault
     if file is None:
         return list(prompts) or [""]
     where = f"--prompts_file ({file})"
@@ -97,13 +99,6 @@ def read_prompts(prompts: Sequence[str], file: str | None) -> list[str]:
     return [*prompts, *found]
 
 
-def _check_unicode(where: str, text: str) -> None:
-    try:  # bytes of a command line that are not UTF-8 come as halves of surrogate pairs
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise UserError(f"{where} is not valid Unicode; mend it") from error
-
-
 def _from_json(where: str, line: str) -> str:
     try:
         row = json.loads(line)
@@ -112,5 +107,6 @@ def _from_json(where: str, line: str) -> str:
     text = row.get(JSON_KEY) if isinstance(row, dict) else None
     if not isinstance(text, str):
         raise UserError(f'{where}: must be an object such as {{"{JSON_KEY}": "a prompt"}}')
-    _check_unicode(where, text)
+    if fault := encoding_fault(text, where):
+        raise fault
     return text
