@@ -27,7 +27,7 @@ import jaxlm
 from jaxlm.checkpoints.items import Progress
 from jaxlm.checkpoints.load import LoadedModel
 from jaxlm.checkpoints.save import reason_of
-from jaxlm.config import Config, DataConfig, replace_fields, to_dict
+from jaxlm.config import Config, replace_fields, to_dict
 from jaxlm.data.atomic import atomic_path
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.errors import UserError
@@ -149,10 +149,11 @@ def _model_card(loaded: LoadedModel, source: Path, folder: str, architecture: st
     `source` is the model's own folder; the run's metrics are looked for beside it.
     """
     progress, config, source = loaded.progress, loaded.config, source.resolve()
-    tokens = config.data.max_length * progress.global_batch
+    data, tokens = config.data, config.data.max_length * progress.global_batch
+    data_set = " ".join(filter(None, (data.dataset_name, data.dataset_config, data.dataset_split)))
     table = {
         "parameters": f"{sum(x.size for x in jax.tree.leaves(nnx.state(loaded.model))):,}",
-        "training text": _training_text(config.data),
+        "training text": ", ".join(data.train_files) or data_set,
         "SHA-256 of the text": progress.data_fingerprint,
         "started from": config.training.init_from or "random parameters",
         "updates": f"{progress.step:,} of {progress.total_steps:,}",
@@ -170,12 +171,6 @@ def _model_card(loaded: LoadedModel, source: Path, folder: str, architecture: st
         rows="\n".join(f"| {name} | {value} |" for name, value in table.items()),
         config=json.dumps(_changed_options(config, progress), indent=2),
     )
-
-
-def _training_text(data: DataConfig) -> str:
-    if data.train_files:
-        return ", ".join(data.train_files)
-    return " ".join(part for part in (data.dataset_name, data.dataset_config, data.dataset_split) if part)
 
 
 def _scores(run: Path, progress: Progress) -> dict[str, str]:

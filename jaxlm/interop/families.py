@@ -174,7 +174,13 @@ def family_for(model: ModelConfig, where: str) -> Family:
     Raises:
       UserError: there is none; `where` begins the message, which names the options that stand in the way.
     """
-    unlike = {name: _unlike(model, family) for name, family in FAMILIES.items()}
+    values = dataclasses.asdict(model)
+    values["n_kv_heads"] = None if model.kv_heads == model.n_heads else model.n_kv_heads
+    unlike = {}  # architecture -> the options whose values the class doesn't have
+    for architecture, family in FAMILIES.items():
+        expressible = {field: (value,) for field, value in family.implied.items()} | {"activation": family.activations}
+        others = [field for field, choices in expressible.items() if values[field] not in choices]
+        unlike[architecture] = [f"model.{field} {shown(values[field])}" for field in others]
     closest = min(unlike, key=lambda architecture: len(unlike[architecture]))
     if unlike[closest]:
         raise UserError(
@@ -182,16 +188,6 @@ def family_for(model: ModelConfig, where: str) -> Family:
             f"the closest, {closest}, has no {', '.join(unlike[closest])}"
         )
     return FAMILIES[closest]
-
-
-def _unlike(model: ModelConfig, family: Family) -> list[str]:
-    """The options whose values the class doesn't have."""
-    values = dataclasses.asdict(model)
-    values["n_kv_heads"] = None if model.kv_heads == model.n_heads else model.n_kv_heads
-    expressible = {field: (value,) for field, value in family.implied.items()} | {"activation": family.activations}
-    return [
-        f"model.{name} {shown(values[name])}" for name, choices in expressible.items() if values[name] not in choices
-    ]
 
 
 def to_config(model: ModelConfig, family: Family) -> dict[str, Any]:
