@@ -3,7 +3,7 @@
 import operator
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -29,8 +29,14 @@ def check_field(dotted: str, field: Any, value: Any) -> None:
         raise UserError(f"{dotted} ({excerpt(value)}) must be {type_name(field.type)}")
     limits = field.metadata
     for item in value if isinstance(value, tuple) else (value,):
-        if isinstance(item, str):
-            _check_text(dotted, limits, item)
+        if not isinstance(item, str):
+            continue
+        if limits["choices"] and not limits["others"]:
+            check_choice(dotted, item, limits["choices"])
+        if "\0" in item:
+            raise UserError(f"{dotted} ({excerpt(item)}) holds a NUL character; remove it")
+        if limits["path"] and item.startswith("~") and os.path.expanduser(item) == item:
+            raise UserError(f"{dotted} ({item}): there is no such user; write the path in full")
     if isinstance(value, int | float):
         largest = LARGEST_FLOAT if accepts(field.type, 0.5) else LARGEST_INT
         if not abs(value) <= largest:  # NaN compares with nothing
@@ -38,15 +44,6 @@ def check_field(dotted: str, field: Any, value: Any) -> None:
         for name, (words, holds) in BOUNDS.items():
             if limits[name] is not None and not holds(value, limits[name]):
                 raise UserError(f"{dotted} ({value}) must be {words} {limits[name]}")
-
-
-def _check_text(dotted: str, limits: Mapping[str, Any], text: str) -> None:
-    if limits["choices"] and not limits["others"]:
-        check_choice(dotted, text, limits["choices"])
-    if "\0" in text:
-        raise UserError(f"{dotted} ({excerpt(text)}) holds a NUL character; remove it")
-    if limits["path"] and text.startswith("~") and os.path.expanduser(text) == text:
-        raise UserError(f"{dotted} ({text}): there is no such user; write the path in full")
 
 
 def _model_conflicts(model: ModelConfig) -> Iterator[str]:
