@@ -7,7 +7,6 @@ slot, and `_decode` continues all slots, each at its own position; when a text e
 So a text depends only on its own prompt and random key; the others change only how fast it comes.
 """
 
-import collections
 import dataclasses
 import functools
 import time
@@ -256,7 +255,7 @@ class Decoder:
           A request; its next tokens, without <eos>; and why it ended, "eos" or "length", or None.
         """
         samples = [prompt for prompt in prompts for _ in range(self.options.num_samples)]
-        waiting = collections.deque(Request(index, list(prompt)) for index, prompt in enumerate(samples))
+        waiting = (Request(index, list(prompt)) for index, prompt in enumerate(samples))
         longest = max(len(prompt) for prompt in prompts)
         longest_text = max(longest + self.options.max_new_tokens, self.shortest_cache)
         self._prompts = PromptRunner(self.model, self.clock, longest, longest_text)
@@ -265,8 +264,8 @@ class Decoder:
         self._state: dict[str, Any] = {}  # a row a slot; made with the first prompt, which has the arrays' types
         while True:
             for slot, request in enumerate(self._slots):
-                if request is None and waiting:
-                    self._slots[slot] = request = waiting.popleft()
+                if request is None:
+                    self._slots[slot] = request = next(waiting, None)
                 if request is not None and not 0 < request.cached <= self._prompts.cache_length:
                     self._prefill_slot(slot, request)
             if not any(self._slots):
