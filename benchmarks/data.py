@@ -135,8 +135,8 @@ def loading(options: dict[str, Any]) -> list[dict[str, Any]]:
 
     data = data_config(options)
     train = prepare(data, options["vocab_size"], None, say).train
-    plan = plan_cached(train, data.max_length, data.min_length, data.packing_strategy, True, report=say)
-    rate = flow(Rows(train, plan, data.max_length), options)
+    plan = plan_cached(train, data, say)
+    rate = flow(Rows(train, plan), options)
     return [{"part": "loading", "what": "embedded corpus", "rows": len(plan), **rate, "peak_bytes": peak_bytes()}]
 
 
@@ -196,7 +196,7 @@ def larger(options: dict[str, Any]) -> list[dict[str, Any]]:
     except MemoryError:
         pass
     made = plan(documents.offsets, options["seq_len"], 2, "first_fit", True)
-    rate = flow(Rows(documents, made, options["seq_len"]), options)
+    rate = flow(Rows(documents, made), options)
     facts = {
         "documents": len(documents),
         "rows": len(made),

@@ -57,10 +57,7 @@ def dump_batches(spec: dict[str, Any], path: Path) -> dict[str, Any]:
     config = configuration(spec)
     data = config.data
     prepared = prepare(data, config.model.vocab_size, None, say)
-    plan = plan_cached(
-        prepared.train, data.max_length, data.min_length, data.packing_strategy, data.pack_sequences, report=say
-    )
-    rows = Rows(prepared.train, plan, data.max_length)
+    rows = Rows(prepared.train, plan_cached(prepared.train, data, say))
     with contextlib.closing(train_batches(rows, config.training.seed, spec["batch"], 1, 0)) as stream:
         batches = [{name: array[0] for name, array in batch.items()} for batch in itertools.islice(stream, BATCHES)]
     arrays = {name: np.stack([batch[name] for batch in batches]) for name in batches[0]}

@@ -25,7 +25,7 @@ def make_rows(folder: Path, tokens: list[int], strategy: str = "greedy", pack: b
     ids[offsets[:-1]], ids[offsets[1:] - 1] = 1, 2
     ids.tofile(folder / "train.tokens")
     np.save(folder / "train.offsets.npy", offsets)
-    return Rows(TokenDocuments(folder, "train", ids.dtype), plan(offsets, T, 0, strategy, pack), T)
+    return Rows(TokenDocuments(folder, "train", ids.dtype), plan(offsets, T, 0, strategy, pack))
 
 
 @pytest.fixture
@@ -151,7 +151,7 @@ def test_process_ends_with_batches_left(tmp_path) -> None:
         "import sys, numpy as np; from pathlib import Path; from jaxlm.data.tokens import TokenDocuments\n"
         "from jaxlm.data.loader import Rows, train_batches; from jaxlm.data.packing import plan\n"
         "documents = TokenDocuments(Path(sys.argv[1]), 'train', np.dtype('uint16'))\n"
-        "batches = train_batches(Rows(documents, plan(documents.offsets, 12, 0, 'greedy', True), 12), 0, 2, 1, 0)\n"
+        "batches = train_batches(Rows(documents, plan(documents.offsets, 12, 0, 'greedy', True)), 0, 2, 1, 0)\n"
         "next(batches)"
     )
     arguments = [sys.executable, "-W", "error", "-c", program, str(tmp_path)]

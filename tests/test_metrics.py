@@ -28,7 +28,7 @@ from jaxlm.config import Config, TrainingConfig, from_dict, replace_fields, to_d
 from jaxlm.errors import UserError
 from jaxlm.monitor.histograms import count_values
 from jaxlm.monitor.metrics import MetricsTracker, flops_per_token, memory_gib, model_flops_utilization
-from jaxlm.monitor.sinks import Histogram, JsonLines, Samples, TensorBoard, hyperparameters, make_sinks
+from jaxlm.monitor.sinks import Histogram, JsonLines, TensorBoard, hyperparameters, make_sinks
 
 pytestmark = pytest.mark.xdist_group("metrics")  # one process, so that the run is done once
 
@@ -200,7 +200,7 @@ def test_memory() -> None:
 def test_json_lines_are_appended_and_say_null_for_what_json_cannot(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     for step in (1, 2):  # as a resumed run
-        sink = JsonLines(path)
+        sink = JsonLines(tmp_path)
         sink.write({"train/loss": math.nan, "eval/perplexity": math.inf, "x": 0.1}, step)
         assert path.read_text().count("\n") == step, "a row has to be there at once, not when the file is closed"
         sink.close()
@@ -236,7 +236,7 @@ def test_tensorboard_has_the_run_among_the_hyperparameters(tmp_path: Path) -> No
 
 def test_samples_are_appended(tmp_path: Path) -> None:
     for step in (1, 2):
-        sink = Samples(tmp_path / "samples.jsonl")
+        sink = JsonLines(tmp_path)
         sink.write({"train/loss": 1.0}, step)
         sink.write_text("sample", "a\nb", step)
         sink.close()
@@ -431,7 +431,7 @@ def test_own_sinks_get_the_rows(tmp_path: Path) -> None:
     own = Mine()
     config = Config(training=TrainingConfig(report_to=("jsonl", f"{__name__}:Mine", own)))
     tracker = MetricsTracker(make_sinks(validate(config), tmp_path, 0))
-    assert [type(sink).__name__ for sink in tracker.sinks] == ["JsonLines", "Samples", "Mine", "Mine"]
+    assert [type(sink).__name__ for sink in tracker.sinks] == ["JsonLines", "Mine", "Mine"]
     assert tracker.sinks[-1] is own
     assert (Mine.made[-1].folder, Mine.made[-1].config) == (tmp_path, config)
     tracker.update({"x": 1}, 1)

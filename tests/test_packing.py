@@ -1,5 +1,6 @@
 """Every pair of every document is in exactly one row, rows are what their strategy says, and millions are quick."""
 
+import dataclasses
 import time
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jaxlm.config import DataConfig
 from jaxlm.data import packing
 from jaxlm.data.packing import Plan, plan, plan_cached
 from jaxlm.data.tokens import TokenDocuments
@@ -171,11 +173,12 @@ def documents(tmp_path) -> TokenDocuments:
 
 def test_plan_is_kept(documents: TokenDocuments, monkeypatch: pytest.MonkeyPatch) -> None:
     lines: list[str] = []
-    first = plan_cached(documents, 8, 4, "greedy", True, lines.append)
-    assert plan_cached(documents, 8, 4, "greedy", False, lines.append)
+    data = DataConfig(max_length=8, min_length=4, packing_strategy="greedy")
+    first = plan_cached(documents, data, lines.append)
+    assert plan_cached(documents, dataclasses.replace(data, pack_sequences=False), lines.append)
     assert "unpacked" in lines[1]
     monkeypatch.setattr(packing, "plan", None)
-    again = plan_cached(documents, 8, 4, "greedy", True, lines.append)
+    again = plan_cached(documents, data, lines.append)
     assert "cached" not in lines[0]
     assert "(cached)" in lines[2]
     assert rows_of(again) == rows_of(first)
@@ -187,8 +190,9 @@ def test_plan_is_kept(documents: TokenDocuments, monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize("size", [0, 50])
 def test_damaged_plan_is_named(documents: TokenDocuments, size: int) -> None:
-    plan_cached(documents, 8, 0, "greedy", True, print)
+    data = DataConfig(max_length=8, min_length=0)
+    plan_cached(documents, data, print)
     (path,) = documents.folder.glob("*.npz")
     path.write_bytes(path.read_bytes()[:size])
     with pytest.raises(UserError, match=r"cached plan .*\.npz\) is damaged .*delete it"):
-        plan_cached(documents, 8, 0, "greedy", True, print)
+        plan_cached(documents, data, print)

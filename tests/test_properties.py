@@ -39,7 +39,7 @@ def make_rows(tokens: list[int], max_length: int, min_length: int, strategy: str
     """The rows of documents of so many tokens; every token's id is its place in the text, from 1."""
     offsets = np.append(0, np.cumsum(tokens)).astype(np.int64)
     documents: Any = SimpleNamespace(tokens=np.arange(1, offsets[-1] + 1), offsets=offsets)
-    return Rows(documents, plan(offsets, max_length, min_length, strategy, pack), max_length)
+    return Rows(documents, plan(offsets, max_length, min_length, strategy, pack))
 
 
 @examples(250)

@@ -83,11 +83,6 @@ def checkpoint_steps(folder: Path) -> dict[int, Path]:
     return {step: path for step, path in _numbered(folder).items() if is_sealed(path)}
 
 
-def is_intact(path: Path) -> bool:
-    """Whether there is a complete and undamaged folder at `path`."""
-    return is_sealed(path) and _damage(path) is None
-
-
 def newest_intact(folder: Path, report: Callable[[str], None]) -> Path | None:
     """The newest undamaged checkpoint, if there is any; newer ones that are damaged are reported.
 
@@ -96,7 +91,7 @@ def newest_intact(folder: Path, report: Callable[[str], None]) -> Path | None:
     """
     checkpoints = list(checkpoint_steps(folder).values())
     for path in reversed(checkpoints):
-        fault = _damage(path)
+        fault = damage_anywhere(path)
         if fault is None:
             return path
         if path == checkpoints[0]:
@@ -124,7 +119,7 @@ def find_checkpoint(path: str, folder: Path, report: Callable[[str], None]) -> P
         inside = list(checkpoint_steps(chosen).values())
         hint = f"one of its checkpoints, such as {inside[-1]}" if inside else f"a {PREFIX}_<step> folder, or latest"
         raise UserError(f"{where}: {problem}; name {hint}")
-    if fault := _damage(chosen):
+    if fault := damage_anywhere(chosen):
         raise UserError(f"{where}: is damaged: {fault}; name another")
     return chosen
 
@@ -148,7 +143,7 @@ def _numbered(folder: Path) -> dict[int, Path]:
     return dict(sorted((int(step), path) for path, step in steps.items() if step.isdecimal()))
 
 
-def _damage(path: Path) -> str | None:
+def damage_anywhere(path: Path) -> str | None:
     """As `damage`; all processes call it together, and each checks its share of the files."""
     return text_from_any_process(damage(path, part=jax.process_index(), parts=jax.process_count()))
 

@@ -25,10 +25,13 @@ from jaxlm.train.assemble import abstract_model
 from jaxlm.train.step import TrainState
 
 
-def _restore(path: Path, item: str, target: Any, shards: int) -> Any:
+def restore_item(path: Path, item: str, target: Any, shards: int) -> Any:
     """One array item of a saved folder, with the shapes, dtypes and placement of `target`, which has `shards`.
 
     Zeros are cut off or added, fewer than either side has shards.
+
+    Raises:
+      UserError: damaged, or of another model.
     """
     folder, shards = (path / item).resolve(), max(shards, read_progress(path).shards)
     with quiet_orbax(), ocp.StandardCheckpointer() as checkpointer:
@@ -54,19 +57,10 @@ def _difference(stored: dict[str, tuple[int, ...]], wanted: dict[str, tuple[int,
     return None
 
 
-def restore_params(path: Path, target: Any, shards: int) -> Any:
-    """The parameters saved in a model or checkpoint folder, as `target` has them; see `restore_state`."""
-    return _restore(path, "params", target, shards)
-
-
 def restore_state(path: Path, target: TrainState, shards: int) -> TrainState:
-    """The state saved in the checkpoint at `path`, placed as the abstract `target`, which has `shards`.
-
-    Raises:
-      UserError: damaged, or of another model.
-    """
-    optimizer = _restore(path, "optimizer", {name: getattr(target, name) for name in OPTIMIZER_ITEM}, shards)
-    return TrainState(params=restore_params(path, target.params, shards), **optimizer)
+    """The state saved in the checkpoint at `path`; see `restore_item`."""
+    optimizer = restore_item(path, "optimizer", {name: getattr(target, name) for name in OPTIMIZER_ITEM}, shards)
+    return TrainState(params=restore_item(path, "params", target.params, shards), **optimizer)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,5 +108,5 @@ def load(path: str | os.PathLike[str], model_class: type[Transformer] = Transfor
     graphdef, abstract = nnx.split(abstract_model(config, "pallas" if pallas else "blockwise", model_class))
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), nnx.to_pure_dict(abstract))
-    model = nnx.merge(graphdef, restore_params(folder, target, progress.shards))
+    model = nnx.merge(graphdef, restore_item(folder, "params", target, progress.shards))
     return LoadedModel(model, read_tokenizer(folder), config, progress)

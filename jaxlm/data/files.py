@@ -76,10 +76,10 @@ def summary(paths: list[Path]) -> str:
 
 @contextmanager
 def reading(where: str) -> Iterator[None]:
-    """Turns an OSError into a UserError, which `where` begins."""
+    """Makes what is wrong with reading a file a UserError, which `where` begins."""
     try:
         yield
-    except OSError as error:
+    except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{where} cannot be read: {one_line(error)}") from error
 
 

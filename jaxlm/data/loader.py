@@ -22,9 +22,8 @@ THREADS, BATCHES_AHEAD = 2, 4  # threads that build batches ahead of the trainin
 class Rows:
     """The packed rows, by index: `len(rows)`, `rows[i]`."""
 
-    def __init__(self, documents: TokenDocuments, plan: Plan, max_length: int) -> None:
-        self.tokens, self.plan, self.max_length = np.asarray(documents.tokens), plan, max_length
-        self.document_offsets = documents.offsets
+    def __init__(self, documents: TokenDocuments, plan: Plan) -> None:
+        self.tokens, self.document_offsets, self.plan = np.asarray(documents.tokens), documents.offsets, plan
 
     def __len__(self) -> int:
         return len(self.plan)
@@ -37,7 +36,7 @@ class Rows:
         low, high = self.plan.row_offsets[index : index + 2]
         start, length = self.plan.piece_start[low:high], self.plan.piece_length[low:high]
         pairs = int(length.sum())
-        segments_T, positions_T, tokens_T, targets_T = np.zeros((4, self.max_length), np.int32)
+        segments_T, positions_T, tokens_T, targets_T = np.zeros((4, self.plan.max_length), np.int32)
         segments_T[:pairs] = np.repeat(np.arange(1, len(length) + 1), length)
         positions_T[:pairs] = np.arange(pairs) - np.repeat(np.cumsum(length) - length, length)
         source_T = positions_T[:pairs] + np.repeat(start, length)
@@ -45,18 +44,13 @@ class Rows:
         targets_T[:pairs] = self.tokens[source_T + 1]
         return {"tokens": tokens_T, "targets": targets_T, "segments": segments_T, "positions": positions_T}
 
-    def documents(self, index: int) -> list[int]:
-        """The documents that row `index` has pieces of, numbered from 0 in the order of the text."""
-        low, high = self.plan.row_offsets[index : index + 2]
-        found = np.searchsorted(self.document_offsets, self.plan.piece_start[low:high], side="right") - 1
-        return sorted(set(found.tolist()))
-
 
 def documents_of_step(rows: Rows, seed: int, global_batch: int, step: int) -> list[int]:
     """The documents that update `step` (from 0) learns from, numbered from 0 in the order of the text."""
-    order = _shuffled_indices(len(rows), seed)
-    places = range(step * global_batch, (step + 1) * global_batch)
-    return sorted({document for place in places for document in rows.documents(order[place])})
+    order, plan = _shuffled_indices(len(rows), seed), rows.plan
+    of_step = [order[place] for place in range(step * global_batch, (step + 1) * global_batch)]
+    starts = [plan.piece_start[plan.row_offsets[row] : plan.row_offsets[row + 1]] for row in of_step]
+    return np.unique(np.searchsorted(rows.document_offsets, np.concatenate(starts), side="right") - 1).tolist()
 
 
 def train_batches(

@@ -5,7 +5,6 @@ a target, and no target is lost where a document is cut. A piece is a run of pai
 with max_length pairs at most, and a piece sees nothing outside itself.
 """
 
-import time
 from array import array
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -13,6 +12,7 @@ from zipfile import BadZipFile
 
 import numpy as np
 
+from jaxlm.config import DataConfig
 from jaxlm.data.tokens import Report, TokenDocuments, made_once
 from jaxlm.errors import UserError
 
@@ -95,9 +95,7 @@ def plan(doc_offsets: np.ndarray, max_length: int, min_length: int, strategy: st
     )
 
 
-def plan_cached(
-    documents: TokenDocuments, max_length: int, min_length: int, strategy: str, pack: bool, report: Report
-) -> Plan:
+def plan_cached(documents: TokenDocuments, data: DataConfig, report: Report) -> Plan:
     """`plan` for `documents`, kept beside them; reports its rows, and whether it was found there.
 
     Raises:
@@ -106,17 +104,16 @@ def plan_cached(
 
     def save(part: Path) -> None:
         with part.open("wb") as file:  # given a path, numpy would add an extension
-            np.savez(file, **vars(plan(documents.offsets, max_length, min_length, strategy, pack)))
+            made = plan(documents.offsets, data.max_length, data.min_length, data.packing_strategy, data.pack_sequences)
+            np.savez(file, **vars(made))
 
-    kind = strategy if pack else "unpacked"
-    path = documents.folder / f"{documents.split}.plan-{FORMAT}-{kind}-{max_length}-{min_length}.npz"
-    start = time.perf_counter()
-    made = made_once(path, save)
+    kind = data.packing_strategy if data.pack_sequences else "unpacked"
+    path = documents.folder / f"{documents.split}.plan-{FORMAT}-{kind}-{data.max_length}-{data.min_length}.npz"
+    took = made_once(path, save)
     result = _load(path)
     report(
-        f"{documents.split} rows: {len(result):,} of {max_length} tokens, {kind}, {result.efficiency:.1%} full; "
-        f"{result.documents:,} documents, {result.cut_documents:,} cut, {result.dropped_documents:,} dropped "
-        f"({f'{time.perf_counter() - start:.1f} s' if made else 'cached'})"
+        f"{documents.split} rows: {len(result):,} of {data.max_length} tokens, {kind}, {result.efficiency:.1%} full; "
+        f"{result.documents:,} documents, {result.cut_documents:,} cut, {result.dropped_documents:,} dropped ({took})"
     )
     return result
 

@@ -15,6 +15,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from jaxlm.data.atomic import atomic_write
+from jaxlm.data.files import reading
 from jaxlm.errors import UserError, one_line
 
 PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"  # ids 0, 1, 2 of every tokenizer trained here
@@ -87,10 +88,8 @@ class Tokenizer:
         where, path = f"{name} ({path})", Path(path).expanduser()
         for file in (path, path / "tokenizer.json", path / "tokenizer" / "tokenizer.json"):
             if os.path.isfile(file):  # unlike Path.is_file, no error where a name is too long or a folder closed
-                try:
+                with reading(where):
                     return cls.from_json(file.read_text(encoding="utf-8"), where)
-                except (OSError, UnicodeDecodeError) as error:
-                    raise UserError(f"{where} cannot be read: {one_line(error)}") from error
         raise UserError(f"{where}: " + ("holds no tokenizer.json" if os.path.isdir(path) else "no such file"))
 
     def save(self, folder: str | os.PathLike[str]) -> None:

@@ -22,7 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import islice
+from itertools import groupby, islice
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +37,7 @@ from jaxlm.errors import UserError
 FORMAT = 2  # raise it when what is stored, or how text becomes tokens, changes
 SPLITS = ("train", "validation")
 BATCH_CHARACTERS = 2**20  # text tokenized in one call: enough for every thread, little enough for memory
+CACHED = "cached"
 CALLS = 2  # of the tokenizers library at a time, so that its threads have work while the ids of one call are written
 
 Report = Callable[[str], None]  # takes a line of the report
@@ -123,28 +124,28 @@ def prepare(data: DataConfig, vocab_size: int, tokenizer: Tokenizer | None, repo
         folder = root / "tokenizers" / _key(source.fingerprint, settings, vocab_size)
         tokenizer = _trained_tokenizer(folder, source, vocab_size, report)
     folder = root / "tokens" / _key(source.fingerprint, settings, tokenizer.fingerprint)
-    start = time.perf_counter()
-    made = made_once(folder, lambda part: _tokenize(part, source, tokenizer, data))
-    report(f"tokenized text: {f'{time.perf_counter() - start:.1f} s' if made else 'cached'} ({folder})")
+    took = made_once(folder, lambda part: _tokenize(part, source, tokenizer, data))
+    report(f"tokenized text: {took} ({folder})")
     train, validation = _open_splits(folder, tokenizer.dtype, report)
     return Prepared(tokenizer, train, validation, source.name, source.fingerprint)
 
 
-def made_once(path: Path, fill: Callable[[Path], None]) -> bool:
-    """Whether the file or folder `path` of the cache had to be made: by `fill`, under another name.
+def made_once(path: Path, fill: Callable[[Path], None]) -> str:
+    """Lets `fill` make the file or folder `path` of the cache if it is not there; how long it took, or "cached".
 
     Raises:
       UserError: it cannot be written.
     """
+    start = time.perf_counter()
     if path.exists():
-        return False
+        return CACHED
     with _writing_to(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_path(path) as part:
             if path.exists():  # another process has made it meanwhile
-                return False
+                return CACHED
             fill(part)
-    return True
+    return f"{time.perf_counter() - start:.1f} s"
 
 
 @contextmanager
@@ -167,14 +168,11 @@ def _trained_tokenizer(folder: Path, source: Source, vocab_size: int, report: Re
         texts = (document.text for document in _with_progress(source.train(), "training BPE"))
         Tokenizer.train(texts, vocab_size).save(part)
 
-    start = time.perf_counter()
-    made = made_once(folder, train)
+    took = made_once(folder, train)
     tokenizer = Tokenizer.load(folder, "cached tokenizer")
-    if made:
-        fewer = f" (asked for {vocab_size}; there is too little text)" if tokenizer.vocab_size < vocab_size else ""
-        report(f"tokenizer: trained {tokenizer.vocab_size} tokens{fewer} in {time.perf_counter() - start:.1f} s")
-    else:
-        report(f"tokenizer: cached ({folder})")
+    fewer = f" (asked for {vocab_size}; there is too little text)" if tokenizer.vocab_size < vocab_size else ""
+    trained = f"trained {tokenizer.vocab_size} tokens{fewer} in {took}"
+    report("tokenizer: " + (f"cached ({folder})" if took == CACHED else trained))
     return tokenizer
 
 
@@ -223,16 +221,14 @@ def _encode(tokenizer: Tokenizer, batch: list[Document]) -> list[Ids]:
 
 
 def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    batch: list[Document] = []
     characters = 0
-    for document in documents:
-        batch.append(document)
+
+    def number(document: Document) -> int:
+        nonlocal characters
         characters += len(document.text) + 16  # so that a batch of tiny texts ends too
-        if characters >= BATCH_CHARACTERS:
-            yield batch
-            batch, characters = [], 0
-    if batch:
-        yield batch
+        return characters // BATCH_CHARACTERS
+
+    return (list(batch) for _, batch in groupby(documents, number))
 
 
 def _with_progress(documents: Iterable[Document], description: str) -> Iterable[Document]:

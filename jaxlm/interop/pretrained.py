@@ -54,9 +54,9 @@ class OwnFolder:
 
     def params(self, whole: Params, held: Params, shards: int) -> Params:
         """The parameters; UserError if they have other names or shapes. Arguments as in `HuggingFaceFolder`."""
-        from jaxlm.checkpoints.load import restore_params
+        from jaxlm.checkpoints.load import restore_item
 
-        return restore_params(self.folder, held, shards)
+        return restore_item(self.folder, "params", held, shards)
 
 
 class HuggingFaceFolder:

@@ -17,14 +17,16 @@ from tensorboardX import summary
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto import event_pb2
 
-from jaxlm.config import SECTIONS, Config, to_dict
+from jaxlm.config import Config, to_dict
+from jaxlm.config.fields import field_values
+from jaxlm.config.schema import FIELDS
 from jaxlm.config.validate import own_sink
 from jaxlm.data.atomic import atomic_write
 from jaxlm.errors import UserError
 
 Row = dict[str, float]  # the metrics of a step by name
 # Fields that a resumed run may change although they change the training.
-SIZES = ("batch_size", "gradient_accumulation_steps", "num_epochs", "max_steps")
+SIZES = ("training.batch_size", "training.gradient_accumulation_steps", "training.num_epochs", "training.max_steps")
 OPTIONAL_METHODS = ("write_text", "write_histogram")  # (name, str or `Histogram`, step)
 
 
@@ -58,26 +60,20 @@ def finite(value: float) -> float | None:
 
 
 class JsonLines:
-    """metrics.jsonl: an object a row, appended; null for NaN and infinities."""
+    """metrics.jsonl, an object a row (null for NaN and infinities), and samples.jsonl, an object a text; appended."""
 
-    def __init__(self, path: Path) -> None:
-        self.file = open_lines(path)
-
-    def write(self, row: Row, step: int) -> None:
-        self.file.write(json.dumps({"step": step} | {name: finite(value) for name, value in row.items()}) + "\n")
-
-    def close(self) -> None:
-        self.file.close()
-
-
-class Samples(JsonLines):
-    """samples.jsonl: an object a text, with its `step` and `name`, appended; no rows."""
+    def __init__(self, folder: Path) -> None:
+        self.rows, self.texts = open_lines(folder / "metrics.jsonl"), open_lines(folder / "samples.jsonl")
 
     def write(self, row: Row, step: int) -> None:
-        pass
+        self.rows.write(json.dumps({"step": step} | {name: finite(value) for name, value in row.items()}) + "\n")
 
     def write_text(self, name: str, text: str, step: int) -> None:
-        self.file.write(json.dumps({"step": step, "name": name, "text": text}) + "\n")
+        self.texts.write(json.dumps({"step": step, "name": name, "text": text}) + "\n")
+
+    def close(self) -> None:
+        self.rows.close()
+        self.texts.close()
 
 
 def open_lines(path: Path) -> TextIO:
@@ -140,14 +136,11 @@ def _markdown(text: str) -> str:
 
 def hyperparameters(config: Config) -> dict[str, bool | float | str]:
     """{"section.field": value} of the fields that change the training; lists as text, None as "none"."""
-    values, found = to_dict(config), {}
-    for section, kind in SECTIONS.items():
-        for field in dataclasses.fields(kind):
-            if not field.metadata["resumable"] or field.name in SIZES:
-                value = values[section][field.name]
-                is_plain = isinstance(value, bool | int | float | str)
-                found[f"{section}.{field.name}"] = value if is_plain else ", ".join(value or ["none"])
-    return found
+    return {
+        name: value if isinstance(value, bool | int | float | str) else ", ".join(value or ["none"])
+        for name, value in field_values(config).items()
+        if not FIELDS[name].metadata["resumable"] or name in SIZES
+    }
 
 
 class WeightsAndBiases:
@@ -207,7 +200,7 @@ def _kept_id(path: Path) -> str:
 
 def make_sinks(config: Config, folder: Path, start_step: int) -> list[Sink]:
     """metrics.jsonl and samples.jsonl, and one sink for each entry of report_to."""
-    sinks: list[Sink] = [JsonLines(folder / "metrics.jsonl"), Samples(folder / "samples.jsonl")]
+    sinks: list[Sink] = [JsonLines(folder)]
     trackers = {"wandb": WeightsAndBiases, "trackio": Trackio}
     for entry in config.training.report_to:
         if not isinstance(entry, str):

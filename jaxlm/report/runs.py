@@ -11,7 +11,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxlm.config import Config, shown, to_dict
+from jaxlm.config import Config, shown
+from jaxlm.config.fields import field_values
 from jaxlm.errors import UserError
 from jaxlm.monitor.anomalies import LossSpikes
 
@@ -112,7 +113,7 @@ class Run:
 
     def options_by_default(self) -> tuple[list[list[Any]], list[list[Any]]]:
         """Rows of an option, its value and its default: those that were changed, and all others."""
-        defaults = flat(to_dict(Config()))
+        defaults = field_values(Config())
         rows = [
             [name, shown(v), shown(defaults[name]) if name in defaults else None] for name, v in self.config.items()
         ]
@@ -184,16 +185,12 @@ def _read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    """Not checked: an older version's may have other fields."""
+    """{"section.field": value}, not checked: an older version's may have other fields."""
     try:
-        return flat(json.loads(path.read_text(encoding="utf-8")))
+        sections = json.loads(path.read_text(encoding="utf-8"))
+        return {f"{section}.{name}": value for section, values in sections.items() for name, value in values.items()}
     except (OSError, ValueError, AttributeError):
         return {}
-
-
-def flat(sections: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """{"section.field": value}."""
-    return {f"{section}.{name}": value for section, values in sections.items() for name, value in values.items()}
 
 
 def side_by_side(tables: Sequence[Mapping[str, Any]]) -> list[list[Any]]:

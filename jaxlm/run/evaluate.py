@@ -27,9 +27,8 @@ def evaluate_model(
     """
     config = validate(dataclasses.replace(loaded.config, data=data))
     documents = prepare(data, config.model.vocab_size, loaded.tokenizer, report).validation
-    plan = plan_cached(documents, data.max_length, data.min_length, data.packing_strategy, data.pack_sequences, report)
+    rows = Rows(documents, plan_cached(documents, data, report))
     graphdef, state = nnx.split(loaded.model)
     params = nnx.to_pure_dict(state)
     eval_step = jax.jit(make_eval_step(graphdef, config, Layout(make_mesh(jax.devices()[:1]), 0, params)))
-    batches = eval_batches(Rows(documents, plan, data.max_length), batch_size)
-    return evaluate_batches(eval_step, params, batches, documents.kept_bytes(data.min_length))
+    return evaluate_batches(eval_step, params, eval_batches(rows, batch_size), documents.kept_bytes(data.min_length))

@@ -101,6 +101,6 @@ def is_finished(config: Config, run_folder: Path, checkpoint: Path | None, total
         checkpoint is not None
         and config.training.resume_from_checkpoint in (None, "latest")
         and at_end(checkpoint)
-        and folder.is_intact(final)
+        and folder.damage_anywhere(final) is None
         and at_end(final)
     )

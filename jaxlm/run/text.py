@@ -1,7 +1,6 @@
 """The text of a run: tokenized, packed into rows, by index."""
 
 import dataclasses
-from functools import partial
 
 from jaxlm.config import Config
 from jaxlm.data.loader import Rows
@@ -37,15 +36,7 @@ def prepare_text(config: Config, tokenizer: Tokenizer | None) -> Text:
     if config.training.sample_tokens:
         prompt, window = config.training.sample_prompt, config.model.max_seq_len
         encode_prompts(prepared.tokenizer, [prompt], window, "training.sample_prompt")
-    plan = partial(
-        plan_cached,
-        max_length=data.max_length,
-        min_length=data.min_length,
-        strategy=data.packing_strategy,
-        pack=data.pack_sequences,
-        report=say,
-    )
-    rows = Rows(prepared.train, plan(prepared.train), data.max_length)
-    eval_rows = Rows(prepared.validation, plan(prepared.validation), data.max_length)
+    rows = Rows(prepared.train, plan_cached(prepared.train, data, say))
+    eval_rows = Rows(prepared.validation, plan_cached(prepared.validation, data, say))
     eval_bytes = prepared.validation.kept_bytes(data.min_length)
     return Text(prepared.tokenizer, prepared.source_fingerprint, rows, eval_rows, eval_bytes)

@@ -97,7 +97,7 @@ def test_a_log_that_cannot_be_written_is_said_once(tmp_path, capsys):
             raise OSError(28, "No space left on device")
 
     log = TensorBoard(tmp_path / "logs", 0, Config())
-    tracker = MetricsTracker([Full(tmp_path / "metrics.jsonl"), log])
+    tracker = MetricsTracker([Full(tmp_path), log])
     for step in range(3):
         tracker.update({"train/loss": 1.0}, step)
         tracker.flush(step)
@@ -109,7 +109,7 @@ def test_a_log_that_cannot_be_written_is_said_once(tmp_path, capsys):
 def test_a_row_cut_short_by_a_crash_goes(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"step": 2, "train/lo')
-    log = JsonLines(path)
+    log = JsonLines(tmp_path)
     log.write({"train/loss": 3.0}, 2)
     log.close()
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2]

@@ -123,9 +123,8 @@ def text(rng: random.Random, folder: Path) -> None:
     check_nothing_is_lost(data, documents, source.left_out)
     check_tokens(prepared, documents)
     if data.validation_files:  # else the held-out part alone may be too short
-        arguments = (data.max_length, data.min_length, data.packing_strategy, data.pack_sequences, said.append)
-        plan = plan_cached(prepared.train, *arguments)
-        rows = Rows(prepared.train, plan, data.max_length)
+        plan = plan_cached(prepared.train, data, said.append)
+        rows = Rows(prepared.train, plan)
         pairs = sum(int((rows[i]["segments"] > 0).sum()) for i in range(len(rows)))
         if pairs != plan.pairs:
             raise Defect(f"{plan.pairs} pairs were planned, {pairs} are in the rows")
