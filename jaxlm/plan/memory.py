@@ -17,7 +17,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding
 
 from jaxlm.config import Config, replace_fields
 from jaxlm.errors import UserError
@@ -30,7 +29,7 @@ from jaxlm.parallel.layout import bytes_a_device
 from jaxlm.parallel.split import STACKED, TENSOR_AXES, path_name
 from jaxlm.plan.activations import activation_bytes
 from jaxlm.run.setup import resolve
-from jaxlm.train.assemble import Resolved, assemble
+from jaxlm.train.assemble import Assembly, Resolved
 from jaxlm.train.precision import compute_dtype
 
 BATCHES = 4  # on the device at a time: one computed with, the others sent ahead
@@ -108,7 +107,7 @@ def _resolve(config: Config, n_devices: int) -> Resolved:
 
 @functools.lru_cache(maxsize=64)
 def _sizes(resolved: Resolved) -> _Sizes:
-    assembly = assemble(resolved, attention="blockwise")
+    assembly = Assembly(resolved, attention="blockwise")
     layout, state = assembly.layout, assembly.abstract_state
 
     def elements(sharded: bool = False, start: str = "", end: str = "") -> int:
@@ -116,9 +115,8 @@ def _sizes(resolved: Resolved) -> _Sizes:
         for path, split in jax.tree_util.tree_leaves_with_path(layout.splits):
             name = path_name(path)
             if name.startswith(start) and name.endswith(end):
-                spec = split.shard_spec if sharded else split.whole_spec
-                of = split.padded_shape if sharded else split.shape
-                total += math.prod(NamedSharding(layout.mesh, spec).shard_shape(of))
+                placed = split.placed(layout.mesh, sharded)
+                total += math.prod(placed.sharding.shard_shape(placed.shape))
         return total
 
     on_device = bytes_a_device(state.opt_state)
@@ -315,7 +313,7 @@ def compiled_on_gpus(config: Config, n_devices: int) -> int | None:
         here = []
     if n_devices > len(here):
         return None
-    return peak_bytes(assemble(resolve(config, here[:n_devices])).lower_step().compile())
+    return peak_bytes(Assembly(resolve(config, here[:n_devices])).lower_step().compile())
 
 
 def table(result: dict[str, Any]) -> str:

@@ -8,7 +8,7 @@ import numpy as np
 from jaxlm.data.loader import Rows, eval_batches, train_batches
 from jaxlm.monitor.metrics import Throughput
 from jaxlm.monitor.watchdog import Watchdog
-from jaxlm.parallel.mesh import eval_batch_sharding, put_batch, row_shards, rows_of_process, train_batch_sharding
+from jaxlm.parallel.mesh import EVAL_BATCH, TRAIN_BATCH, put_batch, row_shards, rows_of_process
 from jaxlm.train.accumulate import Batch
 from jaxlm.train.assemble import Resolved
 
@@ -36,13 +36,12 @@ class BatchFeeder:
         k, global_batch = training.gradient_accumulation_steps, self.resolved.global_batch
         own = rows_of_process(mesh, global_batch // k)
         host_batches = train_batches(self.rows, training.seed, global_batch, k, self.start_step, own)
-        placement = train_batch_sharding(mesh)
         try:
             for _ in range(self.start_step, self.last_step):
                 batch = next(host_batches)
                 # Counted in this process's rows; the others' are as full.
                 self.throughput.tokens += int(np.count_nonzero(batch["segments"]) * global_batch / batch["rows"].size)
-                yield put_batch(batch, placement)
+                yield put_batch(batch, mesh, TRAIN_BATCH)
         finally:
             host_batches.close()
 
@@ -58,7 +57,6 @@ class BatchFeeder:
 def batches_to_evaluate(resolved: Resolved, rows: Rows, watchdog: Watchdog) -> Iterator[Batch]:
     """Every row once, on the devices."""
     batch_size = resolved.config.training.batch_size * row_shards(resolved.mesh)
-    placement = eval_batch_sharding(resolved.mesh)
     for batch in eval_batches(rows, batch_size, rows_of_process(resolved.mesh, batch_size)):
-        yield put_batch(batch, placement)
+        yield put_batch(batch, resolved.mesh, EVAL_BATCH)
         watchdog.alive()
