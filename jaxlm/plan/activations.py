@@ -1,12 +1,10 @@
 """Bytes of activations: what JAX keeps of a micro-batch's forward pass for its backward pass."""
 
-import dataclasses
 from functools import lru_cache
 
 import jax
 import jax.numpy as jnp
 
-from jaxlm.config import replace_fields
 from jaxlm.ops.attention_kernels import choose_attention
 from jaxlm.ops.flash import TILES, padded_head_size
 from jaxlm.parallel.mesh import EVAL_BATCH, EVERYWHERE
@@ -23,7 +21,7 @@ def activation_bytes(resolved: Resolved) -> int:
     The update's loss is differentiated in the abstract, with one row a device and with two: what grows is activations,
     the rest are parameters. A GPU's compiler may fuse some of it away.
     """
-    one_row, two_rows = (_kept(_with_rows(resolved, rows)) for rows in (1, 2))
+    one_row, two_rows = (_kept(with_rows(resolved, rows)) for rows in (1, 2))
     return (two_rows - one_row - _listed_twice(resolved)) * resolved.config.training.batch_size
 
 
@@ -42,9 +40,9 @@ def _listed_twice(resolved: Resolved) -> int:
     return elements * jnp.dtype(compute_dtype(config.training)).itemsize
 
 
-def _with_rows(resolved: Resolved, rows: int) -> Resolved:
-    fields = {"training.batch_size": rows, "training.gradient_accumulation_steps": 1}
-    return dataclasses.replace(resolved, config=replace_fields(resolved.config, fields))
+def with_rows(resolved: Resolved, rows: int) -> Resolved:
+    """The same run with updates of one micro-batch of so many rows a device."""
+    return resolved.with_fields({"training.batch_size": rows, "training.gradient_accumulation_steps": 1})
 
 
 @lru_cache(maxsize=64)

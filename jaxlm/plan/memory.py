@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxlm.config import Config, replace_fields
+from jaxlm.config import Config
 from jaxlm.errors import UserError
 from jaxlm.model.layers import GATES
 from jaxlm.ops.attention_kernels import FUSED_FROM, choose_attention
@@ -27,7 +27,7 @@ from jaxlm.ops.reductions import logits_chunk_bytes
 from jaxlm.parallel.gpus import FRACTION_VARIABLES
 from jaxlm.parallel.layout import bytes_a_device
 from jaxlm.parallel.split import STACKED, TENSOR_AXES, path_name
-from jaxlm.plan.activations import activation_bytes
+from jaxlm.plan.activations import activation_bytes, with_rows
 from jaxlm.run.setup import resolve
 from jaxlm.train.assemble import Assembly, Resolved
 from jaxlm.train.precision import compute_dtype
@@ -41,19 +41,23 @@ METHOD = (
 )
 
 
+def _part(made_of: str) -> Any:
+    return dataclasses.field(metadata={"made_of": made_of})
+
+
 @dataclasses.dataclass(frozen=True)
 class Estimate:
     """Bytes a device. `parameters`, `optimizer` and `batch` are always there, the rest in one of three `phases`."""
 
-    parameters: int
-    optimizer: int  # on the device
-    batch: int
-    gradients: int  # of one micro-batch, and the sum over micro-batches if there are several
-    activations: int  # of one micro-batch, kept for its backward pass
-    temporaries: int  # beside them
-    update: int  # gradients and copies alive while parameters are moved
-    sampling: int  # whole parameters for the samples that are printed at evaluations, where the layout splits them
-    host: int  # optimizer state in host memory, not in `total`
+    parameters: int = _part("float32, as the ZeRO stage holds them")
+    optimizer: int = _part("the optimizer's moments, float32")  # on the device
+    batch: int = _part("tokens, targets, segments, positions of the updates in flight")
+    gradients: int = _part("float32 of one micro-batch, and the accumulator")
+    activations: int = _part("kept for the backward pass of one micro-batch")
+    temporaries: int = _part("16-bit and gathered weights, a block at work, a chunk of the loss")
+    update: int = _part("gradients and updates while parameters move; not while the three above are there")
+    sampling: int = _part("whole parameters for samples at evaluations; not while the four above are there")
+    host: int = _part("optimizer state in host memory; not in the total")
 
     @property
     def phases(self) -> dict[str, int]:
@@ -67,17 +71,7 @@ class Estimate:
         return self.parameters + self.optimizer + self.batch + max(self.phases.values())
 
 
-MADE_OF = {
-    "parameters": "float32, as the ZeRO stage holds them",
-    "optimizer": "the optimizer's moments, float32",
-    "batch": "tokens, targets, segments, positions of the updates in flight",
-    "gradients": "float32 of one micro-batch, and the accumulator",
-    "activations": "kept for the backward pass of one micro-batch",
-    "temporaries": "16-bit and gathered weights, a block at work, a chunk of the loss",
-    "update": "gradients and updates while parameters move; not while the three above are there",
-    "sampling": "whole parameters for samples at evaluations; not while the four above are there",
-    "host": "optimizer state in host memory; not in the total",
-}
+MADE_OF = {part.name: part.metadata["made_of"] for part in dataclasses.fields(Estimate)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,28 +202,14 @@ def _gradient_bytes(config: Config, sizes: _Sizes) -> tuple[int, int]:
 def _estimate(resolved: Resolved) -> Estimate:
     config = resolved.config
     model, training = config.model, config.training
-    # What changes no size is left out of the key, so that a search over batch sizes computes the state once.
-    key = replace_fields(
-        config,
-        {
-            "model.gradient_checkpointing": False,
-            "model.remat_policy": "full",
-            "training.batch_size": 1,
-            "training.gradient_accumulation_steps": 1,
-        },
-    )
-    sizes = _sizes(dataclasses.replace(resolved, config=key))
+    sizes = _sizes(with_rows(resolved, 1))  # the same for all batches, so that a search over them computes it once
     attention = choose_attention(config, FUSED_FROM)
     gradients, in_update = _gradient_bytes(config, sizes)
     recomputed = 0
     if model.gradient_checkpointing:
-        one, two = (
-            replace_fields(config, {"model.gradient_checkpointing": False, "model.n_layers": layers})
-            for layers in (1, 2)
-        )
-        recomputed = activation_bytes(dataclasses.replace(resolved, config=two)) - activation_bytes(
-            dataclasses.replace(resolved, config=one)
-        )
+        kept = {"model.gradient_checkpointing": False}
+        one, two = (resolved.with_fields(kept | {"model.n_layers": layers}) for layers in (1, 2))
+        recomputed = activation_bytes(two) - activation_bytes(one)
     work = _weight_copies(config, sizes) + max(_block_at_work(config, attention, recomputed), _loss_at_work(config))
     # Updates, the moved parameters before they are gathered, and the optimizer state if it comes from the host.
     update = in_update + 4 * sizes.shard * (2 if training.zero_stage else 1) + sizes.host
@@ -269,8 +249,7 @@ def largest_batch_size(config: Config, n_devices: int, memory: int) -> int:
     share = usable(memory, config.training.memory_fraction)
 
     def total(rows: int) -> int:
-        config = replace_fields(resolved.config, {"training.batch_size": rows})
-        return _estimate(dataclasses.replace(resolved, config=config)).total
+        return _estimate(resolved.with_fields({"training.batch_size": rows})).total
 
     return bisect.bisect_right(range(1, MOST_ROWS + 1), share, key=total)
 

@@ -8,11 +8,11 @@ from flax import nnx
 
 from jaxlm.checkpoints.load import LoadedModel
 from jaxlm.config import DataConfig, validate
-from jaxlm.data.loader import Rows, eval_batches
-from jaxlm.data.packing import plan_cached
+from jaxlm.data.loader import eval_batches
 from jaxlm.data.tokens import prepare
 from jaxlm.parallel.layout import Layout
 from jaxlm.parallel.mesh import make_mesh
+from jaxlm.run.text import rows_of
 from jaxlm.train.evaluate import evaluate_batches
 from jaxlm.train.step import make_eval_step
 
@@ -27,9 +27,8 @@ def evaluate_model(
     """
     config = validate(dataclasses.replace(loaded.config, data=data))
     documents = prepare(data, config.model.vocab_size, loaded.tokenizer, report).validation
-    plan = plan_cached(documents, data.max_length, data.min_length, data.packing_strategy, data.pack_sequences, report)
     graphdef, state = nnx.split(loaded.model)
     params = nnx.to_pure_dict(state)
     eval_step = jax.jit(make_eval_step(graphdef, config, Layout(make_mesh(jax.devices()[:1]), 0, params)))
-    batches = eval_batches(Rows(documents, plan, data.max_length), batch_size)
+    batches = eval_batches(rows_of(documents, data, report), batch_size)
     return evaluate_batches(eval_step, params, batches, documents.kept_bytes(data.min_length))

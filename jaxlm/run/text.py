@@ -1,13 +1,13 @@
 """The text of a run: tokenized, packed into rows, by index."""
 
 import dataclasses
-from functools import partial
+from collections.abc import Callable
 
-from jaxlm.config import Config
+from jaxlm.config import Config, DataConfig
 from jaxlm.data.loader import Rows
 from jaxlm.data.packing import plan_cached
 from jaxlm.data.tokenizer import Tokenizer
-from jaxlm.data.tokens import prepare
+from jaxlm.data.tokens import TokenDocuments, prepare
 from jaxlm.generation.api import encode_prompts
 from jaxlm.parallel.processes import say
 
@@ -37,15 +37,12 @@ def prepare_text(config: Config, tokenizer: Tokenizer | None) -> Text:
     if config.training.sample_tokens:
         prompt, window = config.training.sample_prompt, config.model.max_seq_len
         encode_prompts(prepared.tokenizer, [prompt], window, "training.sample_prompt")
-    plan = partial(
-        plan_cached,
-        max_length=data.max_length,
-        min_length=data.min_length,
-        strategy=data.packing_strategy,
-        pack=data.pack_sequences,
-        report=say,
-    )
-    rows = Rows(prepared.train, plan(prepared.train), data.max_length)
-    eval_rows = Rows(prepared.validation, plan(prepared.validation), data.max_length)
+    rows, eval_rows = (rows_of(documents, data, say) for documents in (prepared.train, prepared.validation))
     eval_bytes = prepared.validation.kept_bytes(data.min_length)
     return Text(prepared.tokenizer, prepared.source_fingerprint, rows, eval_rows, eval_bytes)
+
+
+def rows_of(documents: TokenDocuments, data: DataConfig, report: Callable[[str], None]) -> Rows:
+    """The documents, packed as `data` says; UserError if none is left or the cache folder is not usable."""
+    plan = plan_cached(documents, data.max_length, data.min_length, data.packing_strategy, data.pack_sequences, report)
+    return Rows(documents, plan, data.max_length)

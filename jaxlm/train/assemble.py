@@ -5,7 +5,7 @@ Nothing is allocated. The devices may be here, be those of a topology that a pro
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import Any
 
@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
-from jaxlm.config import Config
+from jaxlm.config import Config, replace_fields
 from jaxlm.model import Transformer
 from jaxlm.ops.attention_kernels import FUSED_FROM, choose_attention, compute_capability
 from jaxlm.ops.compiler import Options
@@ -35,6 +35,10 @@ class Resolved:
     config: Config
     mesh: AnyMesh
     notes: tuple[str, ...] = ()  # lines for the start-up report: what a DeepSpeed file says that is left to XLA
+
+    def with_fields(self, values: Mapping[str, Any]) -> "Resolved":
+        """A copy with the configuration's fields named in `values` ("section.field") set."""
+        return dataclasses.replace(self, config=replace_fields(self.config, values))
 
     @property
     def devices(self) -> list[jax.Device]:
