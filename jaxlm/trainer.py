@@ -223,8 +223,8 @@ class Trainer:
             self.resolved, self.text.rows, self.state, self._progress.line, self.checkpoints.newest
         )
         self._stop_vote = StopVote(self.resolved.mesh, self._watchdog.alive)
-        steps = self.current_step, self.last_step
-        self.train_batches = BatchFeeder(self.resolved, self.text.rows, *steps, self._throughput, self._watchdog)
+        steps = range(self.current_step, self.last_step)
+        self.train_batches = BatchFeeder(self.resolved, self.text.rows, steps, self._throughput, self._watchdog)
         self._throughput.restart()
 
     def _open_sinks(self) -> Sequence[Sink]:

@@ -37,7 +37,7 @@ def _listed_twice(resolved: Resolved) -> int:
     if padded_head_size(head_size) != head_size or length % TILES[head_size].longest:
         return 0
     elements = config.model.n_layers * length * config.model.d_model // config.training.tensor_parallel
-    return elements * jnp.dtype(compute_dtype(config.training)).itemsize
+    return elements * compute_dtype(config.training).itemsize
 
 
 def with_rows(resolved: Resolved, rows: int) -> Resolved:

@@ -130,17 +130,13 @@ def _sizes(resolved: Resolved) -> _Sizes:
     )
 
 
-def _compute_bytes(config: Config) -> int:
-    return jnp.dtype(compute_dtype(config.training)).itemsize
-
-
 def _tokens(config: Config) -> int:
     return config.training.batch_size * config.data.max_length
 
 
 def _weight_copies(config: Config, sizes: _Sizes) -> float:
     """Kernels in the compute type; what stage 3 gathers: two blocks, all outside of them; gradients to be stacked."""
-    model, c, stage = config.model, _compute_bytes(config), config.training.zero_stage or 0
+    model, c, stage = config.model, compute_dtype(config.training).itemsize, config.training.zero_stage or 0
     cast = c if c < 4 else 0
     embedding = cast * model.vocab_size * model.d_model / config.training.tensor_parallel
     blocks = sizes.whole - sizes.outside
@@ -158,7 +154,7 @@ def _block_at_work(config: Config, attention: str, recomputed: int) -> float:
     Args:
       recomputed: bytes of the block's activations, if they are made again.
     """
-    model, c, tensor = config.model, _compute_bytes(config), config.training.tensor_parallel
+    model, c, tensor = config.model, compute_dtype(config.training).itemsize, config.training.tensor_parallel
     tokens, d, f = _tokens(config), model.d_model, model.d_ff / tensor
     widths = 3 if model.activation in GATES else 2  # of the feed-forward: the products of up, and the input of down
     streams = 2 * c * d + widths * c * f + 3 * 4 * d  # gradients of the residual stream, feed-forward and a norm
@@ -179,12 +175,13 @@ def _loss_at_work(config: Config) -> float:
 
     With logit_softcap their slopes, too.
     """
-    copies = 2 if config.model.logit_softcap is None else 3
+    copies: float = 2 if config.model.logit_softcap is None else 3
     rows, vocabulary, tensor = config.training.batch_size, config.model.vocab_size, config.training.tensor_parallel
+    copies += compute_dtype(config.training).itemsize / 4
     logits = max(
         min(logits_chunk_bytes(config.training, "gpu"), 4 * _tokens(config) * vocabulary), 4 * rows * vocabulary
     )
-    return (logits * (copies + _compute_bytes(config) / 4) + 4 * vocabulary * config.model.d_model) / tensor
+    return (logits * copies + 4 * vocabulary * config.model.d_model) / tensor
 
 
 def _gradient_bytes(config: Config, sizes: _Sizes) -> tuple[int, int]:

@@ -16,18 +16,12 @@ STEPS_AHEAD = 2  # updates dispatched before the oldest is waited for: the host 
 
 
 class BatchFeeder:
-    """Iterates over the batches of the updates after `start_step`, up to `last_step`."""
+    """Iterates over the batches of updates `steps`, numbered from 0."""
 
     def __init__(
-        self,
-        resolved: Resolved,
-        rows: Rows,
-        start_step: int,
-        last_step: int,
-        throughput: Throughput,
-        watchdog: Watchdog,
+        self, resolved: Resolved, rows: Rows, steps: range, throughput: Throughput, watchdog: Watchdog
     ) -> None:
-        self.resolved, self.rows, self.start_step, self.last_step = resolved, rows, start_step, last_step
+        self.resolved, self.rows, self.steps = resolved, rows, steps
         self.throughput, self.watchdog = throughput, watchdog
         self._dispatched: list[tuple[int, jax.Array]] = []
 
@@ -35,9 +29,9 @@ class BatchFeeder:
         training, mesh = self.resolved.config.training, self.resolved.mesh
         k, global_batch = training.gradient_accumulation_steps, self.resolved.global_batch
         own = rows_of_process(mesh, global_batch // k)
-        host_batches = train_batches(self.rows, training.seed, global_batch, k, self.start_step, own)
+        host_batches = train_batches(self.rows, training.seed, global_batch, k, self.steps.start, own)
         try:
-            for _ in range(self.start_step, self.last_step):
+            for _ in self.steps:
                 batch = next(host_batches)
                 # Counted in this process's rows; the others' are as full.
                 self.throughput.tokens += int(np.count_nonzero(batch["segments"]) * global_batch / batch["rows"].size)
