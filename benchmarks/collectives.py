@@ -22,12 +22,13 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding
 from lib import hlo
 
 from jaxlm.config import Config, DataConfig, ModelConfig, TrainingConfig
 from jaxlm.parallel.layout import bytes_a_device
-from jaxlm.parallel.mesh import make_mesh, train_batch_sharding
-from jaxlm.train.assemble import Resolved, assemble
+from jaxlm.parallel.mesh import TRAIN_BATCH, make_mesh
+from jaxlm.train.assemble import Assembly, Resolved
 from jaxlm.train.schedules import build_schedule
 
 LENGTH = 32  # tokens of a row
@@ -115,7 +116,7 @@ def measure(case: Case, options: argparse.Namespace) -> dict[str, Any]:
     """Losses of `options.steps` updates, and the bytes that a device holds and that an update moves."""
     config = example_config(case, options)
     mesh = make_mesh(jax.devices()[: math.prod(case.mesh)], case.mesh)
-    assembly = assemble(Resolved(config, mesh))
+    assembly = Assembly(Resolved(config, mesh))
     state, abstract = assembly.init(), assembly.abstract_state
     held = {
         "parameters": on_first_device(state.params),
@@ -125,7 +126,7 @@ def measure(case: Case, options: argparse.Namespace) -> dict[str, Any]:
     parameters, step, losses = assembly.parameters, assembly.lower_step().compile(), []
     schedule = build_schedule(config.training, 100)
     for i, host_batch in enumerate(batches(case, options)):
-        batch = jax.device_put(host_batch, train_batch_sharding(mesh))
+        batch = jax.device_put(host_batch, NamedSharding(mesh, TRAIN_BATCH))
         state, metrics = step(state, batch, {"learning_rate": np.float32(schedule(i))})
         losses.append(float(metrics["loss"]))
     moved = hlo.bytes_moved(step.as_text(), at_least=SMALLEST)

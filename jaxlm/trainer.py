@@ -46,7 +46,7 @@ from jaxlm.run.judge import NumbersJudge
 from jaxlm.run.resume import check_same_run, find_resume, is_finished, keep_global_batch
 from jaxlm.run.setup import check_same_in_processes, keep_compiled_programs, resolve, with_vocabulary
 from jaxlm.run.text import prepare_text
-from jaxlm.train.assemble import Resolved, assemble
+from jaxlm.train.assemble import Assembly, Resolved
 from jaxlm.train.evaluate import evaluate_batches
 from jaxlm.train.schedules import build_schedule
 from jaxlm.train.step import TrainState
@@ -93,7 +93,7 @@ class Trainer:
         """Text, tokenizer and rows; fixes the vocabulary size and the micro-batches in the configuration."""
         self._pretrained = open_pretrained(self.config) if checkpoint is None else None
         if self._pretrained is not None:
-            self._pretrained.check(assemble(self.resolved, self.model_class).layout.shapes)
+            self._pretrained.check(Assembly(self.resolved, self.model_class).layout.shapes)
         self.asked_vocab_size = self.config.model.vocab_size
         given = None if self._pretrained is None else self._pretrained.tokenizer
         self.text = prepare_text(self.config, given if checkpoint is None else read_tokenizer(checkpoint))
@@ -114,7 +114,7 @@ class Trainer:
 
     def _assemble(self) -> None:
         """The functions that will be compiled."""
-        self.assembly = assemble(self.resolved, self.model_class)
+        self.assembly = Assembly(self.resolved, self.model_class)
         self._xla_options = compiler_options(self.config.training, self.assembly.layout.platform, say)
         self._eval_step = self.assembly.eval_step(self._xla_options)
         self._to_whole = jax.jit(self.assembly.layout.to_whole, out_shardings=replicated(self.resolved.mesh))
@@ -223,8 +223,8 @@ class Trainer:
             self.resolved, self.text.rows, self.state, self._progress.line, self.checkpoints.newest
         )
         self._stop_vote = StopVote(self.resolved.mesh, self._watchdog.alive)
-        steps = self.current_step, self.last_step
-        self.train_batches = BatchFeeder(self.resolved, self.text.rows, *steps, self._throughput, self._watchdog)
+        steps = range(self.current_step, self.last_step)
+        self.train_batches = BatchFeeder(self.resolved, self.text.rows, steps, self._throughput, self._watchdog)
         self._throughput.restart()
 
     def _open_sinks(self) -> Sequence[Sink]:

@@ -14,7 +14,7 @@ from jaxlm.config import Config, DataConfig, ModelConfig, TrainingConfig
 from jaxlm.model.transformer import Block
 from jaxlm.ops.scheduling import CPU_PART_TOKENS, sum_over_rows
 from jaxlm.parallel.mesh import make_mesh
-from jaxlm.train.assemble import Resolved, assemble
+from jaxlm.train.assemble import Assembly, Resolved
 from jaxlm.train.schedules import build_schedule
 
 VOCAB, T, ROWS = 61, 24, 16
@@ -58,7 +58,7 @@ def start(config, mesh_shape=(1, 1, 1), stage=0, offload=False):
 def assembled(config, mesh_shape=(1, 1, 1), stage=0, offload=False):
     training = dataclasses.replace(config.training, zero_stage=stage, offload_optimizer=offload)
     mesh = make_mesh(jax.devices()[: math.prod(mesh_shape)], mesh_shape)
-    return assemble(Resolved(dataclasses.replace(config, training=training), mesh))
+    return Assembly(Resolved(dataclasses.replace(config, training=training), mesh))
 
 
 def run(config, batches, *layout):

@@ -13,8 +13,6 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from jaxlm.ops.platform import by_platform
-
 BLOCK = 128  # ids
 
 
@@ -25,7 +23,7 @@ def take_rows(table_VD: jax.Array, ids_BT: jax.Array) -> jax.Array:
         rows_ND, ids_N = g_BTD.reshape(-1, g_BTD.shape[-1]), ids_BT.reshape(-1)
         one_by_one = lambda rows, ids: jnp.zeros(table_VD.shape, rows.dtype).at[ids].add(rows)  # noqa: E731
         sorted_runs = partial(_sum_sorted_runs, size=len(table_VD))
-        return by_platform(rows_ND, ids_N, cpu=one_by_one, default=sorted_runs), None
+        return jax.lax.platform_dependent(rows_ND, ids_N, cpu=one_by_one, default=sorted_runs), None
 
     take = jax.custom_vjp(lambda table, ids: table[ids])
     take.defvjp(lambda table, ids: (table[ids], ids), backward)

@@ -22,7 +22,6 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from jaxlm.ops.masks import MASKED, keep_elements
-from jaxlm.ops.platform import by_platform
 
 MAX_HEAD_SIZE = 256
 _LOG2_E = math.log2(math.e)  # the kernels' exponentials and logarithms are of base 2
@@ -297,7 +296,7 @@ def _launch(
         )(x)
 
     interpreted, compiled = (functools.partial(call, interpret=interpret) for interpret in (True, False))
-    return by_platform(x, cpu=interpreted, default=compiled)
+    return jax.lax.platform_dependent(x, cpu=interpreted, default=compiled)
 
 
 def forward(x: Inputs[jax.Array], constants: Constants) -> tuple[jax.Array, tuple[Inputs, jax.Array, jax.Array]]:

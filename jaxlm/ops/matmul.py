@@ -13,13 +13,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxlm.ops.platform import by_platform, cpu_has_bfloat16
+from jaxlm.ops.platform import cpu_has_bfloat16
 
 
 def einsum(spec: str, x: jax.Array, y: jax.Array, dtype: Any = None) -> jax.Array:
     """`jnp.einsum` with the result in `dtype`, by default that of `x`."""
     default = partial(jnp.einsum, spec, preferred_element_type=dtype)
-    return by_platform(x, y, cpu=partial(_einsum_on_cpu, spec, dtype=dtype), default=default)
+    return jax.lax.platform_dependent(x, y, cpu=partial(_einsum_on_cpu, spec, dtype=dtype), default=default)
 
 
 def _einsum_on_cpu(spec: str, x: jax.Array, y: jax.Array, dtype: Any = None) -> jax.Array:
@@ -56,7 +56,8 @@ def _matmul_backward(saved: tuple[jax.Array, jax.Array], g_BTO: jax.Array) -> tu
         return transpose_product(_einsum_on_cpu(f"bt{o},bti->{o}i", g, x))
 
     dx_BTI = einsum(f"bt{o},i{o}->bti", g_BTO, w_IO)
-    return dx_BTI, by_platform(x_BTI, g_BTO, cpu=narrow_first, default=partial(jnp.einsum, f"bti,bt{o}->i{o}"))
+    plain = partial(jnp.einsum, f"bti,bt{o}->i{o}")
+    return dx_BTI, jax.lax.platform_dependent(x_BTI, g_BTO, cpu=narrow_first, default=plain)
 
 
 matmul.defvjp(lambda x, w: (matmul(x, w), (x, w)), _matmul_backward)

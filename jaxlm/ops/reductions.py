@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm.config import TrainingConfig
-from jaxlm.ops.platform import by_platform
 
 # Bytes of float32 logits alive at a time. On CPU 8 to 128 MiB ran equally fast. A GPU needs some thousand tokens at a
 # time to be busy, and reads and writes the gradient of the output matrix once a chunk; its figure is not measured yet.
@@ -41,7 +40,7 @@ def softmax_statistics(logits_BCV: jax.Array, targets_BC: jax.Array) -> tuple[ja
 
     A GPU takes as long for a pass over the logits as it takes to read them, so there all is done in one pass.
     """
-    return by_platform(logits_BCV, targets_BC, cpu=_in_three_passes, default=_in_one_pass)
+    return jax.lax.platform_dependent(logits_BCV, targets_BC, cpu=_in_three_passes, default=_in_one_pass)
 
 
 def _in_three_passes(logits_BCV: jax.Array, targets_BC: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -1,15 +1,18 @@
 """The devices that JAX computes on, and how its backend is started."""
 
+import ctypes
 import os
+import platform
 from pathlib import Path
 
 import jax
 
 from jaxlm.config import TrainingConfig
 from jaxlm.errors import UserError
-from jaxlm.ops.host_memory import keep_freed_memory
 from jaxlm.parallel.gpus import FRACTION_VARIABLES
 from jaxlm.parallel.processes import start
+
+TRIM_THRESHOLD, MMAP_MAX, ARENA_MAX = -1, -4, -8  # parameters of glibc's mallopt, from its malloc.h
 
 
 def _nvidia_device_visible() -> bool:
@@ -56,7 +59,22 @@ def start_backend(config: TrainingConfig) -> list[jax.Device]:
     if not any(os.environ.get(name) for name in FRACTION_VARIABLES):
         os.environ[FRACTION_VARIABLES[0]] = str(config.memory_fraction)
     if _cpu_is_meant() or not _nvidia_device_visible():
-        keep_freed_memory()
+        _keep_freed_memory()
         # Else an update begins while the one before it still holds its temporary arrays, and both are kept for good.
         jax.config.update("jax_cpu_enable_async_dispatch", False)
     return find_devices()
+
+
+def _keep_freed_memory() -> None:
+    """Makes malloc keep the memory that a process on CPU frees, for its next update (with glibc only).
+
+    XLA on CPU allocates the temporary arrays of each update anew, some 1.2 GB for configs/small.py. By default glibc
+    returns such memory to the system, which then zeroes and maps every page again in each update: a fifth of its time.
+    With this, the process stays as large as its peak.
+
+    Call it before XLA starts its threads: a thread that has an arena of its own keeps it.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        never = -1  # as an unsigned threshold, the largest there is
+        for parameter, value in ((ARENA_MAX, 1), (MMAP_MAX, 0), (TRIM_THRESHOLD, never)):
+            ctypes.CDLL(None).mallopt(parameter, value)

@@ -18,11 +18,11 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from jaxlm.parallel.collectives import all_gather, all_gather_as_one, keep_all_but_gathered, reduce_scatter
-from jaxlm.parallel.mesh import AXES, DATA, REPLICA, ROWS, TENSOR, AnyMesh
+from jaxlm.parallel.mesh import AXES, DATA, EVERYWHERE, REPLICA, ROWS, TENSOR, AnyMesh, replicated
 from jaxlm.parallel.split import STACKED, Params, Path, Split, path_name, split_parameter
 
 HOST_MEMORY = "pinned_host"
@@ -82,23 +82,15 @@ class Layout:
 
     def bytes_of_state(self, abstract_state: Any) -> int:
         """Bytes a device of the placed state, and of gradients as they are kept between micro-batches."""
-        sharded = self.stage >= 2
-
-        def gradient(split: Split) -> jax.ShapeDtypeStruct:
-            shape, spec = (split.padded_shape, split.shard_spec) if sharded else (split.shape, split.whole_spec)
-            return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(self.mesh, spec))
-
-        return bytes_a_device(abstract_state) + bytes_a_device(jax.tree.map(gradient, self.splits))
+        gradients = jax.tree.map(lambda split: split.placed(self.mesh, sharded=self.stage >= 2), self.splits)
+        return bytes_a_device(abstract_state) + bytes_a_device(gradients)
 
     def _map(self, function: Callable[..., Any], tree: Params) -> Params:
         return jax.tree.map(function, self.splits, tree)
 
     def _constrain(self, tree: Params, sharded: bool) -> Params:
-        def constrain(split: Split, x: jax.Array) -> jax.Array:
-            spec = split.shard_spec if sharded else split.whole_spec
-            return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, spec))
-
-        return self._map(constrain, tree)
+        constrain = jax.lax.with_sharding_constraint
+        return self._map(lambda split, x: constrain(x, split.placed(self.mesh, sharded).sharding), tree)
 
     # ------------------------------------------------------------ on global arrays, in jit
 
@@ -140,26 +132,29 @@ class Layout:
         def placed(path: Path, x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
             keys = path_name(path).split("/")
             split = next((by_name[n] for i in range(len(keys)) if (n := "/".join(keys[i:])) in by_name), None)
-            optimizer, memory = keys[0] == "opt_state", None
-            sharded = self.stage >= (1 if optimizer else 3)
-            spec = PartitionSpec()
-            if split is not None and x.shape == (split.padded_shape if sharded else split.shape):
-                spec = split.shard_spec if sharded else split.whole_spec
+            optimizer, sharding = keys[0] == "opt_state", replicated(self.mesh)
+            like = None if split is None else split.placed(self.mesh, sharded=self.stage >= (1 if optimizer else 3))
+            if like is not None and x.shape == like.shape:
                 memory = HOST_MEMORY if optimizer and self.offload else None
-            sharding = NamedSharding(self.mesh, spec, memory_kind=memory)
+                sharding = like.sharding.with_memory_kind(memory)
             return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
         return jax.tree_util.tree_map_with_path(placed, abstract_state)
 
     # ------------------------------------------------------------ on each device, in a shard_map over ROWS
 
+    def on_each_device(self, function: Callable[..., Any], inputs: Any, outputs: Any) -> Callable[..., Any]:
+        """`function` of global arrays, with its inputs and outputs split over ROWS as these PartitionSpecs say."""
+        over_rows = partial(jax.shard_map, mesh=self.mesh, axis_names=set(ROWS), check_vma=False)
+        return over_rows(function, in_specs=inputs, out_specs=outputs)
+
     def held_specs(self) -> Params:
         """in_specs of held parameters."""
-        return jax.tree.map(lambda s: s.shard_rows_spec if self.stage == 3 else PartitionSpec(), self.splits)
+        return jax.tree.map(lambda s: s.shard_rows_spec if self.stage == 3 else EVERYWHERE, self.splits)
 
     def gradient_specs(self) -> Params:
         """out_specs of the reduced gradients."""
-        return jax.tree.map(lambda s: s.shard_rows_spec if self.stage else PartitionSpec(), self.splits)
+        return jax.tree.map(lambda s: s.shard_rows_spec if self.stage else EVERYWHERE, self.splits)
 
     def gather(self, held: Params, dtype: DTypeLike) -> tuple[Params, GatherBlock | None]:
         """Parameters to run the model with, and how each block makes its own whole (below stage 3: None).

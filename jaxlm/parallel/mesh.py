@@ -12,6 +12,9 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 
 REPLICA, DATA, TENSOR = AXES = ("replica", "data", "tensor")
 ROWS = (REPLICA, DATA)
+EVERYWHERE = PartitionSpec()  # every device holds the whole array
+TRAIN_BATCH = PartitionSpec(None, ROWS)  # [K, B, ...] arrays: the B rows of each micro-batch are split over devices
+EVAL_BATCH = PartitionSpec(ROWS)  # [B, ...] arrays: rows are split over devices
 
 AnyMesh: TypeAlias = Mesh | AbstractMesh
 
@@ -31,17 +34,7 @@ def abstract_mesh(shape: tuple[int, int, int]) -> AbstractMesh:
 
 def replicated(mesh: AnyMesh) -> NamedSharding:
     """Every device holds the whole array."""
-    return NamedSharding(mesh, PartitionSpec())
-
-
-def train_batch_sharding(mesh: AnyMesh) -> NamedSharding:
-    """[K, B, ...] arrays: the B rows of each micro-batch are split over devices."""
-    return NamedSharding(mesh, PartitionSpec(None, ROWS))
-
-
-def eval_batch_sharding(mesh: AnyMesh) -> NamedSharding:
-    """[B, ...] arrays: rows are split over devices."""
-    return NamedSharding(mesh, PartitionSpec(ROWS))
+    return NamedSharding(mesh, EVERYWHERE)
 
 
 def row_shards(mesh: AnyMesh) -> int:
@@ -57,11 +50,12 @@ def show_row_shards(mesh: AnyMesh) -> str:
 
 def rows_of_process(mesh: AnyMesh, rows: int) -> slice:
     """Which of the `rows` of a micro-batch live on this process's devices."""
-    indices = eval_batch_sharding(mesh).addressable_devices_indices_map((rows,)).values()
+    indices = NamedSharding(mesh, EVAL_BATCH).addressable_devices_indices_map((rows,)).values()
     slices = [index[0] for index in indices if index is not None]
     return slice(min(s.start or 0 for s in slices), max(rows if s.stop is None else s.stop for s in slices))
 
 
-def put_batch(batch: dict[str, np.ndarray], sharding: NamedSharding) -> dict[str, jax.Array]:
+def put_batch(batch: dict[str, np.ndarray], mesh: AnyMesh, spec: PartitionSpec) -> dict[str, jax.Array]:
     """This process's part of a batch, on its devices, as part of the global arrays."""
+    sharding = NamedSharding(mesh, spec)
     return {name: jax.make_array_from_process_local_data(sharding, array) for name, array in batch.items()}

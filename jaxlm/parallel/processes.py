@@ -214,13 +214,11 @@ class StatusBoard:
         """A clause for an error message: which processes are behind the others, and at what; empty if none is."""
         if self._client is None:
             return ""
-        posted = sorted(
-            (int(key.rpartition("/")[2]), status) for key, status in self._client.key_value_dir_get(self.KEY)
-        )
-        signs = {process: int(status.partition(" ")[0]) for process, status in posted}
+        posted = {int(key.rpartition("/")[2]): status for key, status in self._client.key_value_dir_get(self.KEY)}
+        signs = {process: int(status.partition(" ")[0]) for process, status in posted.items()}
         behind = [
             f"process {process} at: {status.partition(' ')[2]}"
-            for process, status in posted
+            for process, status in sorted(posted.items())
             if signs[process] == min(signs.values()) < max(signs.values())
         ]
         return f"; behind the others is {', '.join(behind)}" if behind else ""

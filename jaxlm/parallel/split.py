@@ -5,9 +5,9 @@ from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxlm.parallel.mesh import DATA, TENSOR
+from jaxlm.parallel.mesh import DATA, TENSOR, AnyMesh
 
 # The axis that "tensor" splits, counted from the end: the output axis of the matrices that a sub-layer begins with, the
 # input axis of those that it ends with (Shoeybi et al. 2019, arXiv:1909.08053).
@@ -46,21 +46,17 @@ class Split:
         """Size of the split axis, padded to a multiple of the shards."""
         return -(-self.shape[self.axis] // self.shards) * self.shards
 
-    @property
-    def padded_shape(self) -> tuple[int, ...]:
-        return (*self.shape[: self.axis], self.padded_size, *self.shape[self.axis + 1 :])
-
-    @property
-    def whole_spec(self) -> PartitionSpec:
-        return self._spec({self.tensor_axis: TENSOR})
-
-    @property
-    def shard_spec(self) -> PartitionSpec:
-        return self._spec({self.tensor_axis: TENSOR, self.axis: DATA})
+    def placed(self, mesh: AnyMesh, sharded: bool) -> jax.ShapeDtypeStruct:
+        """Float32 shape and sharding on `mesh`: split over "tensor" only, or sharded and padded, too."""
+        shape, axes = list(self.shape), {self.tensor_axis: TENSOR}
+        if sharded:
+            shape[self.axis] = self.padded_size
+            axes[self.axis] = DATA
+        return jax.ShapeDtypeStruct(tuple(shape), jnp.float32, sharding=NamedSharding(mesh, self._spec(axes)))
 
     @property
     def shard_rows_spec(self) -> PartitionSpec:
-        """The part of `shard_spec` that a shard_map over ROWS handles; "tensor" is left to the compiler."""
+        """The part of a shard's sharding that a shard_map over ROWS handles; "tensor" is left to the compiler."""
         return self._spec({self.axis: DATA})
 
     def _spec(self, axes: dict[int | None, str]) -> PartitionSpec:

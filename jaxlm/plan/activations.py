@@ -1,22 +1,18 @@
 """Bytes of activations: what JAX keeps of a micro-batch's forward pass for its backward pass."""
 
-import dataclasses
 from functools import lru_cache
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
 
-from jaxlm.config import replace_fields
-from jaxlm.model.dropout import row_keys
 from jaxlm.ops.attention_kernels import choose_attention
 from jaxlm.ops.flash import TILES, padded_head_size
-from jaxlm.parallel.mesh import ROWS
+from jaxlm.parallel.mesh import EVAL_BATCH, EVERYWHERE
 from jaxlm.parallel.split import Params
 from jaxlm.train.accumulate import Batch
-from jaxlm.train.assemble import Resolved, assemble
+from jaxlm.train.assemble import Assembly, Resolved
 from jaxlm.train.precision import compute_dtype
-from jaxlm.train.step import batch_loss, uses_dropout
+from jaxlm.train.step import make_loss
 
 
 def activation_bytes(resolved: Resolved) -> int:
@@ -25,7 +21,7 @@ def activation_bytes(resolved: Resolved) -> int:
     The update's loss is differentiated in the abstract, with one row a device and with two: what grows is activations,
     the rest are parameters. A GPU's compiler may fuse some of it away.
     """
-    one_row, two_rows = (_kept(_with_rows(resolved, rows)) for rows in (1, 2))
+    one_row, two_rows = (_kept(with_rows(resolved, rows)) for rows in (1, 2))
     return (two_rows - one_row - _listed_twice(resolved)) * resolved.config.training.batch_size
 
 
@@ -41,12 +37,12 @@ def _listed_twice(resolved: Resolved) -> int:
     if padded_head_size(head_size) != head_size or length % TILES[head_size].longest:
         return 0
     elements = config.model.n_layers * length * config.model.d_model // config.training.tensor_parallel
-    return elements * jnp.dtype(compute_dtype(config.training)).itemsize
+    return elements * compute_dtype(config.training).itemsize
 
 
-def _with_rows(resolved: Resolved, rows: int) -> Resolved:
-    fields = {"training.batch_size": rows, "training.gradient_accumulation_steps": 1}
-    return dataclasses.replace(resolved, config=replace_fields(resolved.config, fields))
+def with_rows(resolved: Resolved, rows: int) -> Resolved:
+    """The same run with updates of one micro-batch of so many rows a device."""
+    return resolved.with_fields({"training.batch_size": rows, "training.gradient_accumulation_steps": 1})
 
 
 @lru_cache(maxsize=64)
@@ -55,30 +51,16 @@ def _kept(resolved: Resolved) -> int:
     config = resolved.config
     attention = choose_attention(config, resolved.capability)
     # cuDNN's kernel can't be traced without cuDNN; it keeps the same: its inputs, its output, the log-sum-exp.
-    assembly = assemble(resolved, attention="pallas" if attention == "cudnn" else attention)
-    layout, dtype = assembly.layout, compute_dtype(config.training)
+    assembly = Assembly(resolved, attention="pallas" if attention == "cudnn" else attention)
+    layout, loss_of = assembly.layout, make_loss(assembly.graphdef, config, assembly.layout)
     kept: list[jax.Array] = []
 
     def on_device(params: Params, batch: Batch) -> jax.Array:
-        keys = row_keys(jax.random.key(0), batch["rows"], config.model.n_layers) if uses_dropout(config) else None
-
-        def loss_of(held: Params) -> jax.Array:
-            whole, fetch = layout.gather(held, dtype)
-            return batch_loss(assembly.graphdef, whole, batch, keys, config.data.pack_sequences, fetch=fetch)[0]
-
-        loss, backward = jax.vjp(loss_of, params)
+        loss, backward = jax.vjp(lambda held: loss_of(held, batch, jax.random.key(0))[0], params)
         kept.extend(x for x in jax.tree.leaves(backward) if not jnp.issubdtype(x.dtype, jnp.integer))
         return loss
 
-    specs = layout.held_specs(), PartitionSpec(ROWS)
-    sharded = jax.shard_map(
-        on_device,
-        mesh=layout.mesh,
-        in_specs=specs,
-        out_specs=PartitionSpec(),
-        axis_names=set(ROWS),
-        check_vma=False,
-    )
+    sharded = layout.on_each_device(on_device, (layout.held_specs(), EVAL_BATCH), EVERYWHERE)
     batch = {name: jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for name, x in assembly.abstract_batch.items()}
     jax.eval_shape(sharded, assembly.abstract_state.params, batch)
     # Tensor parallelism splits what lies within a sub-layer, whose last axis is not that of the residual stream.

@@ -17,9 +17,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding
 
-from jaxlm.config import Config, replace_fields
+from jaxlm.config import Config
 from jaxlm.errors import UserError
 from jaxlm.model.layers import GATES
 from jaxlm.ops.attention_kernels import FUSED_FROM, choose_attention
@@ -28,9 +27,9 @@ from jaxlm.ops.reductions import logits_chunk_bytes
 from jaxlm.parallel.gpus import FRACTION_VARIABLES
 from jaxlm.parallel.layout import bytes_a_device
 from jaxlm.parallel.split import STACKED, TENSOR_AXES, path_name
-from jaxlm.plan.activations import activation_bytes
+from jaxlm.plan.activations import activation_bytes, with_rows
 from jaxlm.run.setup import resolve
-from jaxlm.train.assemble import Resolved, assemble
+from jaxlm.train.assemble import Assembly, Resolved
 from jaxlm.train.precision import compute_dtype
 
 BATCHES = 4  # on the device at a time: one computed with, the others sent ahead
@@ -42,19 +41,23 @@ METHOD = (
 )
 
 
+def _part(made_of: str) -> Any:
+    return dataclasses.field(metadata={"made_of": made_of})
+
+
 @dataclasses.dataclass(frozen=True)
 class Estimate:
     """Bytes a device. `parameters`, `optimizer` and `batch` are always there, the rest in one of three `phases`."""
 
-    parameters: int
-    optimizer: int  # on the device
-    batch: int
-    gradients: int  # of one micro-batch, and the sum over micro-batches if there are several
-    activations: int  # of one micro-batch, kept for its backward pass
-    temporaries: int  # beside them
-    update: int  # gradients and copies alive while parameters are moved
-    sampling: int  # whole parameters for the samples that are printed at evaluations, where the layout splits them
-    host: int  # optimizer state in host memory, not in `total`
+    parameters: int = _part("float32, as the ZeRO stage holds them")
+    optimizer: int = _part("the optimizer's moments, float32")  # on the device
+    batch: int = _part("tokens, targets, segments, positions of the updates in flight")
+    gradients: int = _part("float32 of one micro-batch, and the accumulator")
+    activations: int = _part("kept for the backward pass of one micro-batch")
+    temporaries: int = _part("16-bit and gathered weights, a block at work, a chunk of the loss")
+    update: int = _part("gradients and updates while parameters move; not while the three above are there")
+    sampling: int = _part("whole parameters for samples at evaluations; not while the four above are there")
+    host: int = _part("optimizer state in host memory; not in the total")
 
     @property
     def phases(self) -> dict[str, int]:
@@ -68,17 +71,7 @@ class Estimate:
         return self.parameters + self.optimizer + self.batch + max(self.phases.values())
 
 
-MADE_OF = {
-    "parameters": "float32, as the ZeRO stage holds them",
-    "optimizer": "the optimizer's moments, float32",
-    "batch": "tokens, targets, segments, positions of the updates in flight",
-    "gradients": "float32 of one micro-batch, and the accumulator",
-    "activations": "kept for the backward pass of one micro-batch",
-    "temporaries": "16-bit and gathered weights, a block at work, a chunk of the loss",
-    "update": "gradients and updates while parameters move; not while the three above are there",
-    "sampling": "whole parameters for samples at evaluations; not while the four above are there",
-    "host": "optimizer state in host memory; not in the total",
-}
+MADE_OF = {part.name: part.metadata["made_of"] for part in dataclasses.fields(Estimate)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +101,7 @@ def _resolve(config: Config, n_devices: int) -> Resolved:
 
 @functools.lru_cache(maxsize=64)
 def _sizes(resolved: Resolved) -> _Sizes:
-    assembly = assemble(resolved, attention="blockwise")
+    assembly = Assembly(resolved, attention="blockwise")
     layout, state = assembly.layout, assembly.abstract_state
 
     def elements(sharded: bool = False, start: str = "", end: str = "") -> int:
@@ -116,9 +109,8 @@ def _sizes(resolved: Resolved) -> _Sizes:
         for path, split in jax.tree_util.tree_leaves_with_path(layout.splits):
             name = path_name(path)
             if name.startswith(start) and name.endswith(end):
-                spec = split.shard_spec if sharded else split.whole_spec
-                of = split.padded_shape if sharded else split.shape
-                total += math.prod(NamedSharding(layout.mesh, spec).shard_shape(of))
+                placed = split.placed(layout.mesh, sharded)
+                total += math.prod(placed.sharding.shard_shape(placed.shape))
         return total
 
     on_device = bytes_a_device(state.opt_state)
@@ -138,17 +130,13 @@ def _sizes(resolved: Resolved) -> _Sizes:
     )
 
 
-def _compute_bytes(config: Config) -> int:
-    return jnp.dtype(compute_dtype(config.training)).itemsize
-
-
 def _tokens(config: Config) -> int:
     return config.training.batch_size * config.data.max_length
 
 
 def _weight_copies(config: Config, sizes: _Sizes) -> float:
     """Kernels in the compute type; what stage 3 gathers: two blocks, all outside of them; gradients to be stacked."""
-    model, c, stage = config.model, _compute_bytes(config), config.training.zero_stage or 0
+    model, c, stage = config.model, compute_dtype(config.training).itemsize, config.training.zero_stage or 0
     cast = c if c < 4 else 0
     embedding = cast * model.vocab_size * model.d_model / config.training.tensor_parallel
     blocks = sizes.whole - sizes.outside
@@ -166,7 +154,7 @@ def _block_at_work(config: Config, attention: str, recomputed: int) -> float:
     Args:
       recomputed: bytes of the block's activations, if they are made again.
     """
-    model, c, tensor = config.model, _compute_bytes(config), config.training.tensor_parallel
+    model, c, tensor = config.model, compute_dtype(config.training).itemsize, config.training.tensor_parallel
     tokens, d, f = _tokens(config), model.d_model, model.d_ff / tensor
     widths = 3 if model.activation in GATES else 2  # of the feed-forward: the products of up, and the input of down
     streams = 2 * c * d + widths * c * f + 3 * 4 * d  # gradients of the residual stream, feed-forward and a norm
@@ -187,12 +175,13 @@ def _loss_at_work(config: Config) -> float:
 
     With logit_softcap their slopes, too.
     """
-    copies = 2 if config.model.logit_softcap is None else 3
+    copies: float = 2 if config.model.logit_softcap is None else 3
     rows, vocabulary, tensor = config.training.batch_size, config.model.vocab_size, config.training.tensor_parallel
+    copies += compute_dtype(config.training).itemsize / 4
     logits = max(
         min(logits_chunk_bytes(config.training, "gpu"), 4 * _tokens(config) * vocabulary), 4 * rows * vocabulary
     )
-    return (logits * (copies + _compute_bytes(config) / 4) + 4 * vocabulary * config.model.d_model) / tensor
+    return (logits * copies + 4 * vocabulary * config.model.d_model) / tensor
 
 
 def _gradient_bytes(config: Config, sizes: _Sizes) -> tuple[int, int]:
@@ -210,28 +199,14 @@ def _gradient_bytes(config: Config, sizes: _Sizes) -> tuple[int, int]:
 def _estimate(resolved: Resolved) -> Estimate:
     config = resolved.config
     model, training = config.model, config.training
-    # What changes no size is left out of the key, so that a search over batch sizes computes the state once.
-    key = replace_fields(
-        config,
-        {
-            "model.gradient_checkpointing": False,
-            "model.remat_policy": "full",
-            "training.batch_size": 1,
-            "training.gradient_accumulation_steps": 1,
-        },
-    )
-    sizes = _sizes(dataclasses.replace(resolved, config=key))
+    sizes = _sizes(with_rows(resolved, 1))  # the same for all batches, so that a search over them computes it once
     attention = choose_attention(config, FUSED_FROM)
     gradients, in_update = _gradient_bytes(config, sizes)
     recomputed = 0
     if model.gradient_checkpointing:
-        one, two = (
-            replace_fields(config, {"model.gradient_checkpointing": False, "model.n_layers": layers})
-            for layers in (1, 2)
-        )
-        recomputed = activation_bytes(dataclasses.replace(resolved, config=two)) - activation_bytes(
-            dataclasses.replace(resolved, config=one)
-        )
+        kept = {"model.gradient_checkpointing": False}
+        one, two = (resolved.with_fields(kept | {"model.n_layers": layers}) for layers in (1, 2))
+        recomputed = activation_bytes(two) - activation_bytes(one)
     work = _weight_copies(config, sizes) + max(_block_at_work(config, attention, recomputed), _loss_at_work(config))
     # Updates, the moved parameters before they are gathered, and the optimizer state if it comes from the host.
     update = in_update + 4 * sizes.shard * (2 if training.zero_stage else 1) + sizes.host
@@ -271,8 +246,7 @@ def largest_batch_size(config: Config, n_devices: int, memory: int) -> int:
     share = usable(memory, config.training.memory_fraction)
 
     def total(rows: int) -> int:
-        config = replace_fields(resolved.config, {"training.batch_size": rows})
-        return _estimate(dataclasses.replace(resolved, config=config)).total
+        return _estimate(resolved.with_fields({"training.batch_size": rows})).total
 
     return bisect.bisect_right(range(1, MOST_ROWS + 1), share, key=total)
 
@@ -315,7 +289,7 @@ def compiled_on_gpus(config: Config, n_devices: int) -> int | None:
         here = []
     if n_devices > len(here):
         return None
-    return peak_bytes(assemble(resolve(config, here[:n_devices])).lower_step().compile())
+    return peak_bytes(Assembly(resolve(config, here[:n_devices])).lower_step().compile())
 
 
 def table(result: dict[str, Any]) -> str:

@@ -8,7 +8,7 @@ import numpy as np
 from jaxlm.data.loader import Rows, eval_batches, train_batches
 from jaxlm.monitor.metrics import Throughput
 from jaxlm.monitor.watchdog import Watchdog
-from jaxlm.parallel.mesh import eval_batch_sharding, put_batch, row_shards, rows_of_process, train_batch_sharding
+from jaxlm.parallel.mesh import EVAL_BATCH, TRAIN_BATCH, put_batch, row_shards, rows_of_process
 from jaxlm.train.accumulate import Batch
 from jaxlm.train.assemble import Resolved
 
@@ -16,18 +16,12 @@ STEPS_AHEAD = 2  # updates dispatched before the oldest is waited for: the host 
 
 
 class BatchFeeder:
-    """Iterates over the batches of the updates after `start_step`, up to `last_step`."""
+    """Iterates over the batches of updates `steps`, numbered from 0."""
 
     def __init__(
-        self,
-        resolved: Resolved,
-        rows: Rows,
-        start_step: int,
-        last_step: int,
-        throughput: Throughput,
-        watchdog: Watchdog,
+        self, resolved: Resolved, rows: Rows, steps: range, throughput: Throughput, watchdog: Watchdog
     ) -> None:
-        self.resolved, self.rows, self.start_step, self.last_step = resolved, rows, start_step, last_step
+        self.resolved, self.rows, self.steps = resolved, rows, steps
         self.throughput, self.watchdog = throughput, watchdog
         self._dispatched: list[tuple[int, jax.Array]] = []
 
@@ -35,14 +29,13 @@ class BatchFeeder:
         training, mesh = self.resolved.config.training, self.resolved.mesh
         k, global_batch = training.gradient_accumulation_steps, self.resolved.global_batch
         own = rows_of_process(mesh, global_batch // k)
-        host_batches = train_batches(self.rows, training.seed, global_batch, k, self.start_step, own)
-        placement = train_batch_sharding(mesh)
+        host_batches = train_batches(self.rows, training.seed, global_batch, k, self.steps.start, own)
         try:
-            for _ in range(self.start_step, self.last_step):
+            for _ in self.steps:
                 batch = next(host_batches)
                 # Counted in this process's rows; the others' are as full.
                 self.throughput.tokens += int(np.count_nonzero(batch["segments"]) * global_batch / batch["rows"].size)
-                yield put_batch(batch, placement)
+                yield put_batch(batch, mesh, TRAIN_BATCH)
         finally:
             host_batches.close()
 
@@ -58,7 +51,6 @@ class BatchFeeder:
 def batches_to_evaluate(resolved: Resolved, rows: Rows, watchdog: Watchdog) -> Iterator[Batch]:
     """Every row once, on the devices."""
     batch_size = resolved.config.training.batch_size * row_shards(resolved.mesh)
-    placement = eval_batch_sharding(resolved.mesh)
     for batch in eval_batches(rows, batch_size, rows_of_process(resolved.mesh, batch_size)):
-        yield put_batch(batch, placement)
+        yield put_batch(batch, resolved.mesh, EVAL_BATCH)
         watchdog.alive()

@@ -1,11 +1,10 @@
 """Going on from a checkpoint: which one, and whether it is of the same run."""
 
-import dataclasses
 import json
 from pathlib import Path
 
 from jaxlm.checkpoints import folder
-from jaxlm.checkpoints.items import Progress, read_config, read_progress
+from jaxlm.checkpoints.items import read_config, read_progress
 from jaxlm.config import Config
 from jaxlm.config.fields import changed_fields
 from jaxlm.errors import UserError
@@ -37,7 +36,7 @@ def keep_global_batch(resolved: Resolved, checkpoint: Path) -> Resolved:
     Raises:
       UserError: no number of them does.
     """
-    config, training = resolved.config, resolved.config.training
+    training = resolved.config.training
     micro_batch = training.batch_size * row_shards(resolved.mesh)
     kept = read_progress(checkpoint).global_batch
     if kept % micro_batch:
@@ -52,8 +51,7 @@ def keep_global_batch(resolved: Resolved, checkpoint: Path) -> Resolved:
         f"training.gradient_accumulation_steps: {steps} instead of {training.gradient_accumulation_steps}, for the "
         f"{kept} rows an update of {checkpoint}"
     )
-    training = dataclasses.replace(training, gradient_accumulation_steps=steps)
-    return dataclasses.replace(resolved, config=dataclasses.replace(config, training=training))
+    return resolved.with_fields({"training.gradient_accumulation_steps": steps})
 
 
 def check_same_run(checkpoint: Path, config: Config, asked_vocab_size: int, fingerprint: str, model_class: str) -> None:
@@ -92,15 +90,7 @@ def check_same_run(checkpoint: Path, config: Config, asked_vocab_size: int, fing
 def is_finished(config: Config, run_folder: Path, checkpoint: Path | None, total_steps: int) -> bool:
     """Whether the run has nothing left to do."""
     final = run_folder / "final_model"
-
-    def at_end(saved: Path) -> bool:
-        progress: Progress = read_progress(saved)
-        return progress.step >= total_steps
-
-    return (
-        checkpoint is not None
-        and config.training.resume_from_checkpoint in (None, "latest")
-        and at_end(checkpoint)
-        and folder.damage_anywhere(final) is None
-        and at_end(final)
-    )
+    if checkpoint is None or config.training.resume_from_checkpoint not in (None, "latest"):
+        return False
+    at_end = lambda saved: read_progress(saved).step >= total_steps  # noqa: E731
+    return at_end(checkpoint) and folder.damage_anywhere(final) is None and at_end(final)

@@ -1,11 +1,19 @@
 """From a configuration as it was asked for to one that is complete, on the devices that it is for."""
 
-import dataclasses
 import json
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, TypeAlias
 
-from jaxlm.config import Config, check_fields, check_platform, check_together, mesh_shape, to_dict, with_derived
+from jaxlm.config import (
+    Config,
+    check_fields,
+    check_platform,
+    check_together,
+    mesh_shape,
+    replace_fields,
+    to_dict,
+    with_derived,
+)
 from jaxlm.interop import deepspeed, pretrained
 
 if TYPE_CHECKING:  # a mistake in a configuration shows before JAX is imported, which takes seconds
@@ -54,19 +62,17 @@ def with_vocabulary(resolved: "Resolved", tokenizer: "Tokenizer") -> "Resolved":
 
     A model that was trained elsewhere may have more rows than there are tokens; it keeps them.
     """
-    config = resolved.config
-    if config.training.init_from is not None:
+    if resolved.config.training.init_from is not None:
         return resolved
-    model = dataclasses.replace(config.model, vocab_size=tokenizer.vocab_size)
-    return dataclasses.replace(resolved, config=dataclasses.replace(config, model=model))
+    return resolved.with_fields({"model.vocab_size": tokenizer.vocab_size})
 
 
 def check_same_in_processes(config: Config, fingerprint: str) -> None:
     """Raises UserError if the processes were started with other options or other text; caches may be elsewhere."""
     from jaxlm.parallel.processes import check_same_everywhere
 
-    config = dataclasses.replace(config, data=dataclasses.replace(config.data, cache_dir=None))
-    check_same_everywhere("the configuration or the text", json.dumps([to_dict(config), fingerprint]))
+    values = to_dict(replace_fields(config, {"data.cache_dir": None}))
+    check_same_everywhere("the configuration or the text", json.dumps([values, fingerprint]))
 
 
 def keep_compiled_programs(resolved: "Resolved") -> None:

@@ -5,7 +5,7 @@ Nothing is allocated. The devices may be here, be those of a topology that a pro
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import Any
 
@@ -13,18 +13,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
-from jaxlm.config import Config
+from jaxlm.config import Config, replace_fields
 from jaxlm.model import Transformer
 from jaxlm.ops.attention_kernels import FUSED_FROM, choose_attention, compute_capability
 from jaxlm.ops.compiler import Options
 from jaxlm.parallel.layout import Layout
-from jaxlm.parallel.mesh import AnyMesh, replicated, row_shards, train_batch_sharding
+from jaxlm.parallel.mesh import TRAIN_BATCH, AnyMesh, replicated, row_shards
 from jaxlm.parallel.split import Params
-from jaxlm.train.optim import build_optimizer
 from jaxlm.train.precision import compute_dtype
-from jaxlm.train.step import TrainState, init_state, make_eval_step, make_train_step, state_from
+from jaxlm.train.step import TrainState, first_state, make_eval_step, make_train_step
 
 BATCH_ARRAYS = ("tokens", "targets", "segments", "positions")
 
@@ -36,6 +35,10 @@ class Resolved:
     config: Config
     mesh: AnyMesh
     notes: tuple[str, ...] = ()  # lines for the start-up report: what a DeepSpeed file says that is left to XLA
+
+    def with_fields(self, values: Mapping[str, Any]) -> "Resolved":
+        """A copy with the configuration's fields named in `values` ("section.field") set."""
+        return dataclasses.replace(self, config=replace_fields(self.config, values))
 
     @property
     def devices(self) -> list[jax.Device]:
@@ -65,20 +68,31 @@ def new_model(config: Config, attention: str, model_class: type[Transformer]) ->
     return model_class(config.model, implementation=attention, dtype=compute_dtype(config.training), rngs=rngs)
 
 
-@dataclasses.dataclass(frozen=True)
 class Assembly:
-    """What `assemble` returns."""
+    """The program of a run.
 
-    config: Config
-    mesh: AnyMesh
-    attention: str  # kernel
-    model_class: type[Transformer]
-    graphdef: nnx.GraphDef  # of the model
-    layout: Layout
+    Args:
+      attention: the kernel; None: the one that the configuration and the devices ask for.
+
+    Raises:
+      UserError: the configuration asks for an attention kernel that can't do it on these devices.
+    """
+
+    def __init__(
+        self, resolved: Resolved, model_class: type[Transformer] = Transformer, attention: str | None = None
+    ) -> None:
+        self.config, self.mesh, self.model_class = resolved.config, resolved.mesh, model_class
+        self.attention = attention or choose_attention(self.config, resolved.capability)
+        self.graphdef, abstract = nnx.split(abstract_model(self.config, self.attention, model_class))
+        stage, offload = self.config.training.zero_stage or 0, self.config.training.offload_optimizer
+        self.layout = Layout(self.mesh, stage, nnx.to_pure_dict(abstract), offload)
+
+    def _state_with(self, params: Params) -> TrainState:
+        return first_state(params, self.config, self.layout)
 
     def _init(self) -> TrainState:
         model = new_model(self.config, self.attention, self.model_class)
-        return init_state(model, build_optimizer(self.config.training, self.layout.shapes), self.config, self.layout)
+        return self._state_with(self.layout.from_whole(nnx.to_pure_dict(nnx.state(model))))
 
     @cached_property
     def abstract_state(self) -> TrainState:
@@ -89,7 +103,7 @@ class Assembly:
     @property
     def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes, dtypes and shardings of an update's batch."""
-        training, placement = self.config.training, train_batch_sharding(self.mesh)
+        training, placement = self.config.training, NamedSharding(self.mesh, TRAIN_BATCH)
         rows = training.gradient_accumulation_steps, training.batch_size * row_shards(self.mesh)
         array = lambda *shape: jax.ShapeDtypeStruct(shape, np.int32, sharding=placement)  # noqa: E731
         return dict.fromkeys(BATCH_ARRAYS, array(*rows, self.config.data.max_length)) | {"rows": array(*rows)}
@@ -108,9 +122,7 @@ class Assembly:
 
     def state_with(self, params: Params) -> TrainState:
         """The state before the first update with these parameters, as the layout holds them; they are donated."""
-        optimizer = build_optimizer(self.config.training, self.layout.shapes)
-        make = lambda params: state_from(params, optimizer, self.config, self.layout)  # noqa: E731
-        return jax.jit(make, out_shardings=self._shardings(), donate_argnums=0)(params)
+        return jax.jit(self._state_with, out_shardings=self._shardings(), donate_argnums=0)(params)
 
     def jit_step(self, donate: bool = True) -> jax.stages.Wrapped:
         """The update of `make_train_step`; `donate` lets the new state take the place of the one that is passed in."""
@@ -125,23 +137,3 @@ class Assembly:
     def eval_step(self, options: Options | None = None) -> Callable[..., tuple[jax.Array, jax.Array]]:
         """`make_eval_step`, compiled when it is first called."""
         return jax.jit(make_eval_step(self.graphdef, self.config, self.layout), compiler_options=options)
-
-
-def assemble(
-    resolved: Resolved, model_class: type[Transformer] = Transformer, attention: str | None = None
-) -> Assembly:
-    """The program of a run.
-
-    Args:
-      model_class: of the model.
-      attention: the kernel; None: the one that the configuration and the devices ask for.
-
-    Raises:
-      UserError: the configuration asks for an attention kernel that can't do it on these devices.
-    """
-    config = resolved.config
-    attention = attention or choose_attention(config, resolved.capability)
-    graphdef, abstract = nnx.split(abstract_model(config, attention, model_class))
-    training = config.training
-    layout = Layout(resolved.mesh, training.zero_stage or 0, nnx.to_pure_dict(abstract), training.offload_optimizer)
-    return Assembly(config, resolved.mesh, attention, model_class, graphdef, layout)

@@ -4,14 +4,14 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jax.typing import DTypeLike
+import numpy as np
 
 from jaxlm.config import TrainingConfig
 
 MAX_LOSS_SCALE = 2.0**31
 
 
-def compute_dtype(config: TrainingConfig) -> DTypeLike:
+def compute_dtype(config: TrainingConfig) -> np.dtype:
     """float32 without use_amp, else amp_dtype. Softmax, loss and norm statistics are float32 in either case."""
     return jnp.dtype(config.amp_dtype) if config.use_amp else jnp.dtype("float32")
 

@@ -10,23 +10,19 @@ written out in `parallel.Layout`; the optimizer then runs on arrays that are lai
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike
 
 from jaxlm.config import Config
-from jaxlm.model import Transformer
 from jaxlm.model.dropout import row_keys
-from jaxlm.model.transformer import Fetch
-from jaxlm.ops.reductions import CPU_CHUNK, logits_chunk_bytes
+from jaxlm.ops.reductions import logits_chunk_bytes
 from jaxlm.ops.scheduling import sum_over_rows
 from jaxlm.parallel.layout import Layout
-from jaxlm.parallel.mesh import ROWS
+from jaxlm.parallel.mesh import EVAL_BATCH, EVERYWHERE, ROWS, TRAIN_BATCH
 from jaxlm.parallel.split import Params
 from jaxlm.train.accumulate import Batch, accumulate
 from jaxlm.train.loss import Sums, loss_sums
@@ -51,15 +47,9 @@ class TrainState:
     opt_state: optax.OptState  # of the parameters as the layout shards them
 
 
-def init_state(
-    model: Transformer, optimizer: optax.GradientTransformation, config: Config, layout: Layout
-) -> TrainState:
-    """The state before the first update of a new model."""
-    return state_from(layout.from_whole(nnx.to_pure_dict(nnx.state(model))), optimizer, config, layout)
-
-
-def state_from(params: Params, optimizer: optax.GradientTransformation, config: Config, layout: Layout) -> TrainState:
+def first_state(params: Params, config: Config, layout: Layout) -> TrainState:
     """The state before the first update of a model with these parameters, as the layout holds them."""
+    optimizer = build_optimizer(config.training, layout.shapes)
     zero = lambda: jnp.zeros((), jnp.int32)  # noqa: E731  (two buffers: a donated one can't be passed twice)
     return TrainState(
         step=zero(),
@@ -70,32 +60,32 @@ def state_from(params: Params, optimizer: optax.GradientTransformation, config: 
     )
 
 
-def batch_loss(
-    graphdef: Any,
-    params: Params,
-    batch: Batch,
-    keys: jax.Array | None,
-    packed: bool,
-    factor: Any = 1.0,
-    fetch: Fetch | None = None,
-    z_loss: float = 0.0,
-    chunk_bytes: int = CPU_CHUNK,
-) -> Sums:
-    """What is minimised, and the cross entropy in nats: sums over the targets of `batch` ([B, T]), times `factor`.
+def make_loss(graphdef: nnx.GraphDef, config: Config, layout: Layout) -> Callable[..., Sums]:
+    """(held parameters, [B, T] batch, key, factor) -> what is minimised, and the cross entropy in nats.
 
-    The factor goes in with the targets' weights, so that float16 gradients are scaled from the start.
+    To be called on each device: sums over the targets of its own rows, times `factor`, which goes in with the targets'
+    weights, so that float16 gradients are scaled from the start. `key` has the seed and the step in it; None: no
+    dropout.
     """
-    model = nnx.merge(graphdef, params)
-    segments = batch["segments"] if packed else None  # padding stands at the end: causality hides it
-    hidden = model(batch["tokens"], segments, batch["positions"], keys, fetch)
-    weights = jnp.where(batch["segments"] > 0, jnp.asarray(factor, jnp.float32), 0.0)
-    w, softcap = model.output_matrix(), model.config.logit_softcap
-    return loss_sums(hidden, w, batch["targets"], weights, softcap, z_loss, chunk_bytes)
+    model, training = config.model, config.training
+    dtype, chunk_bytes = compute_dtype(training), logits_chunk_bytes(training, layout.platform)
+    uses_dropout = model.dropout > 0 or model.attention_dropout > 0
 
+    def loss(held: Params, batch: Batch, key: jax.Array | None = None, factor: ArrayLike = 1.0) -> Sums:
+        params, fetch = layout.gather(held, dtype)
 
-def uses_dropout(config: Config) -> bool:
-    """Whether training draws random numbers."""
-    return config.model.dropout > 0 or config.model.attention_dropout > 0
+        def of_rows(params: Params, rows: Batch) -> Sums:
+            keys = None if key is None or not uses_dropout else row_keys(key, rows["rows"], model.n_layers)
+            network = nnx.merge(graphdef, params)
+            segments = rows["segments"] if config.data.pack_sequences else None  # causality hides padding at the end
+            hidden = network(rows["tokens"], segments, rows["positions"], keys, fetch)
+            weights = jnp.where(rows["segments"] > 0, jnp.asarray(factor, jnp.float32), 0.0)
+            options = model.logit_softcap, training.z_loss, chunk_bytes
+            return loss_sums(hidden, network.output_matrix(), rows["targets"], weights, *options)
+
+        return sum_over_rows(of_rows, params, batch, layout.platform, layout.mesh.size)
+
+    return loss
 
 
 def make_gradients(graphdef: nnx.GraphDef, config: Config, layout: Layout) -> Callable[..., tuple[jax.Array, Params]]:
@@ -105,9 +95,7 @@ def make_gradients(graphdef: nnx.GraphDef, config: Config, layout: Layout) -> Ca
     micro-batch, summed in accumulator_dtype; then one sum over the devices. A gradient that is not finite leaves a sum
     that is not finite.
     """
-    training = config.training
-    dtype = compute_dtype(training)
-    chunk_bytes = logits_chunk_bytes(training, layout.platform)
+    training, loss_of = config.training, make_loss(graphdef, config, layout)
 
     def on_device(params: Params, batch: Batch, step: jax.Array, factor: jax.Array) -> tuple[jax.Array, Params]:
         step_key = jax.random.fold_in(jax.random.key(training.seed), step)
@@ -115,32 +103,15 @@ def make_gradients(graphdef: nnx.GraphDef, config: Config, layout: Layout) -> Ca
         @jax.jit  # traced once, though its shapes are asked for, too
         def of_micro_batch(micro_batch: Batch) -> tuple[jax.Array, Params]:
             held, micro_batch = jax.lax.optimization_barrier((params, micro_batch))  # no gathering ahead of the loop
-
-            def scaled_loss(params: Params) -> Sums:
-                params, fetch = layout.gather(params, dtype)
-                packed, z_loss = config.data.pack_sequences, training.z_loss
-
-                def loss_of(params: Params, rows: Batch) -> Sums:
-                    keys = row_keys(step_key, rows["rows"], config.model.n_layers) if uses_dropout(config) else None
-                    return batch_loss(graphdef, params, rows, keys, packed, factor, fetch, z_loss, chunk_bytes)
-
-                return sum_over_rows(loss_of, params, micro_batch, layout.platform, layout.mesh.size)
-
-            (_, loss), gradients = jax.value_and_grad(scaled_loss, has_aux=True)(held)
+            differentiated = jax.value_and_grad(loss_of, has_aux=True)
+            (_, loss), gradients = differentiated(held, micro_batch, step_key, factor)
             return loss, layout.reduce_micro_batch(gradients)
 
         loss, gradients = accumulate(of_micro_batch, batch, training.accumulator_dtype)
         return layout.sum_over(ROWS, loss), layout.reduce_update(gradients)
 
-    everywhere = PartitionSpec()
-    return jax.shard_map(
-        on_device,
-        mesh=layout.mesh,
-        in_specs=(layout.held_specs(), PartitionSpec(None, ROWS), everywhere, everywhere),
-        out_specs=(everywhere, layout.gradient_specs()),
-        axis_names=set(ROWS),
-        check_vma=False,
-    )
+    inputs = layout.held_specs(), TRAIN_BATCH, EVERYWHERE, EVERYWHERE
+    return layout.on_each_device(on_device, inputs, (EVERYWHERE, layout.gradient_specs()))
 
 
 def make_train_step(graphdef: nnx.GraphDef, config: Config, layout: Layout) -> TrainStep:
@@ -189,22 +160,10 @@ def make_train_step(graphdef: nnx.GraphDef, config: Config, layout: Layout) -> T
 
 def make_eval_step(graphdef: nnx.GraphDef, config: Config, layout: Layout) -> EvalStep:
     """(params, [B, T] batch) -> (nats of all targets, float32; number of targets, int32), without dropout."""
+    loss_of = make_loss(graphdef, config, layout)
 
     def on_device(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        params, fetch = layout.gather(params, compute_dtype(config.training))
-        packed, chunk_bytes = config.data.pack_sequences, logits_chunk_bytes(config.training, layout.platform)
-
-        def loss_of(params: Params, rows: Batch) -> Sums:
-            return batch_loss(graphdef, params, rows, None, packed, fetch=fetch, chunk_bytes=chunk_bytes)
-
-        _, nats = sum_over_rows(loss_of, params, batch, layout.platform, layout.mesh.size)
+        _, nats = loss_of(params, batch)
         return layout.sum_over(ROWS, (nats, (batch["segments"] > 0).sum()))
 
-    return jax.shard_map(
-        on_device,
-        mesh=layout.mesh,
-        in_specs=(layout.held_specs(), PartitionSpec(ROWS)),
-        out_specs=PartitionSpec(),
-        axis_names=set(ROWS),
-        check_vma=False,
-    )
+    return layout.on_each_device(on_device, (layout.held_specs(), EVAL_BATCH), EVERYWHERE)

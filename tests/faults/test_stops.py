@@ -31,7 +31,7 @@ MOMENTS = {
     "looking for devices": (jaxlm.trainer, "start_backend", 75),
     "tokenizing": (jaxlm.run.text, "prepare", 75),
     "packing": (jaxlm.run.text, "plan_cached", 75),
-    "building the model": (jaxlm.train.assemble, "init_state", 75),
+    "building the model": (jaxlm.train.assemble, "first_state", 75),
     "compiling": (Assembly, "lower_step", 75),
     "logging": (Trainer, "_log_metrics", 75),
     "evaluating": (jaxlm.trainer, "evaluate_batches", 75),

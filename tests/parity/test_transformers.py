@@ -41,7 +41,7 @@ from jaxlm.parallel.mesh import make_mesh
 from jaxlm.parallel.split import path_name
 from jaxlm.train.loss import loss_sums
 from jaxlm.train.optim import build_optimizer
-from jaxlm.train.step import init_state, make_train_step
+from jaxlm.train.step import first_state, make_train_step
 
 ROWS = 2
 IDS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": 0}
@@ -258,7 +258,7 @@ def test_training_gives_the_same_losses(pair: Pair) -> None:
     )
     config = Config(model=pair.config, training=training, data=DataConfig(max_length=pair.config.max_seq_len))
     layout = Layout(make_mesh(jax.devices()[:1]), 0, pair.params)
-    state = init_state(nnx.merge(pair.graphdef, pair.params), build_optimizer(training), config, layout)
+    state = first_state(pair.params, config, layout)
     step = jax.jit(make_train_step(pair.graphdef, config, layout))
     inputs_BT = pair.tokens_BT[None, :, :-1]
     batch = {
