@@ -28,7 +28,7 @@ from lib import hlo
 from jaxlm.config import Config, DataConfig, ModelConfig, TrainingConfig
 from jaxlm.parallel.layout import bytes_a_device
 from jaxlm.parallel.mesh import TRAIN_BATCH, make_mesh
-from jaxlm.train.assemble import Assembly, Resolved
+from jaxlm.train.assemble import Resolved, assemble
 from jaxlm.train.schedules import build_schedule
 
 LENGTH = 32  # tokens of a row
@@ -116,18 +116,19 @@ def measure(case: Case, options: argparse.Namespace) -> dict[str, Any]:
     """Losses of `options.steps` updates, and the bytes that a device holds and that an update moves."""
     config = example_config(case, options)
     mesh = make_mesh(jax.devices()[: math.prod(case.mesh)], case.mesh)
-    assembly = Assembly(Resolved(config, mesh))
-    state, abstract = assembly.init(), assembly.abstract_state
+    assembly = assemble(Resolved(config, mesh))
+    numbers = assembly.numbers(config.training)
+    state, abstract = assembly.init(numbers), assembly.abstract_state
     held = {
         "parameters": on_first_device(state.params),
         "gradients": assembly.layout.bytes_of_state(abstract) - bytes_a_device(abstract),
         "optimizer": on_first_device(state.opt_state),
     }
-    parameters, step, losses = assembly.parameters, assembly.lower_step().compile(), []
+    parameters, step, losses = assembly.parameters, assembly.compiled_step, []
     schedule = build_schedule(config.training, 100)
     for i, host_batch in enumerate(batches(case, options)):
         batch = jax.device_put(host_batch, NamedSharding(mesh, TRAIN_BATCH))
-        state, metrics = step(state, batch, {"learning_rate": np.float32(schedule(i))})
+        state, metrics = step(state, batch, numbers | {"learning_rate": np.float32(schedule(i))})
         losses.append(float(metrics["loss"]))
     moved = hlo.bytes_moved(step.as_text(), at_least=SMALLEST)
     return {

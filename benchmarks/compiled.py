@@ -26,7 +26,7 @@ from jax.experimental import topologies
 from jaxlm.commands.parser import Parser, add_config_file, add_config_options, config_from
 from jaxlm.plan.memory import peak_bytes
 from jaxlm.run.setup import resolve
-from jaxlm.train.assemble import Assembly
+from jaxlm.train.assemble import assemble
 
 H100 = """
 gpu_device_info {
@@ -57,9 +57,10 @@ def h100s(devices: int, hosts: int) -> list[jax.Device]:
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     config = config_from(arguments)
-    assembly = Assembly(resolve(config, h100s(arguments.devices, arguments.hosts)), attention=arguments.attention)
+    resolved = resolve(config, h100s(arguments.devices, arguments.hosts))
     # jax 0.11 cannot choose "deterministic" products without a device to try them on; 0.10 can.
-    compiled = assembly.lower_step().compile(compiler_options={"xla_gpu_autotune_level": 0})
+    assembly = assemble(resolved, attention=arguments.attention, options={"xla_gpu_autotune_level": "0"})
+    compiled = assembly.compiled_step
     text = compiled.as_text()
     if arguments.out is not None:
         arguments.out.write_text(text)

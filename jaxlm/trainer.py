@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from flax import nnx
 
 from jaxlm.checkpoints import folder
@@ -37,7 +36,6 @@ from jaxlm.monitor.start_report import StartReport
 from jaxlm.monitor.watchdog import Watchdog
 from jaxlm.ops.compiler import compiler_options
 from jaxlm.parallel.devices import start_backend
-from jaxlm.parallel.mesh import replicated
 from jaxlm.parallel.processes import StopVote, barrier, is_leader, say, text_from_any_process
 from jaxlm.report import write_report_of_run
 from jaxlm.run.describe import describe_run
@@ -46,8 +44,9 @@ from jaxlm.run.judge import NumbersJudge
 from jaxlm.run.resume import check_same_run, find_resume, is_finished, keep_global_batch
 from jaxlm.run.setup import check_same_in_processes, keep_compiled_programs, resolve, with_vocabulary
 from jaxlm.run.text import prepare_text
-from jaxlm.train.assemble import Assembly, Resolved
+from jaxlm.train.assemble import Resolved, assemble
 from jaxlm.train.evaluate import evaluate_batches
+from jaxlm.train.numbers import at_rate
 from jaxlm.train.schedules import build_schedule
 from jaxlm.train.step import TrainState
 
@@ -93,7 +92,7 @@ class Trainer:
         """Text, tokenizer and rows; fixes the vocabulary size and the micro-batches in the configuration."""
         self._pretrained = open_pretrained(self.config) if checkpoint is None else None
         if self._pretrained is not None:
-            self._pretrained.check(Assembly(self.resolved, self.model_class).layout.shapes)
+            self._pretrained.check(assemble(self.resolved, self.model_class).layout.shapes)
         self.asked_vocab_size = self.config.model.vocab_size
         given = None if self._pretrained is None else self._pretrained.tokenizer
         self.text = prepare_text(self.config, given if checkpoint is None else read_tokenizer(checkpoint))
@@ -113,11 +112,10 @@ class Trainer:
         self._profiler = Profiler(training.profile_steps, self.folder / "logs", self.last_step)
 
     def _assemble(self) -> None:
-        """The functions that will be compiled."""
-        self.assembly = Assembly(self.resolved, self.model_class)
-        self._xla_options = compiler_options(self.config.training, self.assembly.layout.platform, say)
-        self._eval_step = self.assembly.eval_step(self._xla_options)
-        self._to_whole = jax.jit(self.assembly.layout.to_whole, out_shardings=replicated(self.resolved.mesh))
+        """The functions that will be compiled, and the numbers that they take."""
+        options = compiler_options(self.config.training, self.resolved.devices[0].platform, say)
+        self.assembly = assemble(self.resolved, self.model_class, options=options)
+        self._numbers = self.assembly.numbers(self.config.training)
 
     def _make_state(self, checkpoint: Path | None) -> None:
         """A fresh state, one that starts from another model, or the one saved in `checkpoint`."""
@@ -128,15 +126,15 @@ class Trainer:
             self.best_loss = read_progress(checkpoint).best_loss
         elif self._pretrained is not None:
             params = self._pretrained.params(layout.shapes, assembly.abstract_state.params, layout.shards)
-            self.state = assembly.state_with(params)
+            self.state = assembly.state_with(params, self._numbers)
         else:
-            self.state = assembly.init()
+            self.state = assembly.init(self._numbers)
         self.current_step = int(self.state.step)
 
     def _report_start(self, checkpoint: Path | None) -> None:
         """What will run, in a few lines."""
         training = self.config.training
-        program = self.resolved, self.assembly, self._xla_options, self.state
+        program = self.resolved, self.assembly, self.state
         data = self.text.rows, self.text.eval_rows, self.text.fingerprint
         self._start = StartReport(*program, *data, self.total_steps, self.schedule)
         for line in (*self.resolved.notes, *self._start.lines()):
@@ -169,8 +167,8 @@ class Trainer:
             with StopRequest() as stop:
                 stopping = False
                 for batch in self.train_batches:
-                    self._histograms.before_update(self.current_step + 1, self.state, batch)
-                    numbers = {"learning_rate": np.float32(self.schedule(self.current_step))}
+                    numbers = at_rate(self._numbers, self.schedule(self.current_step))
+                    self._histograms.before_update(self.current_step + 1, self.state, batch, numbers)
                     with self._profiler.update(self.current_step + 1, self.state):
                         self.state, self.step_metrics = self.train_step(self.state, batch, numbers)
                     self.current_step += 1
@@ -213,11 +211,10 @@ class Trainer:
         opened.callback(self.checkpoints.close)  # which waits for the saves
         with self._watchdog.during("compiling the step"):
             started = time.perf_counter()
-            self.train_step = self.assembly.lower_step().compile(compiler_options=self._xla_options)
+            self.train_step = self.assembly.compiled_step
             say(f"compiled the step in {time.perf_counter() - started:.1f} s")
-        self._histograms = HistogramWriter(
-            self.assembly, self.total_steps, self.metrics_tracker, self._throughput, self._watchdog
-        )
+        when = self.config.training.histogram_steps, self.total_steps
+        self._histograms = HistogramWriter(self.assembly, *when, self.metrics_tracker, self._throughput, self._watchdog)
         self._watchdog.updated(self.current_step)
         self._judge = NumbersJudge(
             self.resolved, self.text.rows, self.state, self._progress.line, self.checkpoints.newest
@@ -330,7 +327,7 @@ class Trainer:
         """`loss` in nats a token, `perplexity`, `bits_per_byte` and `tokens` over all of the validation text."""
         with self._watchdog.during("evaluating"):
             batches = batches_to_evaluate(self.resolved, self.text.eval_rows, self._watchdog)
-            return evaluate_batches(self._eval_step, self.state.params, batches, self.text.eval_bytes)
+            return evaluate_batches(self.assembly.eval_step, self.state.params, batches, self.text.eval_bytes)
 
     def save_model(self, path: str | os.PathLike[str]) -> None:
         """Writes a self-contained model folder that `load`, evaluate.py and generate.py open."""
@@ -344,5 +341,5 @@ class Trainer:
           A str; a list of str for a list of prompts, or for several samples of one.
         """
         with self._watchdog.during("generating text"):
-            model = nnx.merge(self.assembly.graphdef, self._to_whole(self.state.params))
+            model = nnx.merge(self.assembly.graphdef, self.assembly.to_whole(self.state.params))
             return generate_one_or_many(model, self.tokenizer, prompt, **options)

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import jax
 import pytest
 
 from jaxlm.config import Config, DataConfig, ModelConfig, TrainingConfig, replace_fields
+from jaxlm.train.assemble import _assembled
 
 DEVICES = 4
 jax.config.update("jax_num_cpu_devices", DEVICES)
@@ -45,6 +47,15 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / f"{name}.jsonl").write_text("".join(rows), encoding="utf-8")
     (folder / "book.txt").write_text("\n\n".join(documents(12, 3)), encoding="utf-8")
     return folder
+
+
+@pytest.fixture(autouse=True)
+def own_programs_where_code_is_replaced(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Runs share programs that were assembled; not a test's that plants a fault, neither before nor after it."""
+    forget = _assembled.cache_clear if "monkeypatch" in request.fixturenames else lambda: None
+    forget()
+    yield
+    forget()
 
 
 def make_config(tmp_path: Path, corpus: Path, **dotted: Any) -> Config:

@@ -17,7 +17,7 @@ from jaxlm.ops.attention_kernels import choose_attention, why_not_fused
 from jaxlm.ops.blockwise import dropout_mask
 from jaxlm.ops.flash import TILES, flash_attention
 from jaxlm.parallel.mesh import abstract_mesh
-from jaxlm.train.assemble import Assembly, Resolved
+from jaxlm.train.assemble import Resolved, assemble
 from jaxlm.train.step import make_train_step
 
 # T, heads, heads of keys, head size, documents a row, dropout
@@ -167,10 +167,9 @@ def test_the_update_lowers_for_cuda_without_a_square_array(corpus, tmp_path, as_
     fields |= {"training.gradient_accumulation_steps": 2}
     config = replace_fields(make_config(tmp_path, corpus, **fields), {"model.max_seq_len": 290})
     mesh = as_h100(abstract_mesh((1, 2, 1)))
-    assembly = Assembly(Resolved(config, mesh), attention="pallas")
+    assembly = assemble(Resolved(config, mesh), attention="pallas")
     step = make_train_step(assembly.graphdef, config, assembly.layout)
-    numbers = {"learning_rate": jax.ShapeDtypeStruct((), np.float32)}
-    text = lowered_for_cuda(mesh, step, assembly.abstract_state, assembly.abstract_batch, numbers)
+    text = lowered_for_cuda(mesh, step, assembly.abstract_state, assembly.abstract_batch, assembly.abstract_numbers)
     assert text.count("xla.gpu.triton") == 3  # forward and two backward kernels, in functions that all layers share
     assert "290x290" not in text and "384x384" not in text
 

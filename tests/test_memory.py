@@ -23,7 +23,7 @@ from jaxlm.parallel.layout import HOST_MEMORY
 from jaxlm.plan import memory
 from jaxlm.plan.memory import estimate, largest_batch_size
 from jaxlm.run.setup import resolve
-from jaxlm.train.assemble import Assembly
+from jaxlm.train.assemble import assemble
 
 ROOT = Path(__file__).parents[1]
 DOCUMENT = ROOT / "docs" / "memory.md"
@@ -56,7 +56,8 @@ def test_state_is_what_the_arrays_take(stage, options):
     if options and stage in (0, 3):
         pytest.skip("two stages are enough")
     config = replace_fields(CONFIG, {"training.zero_stage": stage, "model.d_model": 60, **options})
-    state = Assembly(resolve(config, jax.devices()[:4])).init()
+    assembly = assemble(resolve(config, jax.devices()[:4]))
+    state = assembly.init(assembly.numbers(config.training))
 
     def held(tree, host=False):
         shards = [s.data for x in jax.tree.leaves(tree) for s in x.addressable_shards if s.device == jax.devices()[0]]
@@ -167,7 +168,7 @@ def test_other_options_count():
     assert offloaded.host > 0.99 * whole.optimizer and offloaded.total < whole.total
     assert whole.activations < blockwise.activations
     whole_for_samples = estimate(replace_fields(base, {"training.zero_stage": 3}), 8).sampling
-    assert whole_for_samples == 4 * Assembly(resolve(base, 1)).parameters and not whole.sampling
+    assert whole_for_samples == 4 * assemble(resolve(base, 1)).parameters and not whole.sampling
     deepspeed = replace_fields(CONFIG, {"training.use_deepspeed": True})
     assert estimate(deepspeed, 4) == estimate(replace_fields(CONFIG, {"training.zero_stage": 2}), 4)
 
@@ -206,7 +207,7 @@ def test_the_largest_batch_fits_and_a_larger_one_does_not(monkeypatch, share):
 def test_the_compiled_figure_of_a_small_step():
     """On CPU, in float32 and scanned, where the compiler's figure means something: the same order of magnitude."""
     config = replace_fields(CONFIG, {"training.use_amp": False, "model.scan_layers": True, "model.n_layers": 2})
-    compiled = Assembly(resolve(config, jax.devices()[:1])).lower_step().compile()
+    compiled = assemble(resolve(config, jax.devices()[:1])).lower_step().compile()
     assert 0.5 < estimate(config, 1).total / memory.peak_bytes(compiled) < 2
     assert memory.compiled_on_gpus(config, 1) is None
 
@@ -314,7 +315,7 @@ def test_the_configurations_say_what_they_need(name):
     training, text = config.training, GPT2[name].read_text(encoding="utf-8")
     assert training.batch_size * training.gradient_accumulation_steps * config.data.max_length * 8 == 2**19
     assert f"configs/{GPT2[name].name}" in text
-    assert f"{Assembly(resolve(config, 1)).parameters:,} parameters" in text
+    assert f"{assemble(resolve(config, 1)).parameters:,} parameters" in text
     assert f"{estimate(config, 8).total / GIB:.1f} GiB" in text
 
 
@@ -323,14 +324,14 @@ def test_the_llama_configuration_says_what_it_needs():
     config, text = load_config(str(path)), path.read_text(encoding="utf-8")
     training = config.training
     assert training.batch_size * training.gradient_accumulation_steps * config.data.max_length * 8 == 2**19
-    assert f"{Assembly(resolve(config, 1)).parameters:,} parameters" in text
+    assert f"{assemble(resolve(config, 1)).parameters:,} parameters" in text
     assert f"estimated {estimate(config, 8).total / GIB:.1f} GiB a GPU on 8" in text
 
 
 def test_the_large_configuration_says_what_it_needs():
     path = ROOT / "configs" / "large.py"
     config, text = load_config(str(path)), path.read_text(encoding="utf-8")
-    assert f"{Assembly(resolve(config, 1)).parameters:,} parameters" in text
+    assert f"{assemble(resolve(config, 1)).parameters:,} parameters" in text
     on_8, on_1 = (estimate(config, n).total / GIB for n in (8, 1))
     assert f"estimated {on_8:.1f} GiB a GPU on 8, {on_1:.1f} GiB on one" in text
 

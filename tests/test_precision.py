@@ -6,14 +6,14 @@ import jax.numpy as jnp
 import pytest
 
 from jaxlm.config import TrainingConfig
-from jaxlm.train.precision import MAX_LOSS_SCALE, initial_loss_scale, next_loss_scale
+from jaxlm.train.precision import MAX_LOSS_SCALE, first_loss_scale, initial_loss_scale, next_loss_scale
 
 FLOAT16 = TrainingConfig(amp_dtype="float16", loss_scale_window=3, loss_scale_hysteresis=2, min_loss_scale=4.0)
 
 
 def scales(config, finite, start=None):
     """The scale after each update; `finite` has a "." for one without an overflow, an "x" for one with."""
-    now = initial_loss_scale(config)
+    now = first_loss_scale(config, initial_loss_scale(config))
     if start is not None:
         now = dataclasses.replace(now, scale=jnp.float32(start))
     seen = []

@@ -14,7 +14,8 @@ from jaxlm.config import Config, DataConfig, ModelConfig, TrainingConfig
 from jaxlm.model.transformer import Block
 from jaxlm.ops.scheduling import CPU_PART_TOKENS, sum_over_rows
 from jaxlm.parallel.mesh import make_mesh
-from jaxlm.train.assemble import Assembly, Resolved
+from jaxlm.train.assemble import Resolved, assemble
+from jaxlm.train.numbers import run_numbers
 from jaxlm.train.schedules import build_schedule
 
 VOCAB, T, ROWS = 61, 24, 16
@@ -48,17 +49,18 @@ def start(config, mesh_shape=(1, 1, 1), stage=0, offload=False):
     """The step, compiled when it is first called, and the first state, on the first devices of a mesh."""
     assembly = assembled(config, mesh_shape, stage, offload)
     jitted, schedule = assembly.jit_step(donate=False), build_schedule(config.training, 100)
+    numbers = run_numbers(config.training)
 
     def step(state, batch):
-        return jitted(state, batch, {"learning_rate": np.float32(schedule(int(state.step)))})
+        return jitted(state, batch, numbers | {"learning_rate": np.float32(schedule(int(state.step)))})
 
-    return step, assembly.init()
+    return step, assembly.init(numbers)
 
 
 def assembled(config, mesh_shape=(1, 1, 1), stage=0, offload=False):
     training = dataclasses.replace(config.training, zero_stage=stage, offload_optimizer=offload)
     mesh = make_mesh(jax.devices()[: math.prod(mesh_shape)], mesh_shape)
-    return Assembly(Resolved(dataclasses.replace(config, training=training), mesh))
+    return assemble(Resolved(dataclasses.replace(config, training=training), mesh))
 
 
 def run(config, batches, *layout):
@@ -208,8 +210,7 @@ def test_a_block_is_traced_once(monkeypatch):
     calls, whole = [], Block.__call__
     monkeypatch.setattr(Block, "__call__", lambda self, *a: calls.append(1) or whole(self, *a))
     assembly = assembled(config_of(dataclasses.replace(MODEL, scan_layers=False)))
-    numbers = {"learning_rate": np.float32(1e-2)}
-    assembly.jit_step().trace(assembly.abstract_state, regroup(make_batch(), 2), numbers)
+    assembly.jit_step().trace(assembly.abstract_state, regroup(make_batch(), 2), assembly.abstract_numbers)
     assert len(calls) == 1
 
 

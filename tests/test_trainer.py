@@ -124,7 +124,7 @@ def test_resume_notices_a_lost_optimizer_state(tmp_path, corpus, reference, monk
     """The fault that the test above is for: going on with a fresh optimizer."""
     Trainer(make_config(tmp_path, corpus, **HARD, **{"training.stop_at_step": 5})).train()
     again = Trainer(make_config(tmp_path, corpus, **HARD))
-    fresh = again.assembly.init()
+    fresh = again.assembly.init(again.assembly.numbers(again.config.training))
     again.state = dataclasses.replace(again.state, opt_state=fresh.opt_state)
     again.train()
     run = Path(make_config(reference, corpus, **HARD).training.checkpoint_dir)

@@ -19,7 +19,6 @@ from jaxlm.data.packing import Plan
 from jaxlm.monitor.sinks import open_lines
 from jaxlm.ops import compiler
 from jaxlm.ops.attention_kernels import why_not_fused
-from jaxlm.ops.compiler import Options
 from jaxlm.ops.platform import cpu_has_bfloat16
 from jaxlm.parallel.mesh import show_row_shards
 from jaxlm.train.assemble import Assembly, Resolved
@@ -36,7 +35,6 @@ class StartReport:
 
     resolved: Resolved
     assembly: Assembly
-    xla_options: Options  # that the run's programs are compiled with
     state: TrainState
     rows: Rows
     eval_rows: Rows
@@ -52,7 +50,7 @@ class StartReport:
     @property
     def _compiler(self) -> str | None:
         on_gpu = self.assembly.layout.platform == "gpu"
-        return compiler.describe(self.resolved.config.training, self.xla_options) if on_gpu else None
+        return compiler.describe(self.resolved.config.training, self.assembly.options) if on_gpu else None
 
     def lines(self) -> Iterator[str]:
         """The report on stderr."""

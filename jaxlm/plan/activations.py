@@ -10,7 +10,7 @@ from jaxlm.ops.flash import TILES, padded_head_size
 from jaxlm.parallel.mesh import EVAL_BATCH, EVERYWHERE
 from jaxlm.parallel.split import Params
 from jaxlm.train.accumulate import Batch
-from jaxlm.train.assemble import Assembly, Resolved
+from jaxlm.train.assemble import Resolved, assemble
 from jaxlm.train.precision import compute_dtype
 from jaxlm.train.step import make_loss
 
@@ -51,7 +51,7 @@ def _kept(resolved: Resolved) -> int:
     config = resolved.config
     attention = choose_attention(config, resolved.capability)
     # cuDNN's kernel can't be traced without cuDNN; it keeps the same: its inputs, its output, the log-sum-exp.
-    assembly = Assembly(resolved, attention="pallas" if attention == "cudnn" else attention)
+    assembly = assemble(resolved, attention="pallas" if attention == "cudnn" else attention)
     layout, loss_of = assembly.layout, make_loss(assembly.graphdef, config, assembly.layout)
     kept: list[jax.Array] = []
 

@@ -29,7 +29,7 @@ from jaxlm.parallel.layout import bytes_a_device
 from jaxlm.parallel.split import STACKED, TENSOR_AXES, path_name
 from jaxlm.plan.activations import activation_bytes, with_rows
 from jaxlm.run.setup import resolve
-from jaxlm.train.assemble import Assembly, Resolved
+from jaxlm.train.assemble import Resolved, assemble
 from jaxlm.train.precision import compute_dtype
 
 BATCHES = 4  # on the device at a time: one computed with, the others sent ahead
@@ -101,7 +101,7 @@ def _resolve(config: Config, n_devices: int) -> Resolved:
 
 @functools.lru_cache(maxsize=64)
 def _sizes(resolved: Resolved) -> _Sizes:
-    assembly = Assembly(resolved, attention="blockwise")
+    assembly = assemble(resolved, attention="blockwise")
     layout, state = assembly.layout, assembly.abstract_state
 
     def elements(sharded: bool = False, start: str = "", end: str = "") -> int:
@@ -289,7 +289,7 @@ def compiled_on_gpus(config: Config, n_devices: int) -> int | None:
         here = []
     if n_devices > len(here):
         return None
-    return peak_bytes(Assembly(resolve(config, here[:n_devices])).lower_step().compile())
+    return peak_bytes(assemble(resolve(config, here[:n_devices])).lower_step().compile())
 
 
 def table(result: dict[str, Any]) -> str:

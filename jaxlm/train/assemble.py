@@ -6,24 +6,24 @@ Nothing is allocated. The devices may be here, be those of a topology that a pro
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
-from jaxlm.config import Config, replace_fields
+from jaxlm.config import Config, TrainingConfig, replace_fields
 from jaxlm.model import Transformer
 from jaxlm.ops.attention_kernels import FUSED_FROM, choose_attention, compute_capability
 from jaxlm.ops.compiler import Options
 from jaxlm.parallel.layout import Layout
 from jaxlm.parallel.mesh import TRAIN_BATCH, AnyMesh, replicated, row_shards
 from jaxlm.parallel.split import Params
+from jaxlm.train.numbers import Numbers, abstract_numbers, program_config, run_numbers
 from jaxlm.train.precision import compute_dtype
-from jaxlm.train.step import TrainState, first_state, make_eval_step, make_train_step
+from jaxlm.train.step import EvalStep, TrainState, first_state, make_eval_step, make_train_step
 
 BATCH_ARRAYS = ("tokens", "targets", "segments", "positions")
 
@@ -58,47 +58,57 @@ class Resolved:
 
 
 def abstract_model(config: Config, attention: str, model_class: type[Transformer] = Transformer) -> Any:
-    """The model that the function in `Assembly.init` makes, without its numbers."""
-    return nnx.eval_shape(lambda: new_model(config, attention, model_class))
+    """The model that `Assembly.init` makes, without its parameters' values."""
+    return nnx.eval_shape(lambda: _new_model(config, attention, model_class, jax.random.key(0)))
 
 
-def new_model(config: Config, attention: str, model_class: type[Transformer]) -> Transformer:
-    """A model with fresh parameters, from training.seed."""
-    rngs = nnx.Rngs(config.training.seed)
-    return model_class(config.model, implementation=attention, dtype=compute_dtype(config.training), rngs=rngs)
+def _new_model(config: Config, attention: str, model_class: type[Transformer], key: jax.Array) -> Transformer:
+    dtype = compute_dtype(config.training)
+    return model_class(config.model, implementation=attention, dtype=dtype, rngs=nnx.Rngs(key))
 
 
 class Assembly:
-    """The program of a run.
+    """The program of all runs that differ in numbers only (`train.numbers`).
 
     Args:
-      attention: the kernel; None: the one that the configuration and the devices ask for.
-
-    Raises:
-      UserError: the configuration asks for an attention kernel that can't do it on these devices.
+      config: of the program.
+      attention: the kernel.
+      options: of XLA, in pairs.
     """
 
     def __init__(
-        self, resolved: Resolved, model_class: type[Transformer] = Transformer, attention: str | None = None
+        self,
+        config: Config,
+        mesh: AnyMesh,
+        model_class: type[Transformer],
+        attention: str,
+        options: tuple[tuple[str, str | bool], ...],
     ) -> None:
-        self.config, self.mesh, self.model_class = resolved.config, resolved.mesh, model_class
-        self.attention = attention or choose_attention(self.config, resolved.capability)
-        self.graphdef, abstract = nnx.split(abstract_model(self.config, self.attention, model_class))
-        stage, offload = self.config.training.zero_stage or 0, self.config.training.offload_optimizer
-        self.layout = Layout(self.mesh, stage, nnx.to_pure_dict(abstract), offload)
+        self.config, self.mesh, self.model_class, self.attention = config, mesh, model_class, attention
+        self.options: Options = dict(options)
+        self.graphdef, abstract = nnx.split(abstract_model(config, attention, model_class))
+        stage, offload = config.training.zero_stage or 0, config.training.offload_optimizer
+        self.layout = Layout(mesh, stage, nnx.to_pure_dict(abstract), offload)
 
-    def _state_with(self, params: Params) -> TrainState:
-        return first_state(params, self.config, self.layout)
+    def _state_with(self, params: Params, numbers: Numbers) -> TrainState:
+        return first_state(params, self.config, self.layout, numbers)
 
-    def _init(self) -> TrainState:
-        model = new_model(self.config, self.attention, self.model_class)
-        return self._state_with(self.layout.from_whole(nnx.to_pure_dict(nnx.state(model))))
+    def _init(self, numbers: Numbers) -> TrainState:
+        key = jax.random.wrap_key_data(numbers["key"])
+        model = _new_model(self.config, self.attention, self.model_class, key)
+        return self._state_with(self.layout.from_whole(nnx.to_pure_dict(nnx.state(model))), numbers)
 
     @cached_property
     def abstract_state(self) -> TrainState:
         """Shapes, dtypes and shardings of the state."""
-        state: TrainState = self.layout.place(jax.eval_shape(self._init))
+        state: TrainState = self.layout.place(jax.eval_shape(self._init, self.abstract_numbers))
         return state
+
+    @property
+    def abstract_numbers(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes, dtypes and shardings of an update's numbers."""
+        everywhere = replicated(self.mesh)
+        return jax.tree.map(lambda x: x.update(sharding=everywhere), abstract_numbers(self.config.training))
 
     @property
     def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
@@ -116,13 +126,19 @@ class Assembly:
     def _shardings(self) -> TrainState:
         return jax.tree.map(lambda x: x.sharding, self.abstract_state)
 
-    def init(self) -> TrainState:
-        """A fresh state, on the devices."""
-        return jax.jit(self._init, out_shardings=self._shardings())()
+    def numbers(self, training: TrainingConfig) -> Numbers:
+        """`run_numbers`, on the devices."""
+        return jax.device_put(run_numbers(training), replicated(self.mesh))
 
-    def state_with(self, params: Params) -> TrainState:
-        """The state before the first update with these parameters, as the layout holds them; they are donated."""
-        return jax.jit(self._state_with, out_shardings=self._shardings(), donate_argnums=0)(params)
+    @cached_property
+    def init(self) -> Callable[[Numbers], TrainState]:
+        """The numbers of a run -> a fresh state, on the devices."""
+        return jax.jit(self._init, out_shardings=self._shardings())
+
+    @cached_property
+    def state_with(self) -> Callable[[Params, Numbers], TrainState]:
+        """The state before the first update with parameters as the layout holds them, which are donated."""
+        return jax.jit(self._state_with, out_shardings=self._shardings(), donate_argnums=0)
 
     def jit_step(self, donate: bool = True) -> jax.stages.Wrapped:
         """The update of `make_train_step`; `donate` lets the new state take the place of the one that is passed in."""
@@ -131,9 +147,42 @@ class Assembly:
 
     def lower_step(self) -> jax.stages.Lowered:
         """The update, lowered for the devices."""
-        numbers = {"learning_rate": jax.ShapeDtypeStruct((), jnp.float32, sharding=replicated(self.mesh))}
-        return self.jit_step().lower(self.abstract_state, self.abstract_batch, numbers)
+        return self.jit_step().lower(self.abstract_state, self.abstract_batch, self.abstract_numbers)
 
-    def eval_step(self, options: Options | None = None) -> Callable[..., tuple[jax.Array, jax.Array]]:
+    @cached_property
+    def compiled_step(self) -> jax.stages.Compiled:
+        """The update, compiled for the devices."""
+        return self.lower_step().compile(compiler_options=self.options)
+
+    @cached_property
+    def eval_step(self) -> EvalStep:
         """`make_eval_step`, compiled when it is first called."""
-        return jax.jit(make_eval_step(self.graphdef, self.config, self.layout), compiler_options=options)
+        return jax.jit(make_eval_step(self.graphdef, self.config, self.layout), compiler_options=self.options)
+
+    @cached_property
+    def to_whole(self) -> Callable[[Params], Params]:
+        """Held parameters -> whole ones, on every device."""
+        return jax.jit(self.layout.to_whole, out_shardings=replicated(self.mesh))
+
+
+_assembled = lru_cache(maxsize=8)(Assembly)
+
+
+def assemble(
+    resolved: Resolved,
+    model_class: type[Transformer] = Transformer,
+    attention: str | None = None,
+    options: Options | None = None,
+) -> Assembly:
+    """The program of a run; that of an earlier one in this process, if they differ in numbers only.
+
+    Args:
+      attention: the kernel; None: the one that the configuration and the devices ask for.
+      options: of XLA.
+
+    Raises:
+      UserError: the configuration asks for an attention kernel that can't do it on these devices.
+    """
+    attention = attention or choose_attention(resolved.config, resolved.capability)
+    in_pairs = tuple(sorted((options or {}).items()))
+    return _assembled(program_config(resolved.config), resolved.mesh, model_class, attention, in_pairs)

@@ -20,6 +20,11 @@ def _adam(c: TrainingConfig) -> Transformation:
     return optax.scale_by_adam(c.beta1, c.beta2, c.eps)
 
 
+def _momentum(c: TrainingConfig) -> Transformation:
+    is_input = isinstance(c.beta1, jax.Array)  # of the program, which zero never is
+    return optax.trace(c.beta1) if is_input or c.beta1 else optax.identity()
+
+
 def _muon(c: TrainingConfig, decay: Transformation) -> Transformation:
     """Muon (Jordan et al. 2024) for the blocks' matrices, each on its own; Adam for all else.
 
@@ -64,7 +69,7 @@ def _from_optax(c: TrainingConfig, decay: Transformation) -> Transformation:
 OPTIMIZERS: dict[str, Callable[[TrainingConfig, Transformation], Transformation]] = {
     "adamw": lambda c, decay: optax.chain(_adam(c), decay),
     "adam": lambda c, decay: optax.chain(decay, _adam(c)),
-    "sgd": lambda c, decay: optax.chain(decay, optax.trace(c.beta1) if c.beta1 else optax.identity()),
+    "sgd": lambda c, decay: optax.chain(decay, _momentum(c)),
     "lion": lambda c, decay: optax.chain(optax.scale_by_lion(c.beta1, c.beta2), decay),
     "lamb": lambda c, decay: optax.chain(_adam(c), decay, scale_by_trust_ratio()),
     "muon": _muon,

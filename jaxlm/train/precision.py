@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from jaxlm.config import TrainingConfig
 
@@ -40,15 +41,19 @@ class LossScale:
     exhausted: jax.Array  # int32, overflows that came when the scale was as low as it may get
 
 
-def initial_loss_scale(config: TrainingConfig) -> LossScale:
-    """That of the first update."""
-    scale = config.loss_scale or 2.0**config.initial_loss_scale_power
-    zero = lambda value=0: jnp.full((), value, jnp.int32)  # noqa: E731  (each its own buffer, to be donated)
+def initial_loss_scale(config: TrainingConfig) -> float:
+    """The factor of the first update."""
+    return (config.loss_scale or 2.0**config.initial_loss_scale_power) if scales_loss(config) else 1.0
+
+
+def first_loss_scale(config: TrainingConfig, scale: ArrayLike) -> LossScale:
+    """The state before the first update, from its `initial_loss_scale`."""
+    count = lambda value=0: jnp.full((), value, jnp.int32)  # noqa: E731  (each its own buffer, to be donated)
     return LossScale(
-        scale=jnp.full((), scale if scales_loss(config) else 1.0, jnp.float32),
-        good_steps=zero(),
-        tolerance=zero(config.loss_scale_hysteresis),
-        exhausted=zero(),
+        scale=jnp.full((), scale, jnp.float32),
+        good_steps=count(),
+        tolerance=count(config.loss_scale_hysteresis),
+        exhausted=count(),
     )
 
 

@@ -26,10 +26,10 @@ from jaxlm.parallel.mesh import EVAL_BATCH, EVERYWHERE, ROWS, TRAIN_BATCH
 from jaxlm.parallel.split import Params
 from jaxlm.train.accumulate import Batch, accumulate
 from jaxlm.train.loss import Sums, loss_sums
+from jaxlm.train.numbers import Numbers, with_inputs
 from jaxlm.train.optim import build_optimizer
-from jaxlm.train.precision import LossScale, compute_dtype, initial_loss_scale, next_loss_scale
+from jaxlm.train.precision import LossScale, compute_dtype, first_loss_scale, next_loss_scale
 
-Numbers = dict[str, ArrayLike]  # what may differ between runs of one compiled program: `learning_rate`, float32
 Metrics = dict[str, jax.Array]
 TrainStep = Callable[["TrainState", Batch, Numbers], tuple["TrainState", Metrics]]
 EvalStep = Callable[..., tuple[jax.Array, jax.Array]]  # (params, [B, T] batch) -> (nats, targets)
@@ -47,14 +47,15 @@ class TrainState:
     opt_state: optax.OptState  # of the parameters as the layout shards them
 
 
-def first_state(params: Params, config: Config, layout: Layout) -> TrainState:
+def first_state(params: Params, config: Config, layout: Layout, numbers: Numbers) -> TrainState:
     """The state before the first update of a model with these parameters, as the layout holds them."""
-    optimizer = build_optimizer(config.training, layout.shapes)
+    training = with_inputs(config.training, numbers)
+    optimizer = build_optimizer(training, layout.shapes)
     zero = lambda: jnp.zeros((), jnp.int32)  # noqa: E731  (two buffers: a donated one can't be passed twice)
     return TrainState(
         step=zero(),
         skipped=zero(),
-        loss_scale=initial_loss_scale(config.training),
+        loss_scale=first_loss_scale(training, numbers["initial_loss_scale"]),
         params=params,
         opt_state=optimizer.init(layout.to_shards(params)),
     )
@@ -88,23 +89,26 @@ def make_loss(graphdef: nnx.GraphDef, config: Config, layout: Layout) -> Callabl
     return loss
 
 
+def step_key(state: TrainState, numbers: Numbers) -> jax.Array:
+    """The key of the next update's dropout: of the seed and the step."""
+    return jax.random.fold_in(jax.random.wrap_key_data(numbers["key"]), state.step)
+
+
 def make_gradients(graphdef: nnx.GraphDef, config: Config, layout: Layout) -> Callable[..., tuple[jax.Array, Params]]:
-    """(params, batch, step, factor) -> the cross entropy times `factor`, and the gradients of what is minimised.
+    """(params, batch, key, factor) -> the cross entropy times `factor`, and the gradients of what is minimised.
 
     Both are sums over all rows and micro-batches. Each device computes the gradients of its own rows, micro-batch by
     micro-batch, summed in accumulator_dtype; then one sum over the devices. A gradient that is not finite leaves a sum
-    that is not finite.
+    that is not finite. `key` has the seed and the step in it.
     """
     training, loss_of = config.training, make_loss(graphdef, config, layout)
 
-    def on_device(params: Params, batch: Batch, step: jax.Array, factor: jax.Array) -> tuple[jax.Array, Params]:
-        step_key = jax.random.fold_in(jax.random.key(training.seed), step)
-
+    def on_device(params: Params, batch: Batch, key: jax.Array, factor: jax.Array) -> tuple[jax.Array, Params]:
         @jax.jit  # traced once, though its shapes are asked for, too
         def of_micro_batch(micro_batch: Batch) -> tuple[jax.Array, Params]:
             held, micro_batch = jax.lax.optimization_barrier((params, micro_batch))  # no gathering ahead of the loop
             differentiated = jax.value_and_grad(loss_of, has_aux=True)
-            (_, loss), gradients = differentiated(held, micro_batch, step_key, factor)
+            (_, loss), gradients = differentiated(held, micro_batch, key, factor)
             return loss, layout.reduce_micro_batch(gradients)
 
         loss, gradients = accumulate(of_micro_batch, batch, training.accumulator_dtype)
@@ -122,13 +126,14 @@ def make_train_step(graphdef: nnx.GraphDef, config: Config, layout: Layout) -> T
     The loss of every micro-batch is divided by the targets of all of them, so that K micro-batches equal one batch K
     times as large. An update whose loss or gradient is not finite changes nothing but the counters.
     """
-    optimizer = build_optimizer(config.training, layout.shapes)
     gradients_of = make_gradients(graphdef, config, layout)
 
     def train_step(state: TrainState, batch: Batch, numbers: Numbers) -> tuple[TrainState, Metrics]:
+        training = with_inputs(config.training, numbers)
+        optimizer = build_optimizer(training, layout.shapes)
         scale = state.loss_scale.scale
         n_targets = (batch["segments"] > 0).sum().astype(jnp.float32)
-        loss, gradients = gradients_of(state.params, batch, state.step, scale / n_targets)
+        loss, gradients = gradients_of(state.params, batch, step_key(state, numbers), scale / n_targets)
         loss, gradients = jax.tree.map(lambda x: x / scale, (loss, gradients))
         norm = optax.tree.norm(gradients)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
@@ -142,7 +147,7 @@ def make_train_step(graphdef: nnx.GraphDef, config: Config, layout: Layout) -> T
         state = TrainState(
             step=state.step + 1,
             skipped=state.skipped + jnp.where(finite, 0, 1),
-            loss_scale=next_loss_scale(state.loss_scale, finite, config.training),
+            loss_scale=next_loss_scale(state.loss_scale, finite, training),
             params=layout.to_held(moved),
             opt_state=new_state,
         )

@@ -40,6 +40,7 @@ from jaxlm.parallel.layout import Layout
 from jaxlm.parallel.mesh import make_mesh
 from jaxlm.parallel.split import path_name
 from jaxlm.train.loss import loss_sums
+from jaxlm.train.numbers import run_numbers
 from jaxlm.train.optim import build_optimizer
 from jaxlm.train.step import first_state, make_train_step
 
@@ -258,7 +259,8 @@ def test_training_gives_the_same_losses(pair: Pair) -> None:
     )
     config = Config(model=pair.config, training=training, data=DataConfig(max_length=pair.config.max_seq_len))
     layout = Layout(make_mesh(jax.devices()[:1]), 0, pair.params)
-    state = first_state(pair.params, config, layout)
+    numbers = run_numbers(training)
+    state = first_state(pair.params, config, layout, numbers)
     step = jax.jit(make_train_step(pair.graphdef, config, layout))
     inputs_BT = pair.tokens_BT[None, :, :-1]
     batch = {
@@ -272,7 +274,7 @@ def test_training_gives_the_same_losses(pair: Pair) -> None:
     torch_optimizer = torch.optim.AdamW(decay_groups(pair.theirs, 0.1), lr=rate)
     ours, theirs = [], []
     for _ in range(steps):
-        state, metrics = step(state, batch, {"learning_rate": np.float32(rate)})
+        state, metrics = step(state, batch, numbers | {"learning_rate": np.float32(rate)})
         loss = pair.theirs(input_ids=tokens, labels=tokens).loss
         torch_optimizer.zero_grad()
         loss.backward()
