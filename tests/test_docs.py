@@ -23,6 +23,8 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 import pytest
+from test_memory import DOCUMENT as MEMORY_PAGE
+from test_memory import with_table
 
 from jaxlm.__main__ import COMMANDS, main, program
 from jaxlm.commands.parser import Parser, config_from
@@ -375,6 +377,11 @@ def test_quoted_messages_are_the_programs() -> None:
 
 
 # ------------------------------------------------------------ the reading itself
+
+
+def test_the_memory_table_is_current() -> None:
+    text = MEMORY_PAGE.read_text(encoding="utf-8")
+    assert with_table(text) == text, "python tests/test_memory.py rewrites it"
 
 
 def test_what_is_not_known_fails(reader: Reader) -> None:

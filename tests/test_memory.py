@@ -1,6 +1,6 @@
-"""The memory estimate: its state is what arrays take, its activations are what JAX keeps, its table is current.
+"""The memory estimate: its state is what arrays take, its activations are what JAX keeps.
 
-python tests/test_memory.py rewrites the table in docs/memory.md.
+python tests/test_memory.py rewrites the table in docs/memory.md (test_docs.py looks whether it is current).
 """
 
 import dataclasses
@@ -144,9 +144,9 @@ def test_policies_come_in_order():
     assert found["full"].total < found["dots"].total < found["none"].total
 
 
-@pytest.mark.parametrize("stage", range(4))
+@pytest.mark.parametrize("stage", range(1, 4))
 def test_more_devices_never_hold_more_state(stage):
-    found = [estimate(gpt2(**{"training.zero_stage": stage}), n) for n in (1, 2, 4, 8, 16)]
+    found = [estimate(gpt2(**{"training.zero_stage": stage}), n) for n in (1, 4, 16)]
     for few, many in itertools.pairwise(found):
         for part in ("parameters", "optimizer", "gradients"):
             assert getattr(many, part) <= getattr(few, part)
@@ -362,11 +362,6 @@ def with_table(text):
     start, end = "<!-- table: python tests/test_memory.py rewrites it -->\n", "<!-- end of the table -->"
     before, rest = text.split(start)
     return before + start + "\n".join(table()) + "\n" + end + rest.split(end)[1]
-
-
-def test_the_documents_table_is_current():
-    text = DOCUMENT.read_text(encoding="utf-8")
-    assert with_table(text) == text, "python tests/test_memory.py rewrites it"
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Bytes of activations: what JAX keeps of a micro-batch's forward pass for its backward pass."""
 
+import dataclasses
 from functools import lru_cache
 
 import jax
@@ -7,7 +8,7 @@ import jax.numpy as jnp
 
 from jaxlm.ops.attention_kernels import choose_attention
 from jaxlm.ops.flash import TILES, padded_head_size
-from jaxlm.parallel.mesh import EVAL_BATCH, EVERYWHERE
+from jaxlm.parallel.mesh import EVAL_BATCH, EVERYWHERE, abstract_mesh
 from jaxlm.parallel.split import Params
 from jaxlm.train.accumulate import Batch
 from jaxlm.train.assemble import Resolved, assemble
@@ -18,11 +19,31 @@ from jaxlm.train.step import make_loss
 def activation_bytes(resolved: Resolved) -> int:
     """Bytes that a device keeps for the backward pass of one micro-batch, remat and scanned layers as configured.
 
-    The update's loss is differentiated in the abstract, with one row a device and with two: what grows is activations,
-    the rest are parameters. A GPU's compiler may fuse some of it away.
+    A GPU's compiler may fuse some of it away.
     """
+    config, block = resolved.config, block_bytes(resolved)
+    one_layer = _row_bytes(resolved, 1) * config.training.batch_size
+    return one_layer + (config.model.n_layers - 1) * block
+
+
+def block_bytes(resolved: Resolved) -> int:
+    """The share of each layer, of which all are alike."""
+    return (_row_bytes(resolved, 2) - _row_bytes(resolved, 1)) * resolved.config.training.batch_size
+
+
+def _row_bytes(resolved: Resolved, layers: int) -> int:
+    """What a row takes in a model of so many layers.
+
+    The update's loss is differentiated in the abstract, with one row a device and with two: what grows is activations,
+    the rest are parameters. Below stage 3 neither the stage nor how many devices there are matters.
+    """
+    training = resolved.config.training
+    if training.zero_stage != 3:
+        alone = dataclasses.replace(resolved, mesh=abstract_mesh((1, 1, training.tensor_parallel)))
+        resolved = alone.with_fields({"training.zero_stage": 0})
+    resolved = resolved.with_fields({"model.n_layers": layers})
     one_row, two_rows = (_kept(with_rows(resolved, rows)) for rows in (1, 2))
-    return (two_rows - one_row - _listed_twice(resolved)) * resolved.config.training.batch_size
+    return two_rows - one_row - _listed_twice(resolved)
 
 
 def _listed_twice(resolved: Resolved) -> int:

@@ -27,7 +27,7 @@ from jaxlm.ops.reductions import logits_chunk_bytes
 from jaxlm.parallel.gpus import FRACTION_VARIABLES
 from jaxlm.parallel.layout import bytes_a_device
 from jaxlm.parallel.split import STACKED, TENSOR_AXES, path_name
-from jaxlm.plan.activations import activation_bytes, with_rows
+from jaxlm.plan.activations import activation_bytes, block_bytes, with_rows
 from jaxlm.run.setup import resolve
 from jaxlm.train.assemble import Resolved, assemble
 from jaxlm.train.precision import compute_dtype
@@ -202,11 +202,8 @@ def _estimate(resolved: Resolved) -> Estimate:
     sizes = _sizes(with_rows(resolved, 1))  # the same for all batches, so that a search over them computes it once
     attention = choose_attention(config, FUSED_FROM)
     gradients, in_update = _gradient_bytes(config, sizes)
-    recomputed = 0
-    if model.gradient_checkpointing:
-        kept = {"model.gradient_checkpointing": False}
-        one, two = (resolved.with_fields(kept | {"model.n_layers": layers}) for layers in (1, 2))
-        recomputed = activation_bytes(two) - activation_bytes(one)
+    kept = resolved.with_fields({"model.gradient_checkpointing": False})
+    recomputed = block_bytes(kept) if model.gradient_checkpointing else 0
     work = _weight_copies(config, sizes) + max(_block_at_work(config, attention, recomputed), _loss_at_work(config))
     # Updates, the moved parameters before they are gathered, and the optimizer state if it comes from the host.
     update = in_update + 4 * sizes.shard * (2 if training.zero_stage else 1) + sizes.host
