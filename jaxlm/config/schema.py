@@ -10,6 +10,8 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
+STDLIB = "python-stdlib"  # the data.dataset_name that is on every machine
+
 # Optimizers of optax whose steps need nothing but gradients and parameters, are in proportion to the learning rate, and
 # treat each parameter by itself (tests/test_optim.py tries each).
 FROM_OPTAX = (
@@ -287,13 +289,24 @@ class DataConfig(_Section):
     dataset_split: str = option("train", "split to train on")
     validation_split: str | None = option("validation", "split to evaluate on; none: hold out validation_fraction")
     train_files: tuple[str, ...] = option(
-        (), "own text instead of dataset_name: .txt, .jsonl, .csv or .parquet files", path=True
+        (),
+        "own text instead of dataset_name: folders, .txt, .md and source files, .jsonl, .json, .csv, .tsv, .parquet; "
+        "all but the last also as .gz, .bz2, .xz or .zst",
+        path=True,
     )
     validation_files: tuple[str, ...] = option((), "own held-out text; none: hold out validation_fraction", path=True)
     validation_fraction: float = option(
-        0.05, "share of the text held out where there is no validation split", above=0, below=1
+        0.05,
+        "share of the text held out where there is no validation split; 0: none, nothing is evaluated",
+        low=0,
+        below=1,
     )
     text_column: str = option("text", "column or key that holds the text")
+    document_separator: str | None = option(
+        None,
+        "ends a document within a text, and is left out: a line such as ***, or a marker in brackets anywhere, such as "
+        "[SEP]; none: nothing does",
+    )
     on_bad_document: str = option(
         "stop",
         "what a document does that is not UTF-8, not text, bad JSON, bad CSV, or that cannot be tokenized: "

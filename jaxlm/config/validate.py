@@ -9,7 +9,17 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from jaxlm.config.fields import SHOWN, accepts, check_choice, excerpt, field_values, nearest, type_name
+from jaxlm.config.fields import (
+    SHOWN,
+    accepts,
+    check_choice,
+    excerpt,
+    field_values,
+    nearest,
+    shown,
+    type_name,
+    unused_text_fields,
+)
 from jaxlm.config.schema import FIELDS, Config, ModelConfig
 from jaxlm.errors import UserError, one_line
 
@@ -200,6 +210,12 @@ def _conflicts(config: Config) -> Iterator[str]:
         yield f"model.vocab_size ({model.vocab_size}) must be at least 259: 256 bytes and 3 special tokens"
     if data.validation_files and not data.train_files:
         yield "data.validation_files is set but data.train_files is not; set both, or validation_split"
+    for name, by in unused_text_fields(data).items():
+        value, reason = operator.attrgetter(name, by)(config)
+        if value not in (None, FIELDS[name].default):
+            unset = "" if by == "data.dataset_name" else f", or set {by} {'[]' if by.endswith('files') else 'none'}"
+            given = f"{name} ({excerpt(value, shown)}) has no use beside {by} ({excerpt(reason, shown)})"
+            yield f"{given}; leave it out{unset}"
     if data.min_length > data.max_length:
         yield f"data.min_length ({data.min_length}) exceeds data.max_length ({data.max_length}); lower it"
     power = training.initial_loss_scale_power

@@ -31,7 +31,10 @@ _SAFE_CUT = re.compile(r"\n(?=\S)")
 
 
 class Tokenizer:
-    """A `tokenizers.Tokenizer` that treats its input as text only: no markup, no padding, no truncation.
+    """A `tokenizers.Tokenizer` without padding and truncation.
+
+    To one trained here, its input is text only: "<bos>" is five characters. Of others, whose chat markers mean
+    something, a special token's name in a text is that token, as in transformers.
 
     Attributes: `bos_id`, `eos_id`, `pad_id`, `vocab_size` (int): the largest id + 1.
     """
@@ -39,7 +42,8 @@ class Tokenizer:
     def __init__(self, backend: tokenizers.Tokenizer, where: str = "tokenizer") -> None:
         """Raises UserError, which `where` begins, if `backend` has no token to begin or end a document with."""
         self._backend = backend
-        backend.encode_special_tokens = True  # "<bos>" in a text is five characters; the flag is not kept in the JSON
+        self._special = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
+        backend.encode_special_tokens = self._special <= {PAD, BOS, EOS}  # as characters; the flag is not in the JSON
         backend.no_padding()
         backend.no_truncation()
         vocabulary = backend.get_vocab(with_added_tokens=True)
@@ -112,6 +116,16 @@ class Tokenizer:
         """SHA-256 of `to_json()`, in hexadecimal."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()
 
+    def reads_as_token(self, marker: str) -> bool:
+        """Whether `marker` in a text is one token."""
+        return marker in self._special and not self._backend.encode_special_tokens
+
+    @cached_property
+    def markers(self) -> re.Pattern[str]:
+        """Finds special tokens in texts, and what looks like one of another tokenizer, such as <|im_start|>."""
+        names = sorted(map(re.escape, self._special - {""}), key=len, reverse=True)
+        return re.compile("|".join([r"<\|\w+\|>", *names]))
+
     @property
     def dtype(self) -> np.dtype:
         """The narrowest of uint16 and uint32 that holds every id."""
@@ -156,9 +170,10 @@ class Tokenizer:
         """Whether text is split into words as `train` does it, so that `split_safely` applies."""
         settings = json.loads(self.to_json())
         words = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
-        only_special = all(token["special"] for token in settings["added_tokens"])
+        tokens = settings["added_tokens"]
+        within_lines = all(token["special"] and not token["lstrip"] and not token["rstrip"] for token in tokens)
         return (
-            only_special
+            within_lines
             and settings["normalizer"] is None
             and (settings["pre_tokenizer"] or {}).items() >= words.items()
         )
