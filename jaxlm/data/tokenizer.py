@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from functools import cached_property
-from itertools import chain, islice
+from itertools import chain, islice, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +27,8 @@ PAD_NAMES = (PAD, "[PAD]", "<|pad|>", "<|padding|>", "<|finetune_right_pad_id|>"
 PART_CHARACTERS = 2**18
 # GPT-2's pattern splits the last character off a run of white space that a word follows. Where that is a line end, it
 # is a word of its own. So a cut just before such a line end leaves every word, and every id, as it was.
+LONGEST_WORD = 1000
+_LONG_WORD = re.compile(rf"(?<!\S)\S{{{LONGEST_WORD},}}|(?<!\s)\s{{{LONGEST_WORD},}}")
 _SAFE_CUT = re.compile(r"\n(?=\S)")
 
 
@@ -69,7 +71,8 @@ class Tokenizer:
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
         )
-        backend.train_from_iterator((part for text in texts for part in split_safely(text)), trainer)
+        parts = (part for text in texts for whole in split_safely(text) for part in without_long_words(whole))
+        backend.train_from_iterator(parts, trainer)
         return cls(backend)
 
     @classmethod
@@ -191,6 +194,16 @@ class _LibraryErrors(AbstractContextManager[None]):
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
         if error is not None and kind is Exception:
             raise UserError(f"{self._message}: {one_line(error)}") from error
+
+
+def without_long_words(text: str) -> list[str]:
+    """`text`, cut within words of more than LONGEST_WORD characters: the time of training grows with their square."""
+    half = LONGEST_WORD // 2  # a longer word covers a whole part of this size, in which there is no break
+    if all(len(text[at : at + half].split(None, 1)) == 2 for at in range(0, len(text) - half + 1, half)):
+        return [text]
+    words = _LONG_WORD.finditer(text)
+    cuts = [cut for word in words for cut in range(word.start() + LONGEST_WORD, word.end(), LONGEST_WORD)]
+    return [text[start:end] for start, end in pairwise([0, *cuts, len(text)])]
 
 
 def split_safely(text: str, size: int = PART_CHARACTERS) -> list[str]:
