@@ -76,39 +76,35 @@ def field_values(config: Config) -> dict[str, Any]:
 def replace_fields(config: Config, values: Mapping[str, Any]) -> Config:
     """A copy of `config` with the fields named in `values` ("section.field") set.
 
-    A text that is named takes the place of the one before: files that of a data set, and the other way round. Options
-    that have no use any more get their defaults.
+    A text that is named replaces the one before, files a data set or a data set files, and options that this leaves
+    without use get their defaults.
 
     Raises:
       UserError: a name is unknown, or files and a data set are both named.
     """
     files, name = values.get("data.train_files"), values.get("data.dataset_name")
     if files and name is not None:
-        named = f"data.train_files ({excerpt(files, shown)}) and data.dataset_name ({excerpt(name, str)})"
+        named = f"data.train_files ({shown(files)}) and data.dataset_name ({shown(name)})"
         raise UserError(f"{named} both name the text; leave one out")
     if name is not None:
-        before: dict[str, Any] = {"data.train_files": (), "data.validation_files": ()}
+        values = {"data.train_files": (), "data.validation_files": ()} | dict(values)
         if name != config.data.dataset_name:
-            before["data.dataset_config"] = None
-        values = before | dict(values)
+            values = {"data.dataset_config": None} | values
     changed = _with_fields(config, values)
-    stale = unused_text_fields(changed.data).keys() - unused_text_fields(config.data).keys() - values.keys()
+    stale = without_use(changed.data).keys() - without_use(config.data).keys() - values.keys()
     return _with_fields(changed, {dotted: FIELDS[dotted].default for dotted in stale})
 
 
-def unused_text_fields(data: DataConfig) -> dict[str, str]:
+def without_use(data: DataConfig) -> dict[str, str]:
     """{option of the text that has no use: the one because of which it has none}."""
-    data_set = ("dataset_config", "dataset_split", "validation_split")
+    unused = dict.fromkeys(("data.dataset_config", "data.dataset_split", "data.validation_split"), "data.dataset_name")
+    held_out = None
     if data.train_files:
-        unused = dict.fromkeys((*data_set, "dataset_name"), "train_files")
-        held_out = "validation_files" if data.validation_files else None
-    elif data.dataset_name == STDLIB:
-        unused, held_out = dict.fromkeys(data_set, "dataset_name"), None
-    else:
-        unused, held_out = {}, None if data.validation_split is None else "validation_split"
-    if held_out:
-        unused["validation_fraction"] = held_out
-    return {f"data.{name}": f"data.{by}" for name, by in unused.items()}
+        unused = dict.fromkeys([*unused, "data.dataset_name"], "data.train_files")
+        held_out = "data.validation_files" if data.validation_files else None
+    elif data.dataset_name != STDLIB:
+        unused, held_out = {}, None if data.validation_split is None else "data.validation_split"
+    return unused | ({"data.validation_fraction": held_out} if held_out else {})
 
 
 def _with_fields(config: Config, values: Mapping[str, Any]) -> Config:
@@ -168,7 +164,7 @@ def with_derived(config: Config) -> Config:
     scan = config.model.scan_layers
     if scan is None:
         scan = config.model.gradient_checkpointing or stage == 3
-    unused = {dotted: FIELDS[dotted].default for dotted in unused_text_fields(config.data)}
+    unused = {dotted: FIELDS[dotted].default for dotted in without_use(config.data)}
     return _with_fields(config, unused | {"training.zero_stage": stage, "model.scan_layers": scan})
 
 

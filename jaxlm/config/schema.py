@@ -289,23 +289,16 @@ class DataConfig(_Section):
     dataset_split: str = option("train", "split to train on")
     validation_split: str | None = option("validation", "split to evaluate on; none: hold out validation_fraction")
     train_files: tuple[str, ...] = option(
-        (),
-        "own text instead of dataset_name: folders, .txt, .md and source files, .jsonl, .json, .csv, .tsv, .parquet; "
-        "all but the last also as .gz, .bz2, .xz or .zst",
-        path=True,
+        (), "own text instead of dataset_name: folders and files, of text, JSON, tables; also compressed", path=True
     )
     validation_files: tuple[str, ...] = option((), "own held-out text; none: hold out validation_fraction", path=True)
     validation_fraction: float = option(
-        0.05,
-        "share of the text held out where there is no validation split; 0: none, nothing is evaluated",
-        low=0,
-        below=1,
+        0.05, "share of the text held out where there is no validation split; 0: none", low=0, below=1
     )
     text_column: str = option("text", "column or key that holds the text")
     document_separator: str | None = option(
         None,
-        "ends a document within a text, and is left out: a line such as ***, or a marker in brackets anywhere, such as "
-        "[SEP]; none: nothing does",
+        "line that ends a document within a text, such as ***; in brackets, such as [SEP], anywhere; none: nothing",
     )
     on_bad_document: str = option(
         "stop",

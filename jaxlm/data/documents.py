@@ -7,6 +7,7 @@ from typing import NamedTuple
 from jaxlm.config import DataConfig, nearest
 from jaxlm.errors import UserError
 
+_NOWHERE = re.compile("(?!)")
 SHOWN = 3  # bad documents that are named, of those left out
 
 
@@ -47,18 +48,15 @@ class LeftOut:
             raise UserError("; ".join([f"{where} holds no text", *self._bad_ones()]))
 
     def _split(self, found: Found) -> Found:
-        """The documents, cut at data.document_separator."""
-        if self._separator is None:
-            yield from found
-            return
-        separator = separator_pattern(self._separator)
+        """The documents, split at data.document_separator."""
+        separator = _NOWHERE if self._separator is None else separator_pattern(self._separator)
         for document in found:
             if isinstance(document, UserError) or not separator.search(document.text):
                 yield document
-                continue
-            texts = [text for text in separator.split(document.text) if text.strip()]
-            self.parts += len(texts)
-            yield from (Document(text, f"{document.place}, part {i}") for i, text in enumerate(texts, 1))
+            else:
+                texts = [text for text in separator.split(document.text) if text.strip()]
+                self.parts += len(texts)
+                yield from (Document(text, f"{document.place}, part {i}") for i, text in enumerate(texts, 1))
 
     def add(self, fault: UserError) -> None:
         """Counts a bad document; raises UserError unless it is skipped."""

@@ -25,17 +25,11 @@ from jaxlm.data.documents import Document, Found, checked, encoding_fault, missi
 from jaxlm.errors import UserError, one_line
 
 # Extensions of files that are one document each; none at all stands for names such as enwik8 and LICENSE.
-PLAIN = (
-    "", ".txt", ".text", ".md", ".markdown", ".rst", ".tex", ".org", ".adoc", ".html", ".htm", ".xml", ".py", ".pyi",
-    ".c", ".h", ".cc", ".cpp", ".cxx", ".hpp", ".cu", ".cuh", ".m", ".java", ".kt", ".scala", ".go", ".rs", ".swift",
-    ".js", ".mjs", ".jsx", ".ts", ".tsx", ".vue", ".css", ".scss", ".rb", ".php", ".pl", ".lua", ".r", ".jl", ".hs",
-    ".ml", ".ex", ".erl", ".clj", ".lisp", ".scm", ".el", ".sh", ".bash", ".sql", ".proto", ".dart", ".f90", ".asm",
-    ".s", ".zig", ".nim", ".cs", ".fs", ".vb", ".yaml", ".yml", ".toml", ".ini", ".cfg", ".srt", ".log",
-)  # fmt: skip
-KINDS = (
-    "name .jsonl, .ndjson, .json, .csv, .tsv or .parquet files, or plain text such as .txt, .md or .py; "
-    "all but .parquet also as .gz, .bz2, .xz or .zst"
-)
+PLAIN = """
+.txt .text .md .markdown .rst .tex .org .adoc .html .htm .xml .py .pyi .c .h .cc .cpp .cxx .hpp .cu .cuh .m .java .kt
+.scala .go .rs .swift .js .mjs .jsx .ts .tsx .vue .css .scss .rb .php .pl .lua .r .jl .hs .ml .ex .erl .clj .lisp .scm
+.el .sh .sql .proto .dart .f90 .asm .s .zig .nim .cs .fs .vb .yaml .yml .toml .ini .cfg .srt .log"""
+KINDS = "name .jsonl, .json, .csv, .tsv or text such as .txt, .md or .py, also as .gz, .bz2, .xz or .zst; or .parquet"
 
 
 def find_files(patterns: Iterable[str], field: str) -> tuple[list[Path], str]:
@@ -58,22 +52,19 @@ def find_files(patterns: Iterable[str], field: str) -> tuple[list[Path], str]:
             if os.path.isdir(file):
                 inside = below(file)
                 texts = [path for path in inside if _kind(path) in READERS and path.suffix]
+                found, others = found + texts, others + len(inside) - len(texts)
                 if not texts:
                     raise UserError(f"{where} is a folder without texts; {KINDS}")
-                found, others = found + texts, others + len(inside) - len(texts)
-                continue
-            if not os.path.exists(file):  # unlike Path.exists, no error where a name is too long or a folder closed
+            elif not os.path.exists(file):  # unlike Path.exists, no error where a name is too long or a folder closed
                 raise UserError(f"{where} does not exist, or is out of reach")
-            if _kind(file) not in READERS:
+            elif _kind(file) not in READERS:
                 raise UserError(f"{where} has an unknown extension ({file.suffix}); {KINDS}")
-            found.append(file)
+            else:
+                found.append(file)
     once = list({os.path.realpath(file): file for file in reversed(found)}.values())[::-1]
     name = str(once[0]) if len(once) == 1 else f"{len(once)} files ({once[0]} ...)"
-    if repeated := len(found) - len(once):
-        name += f", {repeated} of them named twice, read once"
-    if others:
-        name += f", {others} files of other kinds left out"
-    return once, name
+    name += f", {len(found) - len(once)} named twice, read once" * (len(found) > len(once))
+    return once, name + f", {others} of other kinds left out" * (others > 0)
 
 
 def below(folder: Path, without: Collection[str] = ()) -> list[Path]:
@@ -113,10 +104,15 @@ def read_files(paths: list[Path], column: str, field: str) -> Found:
     for path in paths:
         where = f"{field} ({path})"
         with reading(where):
-            if path.stat().st_size:
-                yield from READERS[_kind(path)](path, column, where)
-            else:
+            if not path.stat().st_size:
                 yield UserError(f"{where} is empty")
+                continue
+            try:
+                yield from READERS[_kind(path)](path, column, where)
+            except (EOFError, OSError, zlib.error, lzma.LZMAError) as error:
+                if isinstance(error, OSError) and error.errno is not None:  # the disk's fault, not the content's
+                    raise
+                yield UserError(f"{where} is damaged: {one_line(error)}")
 
 
 @contextmanager
@@ -124,13 +120,7 @@ def reading(where: str) -> Iterator[None]:
     """Makes what is wrong with reading a file a UserError, which `where` begins."""
     try:
         yield
-    except (
-        OSError,
-        UnicodeDecodeError,
-        EOFError,
-        zlib.error,
-        lzma.LZMAError,
-    ) as error:  # damaged .gz, .bz2 and .xz, too
+    except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{where} cannot be read: {one_line(error)}") from error
 
 
@@ -156,13 +146,18 @@ def _read_jsonl(path: Path, column: str, where: str) -> Found:
 
 
 def _json_document(line: str, column: str, place: str) -> Document | UserError:
+    row = _json_value(line, place)
+    return row if isinstance(row, UserError) else _row_document(row, column, place)
+
+
+def _json_value(text: str, place: str) -> Any:
+    """What the JSON of `text` says, or the error."""
     try:
-        row = json.loads(line)
+        return json.loads(text)
     except json.JSONDecodeError as error:
-        return UserError(f"{place}: bad JSON at column {error.pos + 1}: {error.msg}")
+        return UserError(f"{place}: bad JSON at character {error.pos + 1}: {error.msg}")
     except (ValueError, RecursionError) as error:  # a number of thousands of digits; lists in lists in lists
         return UserError(f"{place}: JSON out of bounds: {one_line(error)}")
-    return _row_document(row, column, place)
 
 
 def _row_document(row: Any, column: str, place: str) -> Document | UserError:
@@ -174,20 +169,14 @@ def _row_document(row: Any, column: str, place: str) -> Document | UserError:
 def _read_json(path: Path, column: str, where: str) -> Found:
     """A list of objects, one object, or an object a line."""
     with _open_text(path) as file:
-        text = file.read()
-    try:
-        rows = json.loads(text)
-    except json.JSONDecodeError as error:
-        if error.msg == "Extra data":
-            yield from _read_jsonl(path, column, where)
-        else:
-            yield UserError(f"{where}: line {error.lineno}: bad JSON at column {error.colno}: {error.msg}")
-        return
-    except (ValueError, RecursionError) as error:
-        yield UserError(f"{where}: JSON out of bounds: {one_line(error)}")
-        return
-    for number, row in enumerate(rows if isinstance(rows, list) else [rows], 1):
-        yield _row_document(row, column, f"{where}: item {number}")
+        rows = _json_value(file.read(), where)
+    if not isinstance(rows, UserError):
+        rows = rows if isinstance(rows, list) else [rows]
+        yield from (_row_document(row, column, f"{where}: item {number}") for number, row in enumerate(rows, 1))
+    elif ": Extra data" in str(rows):
+        yield from _read_jsonl(path, column, where)
+    else:
+        yield rows
 
 
 def _read_csv(path: Path, column: str, where: str, delimiter: str = ",") -> Found:
@@ -248,7 +237,7 @@ def _read_parquet(path: Path, column: str, where: str) -> Found:
 
 # (file, data.text_column, the beginning of places and messages) -> documents
 READERS: dict[str, Callable[[Path, str, str], Found]] = {
-    **dict.fromkeys(PLAIN, read_txt),
+    **dict.fromkeys(["", *PLAIN.split()], read_txt),
     ".jsonl": _read_jsonl,
     ".ndjson": _read_jsonl,
     ".json": _read_json,

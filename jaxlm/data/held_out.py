@@ -42,23 +42,16 @@ class HeldOut:
         Args:
           lengths: the tokens of each document; called for those of fewer than CHARACTERS_A_TOKEN * `least` characters.
         """
-        characters, order = self._measured
-        before, long = self._held_out, characters >= CHARACTERS_A_TOKEN * least
-        needed = (
-            int(np.searchsorted(np.cumsum(long[order]), 2 * len(before))) + 1
-        )  # no more, in the order of the hashes
-        asked = np.zeros(len(long), bool)
-        asked[order[: needed if len(before) else 0]] = True
-        asked &= ~long
-        if not asked.any():
+        (characters, order), before = self._measured, self._held_out
+        asked = characters < CHARACTERS_A_TOKEN * least
+        if not asked[before].any():
             return False
         tokens = [*lengths(document for document, ask in zip(self._documents(), asked.tolist(), strict=False) if ask)]
         if len(tokens) != asked.sum():
             raise self._changed()
-        long[asked] = np.array(tokens) >= least
-        chosen = order[long[order]]
-        if len(chosen):
-            self._held_out = chosen[: min(len(before), max(1, len(chosen) // 2))]
+        asked[asked] = np.array(tokens) < least  # from here on, those that are too short
+        if len(long := order[~asked[order]]):
+            self._held_out = long[: min(len(before), max(1, len(long) // 2))]
         return not np.array_equal(before, self._held_out)
 
     def _changed(self) -> UserError:

@@ -25,38 +25,32 @@ _NOT_STDLIB = {"site-packages", "dist-packages", "test", "tests", "idlelib", "__
 
 @dataclass(frozen=True)
 class Source:
-    """Text in documents. `train()` and `validation()` each start a new pass over their part; None: there is none.
+    """Text in documents.
 
     Attributes:
       name: a description, for people.
       fingerprint: changes with the content (not with the names or dates of files).
-      split: what held `validation` out of `train`; None: they are texts of their own.
+      parts: of "train" and "validation" those that there are; each call starts a new pass over the part.
+      split: what held the one out of the other; None: they are texts of their own.
       left_out: {part of the text: the counts of what the latest pass over it left out}.
     """
 
     name: str
     fingerprint: str
-    train: Documents | None
-    validation: Documents | None
+    parts: dict[str, Documents]
     split: HeldOut | None
     left_out: dict[str, LeftOut]
-
-    @property
-    def parts(self) -> dict[str, Documents]:
-        """Those that there are, by name."""
-        both = {"train": self.train, "validation": self.validation}
-        return {name: documents for name, documents in both.items() if documents is not None}
 
 
 def open_source(data: DataConfig, evaluating: bool = False) -> Source:
     """The text that `data` names. Local files are looked up and hashed here; their content is checked while it is read.
 
     Args:
-      evaluating: only `validation` is wanted: where nothing is held out, all of the text; where a data set has no split
+      evaluating: only "validation" is wanted: where nothing is held out, all of the text; where a data set has no split
         of the default name, the one to train on.
 
     Raises:
-      UserError: the text cannot be had, or (from `train()` and `validation()` too) is not what it should be.
+      UserError: the text cannot be had, or (while it is read, too) is not what it should be.
     """
     if data.train_files:
         return _own_files(data, evaluating)
@@ -78,16 +72,17 @@ def _source(data: DataConfig, name: str, train: _Part | None, validation: _Part 
     splits = train is not None and validation is None and data.validation_fraction > 0
     if evaluating and validation is None and not splits:
         train, validation = None, train
-    given = {"text" if splits else "training text": train, "held-out text": validation}
-    parts = {label: part for label, part in given.items() if part is not None}
-    left_out = {label: LeftOut(data) for label in parts}
-    documents = {label: partial(left_out[label].good, part.read, part.where) for label, part in parts.items()}
-    fingerprint = "-".join(part.fingerprint for part in parts.values())
-    if splits:
-        split = HeldOut(documents["text"], data.validation_fraction, parts["text"].where)
-        name += f", {data.validation_fraction:g} of it held out"
-        return Source(name, fingerprint, split.train, split.validation, split, left_out)
-    return Source(name, fingerprint, documents.get("training text"), documents.get("held-out text"), None, left_out)
+    given = {"train": train, "validation": validation}
+    parts = {part: found for part, found in given.items() if found is not None}
+    labels = {"train": "text" if splits else "training text", "validation": "held-out text"}
+    left_out = {labels[part]: LeftOut(data) for part in parts}
+    documents = {part: partial(left_out[labels[part]].good, found.read, found.where) for part, found in parts.items()}
+    fingerprint = "-".join(found.fingerprint for found in parts.values())
+    if not splits:
+        return Source(name, fingerprint, {**documents}, None, left_out)
+    split = HeldOut(documents["train"], data.validation_fraction, parts["train"].where)
+    name += f", {data.validation_fraction:g} of it held out"
+    return Source(name, fingerprint, {"train": split.train, "validation": split.validation}, split, left_out)
 
 
 def _own_files(data: DataConfig, evaluating: bool) -> Source:
@@ -107,9 +102,7 @@ def _own_files(data: DataConfig, evaluating: bool) -> Source:
     if both := validated.keys() & trained.keys():
         file, same = validated[min(both)], trained[min(both)]
         also = "" if file == same else f", as {same}"
-        raise UserError(
-            f"data.validation_files ({file}): is in data.train_files, too{also}; leave it out of one of them"
-        )
+        raise UserError(f"data.validation_files ({file}): is in data.train_files, too{also}; leave it out of one")
     return _source(data, f"{name}, held out: {held_out}", train, validation, evaluating)
 
 

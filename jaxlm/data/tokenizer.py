@@ -38,14 +38,16 @@ class Tokenizer:
     To one trained here, its input is text only: "<bos>" is five characters. Of others, whose chat markers mean
     something, a special token's name in a text is that token, as in transformers.
 
-    Attributes: `bos_id`, `eos_id`, `pad_id`, `vocab_size` (int): the largest id + 1.
+    Attributes: `bos_id`, `eos_id`, `pad_id`, `vocab_size` (int): the largest id + 1; `special_in_text` (set of str):
+      the special tokens that are read as such in a text.
     """
 
     def __init__(self, backend: tokenizers.Tokenizer, where: str = "tokenizer") -> None:
         """Raises UserError, which `where` begins, if `backend` has no token to begin or end a document with."""
         self._backend = backend
         self._special = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
-        backend.encode_special_tokens = self._special <= {PAD, BOS, EOS}  # as characters; the flag is not in the JSON
+        self.special_in_text = set() if self._special <= {PAD, BOS, EOS} else self._special
+        backend.encode_special_tokens = not self.special_in_text  # true: as characters; the flag is not in the JSON
         backend.no_padding()
         backend.no_truncation()
         vocabulary = backend.get_vocab(with_added_tokens=True)
@@ -118,10 +120,6 @@ class Tokenizer:
     def fingerprint(self) -> str:
         """SHA-256 of `to_json()`, in hexadecimal."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()
-
-    def reads_as_token(self, marker: str) -> bool:
-        """Whether `marker` in a text is one token."""
-        return marker in self._special and not self._backend.encode_special_tokens
 
     @cached_property
     def markers(self) -> re.Pattern[str]:

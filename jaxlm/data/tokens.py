@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby, islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -35,7 +36,6 @@ from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.errors import UserError
 
 FORMAT = 3  # raise it when what is stored, or how text becomes tokens, changes
-MARKERS_CURE = "(data.document_separator splits documents at one)"
 BATCH_CHARACTERS = 2**20  # text tokenized in one call: enough for every thread, little enough for memory
 CACHED = "cached"
 CALLS = 2  # of the tokenizers library at a time, so that its threads have work while the ids of one call are written
@@ -132,8 +132,10 @@ def prepare(
     folder = root / "tokens" / _key(source.fingerprint, settings, least, [*source.parts], tokenizer.fingerprint)
     took = made_once(folder, lambda part: _tokenize(part, source, tokenizer, data))
     report(f"tokenized text: {took} ({folder})")
-    parts, choices = _open_parts(folder, [*source.parts], tokenizer.dtype, report)
-    fingerprint = "+".join([source.fingerprint, *choices])
+    parts, notes = _open_parts(folder, source.parts, tokenizer.dtype)
+    for line in notes["lines"]:
+        report(line)
+    fingerprint = "+".join([source.fingerprint, *notes["choices"]])
     return Prepared(tokenizer, parts.get("train"), parts.get("validation"), source.name, fingerprint)
 
 
@@ -210,14 +212,12 @@ def _tokenize(folder: Path, source: Source, tokenizer: Tokenizer, data: DataConf
         np.save(folder / f"{name}.offsets.npy", np.array(offsets, np.int64))
         np.save(folder / f"{name}.bytes.npy", np.array(document_bytes, np.int64))
     lines = [line for part, counts in left_out.items() for line in counts.lines(part)]
-    tokens = Counter({marker: count for marker, count in markers.items() if tokenizer.reads_as_token(marker)})
-    for found, what in (
-        (tokens, "each is read as that token of the tokenizer"),
-        (markers - tokens, "they are read as plain characters, as the tokenizer has no such tokens for texts"),
-    ):
+    tokens = Counter({marker: count for marker, count in markers.items() if marker in tokenizer.special_in_text})
+    for found, what in ((tokens, "each read as that token"), (markers - tokens, "read as characters, not as tokens")):
         if found:
             most = ", ".join(f"{marker} ({count:,})" for marker, count in found.most_common(SHOWN))
-            lines.append(f"{found.total():,} markers stand in the text: {most}; {what} {MARKERS_CURE}")
+            cure = "data.document_separator splits documents at one"
+            lines.append(f"{found.total():,} markers stand in the text: {most}; {what} ({cure})")
     choices += ["special"] * bool(tokens)
     (folder / "notes.json").write_text(json.dumps({"lines": lines, "choices": choices}))
 
@@ -261,10 +261,8 @@ def _with_progress(documents: Iterable[Document], description: str) -> Iterable[
     return tqdm(documents, description, unit=" documents", unit_scale=True, disable=None, leave=False)
 
 
-def _open_parts(
-    folder: Path, names: list[str], dtype: np.dtype, report: Report
-) -> tuple[dict[str, TokenDocuments], list[str]]:
-    """The documents of each part, and what was chosen; lines to `report` about what was left out and stood in them."""
+def _open_parts(folder: Path, names: Iterable[str], dtype: np.dtype) -> tuple[dict[str, TokenDocuments], Any]:
+    """The documents of each part, and what notes.json holds."""
     parts = {name: TokenDocuments(folder, name, dtype) for name in names}
     try:
         notes = json.loads((folder / "notes.json").read_text())
@@ -272,6 +270,4 @@ def _open_parts(
             raise ValueError("files of different lengths")
     except (OSError, EOFError, ValueError) as error:
         raise UserError(f"cached tokens ({folder}) are damaged ({error}); delete that folder") from error
-    for line in notes["lines"]:
-        report(line)
-    return parts, notes["choices"]
+    return parts, notes

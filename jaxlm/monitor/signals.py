@@ -33,9 +33,9 @@ class StopRequest:
         if threading.current_thread() is threading.main_thread():
             self._previous = {number: signal.signal(number, self._note) for number in STOP_SIGNALS}
             if self.at_once:
-                reader, self._writer = os.pipe()
-                os.set_blocking(self._writer, False)
-                self._wakeup = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
+                reader, writer = os.pipe()
+                os.set_blocking(writer, False)
+                signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
                 threading.Thread(target=self._end_if_late, args=(reader,), daemon=True).start()
         return self
 
@@ -44,8 +44,7 @@ class StopRequest:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         if self._previous and self.at_once:
-            signal.set_wakeup_fd(self._wakeup)
-            os.close(self._writer)
+            os.close(signal.set_wakeup_fd(-1))
 
     def _end_if_late(self, reader: int) -> None:
         """Reads each signal's number as it arrives; those that are handled otherwise by now are not ours."""

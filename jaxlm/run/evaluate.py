@@ -22,13 +22,8 @@ from jaxlm.run.text import untrained_positions
 from jaxlm.train.evaluate import evaluate_batches
 from jaxlm.train.step import make_eval_step
 
-TEXT = [
-    f"data.{name}"
-    for name in (
-        *("train_files", "validation_files", "validation_fraction"),
-        *("dataset_name", "dataset_config", "dataset_split", "validation_split"),
-    )
-]
+NAMES = "dataset_name dataset_config dataset_split validation_split train_files validation_files validation_fraction"
+TEXT = [f"data.{name}" for name in NAMES.split()]
 
 
 def text_to_evaluate(config: Config, given: Mapping[str, Any]) -> DataConfig:
