@@ -113,7 +113,7 @@ class StartReport:
             "rows_an_update": self.resolved.global_batch,
             "data_fingerprint": self.data_fingerprint,
             "train": _packing(self.rows.plan),
-            "validation": None if self.eval_rows is None else _packing(self.eval_rows.plan),
+            "validation": {} if self.eval_rows is None else _packing(self.eval_rows.plan),
         }
         with open_lines(folder / "starts.jsonl") as file:
             file.write(json.dumps(start) + "\n")
