@@ -532,7 +532,7 @@ def test_held_out_documents_have_the_least_length(data: DataConfig) -> None:
 
 @pytest.mark.parametrize("foreign", [False, True])
 def test_markers_in_the_text_are_said(tmp_path, foreign: bool) -> None:
-    """To a tokenizer trained here they are characters, to others their own are tokens, as in transformers 5.13."""
+    """To a tokenizer trained here they are characters, to others their own are tokens, as in transformers 5.24."""
     given = ["<|im_start|>user <bos> words<|im_end|>", "more words<|im_end|>"]
     text = write_jsonl(tmp_path / "a.jsonl", given)
     tokenizer = Tokenizer.train(LINES, 300)

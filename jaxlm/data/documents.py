@@ -7,7 +7,6 @@ from typing import NamedTuple
 from jaxlm.config import DataConfig, nearest
 from jaxlm.errors import UserError
 
-_NOWHERE = re.compile("(?!)")
 SHOWN = 3  # bad documents that are named, of those left out
 
 
@@ -36,7 +35,7 @@ class LeftOut:
         """A new pass over `read`, without what is left out; UserError, which `where` begins, if nothing is left."""
         self.empty, self.bad, self.first, self.parts = 0, 0, [], 0
         nothing = True
-        for document in self._split(read()):
+        for document in read() if self._separator is None else self._split(read(), self._separator):
             if isinstance(document, UserError):
                 self.add(document)
             elif document.text:
@@ -47,14 +46,16 @@ class LeftOut:
         if nothing:
             raise UserError("; ".join([f"{where} holds no text", *self._bad_ones()]))
 
-    def _split(self, found: Found) -> Found:
-        """The documents, split at data.document_separator."""
-        separator = _NOWHERE if self._separator is None else separator_pattern(self._separator)
+    def _split(self, found: Found, separator: str) -> Found:
+        """The documents, split where `separator` is a line; in angle or square brackets, wherever it is."""
+        text = re.escape(separator)
+        anywhere = f"|{text}" if separator[:1] + separator[-1:] in ("<>", "[]") else ""
+        pattern = re.compile(rf"^[ \t]*{text}[ \t]*(?:\r?\n|\Z){anywhere}", re.MULTILINE)
         for document in found:
-            if isinstance(document, UserError) or not separator.search(document.text):
+            if isinstance(document, UserError) or not pattern.search(document.text):
                 yield document
             else:
-                texts = [text for text in separator.split(document.text) if text.strip()]
+                texts = [text for text in pattern.split(document.text) if text.strip()]
                 self.parts += len(texts)
                 yield from (Document(text, f"{document.place}, part {i}") for i, text in enumerate(texts, 1))
 
@@ -76,14 +77,6 @@ class LeftOut:
     def _bad_ones(self) -> list[str]:
         more = [f"and {self.bad - SHOWN:,} more"] if self.bad > SHOWN else []
         return [f"{self.bad:,} bad document(s) left out: {'; '.join(self.first + more)}"] if self.bad else []
-
-
-def separator_pattern(separator: str) -> re.Pattern[str]:
-    """What splits a text: `separator` on a line of its own; one in angle or square brackets wherever it stands."""
-    text = re.escape(separator)
-    line = rf"^[ \t]*{text}[ \t]*(?:\r?\n|\Z)"
-    bracketed = separator[:1] + separator[-1:] in ("<>", "[]")
-    return re.compile(rf"{line}|{text}" if bracketed else line, re.MULTILINE)
 
 
 def checked(value: object, column: str, place: str) -> Document | UserError:

@@ -142,12 +142,7 @@ def _read_jsonl(path: Path, column: str, where: str) -> Found:
         for number, line in enumerate(file, 1):
             if not line.isspace():
                 place = f"{where}: line {number}"
-                yield encoding_fault(line, place) or _json_document(line, column, place)
-
-
-def _json_document(line: str, column: str, place: str) -> Document | UserError:
-    row = _json_value(line, place)
-    return row if isinstance(row, UserError) else _row_document(row, column, place)
+                yield encoding_fault(line, place) or _row_document(_json_value(line, place), column, place)
 
 
 def _json_value(text: str, place: str) -> Any:
@@ -161,6 +156,8 @@ def _json_value(text: str, place: str) -> Any:
 
 
 def _row_document(row: Any, column: str, place: str) -> Document | UserError:
+    if isinstance(row, UserError):
+        return row
     if not isinstance(row, dict):
         return UserError(f"{place} is not a JSON object")
     return checked(row[column], column, place) if column in row else missing_column(column, row, place)
