@@ -46,7 +46,7 @@ def tokenizing(options: dict[str, Any]) -> list[dict[str, Any]]:
         data = data_config(options, cache_dir=folder, preprocessing_num_workers=options["threads"])
         tokenizer = prepare(data, options["vocab_size"], None, say).tokenizer  # also the warm-up of the threads
         source = open_source(data)
-        texts = [document.text for part in (source.train(), source.validation()) for document in part]
+        texts = [document.text for part in source.parts.values() for document in part()]
         size = sum(len(text.encode()) for text in texts)
         tokenizer.save(Path(folder) / "kept")
 

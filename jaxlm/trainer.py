@@ -175,7 +175,7 @@ class Trainer:
                     self._after_dispatch()
                     if self._due(training.logging_steps) or self.current_step == 1:
                         self._log_metrics(float(self.step_metrics["loss"]))
-                    if self._due(training.eval_steps):
+                    if self.text.eval_rows and self._due(training.eval_steps):
                         self._log_eval_metrics(self.evaluate())
                     stopping = self._stop_vote.agreed(stop.signal is not None)  # later signals: at the next update
                     if self._due(training.save_steps) or self.current_step == self.last_step or stopping:
@@ -242,7 +242,8 @@ class Trainer:
         if self.current_step < self.total_steps:
             say(f"stopped at step {self.current_step} of {self.total_steps} as asked; saved in {self.folder}")
         else:
-            say(f"finished: {self.folder / 'final_model'}, best validation loss in {self.folder / 'best_model'}")
+            best = f", best validation loss in {self.folder / 'best_model'}" if self.text.eval_rows else ""
+            say(f"finished: {self.folder / 'final_model'}{best}")
 
     # ---------------------------------------------------------------- logging
 
@@ -313,6 +314,7 @@ class Trainer:
             global_batch=self.resolved.global_batch,
             model_class=self.model_class.__name__,
             shards=self.assembly.layout.shards,
+            longest_piece=self.text.rows.plan.longest,
         )
 
     def save_checkpoint(self) -> None:

@@ -298,7 +298,7 @@ SIMPLE = {
     "bad line": text(
         "a.jsonl",
         '{"text": "a"}\n{"text": \n',
-        r"a\.jsonl\): line 2: bad JSON at column 11: .*data\.on_bad_document skip",
+        r"a\.jsonl\): line 2: bad JSON at character 11: .*data\.on_bad_document skip",
     ),
     "nothing but bad lines": text(
         "a.jsonl",

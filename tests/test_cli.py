@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -261,3 +262,21 @@ def test_reader_that_goes_away_gets_no_complaint(unbuffered: str) -> None:
 
 def test_stopped_is_not_an_error_of_the_user() -> None:
     assert not issubclass(Stopped, UserError)
+
+
+IN_A_LIBRARY = """
+import hashlib, os, threading
+from jaxlm.commands.exits import run_and_exit
+from jaxlm.monitor import signals
+signals.GRACE = 0.2
+threading.Timer(0.2, os.kill, (os.getpid(), {number})).start()
+run_and_exit(lambda: hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1))
+"""
+
+
+def test_signal_while_a_library_works() -> None:
+    """Python would handle it when the call returns: in minutes, where the step is compiled or BPE trained."""
+    program = IN_A_LIBRARY.format(number=int(signal.SIGTERM))
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=30)
+    assert done.returncode == 75
+    assert done.stderr.strip() == "stopped: SIGTERM: stopped before the first update; the same command starts again"

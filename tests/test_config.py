@@ -22,6 +22,7 @@ from jaxlm.config import (
     replace_fields,
     to_dict,
     validate,
+    with_derived,
 )
 from jaxlm.config.fields import accepts, changed_fields
 from jaxlm.errors import UserError
@@ -211,7 +212,8 @@ def test_bounds_are_enforced(dotted: str) -> None:
 @pytest.mark.parametrize("dotted", [d for d, (field, annotation) in FIELDS.items() if inside(field, annotation)])
 def test_values_at_the_bounds_are_valid(dotted: str) -> None:
     for value in inside(*FIELDS[dotted]):
-        validate(set_to(dotted, value))
+        held_out = {"data.validation_split": None} if dotted == "data.validation_fraction" else {}  # else of no use
+        validate(replace_fields(set_to(dotted, value), held_out))
 
 
 @pytest.mark.parametrize(
@@ -255,6 +257,23 @@ def test_values_at_the_bounds_are_valid(dotted: str) -> None:
             "model.rope_scaling (yarn) needs model.rope_theta (1.0) greater than 1",
         ),
         ({"data.validation_files": ("a.txt",)}, "data.validation_files is set but data.train_files is not"),
+        (
+            {"data.train_files": ("a.txt",), "data.dataset_name": "python-stdlib"},
+            "data.train_files (a.txt) and data.dataset_name (python-stdlib) both name the text; leave one out",
+        ),
+        (
+            {"data.dataset_name": "python-stdlib", "data.validation_split": "test"},
+            "data.validation_split (test) has no use beside data.dataset_name (python-stdlib); leave it out",
+        ),
+        (
+            {"data.train_files": ("a",), "data.validation_files": ("b", "c"), "data.validation_fraction": 0.2},
+            "data.validation_fraction (0.2) has no use beside data.validation_files (b,c); leave it out, or set data",
+        ),
+        (
+            {"data.validation_fraction": 0.2},
+            "data.validation_fraction (0.2) has no use beside data.validation_split (validation); leave it out, or set "
+            "data.validation_split none",
+        ),
         ({"training.xla_options": ("gpu=1",)}, "training.xla_options ('gpu=1') must be xla_NAME=VALUE"),
         ({"training.checkpoint_dir": ""}, "training.checkpoint_dir is empty"),
         ({"training.resume_from_checkpoint": "runs/checkpoint-10000.pt"}, "training.resume_from_checkpoint (runs/"),
@@ -264,6 +283,27 @@ def test_fields_that_do_not_fit_together(values: dict, names: str) -> None:
     with pytest.raises(UserError) as caught:
         validate(replace_fields(Config(), values))
     assert str(caught.value).startswith(names)
+
+
+def test_text_that_is_named_replaces_the_one_before() -> None:
+    library, files = {"data.dataset_name": "python-stdlib"}, {"data.train_files": ("a",)}
+    base = replace_fields(Config(), library | {"data.validation_fraction": 0.2})
+    own = replace_fields(base, files)
+    assert (own.data.dataset_name, own.data.validation_fraction) == (Config().data.dataset_name, 0.2)
+    own = replace_fields(own, {"data.validation_files": ("v",)})
+    assert own.data.validation_fraction == 0.05
+    assert replace_fields(own, {"data.train_files": ("b",)}).data.validation_files == ("v",)
+    back = validate(replace_fields(own, library))
+    assert (back.data.train_files, back.data.validation_files, back.data.dataset_config) == ((), (), None)
+    assert replace_fields(back, {"data.min_length": 3}).data.dataset_config is None
+    with pytest.raises(UserError, match="both name the text"):
+        replace_fields(Config(), {"data.dataset_name": "wikitext"} | files)
+    in_a_file = from_dict({"data": {"train_files": ["a"], "dataset_name": "python-stdlib"}}, "x")
+    with pytest.raises(
+        UserError, match=r"^data.dataset_name \(python-stdlib\) has no use beside data.train_files \(a\)"
+    ):
+        validate(replace_fields(in_a_file, {"training.seed": 1}))
+    assert with_derived(in_a_file) == with_derived(replace_fields(Config(), files)), "how older runs were saved"
 
 
 def test_old_checkpoint_file_names_the_folder_of_today() -> None:

@@ -1,8 +1,11 @@
 """Text from the standard library, from files and from a Hub (a small one of ours), and all that is wrong with them."""
 
+import bz2
+import gzip
 import hashlib
 import io
 import json
+import lzma
 import os
 import re
 import subprocess
@@ -16,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import numpy as np
 import pyarrow
 import pytest
 from pyarrow import parquet
@@ -26,7 +30,7 @@ from jaxlm.data.documents import Document
 from jaxlm.data.held_out import HeldOut
 from jaxlm.data.sources import Source, open_source
 from jaxlm.data.tokenizer import Tokenizer
-from jaxlm.data.tokens import SPLITS, cache_root, prepare
+from jaxlm.data.tokens import cache_root, prepare
 from jaxlm.errors import UserError
 
 LINES = [f"document {i}: {'some words to tokenize ' * (i % 7 + 1)}" for i in range(40)]
@@ -42,8 +46,8 @@ def write_jsonl(path: Path, texts: list[str]) -> Path:
 
 
 def whole(data: DataConfig) -> Source:
-    """The source of `data`, with validation_files equal to train_files so that nothing is held out."""
-    return open_source(DataConfig(**{**vars(data), "validation_files": data.train_files}))
+    """The source of `data`, of which nothing is held out."""
+    return open_source(DataConfig(**{**vars(data), "validation_fraction": 0}))
 
 
 def texts(documents: Iterable[Document]) -> list[str]:
@@ -51,7 +55,7 @@ def texts(documents: Iterable[Document]) -> list[str]:
 
 
 def texts_of(data: DataConfig) -> list[str]:
-    return texts(whole(data).train())
+    return texts(whole(data).parts["train"]())
 
 
 def held_out(documents: Iterable[str], fraction: float, where: str = "x") -> HeldOut:
@@ -113,6 +117,22 @@ def test_cut_falls_into_the_right_one_of_few_documents() -> None:
     assert list(split.validation()) == [("b " * 26, "2"), ("c" * 20, "3")]
 
 
+def test_short_documents_are_not_held_out() -> None:
+    """The next ones by their hash are, however many are passed over; never all of the long ones."""
+    by_hash = sorted(LINES, key=lambda text: hashlib.sha256(text.encode()).digest())
+
+    def passed_over(short: set[str]) -> tuple[bool, list[str]]:
+        split = held_out(LINES, 0.1)
+        changed = split.pass_over_short(10, lambda found: (1 if text in short else 10 for text, _ in found))
+        assert sorted(texts(split.train()) + texts(split.validation())) == sorted(LINES)
+        return changed, sorted(texts(split.validation()), key=by_hash.index)
+
+    assert passed_over(set()) == passed_over(set(by_hash)) == (False, by_hash[:4])
+    assert passed_over(set(by_hash[1:3])) == (True, [by_hash[0], *by_hash[3:6]])
+    assert passed_over(set(by_hash[:37])) == (True, [by_hash[37]])
+    assert passed_over(set(by_hash[4:])) == (True, by_hash[:2])
+
+
 def test_text_without_white_space_is_cut_all_the_same() -> None:
     split = held_out(["x" * 100], 0.05)
     assert (texts(split.train()), texts(split.validation())) == (["x" * 95], ["x" * 5])
@@ -145,7 +165,7 @@ def test_standard_library() -> None:
     source, again = open_source(data), open_source(data)
     assert source.name.startswith("python-stdlib 3.")
     assert source.fingerprint == again.fingerprint
-    train, validation = texts(source.train()), texts(source.validation())
+    train, validation = texts(source.parts["train"]()), texts(source.parts["validation"]())
     assert 0.04 < len(validation) / len(train) < 0.06
     assert not set(train) & set(validation)
     library = Path(sysconfig.get_path("stdlib"))
@@ -166,6 +186,12 @@ def test_formats_give_the_same_documents(tmp_path) -> None:
     (tmp_path / "a.csv").write_bytes(("id,text\r\n" + "".join(f"{i},{q}\r\n" for i, q in enumerate(quoted))).encode())
     parquet.write_table(pyarrow.table({"id": range(len(given)), "text": given}), tmp_path / "a.parquet")
     for name in ("a.jsonl", "a.csv", "a.parquet"):
+        assert texts_of(files(tmp_path / name)) == given, name
+    rows = [{"text": text} for text in given]
+    (tmp_path / "a.json").write_text(json.dumps(rows, indent=1))
+    (tmp_path / "b.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "a.tsv").write_bytes(("id\ttext\r\n" + "".join(f"{i}\t{q}\r\n" for i, q in enumerate(quoted))).encode())
+    for name in ("a.json", "b.json", "a.tsv"):
         assert texts_of(files(tmp_path / name)) == given, name
     (tmp_path / "a.TXT").write_bytes(given[1].encode())
     assert texts_of(files(tmp_path / "a.TXT")) == [given[1]]
@@ -198,15 +224,89 @@ def test_own_validation_files(tmp_path) -> None:
     train = write_jsonl(tmp_path / "train.jsonl", LINES)
     validation = write_jsonl(tmp_path / "held.jsonl", ["held out"])
     source = open_source(files(train, validation_files=(str(validation),)))
-    assert (texts(source.train()), texts(source.validation())) == (LINES, ["held out"])
+    assert (texts(source.parts["train"]()), texts(source.parts["validation"]())) == (LINES, ["held out"])
+
+
+ZST = pyarrow.Codec("zstd").compress(b'{"text": "words"}\n', asbytes=True)
+
+
+def test_compressed_files(tmp_path) -> None:
+    line = b'{"text": "words"}\n'
+    for name, content in {
+        "a.jsonl.gz": gzip.compress(line) * 2,  # both parts of such files count
+        "b.ndjson.BZ2": bz2.compress(line * 2),
+        "c.json.xz": lzma.compress(line * 2),
+        "d.jsonl.zst": ZST * 2,
+    }.items():
+        (tmp_path / name).write_bytes(content)
+        assert texts_of(files(tmp_path / name)) == ["words"] * 2, name
+    (tmp_path / "e.csv.gz").write_bytes(gzip.compress(b"text\nwords\n"))
+    (tmp_path / "enwik8.gz").write_bytes(gzip.compress(line))
+    assert texts_of(files(tmp_path / "e*")) == ["words", line.decode()]
+
+
+def test_folder_is_read_with_its_subfolders(tmp_path) -> None:
+    for name in ("b/x.md", "b/a.py", "a.txt", ".git/c.txt", "image.png", "b/.hidden.txt", "c.tsv", "Makefile"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(f"text\n{name}\n")
+    source = whole(files(tmp_path))
+    assert texts(source.parts["train"]()) == ["text\na.txt\n", "text\nb/a.py\n", "text\nb/x.md\n", "c.tsv"]
+    assert source.name == f"4 files ({tmp_path / 'a.txt'} ...), 2 of other kinds left out"
+
+
+def test_struct_with_the_same_dotted_name(tmp_path) -> None:
+    parquet.write_table(pyarrow.table({"a": [{"b": "no"}], "a.b": ["words"]}), tmp_path / "a.parquet")
+    assert texts_of(files(tmp_path / "a.parquet", text_column="a.b")) == ["words"]
+
+
+def test_file_named_twice_is_read_once(tmp_path) -> None:
+    (tmp_path / "a.txt").write_text("a")
+    (tmp_path / "link.txt").symlink_to(tmp_path / "a.txt")
+    source = whole(files(tmp_path / "a.txt", tmp_path / "*.txt"))
+    assert texts(source.parts["train"]()) == ["a"]
+    assert source.name == f"{tmp_path / 'a.txt'}, 2 named twice, read once"
+
+
+def test_validation_file_that_is_trained_on_is_refused(tmp_path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.txt").write_text(name)
+    (tmp_path / "copy.txt").write_text("b")
+    for held_out, message in (("b", r"b\.txt\): is in data.train_files, too; leave"), ("copy", r"too, as .*/b\.txt;")):
+        data = files(tmp_path / "[ab].txt", validation_files=(str(tmp_path / f"{held_out}.txt"),))
+        with pytest.raises(UserError, match=rf"^data\.validation_files \(.*{message}"):
+            open_source(data)
+        assert texts(open_source(data, evaluating=True).parts["validation"]()) == ["b"], (
+            "to evaluate on it is no mistake"
+        )
+
+
+def test_separator_splits_documents(tmp_path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"one --- one\r\n ---\r\n\r\n---\n<|endoftext|>two<|endoftext|>\nthree")
+    line, marker = (files(tmp_path / "a.txt", document_separator=x) for x in ("---", "<|endoftext|>"))
+    assert texts_of(line) == ["one --- one\r\n", "<|endoftext|>two<|endoftext|>\nthree"]
+    source = whole(marker)
+    assert [text.strip() for text in texts(source.parts["train"]())] == [
+        "one --- one\r\n ---\r\n\r\n---",
+        "two",
+        "three",
+    ]
+    assert [document.place.rpartition(": ")[2][-6:] for document in source.parts["train"]()] == [
+        f"part {i}" for i in (1, 2, 3)
+    ]
+    unused = whole(files(tmp_path / "a.txt", document_separator="***"))
+    assert len(texts(unused.parts["train"]())) == 1
+    assert unused.left_out["training text"].lines("text") == [
+        "text: data.document_separator (***) is not in it: nothing was split"
+    ]
 
 
 WRONG = {
     "none.txt": (None, r"none\.txt\) does not exist"),
     "*.nothing": (None, r"\*\.nothing\) matches no file"),
     "a" * 300 + ".txt": (None, r"aaa\.txt\) does not exist, or is out of reach"),
-    "": (None, r"is a folder; name its files"),
-    "a.md": (b"x", r"a\.md\) has an unknown extension \(\.md\); use one of \.txt, \.jsonl, \.csv, \.parquet"),
+    "": (None, r"is a folder without texts; name \.jsonl, .*\.md"),
+    "a.doc": (b"x", r"a\.doc\) has an unknown extension \(\.doc\); name \.jsonl, .*\.md"),
+    "a.parquet.gz": (b"x", r"has an unknown extension \(\.gz\); .* or \.parquet$"),
     "blank.jsonl": (b"\n\n", r"blank\.jsonl\) holds no text"),
     "nothing.jsonl": (b'{"text": ""}\n' * 3, r"nothing\.jsonl\) holds no text"),
     "key.csv": (b"body,n\n1,2\n", r"^data\.text_column \(text\): not in line 1 of .*key\.csv\).*: body, n"),
@@ -250,7 +350,11 @@ BAD: dict[str, tuple[bytes, str, list[str]]] = {
         ["good words"],
     ),
     "half_character.jsonl": (GOOD.encode() + b'{"text": "\xc3', r"line 2 is not UTF-8 \(byte 0xc3", ["good words"]),
-    "cut.jsonl": (b"\n" + GOOD.encode() + b'{"text": ', r"cut\.jsonl\): line 3: bad JSON at column 10", ["good words"]),
+    "cut.jsonl": (
+        b"\n" + GOOD.encode() + b'{"text": ',
+        r"cut\.jsonl\): line 3: bad JSON at character 10",
+        ["good words"],
+    ),
     "list.jsonl": (b'["a"]\n' + GOOD.encode(), r"list\.jsonl\): line 1 is not a JSON object", ["good words"]),
     "deep.jsonl": (b"[" * 100_000 + b"\n" + GOOD.encode(), r"line 1: JSON out of bounds: .*recursion", ["good words"]),
     "digits.jsonl": (b"1" * 5000 + b"\n" + GOOD.encode(), r"line 1: JSON out of bounds: .*4300", ["good words"]),
@@ -269,6 +373,13 @@ BAD: dict[str, tuple[bytes, str, list[str]]] = {
         r"half\.jsonl\): line 1: '\\ud800' is half a surrogate pair",
         ["good words"],
     ),
+    "list.json": (b'[{"text": "good words"}, 3]', r"list\.json\): item 2 is not a JSON object", ["good words"]),
+    "cut.json": (b'[{"text":\n"a"', r"cut\.json\): bad JSON at character 14", []),
+    "a.txt.gz": (gzip.compress(b"words" * 99)[:-9], r"a\.txt\.gz\) is damaged: Compressed file ended", []),
+    "b.txt.gz": (gzip.compress(b"words")[:10] + b"\xff" * 20, r"b\.txt\.gz\) is damaged: ", []),
+    "a.txt.bz2": (b"words", r"a\.txt\.bz2\) is damaged: Invalid data", []),
+    "a.jsonl.xz": (b"words" * 9, r"a\.jsonl\.xz\) is damaged: Input format", []),
+    "a.txt.zst": (ZST[:-4], r"a\.txt\.zst\) is damaged: Truncated", []),
     "latin.csv": (b"text\nabc\n\xe9\nd\n", r"latin\.csv\): line 3 is not UTF-8 \(byte 0xe9", ["abc", "d"]),
     "short.csv": (b"n,text\n1\n2,b\n", r"short\.csv\): line 2 holds NoneType, not text", ["b"]),
     "wide.csv": (b'text\n"a\nb",\nc\n', r"wide\.csv\): line 2 has more fields than the header", ["c"]),
@@ -299,7 +410,7 @@ def test_bad_document_stops_or_is_skipped(tmp_path, name: str) -> None:
 
     skipping = whole(DataConfig(**{**vars(both), "on_bad_document": "skip"}))
     for _ in range(2):  # what was left out is counted anew in each pass
-        assert texts(skipping.train()) == [*rest, "other words"]
+        assert texts(skipping.parts["train"]()) == [*rest, "other words"]
         (line,) = skipping.left_out["training text"].lines("training text")
         assert re.match(r"training text: 1 bad document\(s\) left out: .", line)
         assert re.search(message.removeprefix("^"), line)
@@ -308,7 +419,7 @@ def test_bad_document_stops_or_is_skipped(tmp_path, name: str) -> None:
 def test_of_many_bad_documents_the_first_are_named(tmp_path) -> None:
     (tmp_path / "a.jsonl").write_text(GOOD + '{"text": 1}\n{"text": ""}\n' * 1200 + GOOD)
     source = whole(files(tmp_path / "a.jsonl", on_bad_document="skip"))
-    assert texts(source.train()) == ["good words"] * 2
+    assert texts(source.parts["train"]()) == ["good words"] * 2
     empty, bad = source.left_out["training text"].lines("training text")
     assert empty == "training text: 1,200 empty document(s) left out"
     assert re.search(r"^training text: 1,200 bad .* line 2 holds int.* line 4 .* line 6 .*; and 1,197 more$", bad)
@@ -328,7 +439,7 @@ def test_places_are_lines_and_rows(tmp_path) -> None:
         ("a.parquet", table(["a", "b"]), ["row 1", "row 2"]),
     ):
         (tmp_path / name).write_bytes(content)
-        found = [document.place for document in whole(files(tmp_path / name)).train()]
+        found = [document.place for document in whole(files(tmp_path / name)).parts["train"]()]
         assert found == [f"data.train_files ({tmp_path / name}): {place}" for place in places]
 
 
@@ -351,8 +462,8 @@ def test_prepared_tokens_are_the_text(data: DataConfig) -> None:
     prepared = prepare(data, 300, None, lines.append)
     source = open_source(data)
     for documents, given in (
-        (prepared.train, texts(source.train())),
-        (prepared.validation, texts(source.validation())),
+        (prepared.train, texts(source.parts["train"]())),
+        (prepared.validation, texts(source.parts["validation"]())),
     ):
         assert len(documents) == len(given)
         assert documents.tokens.dtype == "uint16"
@@ -384,7 +495,14 @@ def test_second_start_uses_the_cache(data: DataConfig, monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize(
     "change",
-    [{"validation_fraction": 0.2}, {"text_column": "body"}, {"vocab_size": 290}, {"on_bad_document": "skip"}],
+    [
+        {"validation_fraction": 0.2},
+        {"text_column": "body"},
+        {"vocab_size": 290},
+        {"on_bad_document": "skip"},
+        {"document_separator": "<>"},
+        {"min_length": 30},
+    ],
 )
 def test_settings_that_matter_make_new_tokens(data: DataConfig, tmp_path, change: dict) -> None:
     rows = [json.dumps({"text": text, "body": text.upper()}) for text in LINES]
@@ -397,8 +515,43 @@ def test_settings_that_matter_make_new_tokens(data: DataConfig, tmp_path, change
 
 def test_settings_of_packing_make_no_new_tokens(data: DataConfig) -> None:
     first = prepare(data, 300, None, print)
-    other = DataConfig(**{**vars(data), "min_length": 3, "max_length": 64, "packing_strategy": "concat"})
+    other = DataConfig(**{**vars(data), "max_length": 64, "packing_strategy": "concat"})
     assert prepare(other, 300, None, print).train.folder == first.train.folder
+
+
+def test_held_out_documents_have_the_least_length(data: DataConfig) -> None:
+    """What decides the rows beside the text is in the fingerprint, also when it comes from the cache."""
+    first = prepare(data, 300, None, print)
+    least = DataConfig(**{**vars(data), "min_length": int(np.diff(first.validation.offsets).max()) + 1})
+    for _ in range(2):
+        again = prepare(least, 300, first.tokenizer, print)
+        assert (np.diff(again.validation.offsets) >= least.min_length).all()
+        assert len(again.validation) == len(first.validation)
+        assert again.source_fingerprint == first.source_fingerprint + "+long"
+
+
+@pytest.mark.parametrize("foreign", [False, True])
+def test_markers_in_the_text_are_said(tmp_path, foreign: bool) -> None:
+    """To a tokenizer trained here they are characters, to others their own are tokens, as in transformers 5.24."""
+    given = ["<|im_start|>user <bos> words<|im_end|>", "more words<|im_end|>"]
+    text = write_jsonl(tmp_path / "a.jsonl", given)
+    tokenizer = Tokenizer.train(LINES, 300)
+    if foreign:
+        tokenizer._backend.add_special_tokens(["<|im_end|>"])
+        tokenizer = Tokenizer.from_json(tokenizer.to_json())
+    data = files(text, validation_fraction=0, cache_dir=str(tmp_path))
+    lines: list[str] = []
+    prepared = prepare(data, 300, tokenizer, lines.append)
+    ids = prepared.train.tokens.tolist()
+    if foreign:
+        assert (ids.count(1), ids.count(300), ids.count(2)) == (3, 2, 2)
+        assert re.match(r"3 markers .*: <\|im_end\|> \(2\), <bos> \(1\); each read as that token", lines[-2])
+        assert re.match(r"1 markers .*: <\|im_start\|> \(1\); read as characters, not as tokens", lines[-1])
+        assert prepared.source_fingerprint.endswith("+special")
+    else:
+        assert (ids.count(1), ids.count(2)) == (2, 2)
+        assert re.match(r"4 markers .*: <\|im_end\|> \(2\), .*as characters.*data.document_separator", lines[-1])
+        assert "+" not in prepared.source_fingerprint
 
 
 def test_killed_preparation_leaves_nothing_half_made(data: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -448,7 +601,7 @@ def test_what_a_killed_preparation_left_is_removed(data: DataConfig) -> None:
 
 def test_damaged_cache_is_named(data: DataConfig) -> None:
     folder = prepare(data, 300, None, print).train.folder
-    for split in SPLITS:
+    for split in ("train", "validation"):
         path = folder / f"{split}.tokens"
         whole = path.read_bytes()
         path.write_bytes(whole[:-2])
@@ -622,8 +775,10 @@ from jaxlm.data.sources import open_source
 from jaxlm.errors import UserError
 for options in json.loads(sys.argv[1]):
     try:
-        source = open_source(DataConfig(**{"dataset_name": "test/tiny", "dataset_config": "plain", **options}))
-        parts = [[document.text for document in part()] for part in (source.train, source.validation)]
+        evaluating = options.pop("evaluating", False)
+        data = DataConfig(**{"dataset_name": "test/tiny", "dataset_config": "plain", **options})
+        source = open_source(data, evaluating)
+        parts = [[document.text for document in part()] for part in source.parts.values()]
         print(json.dumps([source.name, source.fingerprint, *parts]))
     except UserError as error:
         print(json.dumps(str(error)))
@@ -651,15 +806,18 @@ def test_hub(hub: str, hub_home: Path) -> None:
         ({"dataset_name": "test/none"}, r"^data\.dataset_name \(test/none\) is not on the Hub.*--data\.train_files"),
     ]
     good: list[dict] = [{}, {"validation_split": None}, {"dataset_config": "bare", "validation_split": None}]
-    answers, _ = on_hub(hub, hub_home, *good, *(options for options, _ in cases))
-    whole, held_out, bare = answers[:3]
+    evaluated: list[dict] = [{"evaluating": True}, {"evaluating": True, "dataset_config": "bare"}]
+    answers, _ = on_hub(hub, hub_home, *good, *evaluated, *(options for options, _ in cases))
+    whole, held_out, bare, split, no_split = answers[:5]
+    assert (split[0], *split[2:]) == ("test/tiny plain validation", ["v1", "v2"])
+    assert (no_split[0], *no_split[2:]) == ("test/tiny bare train", LINES)
     assert whole[0] == "test/tiny plain"
     assert whole[2:] == [LINES, ["v1", "v2"]]
     assert sorted(held_out[2] + held_out[3]) == sorted(LINES)
     assert held_out[2:] == bare[2:]
     assert len(held_out[3]) == 2
     assert len({whole[1], held_out[1], bare[1]}) == 3
-    for (options, message), answer in zip(cases, answers[3:], strict=True):
+    for (options, message), answer in zip(cases, answers[5:], strict=True):
         assert isinstance(answer, str), options
         assert re.search(message, answer)
         assert "\n" not in answer

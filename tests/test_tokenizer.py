@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import models, pre_tokenizers, processors
 
-from jaxlm.data.tokenizer import BOS_NAMES, EOS_NAMES, Tokenizer, split_safely
+from jaxlm.data.tokenizer import BOS_NAMES, EOS_NAMES, Tokenizer, split_safely, without_long_words
 from jaxlm.errors import UserError
 
 PROSE = [f"The {i}th line of text, isn't it?\n    def f{i}(x):\r\n\treturn x  # <bos> <eos>\n\n" for i in range(60)]
@@ -157,3 +157,13 @@ def test_missing_file_is_refused(tmp_path) -> None:
 def test_half_a_character_is_refused() -> None:
     with pytest.raises(UserError, match="at character 1"):
         TOKENIZER.encode("a\udcff")
+
+
+def test_long_words_are_bounded_in_training() -> None:
+    """Such as base64 in one line: BPE's training takes the square of a word's length. Other text trains as ever."""
+    for text in ("words " * 999, "a" * 1000 + " b", " " * 1000):
+        assert without_long_words(text) == [text]
+    text = "a b" + "\n" * 2500 + "x" * 1001 + " y"
+    parts = without_long_words(text)
+    assert "".join(parts) == text
+    assert [len(part) for part in parts] == [1003, 1000, 1500, 3]

@@ -18,9 +18,9 @@ from conftest import make_config
 from jaxlm import Trainer, load
 from jaxlm.checkpoints.folder import checkpoint_steps
 from jaxlm.checkpoints.items import read_progress
-from jaxlm.config import to_dict, with_derived
+from jaxlm.config import Config, replace_fields, to_dict, validate, with_derived
 from jaxlm.errors import RunFailed, Stopped, UserError
-from jaxlm.run.evaluate import evaluate_model
+from jaxlm.run.evaluate import evaluate_model, text_to_evaluate
 
 pytestmark = pytest.mark.xdist_group("trainer")  # one worker makes the reference run, once
 
@@ -35,6 +35,10 @@ HARD = {
     "training.eval_steps": 3,
     "training.save_total_limit": None,
 }
+
+
+def read_texts(path):
+    return [json.loads(line)["text"] for line in Path(path).read_text().splitlines()]
 
 
 def rows_of(folder):
@@ -222,6 +226,82 @@ def test_load_gives_the_evaluated_model(reference, corpus):
         assert result["bits_per_byte"] == pytest.approx(logged["eval/bits_per_byte"], rel=1e-5)
     assert to_dict(loaded.config)["model"] == to_dict(with_derived(config))["model"]
     assert loaded.tokenizer.decode(loaded.tokenizer.encode("naïve  text\r\n")) == "naïve  text\r\n"
+
+
+def test_evaluation_of_other_text(reference, corpus, tmp_path):
+    """All of the text that is named; what the model was trained on is said."""
+    run = Path(make_config(reference, corpus, **HARD).training.checkpoint_dir)
+    loaded = load(run / "final_model")
+    train, held_out = (str(corpus / f"{name}.jsonl") for name in ("train", "validation"))
+    same_as_train = shutil.copy(train, tmp_path / "other.jsonl")
+
+    def evaluate(**given):
+        lines = []
+        data = text_to_evaluate(loaded.config, {f"data.{name}": value for name, value in given.items()})
+        return evaluate_model(loaded, data, 3, lines.append), [line for line in lines if line.startswith("warning")]
+
+    own, doubts = evaluate()
+    assert own["loss"] == pytest.approx(rows_of(run)[9]["eval/loss"], rel=1e-5)
+    kept = [text for text in read_texts(held_out) if len(loaded.tokenizer.encode(text)) + 2 >= 10]
+    assert own["documents"] == len(kept) < len(read_texts(held_out))
+    assert own["bytes"] == sum(len(text.encode()) for text in kept)
+    assert (own["text"], doubts) == (held_out, [])
+    assert evaluate(train_files=(held_out,)) == evaluate(validation_files=(held_out,)) == (own, [])
+    trained, doubts = evaluate(train_files=(str(same_as_train),))
+    assert trained["documents"] > 3 * own["documents"]
+    assert (trained["text"], doubts) == (str(same_as_train), ["warning: the model was trained on this text"])
+    part, doubts = evaluate(train_files=(train,), validation_fraction=0.2)
+    assert part["documents"] == 24
+    assert (part["text"], len(doubts)) == (f"{train}, 0.2 of it held out", 1)
+
+
+def test_which_text_is_evaluated(tmp_path, corpus):
+    def evaluated(run, **given):
+        config = replace_fields(Config(), {f"data.{name}": value for name, value in run.items()})
+        data = text_to_evaluate(config, {f"data.{name}": value for name, value in given.items()})
+        validate(dataclasses.replace(config, data=data))
+        changed = {name: value for name, value in vars(data).items() if value != getattr(config.data, name)}
+        return {name: value for name, value in changed.items() if name not in ("dataset_config", "train_files")}
+
+    hub = {"dataset_name": "a/b", "validation_split": "dev", "dataset_split": "most"}
+    library = {"dataset_name": "python-stdlib"}
+    files = {"train_files": ("t",), "validation_files": ("v",)}
+    assert evaluated(hub) == evaluated(files) == evaluated(library) == {}
+    assert evaluated(hub, dataset_name="a/b") == {}
+    new = {"dataset_name": "c/d", "dataset_split": "train", "validation_split": "validation"}
+    assert evaluated(hub, dataset_name="c/d") == new
+    assert evaluated(files, dataset_name="c/d") == {"dataset_name": "c/d", "validation_files": ()}
+    part = new | {"validation_split": None, "validation_fraction": 0.2}
+    assert evaluated(hub, dataset_name="c/d", validation_fraction=0.2) == part
+    whole = {"validation_split": None, "validation_fraction": 0}
+    assert evaluated(hub, dataset_split="rest") == whole | {"dataset_split": "rest"}
+    assert evaluated(hub, validation_split="test") == {"validation_split": "test"}
+    assert evaluated(files, **library) == library | {"validation_files": (), "validation_fraction": 0}
+    with pytest.raises(UserError, match=r"^data.train_files \(a\) and data.validation_files \(b\): name one"):
+        evaluated(hub, train_files=("a",), validation_files=("b",))
+    with pytest.raises(UserError, match=r"^data.validation_fraction \(0\): this run held out no text"):
+        evaluated({"train_files": ("t",), "validation_fraction": 0})
+
+
+def test_run_without_held_out_text(tmp_path, corpus, capsys):
+    """It trains on all of the text, in shorter rows than the model has positions, and evaluates nothing."""
+    options = {"data.validation_files": (), "data.validation_fraction": 0, "data.max_length": 16, "model.n_layers": 1}
+    config = make_config(tmp_path, corpus, **options, **{"training.max_steps": None, "training.num_epochs": 0.01})
+    trainer = Trainer(config)
+    trainer.train()
+    assert trainer.text.rows.plan.documents == 120
+    with pytest.raises(UserError, match=r"^data.validation_fraction \(0\): no text is held out"):
+        trainer.evaluate()
+    assert not (tmp_path / "run" / "best_model").exists()
+    loaded, lines = load(tmp_path / "run" / "final_model"), []
+    given = {"data.train_files": (str(corpus / "train.jsonl"),), "data.max_length": 32}
+    evaluate_model(loaded, text_to_evaluate(loaded.config, given), 3, lines.append)
+    untrained = "model.max_seq_len (32): positions 16 to 31 are never trained, as the longest piece of a document"
+    assert [line for line in lines if line.startswith(f"warning: {untrained}")]
+    said = capsys.readouterr().err
+    assert "no report" not in said
+    assert f"\n{untrained}" in said
+    assert "\ntraining.num_epochs (0.01): the run goes over more of the text than that; an update has 8 rows" in said
 
 
 def test_bits_per_byte_by_hand(reference, corpus):

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from jaxlm.config import Config, from_dict, to_dict
+from jaxlm.config import Config, from_dict, to_dict, with_derived
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.errors import UserError
 
@@ -31,6 +31,7 @@ class Progress:
     global_batch: int  # rows an update; with the step, it says where in the data the run is
     shards: int  # devices that arrays were sharded over: an axis that it does not divide was saved padded with zeros
     model_class: str = "Transformer"  # folders from before there were others don't say
+    longest_piece: int | None = None  # tokens that a document had in a row, at most; older folders don't say
 
 
 def write_json_items(folder: Path, config: Config, tokenizer: Tokenizer, progress: Progress) -> None:
@@ -57,7 +58,7 @@ def read_progress(path: Path) -> Progress:
 
 def read_config(path: Path) -> Config:
     """The resolved configuration saved in a checkpoint or model folder; UserError if it can't be read."""
-    return _read_json(path, "config", lambda values: from_dict(values, str(path)))
+    return _read_json(path, "config", lambda values: with_derived(from_dict(values, str(path))))
 
 
 def read_tokenizer(path: Path) -> Tokenizer:

@@ -1,35 +1,38 @@
-"""Prints a saved model's loss on the validation text, as a JSON object on stdout's last line."""
+"""Prints a saved model's loss on its run's held-out text or on another, as a JSON object on stdout's last line."""
 
 import argparse
-import dataclasses
 import json
 import sys
 
 from jaxlm.commands.parser import Parser, add_config_options, add_model_folder, overrides
-from jaxlm.config import replace_fields
 from jaxlm.errors import UserError
 
 
 def add_options(parser: Parser) -> None:
     add_model_folder(parser)
+    parser.add_argument(
+        "--files", nargs="+", metavar="PATTERN", help="evaluate on all of these files (as data.validation_files)"
+    )
     parser.add_argument("--batch_size", type=int, metavar="N", help="rows evaluated at once (default: the training's)")
     add_config_options(parser, ["data"])
 
 
 def run(arguments: argparse.Namespace) -> None:
-    changes = overrides(arguments)
+    given = overrides(arguments)
+    if arguments.files and "data.validation_files" in given:
+        raise UserError("--files and --data.validation_files both name the text; leave one out")
+    if arguments.files:
+        given["data.validation_files"] = tuple(arguments.files)
     if arguments.batch_size is not None and arguments.batch_size < 1:
         raise UserError(f"--batch_size ({arguments.batch_size}) must be at least 1")
 
     from jaxlm.checkpoints.load import load
     from jaxlm.parallel.devices import find_devices
-    from jaxlm.run.evaluate import evaluate_model
+    from jaxlm.run.evaluate import evaluate_model, text_to_evaluate
 
     find_devices()
     loaded = load(arguments.model)
-    data = replace_fields(loaded.config, changes).data
-    if "data.validation_files" in changes and "data.train_files" not in changes:
-        data = dataclasses.replace(data, train_files=data.validation_files)  # evaluating needs no training text
+    data = text_to_evaluate(loaded.config, given)
     batch_size = arguments.batch_size or loaded.config.training.batch_size
     result = evaluate_model(loaded, data, batch_size, lambda line: print(line, file=sys.stderr))
     print(json.dumps(result))

@@ -8,7 +8,7 @@ import typing
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
-from jaxlm.config.schema import FIELDS, SECTIONS, Config
+from jaxlm.config.schema import FIELDS, SECTIONS, STDLIB, Config, DataConfig
 from jaxlm.errors import UserError
 
 SHOWN = 200  # characters of a wrong value that a message repeats
@@ -76,9 +76,38 @@ def field_values(config: Config) -> dict[str, Any]:
 def replace_fields(config: Config, values: Mapping[str, Any]) -> Config:
     """A copy of `config` with the fields named in `values` ("section.field") set.
 
+    A text that is named replaces the one before, files a data set or a data set files, and options that this leaves
+    without use get their defaults.
+
     Raises:
-      UserError: a name is unknown.
+      UserError: a name is unknown, or files and a data set are both named.
     """
+    files, name = values.get("data.train_files"), values.get("data.dataset_name")
+    if files and name is not None:
+        named = f"data.train_files ({shown(files)}) and data.dataset_name ({shown(name)})"
+        raise UserError(f"{named} both name the text; leave one out")
+    if name is not None:
+        values = {"data.train_files": (), "data.validation_files": ()} | dict(values)
+        if name != config.data.dataset_name:
+            values = {"data.dataset_config": None} | values
+    changed = _with_fields(config, values)
+    stale = without_use(changed.data).keys() - without_use(config.data).keys() - values.keys()
+    return _with_fields(changed, {dotted: FIELDS[dotted].default for dotted in stale})
+
+
+def without_use(data: DataConfig) -> dict[str, str]:
+    """{option of the text that has no use: the one because of which it has none}."""
+    unused = dict.fromkeys(("data.dataset_config", "data.dataset_split", "data.validation_split"), "data.dataset_name")
+    held_out = None
+    if data.train_files:
+        unused = dict.fromkeys([*unused, "data.dataset_name"], "data.train_files")
+        held_out = "data.validation_files" if data.validation_files else None
+    elif data.dataset_name != STDLIB:
+        unused, held_out = {}, None if data.validation_split is None else "data.validation_split"
+    return unused | ({"data.validation_fraction": held_out} if held_out else {})
+
+
+def _with_fields(config: Config, values: Mapping[str, Any]) -> Config:
     changes: dict[str, dict[str, Any]] = {name: {} for name in SECTIONS}
     for dotted, value in values.items():
         section, _, field = dotted.partition(".")
@@ -124,18 +153,19 @@ def from_dict(values: Any, where: str) -> Config:
         _check_section(name, where)
     fields = {f"{section}.{name}": value for section in values for name, value in values[section].items()}
     try:
-        return replace_fields(Config(), fields)
+        return _with_fields(Config(), fields)
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
 
 
 def with_derived(config: Config) -> Config:
-    """With what follows from other fields filled in: zero_stage and scan_layers."""
+    """With what follows from other fields filled in: zero_stage, scan_layers, and defaults for what has no use."""
     stage = config.training.zero_stage or 0
     scan = config.model.scan_layers
     if scan is None:
         scan = config.model.gradient_checkpointing or stage == 3
-    return replace_fields(config, {"training.zero_stage": stage, "model.scan_layers": scan})
+    unused = {dotted: FIELDS[dotted].default for dotted in without_use(config.data)}
+    return _with_fields(config, unused | {"training.zero_stage": stage, "model.scan_layers": scan})
 
 
 def changed_fields(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:

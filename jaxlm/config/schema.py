@@ -10,6 +10,8 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
+STDLIB = "python-stdlib"  # the data.dataset_name that is on every machine
+
 # Optimizers of optax whose steps need nothing but gradients and parameters, are in proportion to the learning rate, and
 # treat each parameter by itself (tests/test_optim.py tries each).
 FROM_OPTAX = (
@@ -287,13 +289,17 @@ class DataConfig(_Section):
     dataset_split: str = option("train", "split to train on")
     validation_split: str | None = option("validation", "split to evaluate on; none: hold out validation_fraction")
     train_files: tuple[str, ...] = option(
-        (), "own text instead of dataset_name: .txt, .jsonl, .csv or .parquet files", path=True
+        (), "own text instead of dataset_name: folders and files, of text, JSON, tables; also compressed", path=True
     )
     validation_files: tuple[str, ...] = option((), "own held-out text; none: hold out validation_fraction", path=True)
     validation_fraction: float = option(
-        0.05, "share of the text held out where there is no validation split", above=0, below=1
+        0.05, "share of the text held out where there is no validation split; 0: none", low=0, below=1
     )
     text_column: str = option("text", "column or key that holds the text")
+    document_separator: str | None = option(
+        None,
+        "line that ends a document within a text, such as ***; in brackets, such as [SEP], anywhere; none: nothing",
+    )
     on_bad_document: str = option(
         "stop",
         "what a document does that is not UTF-8, not text, bad JSON, bad CSV, or that cannot be tokenized: "

@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from jaxlm.config.fields import SHOWN, accepts, check_choice, excerpt, field_values, nearest, type_name
+from jaxlm.config.fields import accepts, check_choice, excerpt, field_values, nearest, shown, type_name, without_use
 from jaxlm.config.schema import FIELDS, Config, ModelConfig
 from jaxlm.errors import UserError, one_line
 
@@ -95,7 +95,7 @@ def _check_report_to(report_to: tuple[Any, ...]) -> None:
             own_sink(sink)
         elif sink not in known and (isinstance(sink, str | type) or not _is_sink(sink)):
             own = f"module:Class, or an object with write(row, step) and close(){nearest(str(sink), known)}"
-            raise UserError(f"training.report_to ({str(sink)[:SHOWN]}) is not one of {', '.join(known)}, {own}")
+            raise UserError(f"training.report_to ({excerpt(sink, str)}) is not one of {', '.join(known)}, {own}")
 
 
 def check_fields(config: Config) -> None:
@@ -200,6 +200,11 @@ def _conflicts(config: Config) -> Iterator[str]:
         yield f"model.vocab_size ({model.vocab_size}) must be at least 259: 256 bytes and 3 special tokens"
     if data.validation_files and not data.train_files:
         yield "data.validation_files is set but data.train_files is not; set both, or validation_split"
+    for name, by in without_use(data).items():
+        value, reason = operator.attrgetter(name, by)(config)
+        if value not in (None, FIELDS[name].default):
+            none = "" if by == "data.dataset_name" else f", or set {by} {'[]' if by.endswith('files') else 'none'}"
+            yield f"{name} ({shown(value)}) has no use beside {by} ({shown(reason)}); leave it out{none}"
     if data.min_length > data.max_length:
         yield f"data.min_length ({data.min_length}) exceeds data.max_length ({data.max_length}); lower it"
     power = training.initial_loss_scale_power

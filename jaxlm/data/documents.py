@@ -1,5 +1,6 @@
 """A document of text with its place, and the count of documents that a pass over the text leaves out."""
 
+import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
@@ -26,14 +27,15 @@ class LeftOut:
     """
 
     def __init__(self, data: DataConfig) -> None:
-        self._skip = data.on_bad_document == "skip"
+        self._skip, self._separator = data.on_bad_document == "skip", data.document_separator
         self.empty, self.bad, self.first = 0, 0, list[str]()  # first: descriptions of the first bad ones
+        self.parts = 0  # that documents were split into
 
     def good(self, read: Callable[[], Found], where: str) -> Iterator[Document]:
         """A new pass over `read`, without what is left out; UserError, which `where` begins, if nothing is left."""
-        self.empty, self.bad, self.first = 0, 0, []
+        self.empty, self.bad, self.first, self.parts = 0, 0, [], 0
         nothing = True
-        for document in read():
+        for document in read() if self._separator is None else self._split(read(), self._separator):
             if isinstance(document, UserError):
                 self.add(document)
             elif document.text:
@@ -43,6 +45,19 @@ class LeftOut:
                 self.empty += 1
         if nothing:
             raise UserError("; ".join([f"{where} holds no text", *self._bad_ones()]))
+
+    def _split(self, found: Found, separator: str) -> Found:
+        """The documents, split where `separator` is a line; in angle or square brackets, wherever it is."""
+        text = re.escape(separator)
+        anywhere = f"|{text}" if separator[:1] + separator[-1:] in ("<>", "[]") else ""
+        pattern = re.compile(rf"^[ \t]*{text}[ \t]*(?:\r?\n|\Z){anywhere}", re.MULTILINE)
+        for document in found:
+            if isinstance(document, UserError) or not pattern.search(document.text):
+                yield document
+            else:
+                texts = [text for text in pattern.split(document.text) if text.strip()]
+                self.parts += len(texts)
+                yield from (Document(text, f"{document.place}, part {i}") for i, text in enumerate(texts, 1))
 
     def add(self, fault: UserError) -> None:
         """Counts a bad document; raises UserError unless it is skipped."""
@@ -55,7 +70,9 @@ class LeftOut:
     def lines(self, part: str) -> list[str]:
         """The lines of the report about what was left out of `part`."""
         empty = [f"{self.empty:,} empty document(s) left out"] if self.empty else []
-        return [f"{part}: {line}" for line in empty + self._bad_ones()]
+        unused = self._separator is not None and not self.parts
+        separator = [f"data.document_separator ({self._separator}) is not in it: nothing was split"] if unused else []
+        return [f"{part}: {line}" for line in empty + self._bad_ones() + separator]
 
     def _bad_ones(self) -> list[str]:
         more = [f"and {self.bad - SHOWN:,} more"] if self.bad > SHOWN else []

@@ -1,31 +1,46 @@
 """Own text files: the patterns that name them, a hash of their content, and their documents.
 
-The documents of .txt (one a file), .jsonl, .csv and .parquet files each know the line or row where they begin.
+The documents of plain text (one a file), JSON, tables and Parquet files each know the line or row where they begin.
 """
 
+import bz2
 import csv
 import glob
+import gzip
 import hashlib
+import io
 import json
+import lzma
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
+import zlib
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import TextIO
+from typing import IO, Any, TextIO
 
 from jaxlm.data.documents import Document, Found, checked, encoding_fault, missing_column
 from jaxlm.errors import UserError, one_line
 
+# Extensions of files that are one document each; none at all stands for names such as enwik8 and LICENSE.
+PLAIN = """
+.txt .text .md .markdown .rst .tex .org .adoc .html .htm .xml .py .pyi .c .h .cc .cpp .cxx .hpp .cu .cuh .m .java .kt
+.scala .go .rs .swift .js .mjs .jsx .ts .tsx .vue .css .scss .rb .php .pl .lua .r .jl .hs .ml .ex .erl .clj .lisp .scm
+.el .sh .sql .proto .dart .f90 .asm .s .zig .nim .cs .fs .vb .yaml .yml .toml .ini .cfg .srt .log"""
+KINDS = "name .jsonl, .json, .csv, .tsv or text such as .txt, .md or .py, also as .gz, .bz2, .xz or .zst; or .parquet"
 
-def find_files(patterns: Iterable[str], field: str) -> list[Path]:
-    """The files that `patterns` (paths or globs) name, in the order given, those of one glob sorted.
+
+def find_files(patterns: Iterable[str], field: str) -> tuple[list[Path], str]:
+    """The files that `patterns` (paths, globs, folders) name, in the order given, each once; and a name for people.
+
+    The files of a glob are sorted, as are those below a folder; of these, hidden ones and other kinds are left out.
 
     Raises:
-      UserError: it begins with `field`, the option; a pattern names no file, a folder, or one with another extension.
+      UserError: it begins with `field`, the option; a pattern names no file, or one with another extension.
     """
-    found = []
+    found, others = list[Path](), 0
     for pattern in patterns:
         path = os.path.expanduser(pattern)
         is_glob = glob.has_magic(pattern) and not os.path.exists(path)
@@ -35,27 +50,53 @@ def find_files(patterns: Iterable[str], field: str) -> list[Path]:
         for file in paths:
             where = f"{field} ({file})"
             if os.path.isdir(file):
-                raise UserError(f"{where} is a folder; name its files, such as {file}/*.txt")
-            if not os.path.exists(file):  # unlike Path.exists, no error where a name is too long or a folder closed
+                inside = below(file)
+                texts = [path for path in inside if _kind(path) in READERS and path.suffix]
+                found, others = found + texts, others + len(inside) - len(texts)
+                if not texts:
+                    raise UserError(f"{where} is a folder without texts; {KINDS}")
+            elif not os.path.exists(file):  # unlike Path.exists, no error where a name is too long or a folder closed
                 raise UserError(f"{where} does not exist, or is out of reach")
-            if file.suffix.lower() not in READERS:
-                kind = file.suffix or "none"
-                raise UserError(f"{where} has an unknown extension ({kind}); use one of {', '.join(READERS)}")
-        found += paths
-    return found
+            elif _kind(file) not in READERS:
+                raise UserError(f"{where} has an unknown extension ({file.suffix}); {KINDS}")
+            else:
+                found.append(file)
+    once = list({os.path.realpath(file): file for file in reversed(found)}.values())[::-1]
+    name = str(once[0]) if len(once) == 1 else f"{len(once)} files ({once[0]} ...)"
+    name += f", {len(found) - len(once)} named twice, read once" * (len(found) > len(once))
+    return once, name + f", {others} of other kinds left out" * (others > 0)
 
 
-def hash_files(paths: Iterable[Path], field: str) -> str:
-    """SHA-256 of extensions and content, in order; UserError, which `field` begins, if a file cannot be read."""
-    digest = hashlib.sha256()
+def below(folder: Path, without: Collection[str] = ()) -> list[Path]:
+    """All files below `folder`, sorted by their path, but for hidden ones.
+
+    Subfolders called as in `without` are not even listed: they can be large.
+    """
+    names = []
+    for at, folders, found in os.walk(folder):
+        folders[:] = [name for name in folders if name not in without and not name.startswith(".")]
+        names += [os.path.relpath(os.path.join(at, name), folder) for name in found if not name.startswith(".")]
+    return [folder / name for name in sorted(names)]
+
+
+def hash_files(paths: Iterable[Path], field: str) -> tuple[str, dict[bytes, Path]]:
+    """SHA-256 of extensions and content, in order; and the digests of the files.
+
+    Raises:
+      UserError: it begins with `field`, the option; a file cannot be read.
+    """
+    digest, files = hashlib.sha256(), {}
     for path in paths:
         with reading(f"{field} ({path})"), path.open("rb") as file:
-            digest.update(path.suffix.lower().encode() + hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()
+            of_file = hashlib.file_digest(file, "sha256").digest()
+        kind = path.suffix.lower() if path.suffix.lower() not in COMPRESSED else _kind(path) + path.suffix.lower()
+        digest.update(kind.encode() + of_file)
+        files[of_file] = path
+    return digest.hexdigest(), files
 
 
 def read_files(paths: list[Path], column: str, field: str) -> Found:
-    """The documents of all `paths`, whose text is in the key or column `column`, except in .txt files.
+    """The documents of all `paths`, whose text is in the key or column `column`, except in files of plain text.
 
     Raises:
       UserError: it begins with `field`, the option; a file cannot be read, or has no such column.
@@ -63,15 +104,15 @@ def read_files(paths: list[Path], column: str, field: str) -> Found:
     for path in paths:
         where = f"{field} ({path})"
         with reading(where):
-            if path.stat().st_size:
-                yield from READERS[path.suffix.lower()](path, column, where)
-            else:
+            if not path.stat().st_size:
                 yield UserError(f"{where} is empty")
-
-
-def summary(paths: list[Path]) -> str:
-    """The files, for people."""
-    return str(paths[0]) if len(paths) == 1 else f"{len(paths)} files ({paths[0]} ...)"
+                continue
+            try:
+                yield from READERS[_kind(path)](path, column, where)
+            except (EOFError, OSError, zlib.error, lzma.LZMAError) as error:
+                if isinstance(error, OSError) and error.errno is not None:  # the disk's fault, not the content's
+                    raise
+                yield UserError(f"{where} is damaged: {one_line(error)}")
 
 
 @contextmanager
@@ -87,7 +128,8 @@ def reading(where: str) -> Iterator[None]:
 
 
 def read_txt(path: Path, column: str, where: str) -> Found:
-    content = path.read_bytes()
+    with _open(path) as file:
+        content = file.read()
     try:
         yield Document(content.decode().removeprefix("\ufeff"), where)
     except UnicodeDecodeError as error:
@@ -100,25 +142,44 @@ def _read_jsonl(path: Path, column: str, where: str) -> Found:
         for number, line in enumerate(file, 1):
             if not line.isspace():
                 place = f"{where}: line {number}"
-                yield encoding_fault(line, place) or _json_document(line, column, place)
+                yield encoding_fault(line, place) or _row_document(_json_value(line, place), column, place)
 
 
-def _json_document(line: str, column: str, place: str) -> Document | UserError:
+def _json_value(text: str, place: str) -> Any:
+    """What the JSON of `text` says, or the error."""
     try:
-        row = json.loads(line)
+        return json.loads(text)
     except json.JSONDecodeError as error:
-        return UserError(f"{place}: bad JSON at column {error.pos + 1}: {error.msg}")
+        return UserError(f"{place}: bad JSON at character {error.pos + 1}: {error.msg}")
     except (ValueError, RecursionError) as error:  # a number of thousands of digits; lists in lists in lists
         return UserError(f"{place}: JSON out of bounds: {one_line(error)}")
+
+
+def _row_document(row: Any, column: str, place: str) -> Document | UserError:
+    if isinstance(row, UserError):
+        return row
     if not isinstance(row, dict):
         return UserError(f"{place} is not a JSON object")
     return checked(row[column], column, place) if column in row else missing_column(column, row, place)
 
 
-def _read_csv(path: Path, column: str, where: str) -> Found:
+def _read_json(path: Path, column: str, where: str) -> Found:
+    """A list of objects, one object, or an object a line."""
+    with _open_text(path) as file:
+        rows = _json_value(file.read(), where)
+    if not isinstance(rows, UserError):
+        rows = rows if isinstance(rows, list) else [rows]
+        yield from (_row_document(row, column, f"{where}: item {number}") for number, row in enumerate(rows, 1))
+    elif ": Extra data" in str(rows):
+        yield from _read_jsonl(path, column, where)
+    else:
+        yield rows
+
+
+def _read_csv(path: Path, column: str, where: str, delimiter: str = ",") -> Found:
     csv.field_size_limit(sys.maxsize)  # of the process; the default, 128 kB, is less than many documents
     with _open_text(path) as file:
-        rows = csv.reader(file, strict=True)
+        rows = csv.reader(file, strict=True, delimiter=delimiter)
         try:
             header = next(rows, [])
         except csv.Error as error:
@@ -142,7 +203,7 @@ def _read_csv(path: Path, column: str, where: str) -> Found:
                 yield UserError(f"{place}: bad CSV: {error}")
                 continue
             if len(row) > len(header):
-                yield UserError(f"{place} has more fields than the header; quote its commas")
+                yield UserError(f"{place} has more fields than the header; quote those with a {delimiter!r} inside")
             elif row:
                 yield checked(row[index] if index < len(row) else None, column, place)
 
@@ -157,7 +218,8 @@ def _read_parquet(path: Path, column: str, where: str) -> Found:
             if column not in file.schema_arrow.names:
                 raise missing_column(column, file.schema_arrow.names, where)
             batches = file.iter_batches(batch_size=1024, columns=[column])
-            for row, value in enumerate(chain.from_iterable(batch.column(0) for batch in batches), 1):
+            columns = (batch.column(batch.schema.names.index(column)) for batch in batches)  # "a.b" may be b of a, too
+            for row, value in enumerate(chain.from_iterable(columns), 1):
                 place = f"{where}: row {row}"
                 try:
                     yield checked(value.as_py(), column, place)
@@ -172,13 +234,36 @@ def _read_parquet(path: Path, column: str, where: str) -> Found:
 
 # (file, data.text_column, the beginning of places and messages) -> documents
 READERS: dict[str, Callable[[Path, str, str], Found]] = {
-    ".txt": read_txt,
+    **dict.fromkeys(["", *PLAIN.split()], read_txt),
     ".jsonl": _read_jsonl,
+    ".ndjson": _read_jsonl,
+    ".json": _read_json,
     ".csv": _read_csv,
+    ".tsv": partial(_read_csv, delimiter="\t"),
     ".parquet": _read_parquet,
 }
 
 
+def _open_zst(path: Path, mode: str) -> IO[bytes]:
+    import pyarrow
+
+    return io.BufferedReader(pyarrow.CompressedInputStream(pyarrow.OSFile(str(path)), "zstd"))
+
+
+COMPRESSED: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": _open_zst}
+
+
+def _kind(path: Path) -> str:
+    """What decides how a file is read: its extension, or that before .gz and the like; parquet is never compressed."""
+    *_, kind, last = ["", "", *(suffix.lower() for suffix in path.suffixes)]
+    return kind if last in COMPRESSED and kind != ".parquet" else last
+
+
+def _open(path: Path) -> IO[bytes]:
+    opened: IO[bytes] = COMPRESSED.get(path.suffix.lower(), Path.open)(path, "rb")
+    return opened
+
+
 def _open_text(path: Path) -> TextIO:
     """Bytes that are not UTF-8 become surrogates, so that only their line is lost; see `encoding_fault`."""
-    return path.open(encoding="utf-8-sig", errors="surrogateescape", newline="")
+    return io.TextIOWrapper(_open(path), encoding="utf-8-sig", errors="surrogateescape", newline="")

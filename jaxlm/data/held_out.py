@@ -4,7 +4,7 @@ import hashlib
 import math
 import re
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from itertools import zip_longest
 
@@ -13,13 +13,15 @@ import numpy as np
 from jaxlm.data.documents import Document, Documents
 from jaxlm.errors import UserError
 
+CHARACTERS_A_TOKEN = 32  # a document of so many for each token that it needs is taken to be long enough
+
 
 class HeldOut:
     """Splits documents into training and held-out text, the same way in every run and for every seed.
 
-    Of n documents, round(n * fraction) are held out: those whose text has the smallest SHA-256. If n * fraction is less
-    than one, the end of the text is held out instead: `fraction` of its characters, from a line end or other white
-    space near that point if there is one.
+    Of n documents, round(n * fraction) are held out: those whose text has the smallest SHA-256, short ones passed over.
+    If n * fraction is less than one, the end of the text is held out instead: `fraction` of its characters, from a line
+    end or other white space near that point if there is one.
     """
 
     def __init__(self, documents: Documents, fraction: float, where: str) -> None:
@@ -32,34 +34,66 @@ class HeldOut:
     def validation(self) -> Iterator[Document]:
         return (Document(text[cut:], place) for text, place, cut in self._with_cuts() if cut < len(text))
 
+    def pass_over_short(self, least: int, lengths: Callable[[Iterator[Document]], Iterator[int]]) -> bool:
+        """Holds out documents of `least` tokens or more only, others in place of shorter ones; whether any changed.
+
+        At most half of those that long are held out. Nothing changes if there are none, or one is cut in two.
+
+        Args:
+          lengths: the tokens of each document; called for those of fewer than CHARACTERS_A_TOKEN * `least` characters.
+        """
+        (characters, order), before = self._measured, self._held_out
+        asked = characters < CHARACTERS_A_TOKEN * least
+        if not asked[before].any():
+            return False
+        tokens = [*lengths(document for document, ask in zip(self._documents(), asked.tolist(), strict=False) if ask)]
+        if len(tokens) != asked.sum():
+            raise self._changed()
+        asked[asked] = np.array(tokens) < least  # from here on, those that are too short
+        if len(long := order[~asked[order]]):
+            self._held_out = long[: min(len(before), max(1, len(long) // 2))]
+        return not np.array_equal(before, self._held_out)
+
+    def _changed(self) -> UserError:
+        return UserError(f"{self._where}: the text changed while it was read; start again when it is complete")
+
     def _with_cuts(self) -> Iterator[tuple[str, str, int]]:
-        cuts, cut_document, reach = self._cuts
+        cuts, cut_document, reach = self._cuts()
         for i, (document, cut) in enumerate(zip_longest(self._documents(), cuts.tolist())):
             if document is None or cut is None or cut > len(document.text):
-                raise UserError(f"{self._where}: the text changed while it was read; start again when it is complete")
+                raise self._changed()
             yield *document, _break_near(document.text, cut, reach) if i == cut_document else cut
 
     @cached_property
-    def _cuts(self) -> tuple[np.ndarray, int, int]:
-        """int64 [documents]: how many characters of each are training text, the rest is held out; and the number of the
-        document, -1 for none, in which that is a point near which to cut, not more than so many characters away.
-        """
+    def _measured(self) -> tuple[np.ndarray, np.ndarray]:
+        """int64 [documents] each: their characters; their numbers, in the order of their SHA-256."""
         hashes, sizes = array("Q"), array("q")
         for text, _ in self._documents():
             hashes.append(int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big"))
             sizes.append(len(text))
-        lengths = np.array(sizes, np.int64)
-        total = int(lengths.sum())
-        if len(lengths) * self._fraction >= 1:
-            held_out = math.floor(len(lengths) * self._fraction + 0.5)
-            cut_document, cuts = -1, lengths.copy()
-            cuts[np.argsort(np.array(hashes, np.uint64), kind="stable")[:held_out]] = 0
+        return np.array(sizes, np.int64), np.argsort(np.array(hashes, np.uint64), kind="stable")
+
+    @cached_property
+    def _held_out(self) -> np.ndarray:
+        """int64 [held out]: the numbers of the documents; none if the end of the text is held out."""
+        share = len(self._measured[1]) * self._fraction
+        return self._measured[1][: math.floor(share + 0.5) if share >= 1 else 0]
+
+    def _cuts(self) -> tuple[np.ndarray, int, int]:
+        """int64 [documents]: how many characters of each are training text, the rest is held out; and the number of the
+        document, -1 for none, in which that is a point near which to cut, not more than so many characters away.
+        """
+        lengths = self._measured[0]
+        total, ends = int(lengths.sum()), np.cumsum(lengths)
+        if len(self._held_out):
+            held_out, cut_document, cuts = 0, -1, lengths.copy()
+            cuts[self._held_out] = 0
         else:
-            held_out, ends = max(1, math.floor(total * self._fraction + 0.5)), np.cumsum(lengths)
+            held_out = max(1, math.floor(total * self._fraction + 0.5))
             cut_document = int(np.searchsorted(ends, total - held_out, side="right"))
             cuts = np.clip(total - held_out - (ends - lengths), 0, lengths)
         if not 0 < int(cuts.sum()) < total:
-            given = f"{len(lengths)} documents with {total} characters are too little"
+            given = f"{len(cuts)} documents with {total} characters are too little"
             fraction = f"to hold out data.validation_fraction ({self._fraction}) of them"
             raise UserError(f"{self._where}: {given} {fraction}; give more text")
         return cuts, cut_document, held_out // 2

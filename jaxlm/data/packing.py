@@ -45,6 +45,11 @@ class Plan:
         """The fraction of the rows' places that hold a pair; the rest is padding."""
         return self.pairs / (len(self) * self.max_length)
 
+    @property
+    def longest(self) -> int:
+        """Pairs of the longest piece: as many positions are seen."""
+        return int(self.piece_length.max())
+
 
 def plan(doc_offsets: np.ndarray, max_length: int, min_length: int, strategy: str, pack: bool) -> Plan:
     """Puts documents into rows of `max_length` pairs.

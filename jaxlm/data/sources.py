@@ -4,54 +4,59 @@ Nothing here keeps the text in memory: a source is read again, from the start, e
 """
 
 import hashlib
-import os
 import platform
 import sysconfig
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
 from jaxlm.config import DataConfig
+from jaxlm.config.schema import STDLIB
 from jaxlm.data import files, hub
 from jaxlm.data.documents import Documents, Found, LeftOut
 from jaxlm.data.held_out import HeldOut
 from jaxlm.errors import UserError
 
-STDLIB = "python-stdlib"
 _NOT_STDLIB = {"site-packages", "dist-packages", "test", "tests", "idlelib", "__pycache__"}
 
 
 @dataclass(frozen=True)
 class Source:
-    """Text in documents. `train()` and `validation()` each start a new pass over their part.
+    """Text in documents.
 
     Attributes:
       name: a description, for people.
       fingerprint: changes with the content (not with the names or dates of files).
+      parts: of "train" and "validation" those that there are; each call starts a new pass over the part.
+      split: what held the one out of the other; None: they are texts of their own.
       left_out: {part of the text: the counts of what the latest pass over it left out}.
     """
 
     name: str
     fingerprint: str
-    train: Documents
-    validation: Documents
+    parts: dict[str, Documents]
+    split: HeldOut | None
     left_out: dict[str, LeftOut]
 
 
-def open_source(data: DataConfig) -> Source:
+def open_source(data: DataConfig, evaluating: bool = False) -> Source:
     """The text that `data` names. Local files are looked up and hashed here; their content is checked while it is read.
 
+    Args:
+      evaluating: only "validation" is wanted: where nothing is held out, all of the text; where a data set has no split
+        of the default name, the one to train on.
+
     Raises:
-      UserError: the text cannot be had, or (from `train()` and `validation()` too) is not what it should be.
+      UserError: the text cannot be had, or (while it is read, too) is not what it should be.
     """
     if data.train_files:
-        return _own_files(data)
+        return _own_files(data, evaluating)
     if data.dataset_name == STDLIB:
-        return _standard_library(data)
-    return _hub(data)
+        return _standard_library(data, evaluating)
+    return _hub(data, evaluating)
 
 
 class _Part(NamedTuple):
@@ -62,37 +67,46 @@ class _Part(NamedTuple):
     read: Callable[[], Found]
 
 
-def _source(data: DataConfig, name: str, train: _Part, validation: _Part | None) -> Source:
+def _source(data: DataConfig, name: str, train: _Part | None, validation: _Part | None, evaluating: bool) -> Source:
     """`train` and `validation` without what is left out; without `validation`, a part of `train` is held out."""
-    left_out = LeftOut(data)
-    train_documents = partial(left_out.good, train.read, train.where)
-    if validation is None:
-        split = HeldOut(train_documents, data.validation_fraction, train.where)
-        return Source(name, train.fingerprint, split.train, split.validation, {"text": left_out})
-    held_out = LeftOut(data)
-    return Source(
-        name,
-        f"{train.fingerprint}-{validation.fingerprint}",
-        train_documents,
-        partial(held_out.good, validation.read, validation.where),
-        {"training text": left_out, "held-out text": held_out},
-    )
+    splits = train is not None and validation is None and data.validation_fraction > 0
+    if evaluating and validation is None and not splits:
+        train, validation = None, train
+    given = {"train": train, "validation": validation}
+    parts = {part: found for part, found in given.items() if found is not None}
+    labels = {"train": "text" if splits else "training text", "validation": "held-out text"}
+    left_out = {labels[part]: LeftOut(data) for part in parts}
+    documents = {part: partial(left_out[labels[part]].good, found.read, found.where) for part, found in parts.items()}
+    fingerprint = "-".join(found.fingerprint for found in parts.values())
+    if not splits:
+        return Source(name, fingerprint, {**documents}, None, left_out)
+    split = HeldOut(documents["train"], data.validation_fraction, parts["train"].where)
+    name += f", {data.validation_fraction:g} of it held out"
+    return Source(name, fingerprint, {"train": split.train, "validation": split.validation}, split, left_out)
 
 
-def _own_files(data: DataConfig) -> Source:
-    def part(patterns: tuple[str, ...], field: str) -> tuple[str, _Part]:
-        paths = files.find_files(patterns, field)
-        name, read = files.summary(paths), partial(files.read_files, paths, data.text_column, field)
-        return name, _Part(f"{field} ({name})", files.hash_files(paths, field), read)
+def _own_files(data: DataConfig, evaluating: bool) -> Source:
+    def part(patterns: tuple[str, ...], field: str) -> tuple[str, dict[bytes, Path], _Part]:
+        paths, name = files.find_files(patterns, field)
+        fingerprint, digests = files.hash_files(paths, field)
+        read = partial(files.read_files, paths, data.text_column, field)
+        return name, digests, _Part(f"{field} ({name})", fingerprint, read)
 
-    name, train = part(data.train_files, "data.train_files")
     if not data.validation_files:
-        return _source(data, name, train, None)
-    held_out, validation = part(data.validation_files, "data.validation_files")
-    return _source(data, f"{name}, held out: {held_out}", train, validation)
+        name, _, train = part(data.train_files, "data.train_files")
+        return _source(data, name, train, None, evaluating)
+    held_out, validated, validation = part(data.validation_files, "data.validation_files")
+    if evaluating:
+        return _source(data, held_out, None, validation, evaluating)
+    name, trained, train = part(data.train_files, "data.train_files")
+    if both := validated.keys() & trained.keys():
+        file, same = validated[min(both)], trained[min(both)]
+        also = "" if file == same else f", as {same}"
+        raise UserError(f"data.validation_files ({file}): is in data.train_files, too{also}; leave it out of one")
+    return _source(data, f"{name}, held out: {held_out}", train, validation, evaluating)
 
 
-def _hub(data: DataConfig) -> Source:
+def _hub(data: DataConfig, evaluating: bool) -> Source:
     where = f"data.dataset_name ({data.dataset_name})"
 
     def part(split: str, field: str) -> _Part:
@@ -101,14 +115,19 @@ def _hub(data: DataConfig) -> Source:
         return _Part(f"{where} {split}", rows._fingerprint, read)
 
     name, builder = hub.prepare(data.dataset_name, data.dataset_config, where)
-    train = part(data.dataset_split, "data.dataset_split")
-    validation = None if data.validation_split is None else part(data.validation_split, "data.validation_split")
-    return _source(data, name, train, validation)
+    held_out = data.validation_split
+    if evaluating and held_out == DataConfig.validation_split and held_out not in (builder.info.splits or ()):
+        held_out, data = None, replace(data, validation_fraction=0)
+    validation = None if held_out is None else part(held_out, "data.validation_split")
+    train = None if evaluating and validation else part(data.dataset_split, "data.dataset_split")
+    if evaluating:
+        name += f" {held_out or data.dataset_split}"
+    return _source(data, name, train, validation, evaluating)
 
 
-def _standard_library(data: DataConfig) -> Source:
+def _standard_library(data: DataConfig, evaluating: bool) -> Source:
     where, root = f"data.dataset_name ({STDLIB})", Path(sysconfig.get_path("stdlib"))
-    paths, digest = _library_files(root), hashlib.sha256()
+    paths, digest = [path for path in files.below(root, _NOT_STDLIB) if path.suffix == ".py"], hashlib.sha256()
     if not paths:
         raise UserError(f"{where}: no Python source files in {root}; use data.train_files")
     for path in paths:
@@ -120,13 +139,4 @@ def _standard_library(data: DataConfig) -> Source:
         return chain.from_iterable(files.read_txt(path, "", f"{where}: {path}") for path in paths)
 
     name = f"{STDLIB} {platform.python_version()} ({len(paths)} files)"
-    return _source(data, name, _Part(where, digest.hexdigest(), read), None)
-
-
-def _library_files(root: Path) -> list[Path]:
-    """The source files below `root`, sorted. Folders beside the library are not even listed: they can be large."""
-    names = []
-    for folder, folders, found in os.walk(root):
-        folders[:] = [name for name in folders if name not in _NOT_STDLIB]
-        names += [os.path.relpath(os.path.join(folder, name), root) for name in found if name.endswith(".py")]
-    return [root / name for name in sorted(names)]
+    return _source(data, name, _Part(where, digest.hexdigest(), read), None, evaluating)

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from functools import cached_property
-from itertools import chain, islice
+from itertools import chain, islice, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -27,19 +27,27 @@ PAD_NAMES = (PAD, "[PAD]", "<|pad|>", "<|padding|>", "<|finetune_right_pad_id|>"
 PART_CHARACTERS = 2**18
 # GPT-2's pattern splits the last character off a run of white space that a word follows. Where that is a line end, it
 # is a word of its own. So a cut just before such a line end leaves every word, and every id, as it was.
+LONGEST_WORD = 1000
+_LONG_WORD = re.compile(rf"(?<!\S)\S{{{LONGEST_WORD},}}|(?<!\s)\s{{{LONGEST_WORD},}}")
 _SAFE_CUT = re.compile(r"\n(?=\S)")
 
 
 class Tokenizer:
-    """A `tokenizers.Tokenizer` that treats its input as text only: no markup, no padding, no truncation.
+    """A `tokenizers.Tokenizer` without padding and truncation.
 
-    Attributes: `bos_id`, `eos_id`, `pad_id`, `vocab_size` (int): the largest id + 1.
+    To one trained here, its input is text only: "<bos>" is five characters. Of others, whose chat markers mean
+    something, a special token's name in a text is that token, as in transformers.
+
+    Attributes: `bos_id`, `eos_id`, `pad_id`, `vocab_size` (int): the largest id + 1; `special_in_text` (set of str):
+      the special tokens that are read as such in a text.
     """
 
     def __init__(self, backend: tokenizers.Tokenizer, where: str = "tokenizer") -> None:
         """Raises UserError, which `where` begins, if `backend` has no token to begin or end a document with."""
         self._backend = backend
-        backend.encode_special_tokens = True  # "<bos>" in a text is five characters; the flag is not kept in the JSON
+        self._special = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
+        self.special_in_text = set() if self._special <= {PAD, BOS, EOS} else self._special
+        backend.encode_special_tokens = not self.special_in_text  # true: as characters; the flag is not in the JSON
         backend.no_padding()
         backend.no_truncation()
         vocabulary = backend.get_vocab(with_added_tokens=True)
@@ -65,7 +73,8 @@ class Tokenizer:
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
         )
-        backend.train_from_iterator((part for text in texts for part in split_safely(text)), trainer)
+        parts = (part for text in texts for whole in split_safely(text) for part in without_long_words(whole))
+        backend.train_from_iterator(parts, trainer)
         return cls(backend)
 
     @classmethod
@@ -112,6 +121,12 @@ class Tokenizer:
         """SHA-256 of `to_json()`, in hexadecimal."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()
 
+    @cached_property
+    def markers(self) -> re.Pattern[str]:
+        """Finds special tokens in texts, and what looks like one of another tokenizer, such as <|im_start|>."""
+        names = sorted(map(re.escape, self._special - {""}), key=len, reverse=True)
+        return re.compile("|".join([r"<\|\w+\|>", *names]))
+
     @property
     def dtype(self) -> np.dtype:
         """The narrowest of uint16 and uint32 that holds every id."""
@@ -156,9 +171,10 @@ class Tokenizer:
         """Whether text is split into words as `train` does it, so that `split_safely` applies."""
         settings = json.loads(self.to_json())
         words = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
-        only_special = all(token["special"] for token in settings["added_tokens"])
+        tokens = settings["added_tokens"]
+        within_lines = all(token["special"] and not token["lstrip"] and not token["rstrip"] for token in tokens)
         return (
-            only_special
+            within_lines
             and settings["normalizer"] is None
             and (settings["pre_tokenizer"] or {}).items() >= words.items()
         )
@@ -176,6 +192,16 @@ class _LibraryErrors(AbstractContextManager[None]):
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
         if error is not None and kind is Exception:
             raise UserError(f"{self._message}: {one_line(error)}") from error
+
+
+def without_long_words(text: str) -> list[str]:
+    """`text`, cut within words of more than LONGEST_WORD characters: the time of training grows with their square."""
+    half = LONGEST_WORD // 2  # a longer word covers a whole part of this size, in which there is no break
+    if all(len(text[at : at + half].split(None, 1)) == 2 for at in range(0, len(text) - half + 1, half)):
+        return [text]
+    words = _LONG_WORD.finditer(text)
+    cuts = [cut for word in words for cut in range(word.start() + LONGEST_WORD, word.end(), LONGEST_WORD)]
+    return [text[start:end] for start, end in pairwise([0, *cuts, len(text)])]
 
 
 def split_safely(text: str, size: int = PART_CHARACTERS) -> list[str]:

@@ -5,7 +5,7 @@
     <cache>/tokens/<key>/<split>.offsets.npy   int64 [documents + 1], where in it each document begins
     <cache>/tokens/<key>/<split>.bytes.npy     int64 [documents], the length of each document's text in UTF-8
     <cache>/tokens/<key>/<split>.plan-*.npz    packing plans (packing.py)
-    <cache>/tokens/<key>/left_out.json         the lines of the report about documents that were left out
+    <cache>/tokens/<key>/notes.json            {"lines": of the report about the documents, "choices": see `Prepared`}
 
 Of several processes that need the same folder or plan, one makes it and the others wait (atomic.py).
 """
@@ -16,7 +16,7 @@ import os
 import tempfile
 import time
 from array import array
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -24,18 +24,18 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby, islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from jaxlm.config import DataConfig
 from jaxlm.data.atomic import atomic_path
-from jaxlm.data.documents import Document, LeftOut
-from jaxlm.data.sources import STDLIB, Source, open_source
+from jaxlm.data.documents import SHOWN, Document, LeftOut
+from jaxlm.data.sources import Source, open_source
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.errors import UserError
 
-FORMAT = 2  # raise it when what is stored, or how text becomes tokens, changes
-SPLITS = ("train", "validation")
+FORMAT = 3  # raise it when what is stored, or how text becomes tokens, changes
 BATCH_CHARACTERS = 2**20  # text tokenized in one call: enough for every thread, little enough for memory
 CACHED = "cached"
 CALLS = 2  # of the tokenizers library at a time, so that its threads have work while the ids of one call are written
@@ -76,11 +76,15 @@ class TokenDocuments:
 
 @dataclass(frozen=True)
 class Prepared:
-    """The result of `prepare`."""
+    """The result of `prepare`; None where there is no such part.
+
+    `source_fingerprint` is the source's, and "+" with a word for what else decides the rows: whether short documents
+    were passed over for the held-out ones, and whether a text held special tokens.
+    """
 
     tokenizer: Tokenizer
-    train: TokenDocuments
-    validation: TokenDocuments
+    train: TokenDocuments | None
+    validation: TokenDocuments | None
     source_name: str
     source_fingerprint: str
 
@@ -96,7 +100,9 @@ def cache_root(data: DataConfig) -> Path:
     return root
 
 
-def prepare(data: DataConfig, vocab_size: int, tokenizer: Tokenizer | None, report: Report) -> Prepared:
+def prepare(
+    data: DataConfig, vocab_size: int, tokenizer: Tokenizer | None, report: Report, evaluating: bool = False
+) -> Prepared:
     """Text to tokenizer and token arrays; uses the cache where it can, and says so.
 
     Sets the environment variables that bound the threads of the tokenizers library, which reads them at its first use.
@@ -106,6 +112,7 @@ def prepare(data: DataConfig, vocab_size: int, tokenizer: Tokenizer | None, repo
       vocab_size: of the BPE to train, if there is no tokenizer yet.
       tokenizer: that of the run to go on with; None: `data.tokenizer_path`, or one trained on the training text.
       report: takes each line about what was done.
+      evaluating: only `validation` is wanted, see `open_source`; needs a tokenizer.
 
     Raises:
       UserError: the text, the tokenizer or the cache folder is not usable.
@@ -113,21 +120,23 @@ def prepare(data: DataConfig, vocab_size: int, tokenizer: Tokenizer | None, repo
     os.environ["RAYON_NUM_THREADS"] = str(min(data.preprocessing_num_workers, os.cpu_count() or 1))
     os.environ["TOKENIZERS_PARALLELISM"] = "true"  # else it warns in processes that fork later; ours do not
     root = cache_root(data)
-    source = open_source(data)
+    source = open_source(data, evaluating)
     report(f"text: {source.name}")
-    local = data.train_files or data.dataset_name == STDLIB
-    held_out = not data.validation_files if local else data.validation_split is None
-    settings = [data.text_column, data.on_bad_document, data.validation_fraction if held_out else None]
+    fraction, least = (None, None) if source.split is None else (data.validation_fraction, data.min_length)
+    settings = [data.text_column, data.on_bad_document, data.document_separator, fraction]
     if tokenizer is None and data.tokenizer_path is not None:
         tokenizer = Tokenizer.load(data.tokenizer_path)
     elif tokenizer is None:
         folder = root / "tokenizers" / _key(source.fingerprint, settings, vocab_size)
         tokenizer = _trained_tokenizer(folder, source, vocab_size, report)
-    folder = root / "tokens" / _key(source.fingerprint, settings, tokenizer.fingerprint)
+    folder = root / "tokens" / _key(source.fingerprint, settings, least, [*source.parts], tokenizer.fingerprint)
     took = made_once(folder, lambda part: _tokenize(part, source, tokenizer, data))
     report(f"tokenized text: {took} ({folder})")
-    train, validation = _open_splits(folder, tokenizer.dtype, report)
-    return Prepared(tokenizer, train, validation, source.name, source.fingerprint)
+    parts, notes = _open_parts(folder, source.parts, tokenizer.dtype)
+    for line in notes["lines"]:
+        report(line)
+    fingerprint = "+".join([source.fingerprint, *notes["choices"]])
+    return Prepared(tokenizer, parts.get("train"), parts.get("validation"), source.name, fingerprint)
 
 
 def made_once(path: Path, fill: Callable[[Path], None]) -> str:
@@ -165,7 +174,7 @@ def _trained_tokenizer(folder: Path, source: Source, vocab_size: int, report: Re
     """The BPE trained on the training text, from the cache if it is there."""
 
     def train(part: Path) -> None:
-        texts = (document.text for document in _with_progress(source.train(), "training BPE"))
+        texts = (document.text for document in _with_progress(source.parts["train"](), "training BPE"))
         Tokenizer.train(texts, vocab_size).save(part)
 
     took = made_once(folder, train)
@@ -177,26 +186,40 @@ def _trained_tokenizer(folder: Path, source: Source, vocab_size: int, report: Re
 
 
 def _tokenize(folder: Path, source: Source, tokenizer: Tokenizer, data: DataConfig) -> None:
-    """Writes the tokens of both splits into `folder`, which it makes."""
+    """Writes the tokens of all parts into `folder`, which it makes."""
     folder.mkdir()
-    left_out = dict(source.left_out)
-    for split, documents in zip(SPLITS, (source.train(), source.validation()), strict=True):
-        untokenizable = left_out[f"tokenizing {split}"] = LeftOut(data)
+    left_out, markers, choices = dict(source.left_out), Counter[str](), []
+
+    def lengths(documents: Iterator[Document]) -> Iterator[int]:
+        return (0 if isinstance(ids, UserError) else len(ids) for _, ids in _encoded(tokenizer, documents))
+
+    if source.split is not None and source.split.pass_over_short(data.min_length, lengths):
+        choices.append("long")
+    for name, read in source.parts.items():
+        untokenizable = left_out[f"tokenizing {name}"] = LeftOut(data)
         offsets, document_bytes = array("q", [0]), array("q")
-        with (folder / f"{split}.tokens").open("wb") as file:
-            for document, ids in _encoded(tokenizer, _with_progress(documents, f"tokenizing {split}")):
+        with (folder / f"{name}.tokens").open("wb") as file:
+            for document, ids in _encoded(tokenizer, _with_progress(read(), f"tokenizing {name}")):
                 if isinstance(ids, UserError):
                     untokenizable.add(UserError(f"{document.place} {ids}"))
                     continue
                 ids.tofile(file)
                 offsets.append(offsets[-1] + len(ids))
                 document_bytes.append(len(document.text.encode()))
+                markers.update(tokenizer.markers.findall(document.text))
         if not document_bytes:
-            raise UserError(f"no document of the {split} text can be tokenized: {untokenizable.first[0]}")
-        np.save(folder / f"{split}.offsets.npy", np.array(offsets, np.int64))
-        np.save(folder / f"{split}.bytes.npy", np.array(document_bytes, np.int64))
+            raise UserError(f"no document of the {name} text can be tokenized: {untokenizable.first[0]}")
+        np.save(folder / f"{name}.offsets.npy", np.array(offsets, np.int64))
+        np.save(folder / f"{name}.bytes.npy", np.array(document_bytes, np.int64))
     lines = [line for part, counts in left_out.items() for line in counts.lines(part)]
-    (folder / "left_out.json").write_text(json.dumps(lines))
+    tokens = Counter({marker: count for marker, count in markers.items() if marker in tokenizer.special_in_text})
+    for found, what in ((tokens, "each read as that token"), (markers - tokens, "read as characters, not as tokens")):
+        if found:
+            most = ", ".join(f"{marker} ({count:,})" for marker, count in found.most_common(SHOWN))
+            cure = "data.document_separator splits documents at one"
+            lines.append(f"{found.total():,} markers stand in the text: {most}; {what} ({cure})")
+    choices += ["special"] * bool(tokens)
+    (folder / "notes.json").write_text(json.dumps({"lines": lines, "choices": choices}))
 
 
 Ids = np.ndarray | UserError  # of a document, or the reason why it has none
@@ -238,14 +261,13 @@ def _with_progress(documents: Iterable[Document], description: str) -> Iterable[
     return tqdm(documents, description, unit=" documents", unit_scale=True, disable=None, leave=False)
 
 
-def _open_splits(folder: Path, dtype: np.dtype, report: Report) -> list[TokenDocuments]:
-    """The documents of both splits, after a line to `report` for each part that documents were left out of."""
-    splits = [TokenDocuments(folder, split, dtype) for split in SPLITS]
+def _open_parts(folder: Path, names: Iterable[str], dtype: np.dtype) -> tuple[dict[str, TokenDocuments], Any]:
+    """The documents of each part, and what notes.json holds."""
+    parts = {name: TokenDocuments(folder, name, dtype) for name in names}
     try:
-        for line in json.loads((folder / "left_out.json").read_text()):
-            report(line)
-        if not all(len(d.tokens) == d.offsets[-1] and len(d.document_bytes) == len(d) for d in splits):
+        notes = json.loads((folder / "notes.json").read_text())
+        if not all(len(d.tokens) == d.offsets[-1] and len(d.document_bytes) == len(d) for d in parts.values()):
             raise ValueError("files of different lengths")
     except (OSError, EOFError, ValueError) as error:
         raise UserError(f"cached tokens ({folder}) are damaged ({error}); delete that folder") from error
-    return splits
+    return parts, notes

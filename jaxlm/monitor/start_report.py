@@ -37,7 +37,7 @@ class StartReport:
     assembly: Assembly
     state: TrainState
     rows: Rows
-    eval_rows: Rows
+    eval_rows: Rows | None
     data_fingerprint: str
     total_steps: int
     schedule: Schedule
@@ -83,6 +83,9 @@ class StartReport:
         warmup, end = effective_warmup(training, steps), schedule_end(training, steps)
         epochs = steps * global_batch / len(self.rows)
         yield f"steps: {steps:,} ({epochs:.2f} epochs), {training.lr_scheduler} schedule, {warmup} of warm-up"
+        if training.max_steps is None and epochs > 1.1 * training.num_epochs:
+            rows = f"an update has {global_batch} rows, the text {len(self.rows)}"
+            yield f"training.num_epochs ({training.num_epochs:g}): the run goes over more of the text than that; {rows}"
         if end != steps:
             yield f"the schedule ends at step {end:,}: the learning rate is {self.schedule(end):.3g} from there on"
         if warmup < training.warmup_steps:
@@ -108,7 +111,7 @@ class StartReport:
             "rows_an_update": self.resolved.global_batch,
             "data_fingerprint": self.data_fingerprint,
             "train": _packing(self.rows.plan),
-            "validation": _packing(self.eval_rows.plan),
+            "validation": {} if self.eval_rows is None else _packing(self.eval_rows.plan),
         }
         with open_lines(folder / "starts.jsonl") as file:
             file.write(json.dumps(start) + "\n")

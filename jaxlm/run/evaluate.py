@@ -1,34 +1,98 @@
-"""The held-out loss of a saved model."""
+"""The loss of a saved model on a text."""
 
 import dataclasses
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator, Mapping
+from operator import attrgetter
+from typing import Any
 
 import jax
 from flax import nnx
 
 from jaxlm.checkpoints.load import LoadedModel
-from jaxlm.config import DataConfig, validate
+from jaxlm.config import Config, DataConfig, replace_fields, shown, validate
+from jaxlm.config.schema import STDLIB
 from jaxlm.data.loader import Rows, eval_batches
-from jaxlm.data.packing import plan_cached
-from jaxlm.data.tokens import prepare
+from jaxlm.data.packing import Plan, plan_cached
+from jaxlm.data.tokens import Prepared, prepare
+from jaxlm.errors import UserError
 from jaxlm.parallel.layout import Layout
 from jaxlm.parallel.mesh import make_mesh
+from jaxlm.run.text import untrained_positions
 from jaxlm.train.evaluate import evaluate_batches
 from jaxlm.train.step import make_eval_step
+
+NAMES = "dataset_name dataset_config dataset_split validation_split train_files validation_files validation_fraction"
+TEXT = [f"data.{name}" for name in NAMES.split()]
+
+
+def text_to_evaluate(config: Config, given: Mapping[str, Any]) -> DataConfig:
+    """What is evaluated: the run's held-out text, or the one named in `given` ({"data.field": value}).
+
+    All of the files named; of a data set its validation split, or else all of the split to train on (`open_source`).
+    Only where `given` has data.validation_fraction, a part of them is held out.
+
+    Raises:
+      UserError: two texts are named, or the run held out none.
+    """
+    own, other, name = config.data, dict[str, Any](), given.get("data.dataset_name")
+    files, held_out = given.get("data.train_files"), given.get("data.validation_files")
+    if files and held_out:
+        raise UserError(f"data.train_files ({shown(files)}) and data.validation_files ({shown(held_out)}): name one")
+    if held_out:
+        other = {"data.train_files": held_out}  # of which nothing is read
+    elif files or name == STDLIB:
+        other = {"data.validation_files": (), "data.validation_fraction": 0}
+    elif name is not None or "data.dataset_split" in given:
+        same = name in (None, own.dataset_name) and not own.train_files
+        other = {"data.validation_split": (same and own.validation_split) or DataConfig.validation_split}
+        if not same:
+            other["data.dataset_split"] = DataConfig.dataset_split
+        if given.keys() & {"data.dataset_split", "data.validation_fraction"}:
+            other |= {"data.validation_split": None, "data.validation_fraction": 0}
+    elif own.validation_fraction == 0 and not given.keys() & set(TEXT):
+        raise UserError("data.validation_fraction (0): this run held out no text; name one with --files")
+    return replace_fields(config, other | dict(given)).data
 
 
 def evaluate_model(
     loaded: LoadedModel, data: DataConfig, batch_size: int, report: Callable[[str], None]
-) -> dict[str, float]:
-    """The held-out loss of a saved model on the validation text of `data`.
+) -> dict[str, Any]:
+    """The loss of a saved model on the held-out text of `data`, or on all of it if data.validation_fraction is 0.
+
+    Returns:
+      As `evaluate_batches`, and `documents` (those of data.min_length or more), `bytes` (of their text, in UTF-8), and
+      `text`, its name.
 
     Raises:
       UserError: the text is not usable, or `data` does not fit the model.
     """
     config = validate(dataclasses.replace(loaded.config, data=data))
-    documents = prepare(data, config.model.vocab_size, loaded.tokenizer, report).validation
-    rows = Rows(documents, plan_cached(documents, data, report))
+    prepared = prepare(data, config.model.vocab_size, loaded.tokenizer, report, evaluating=True)
+    if prepared.validation is None:
+        raise ValueError("prepared for evaluation, and nothing to evaluate on")
+    documents = prepared.validation
+    plan = plan_cached(documents, data, report)
+    for line in _doubts(loaded, config, prepared, plan):
+        report(f"warning: {line}")
     graphdef, state = nnx.split(loaded.model)
     params = nnx.to_pure_dict(state)
     eval_step = jax.jit(make_eval_step(graphdef, config, Layout(make_mesh(jax.devices()[:1]), 0, params)))
-    return evaluate_batches(eval_step, params, eval_batches(rows, batch_size), documents.kept_bytes(data.min_length))
+    utf8_bytes = documents.kept_bytes(data.min_length)
+    result = evaluate_batches(eval_step, params, eval_batches(Rows(documents, plan), batch_size), utf8_bytes)
+    kept = plan.documents - plan.dropped_documents
+    return result | {"documents": kept, "bytes": utf8_bytes, "text": prepared.source_name}
+
+
+def _doubts(loaded: LoadedModel, config: Config, prepared: Prepared, plan: Plan) -> Iterator[str]:
+    """Why the loss may be another than it seems."""
+    own, run = loaded.config, loaded.progress
+    text, trained = prepared.source_fingerprint.partition("+")[0], re.split("[-+]", run.data_fingerprint)[0]
+    share = 1 if prepared.train is None else config.data.validation_fraction
+    if text == trained and share > ("-" not in run.data_fingerprint and own.data.validation_fraction):
+        yield f"the model was trained on {'this text' if share == 1 else 'a part of this text'}"
+    named = attrgetter(*TEXT)
+    if named(config) == named(own) and text not in run.data_fingerprint:
+        yield "the text has changed since the run"
+    if trained_on := run.longest_piece:
+        yield from untrained_positions(own, trained_on, plan.longest)

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 
 from jaxlm.data.loader import Rows, eval_batches, train_batches
+from jaxlm.errors import UserError
 from jaxlm.monitor.metrics import Throughput
 from jaxlm.monitor.watchdog import Watchdog
 from jaxlm.parallel.mesh import EVAL_BATCH, TRAIN_BATCH, put_batch, row_shards, rows_of_process
@@ -48,8 +49,10 @@ class BatchFeeder:
             self.watchdog.updated(done)
 
 
-def batches_to_evaluate(resolved: Resolved, rows: Rows, watchdog: Watchdog) -> Iterator[Batch]:
-    """Every row once, on the devices."""
+def batches_to_evaluate(resolved: Resolved, rows: Rows | None, watchdog: Watchdog) -> Iterator[Batch]:
+    """Every row once, on the devices; UserError if no text was held out."""
+    if rows is None:
+        raise UserError("data.validation_fraction (0): no text is held out that could be evaluated")
     batch_size = resolved.config.training.batch_size * row_shards(resolved.mesh)
     for batch in eval_batches(rows, batch_size, rows_of_process(resolved.mesh, batch_size)):
         yield put_batch(batch, resolved.mesh, EVAL_BATCH)

@@ -13,7 +13,6 @@ from pyarrow import parquet
 
 from jaxlm.config import DataConfig
 from jaxlm.data.documents import Document, LeftOut
-from jaxlm.data.files import READERS
 from jaxlm.data.loader import Rows
 from jaxlm.data.packing import plan_cached
 from jaxlm.data.sources import open_source
@@ -93,14 +92,13 @@ def text_file(rng: random.Random, suffix: str, column: str) -> bytes:
 def text(rng: random.Random, folder: Path) -> None:
     names = []
     for number in range(rng.choice((1, 1, 2))):
-        suffix = rng.choice(list(READERS))
+        suffix = rng.choice((".txt", ".jsonl", ".csv", ".parquet"))
         names.append(folder / f"{number}{suffix}")
         names[-1].write_bytes(text_file(rng, suffix, rng.choice(("text",) * 20 + ("body", "", "é"))))
     paths = tuple(map(str, names))
     data = DataConfig(
         train_files=paths,
-        validation_files=paths if rng.random() < 0.7 else (),
-        validation_fraction=rng.choice((0.05, 0.5, 1e-9, 0.999)),
+        validation_fraction=0 if rng.random() < 0.7 else rng.choice((0.05, 0.5, 1e-9, 0.999)),
         on_bad_document=rng.choice(("stop", "skip")),
         max_length=rng.choice((2, 16, 64)),
         min_length=rng.choice((0, 2, 10)),
@@ -119,10 +117,13 @@ def text(rng: random.Random, folder: Path) -> None:
     if any("\n" in line for line in said):
         raise Defect(f"more than one line is reported: {said}")
     source = open_source(data)
-    documents = list(source.train())
+    if source.split is not None:
+        encode = prepared.tokenizer.encode_documents
+        source.split.pass_over_short(data.min_length, lambda found: (len(encode([text])[0]) for text, _ in found))
+    documents = list(source.parts["train"]())
     check_nothing_is_lost(data, documents, source.left_out)
     check_tokens(prepared, documents)
-    if data.validation_files:  # else the held-out part alone may be too short
+    if not data.validation_fraction:  # else the held-out part alone may be too short
         plan = plan_cached(prepared.train, data, said.append)
         rows = Rows(prepared.train, plan)
         pairs = sum(int((rows[i]["segments"] > 0).sum()) for i in range(len(rows)))
@@ -132,7 +133,7 @@ def text(rng: random.Random, folder: Path) -> None:
 
 def check_nothing_is_lost(data: DataConfig, documents: list[Document], left_out: dict[str, LeftOut]) -> None:
     """Every line of a JSON Lines file is a document, or was said to be left out."""
-    if data.validation_files and all(name.endswith(".jsonl") for name in data.train_files):
+    if not data.validation_fraction and all(name.endswith(".jsonl") for name in data.train_files):
         blank = (0, 0)
         lines = 0
         for name in data.train_files:
