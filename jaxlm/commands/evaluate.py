@@ -21,12 +21,14 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.batch_size is not None and arguments.batch_size < 1:
         raise UserError(f"--batch_size ({arguments.batch_size}) must be at least 1")
 
-    from jaxlm.checkpoints.load import load
     from jaxlm.parallel.devices import find_devices
     from jaxlm.run.evaluate import evaluate_model
+    from jaxlm.run.load import load
 
     find_devices()
     loaded = load(arguments.model)
+    if loaded.progress is None and not changes:
+        raise UserError(f"--model ({arguments.model}): no run of jaxlm's, so it has no held-out text; name one")
     data = replace_fields(loaded.config, changes).data
     if "data.validation_files" in changes and "data.train_files" not in changes:
         data = dataclasses.replace(data, train_files=data.validation_files)  # evaluating needs no training text

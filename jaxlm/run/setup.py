@@ -1,6 +1,7 @@
 """From a configuration as it was asked for to one that is complete, on the devices that it is for."""
 
 import json
+import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -20,8 +21,9 @@ if TYPE_CHECKING:  # a mistake in a configuration shows before JAX is imported, 
     import jax
 
     from jaxlm.data.tokenizer import Tokenizer
-    from jaxlm.train.assemble import Resolved
+    from jaxlm.train.assemble import Assembly, Resolved
 
+CACHE_HIT = "/jax/compilation_cache/cache_hits"  # JAX's event for a program that was not compiled
 Devices: TypeAlias = "Sequence[jax.Device] | Callable[[Config], Sequence[jax.Device]] | int"
 
 
@@ -73,6 +75,25 @@ def check_same_in_processes(config: Config, fingerprint: str) -> None:
 
     values = to_dict(replace_fields(config, {"data.cache_dir": None}))
     check_same_everywhere("the configuration or the text", json.dumps([values, fingerprint]))
+
+
+def compile_step(assembly: "Assembly", options: dict[str, str | bool]) -> "jax.stages.Compiled":
+    """The update, compiled or read from the cache of compiled programs; says which, and how long it took."""
+    import jax.monitoring
+
+    from jaxlm.parallel.processes import say
+
+    events: list[str] = []
+    note = lambda event, **_: events.append(event)  # noqa: E731
+    started = time.perf_counter()
+    jax.monitoring.register_event_listener(note)
+    try:
+        compiled = assembly.lower_step().compile(compiler_options=options)
+    finally:
+        jax.monitoring.unregister_event_listener(note)
+    how = "read the compiled step from the cache" if CACHE_HIT in events else "compiled the step"
+    say(f"{how} in {time.perf_counter() - started:.1f} s")
+    return compiled
 
 
 def keep_compiled_programs(resolved: "Resolved") -> None:
