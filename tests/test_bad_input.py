@@ -150,7 +150,7 @@ SIMPLE = {
         "optax.sophia",
     ),
     "zero group": train(
-        r"training\.zero_group_size \(4\) must divide the 1 device\(s\)", "--training.zero_group_size", "4"
+        r"training\.zero_group_size \(4\) must divide the 1 device and", "--training.zero_group_size", "4"
     ),
     "some flags of several processes": train(r"--num_processes, --process_id: missing", "--coordinator_address", "a:1"),
     "process id": train(
@@ -195,7 +195,9 @@ SIMPLE = {
         "c.json", '{"trainng": {}}', r"unknown section 'trainng' \(did you mean training\?\)"
     ),
     "unknown field": configured(
-        "c.json", '{"model": {"d_modle": 3}}', r"c\.json\): model\.d_modle: unknown field \(did you mean d_model\?\)"
+        "c.json",
+        '{"model": {"d_modle": 3}}',
+        r"c\.json\): model\.d_modle: unknown field \(did you mean model\.d_model\?\)",
     ),
     "field of another section": configured(
         "c.json", '{"model": {"max_length": 3}}', r"unknown field \(did you mean data\.max_length\?\)"

@@ -16,7 +16,7 @@ PROGRESS_FORMATS = {
 
 
 class Progress:
-    """The progress line on stderr: a bar on a terminal that has a width, a line a row elsewhere, nothing unless `shown`."""
+    """The progress line on stderr: a bar on a terminal with columns, a line a row elsewhere, nothing unless `shown`."""
 
     def __init__(self, start_step: int, last_step: int, shown: bool = True) -> None:
         self.last_step, self.shown = last_step, shown
