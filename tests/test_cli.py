@@ -95,7 +95,7 @@ def test_names_of_other_trainers_are_those_of_the_page() -> None:
     for line in (arguments + more.partition("## nanoGPT")[2]).splitlines():
         names, fields = (re.findall(r"`([\w.]+)`", cell) for cell in (*line.split("|")[1:3], "", "")[:2])
         fields = set(fields) & set(FIELDS)
-        for name in (name.rpartition(".")[2] for name in names if fields):
+        for name in (name.rpartition(".")[2] for name in names if fields and not name.endswith(".py")):
             same = any(field.endswith(f".{name}") for field in fields)
             assert same or named[name] <= fields, (name, line)
 
@@ -323,3 +323,35 @@ def test_reader_that_goes_away_gets_no_complaint(unbuffered: str) -> None:
 
 def test_stopped_is_not_an_error_of_the_user() -> None:
     assert not issubclass(Stopped, UserError)
+
+
+def test_a_terminal_without_a_size_gets_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a container's may be: tqdm draws a bar of no width there, or hides all bars beyond the last line."""
+    import fcntl
+    import pty
+    import struct
+    import termios
+
+    from jaxlm.monitor.progress import Progress
+
+    for size, expected in (((0, 0), b"step 1/2  loss"), ((0, 80), b"step 1/2  loss"), ((24, 80), b"1/2 [")):
+        master, slave = pty.openpty()
+        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", *size, 0, 0))
+        with os.fdopen(slave, "w") as terminal:
+            monkeypatch.setattr(sys, "stderr", terminal)
+            progress = Progress(0, 2)
+            progress.write({"train/loss": 3.0}, 1)
+            progress.advance(1)
+            progress.close()
+            assert expected in os.read(master, 4096)
+        os.close(master)
+
+
+def test_help_and_version_are_commands_too(capsys: pytest.CaptureFixture[str]) -> None:
+    from jaxlm import __version__
+    from jaxlm.__main__ import run_named
+
+    for arguments, said in ((["help"], "commands:"), (["help", "train"], "--dry_run"), (["version"], __version__)):
+        with pytest.raises(SystemExit, match="0"):
+            run_named(arguments)
+        assert said in capsys.readouterr().out
