@@ -118,3 +118,22 @@ def test_a_runs_folder_stands_for_its_best_model(run, capfd):
     for name in ("best_model", "final_model"):
         shutil.rmtree(run / name, ignore_errors=True)
     assert load(run).folder == run / "checkpoint_2"
+
+
+def test_a_folder_of_transformers_is_loaded_evaluated_and_started_from(run, tmp_path, corpus, capfd):
+    """Without --config its architecture and its length rule; it has no held-out text of its own."""
+    there, other, cache = tmp_path / "there", tmp_path / "other", f"--data.cache_dir={corpus / 'cache'}"
+    command("export", ["--model", str(run), "--to", str(there)])
+    assert f"{run}: its best_model" in capfd.readouterr().err
+    mine, loaded = load(run), load(there)
+    assert loaded.progress is None and loaded.config.data.max_length == 32
+    jax.tree.map(np.testing.assert_array_equal, *(nnx.to_pure_dict(nnx.state(each.model)) for each in (mine, loaded)))
+    with pytest.raises(UserError, match="has no held-out text"):
+        command("evaluate", ["--model", str(there)])
+    with pytest.raises(UserError, match=r"is for transformers already"):
+        command("export", ["--model", str(there), "--to", str(other)])
+    text = f"--data.train_files={corpus / 'train.jsonl'}", "--training.sample_tokens=0", cache
+    command("train", [f"--training.init_from={there}", f"--training.checkpoint_dir={other}", *text, "--dry_run"])
+    said = capfd.readouterr().err
+    assert " of 32 tokens, greedy" in said
+    assert "dry run: update 1 works" in said and not other.exists()

@@ -91,8 +91,8 @@ def compile_step(assembly: "Assembly", options: dict[str, str | bool]) -> "jax.s
         compiled = assembly.lower_step().compile(compiler_options=options)
     finally:
         jax.monitoring.unregister_event_listener(note)
-    how = "read the compiled step from the cache" if CACHE_HIT in events else "compiled the step"
-    say(f"{how} in {time.perf_counter() - started:.1f} s")
+    took, cached = time.perf_counter() - started, CACHE_HIT in events
+    say(f"read the compiled step from the cache in {took:.1f} s" if cached else f"compiled the step in {took:.1f} s")
     return compiled
 
 
