@@ -128,18 +128,18 @@ def xla_option(text: str) -> tuple[str, str | bool]:
 
 def mesh_shape(config: Config, n_devices: int) -> tuple[int, int, int]:
     """Devices along (replica, data, tensor); UserError if `n_devices` can't be divided as the configuration asks."""
-    training, devices = config.training, f"{n_devices} device{'s' * (n_devices > 1)}"
+    training = config.training
     if training.world_size not in (None, n_devices):
         raise UserError(
-            f"training.world_size ({training.world_size}) differs from the {devices} found; "
+            f"training.world_size ({training.world_size}) differs from the number of devices found, {n_devices}; "
             "start it where there are as many, or unset it"
         )
     tensor, group = training.tensor_parallel, training.zero_group_size or n_devices
     if n_devices % tensor:
-        raise UserError(f"training.tensor_parallel ({tensor}) must divide the {devices}")
+        raise UserError(f"training.tensor_parallel ({tensor}) must divide {n_devices}, the number of devices")
     if n_devices % group or group % tensor:
         raise UserError(
-            f"training.zero_group_size ({group}) must divide the {devices} and be a multiple of "
+            f"training.zero_group_size ({group}) must divide {n_devices}, the number of devices, and be a multiple of "
             f"training.tensor_parallel ({tensor})"
         )
     return n_devices // group, group // tensor, tensor
