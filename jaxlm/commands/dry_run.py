@@ -1,7 +1,6 @@
 """A run up to its first update and no further, of which nothing is written: `jaxlm train --dry_run`, `jaxlm doctor`."""
 
 import math
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -35,14 +34,10 @@ class DryRun(Trainer):
     def _open_sinks(self) -> Sequence[Sink]:
         return []
 
-    def _write_report(self) -> None:
-        """Of nothing."""
+    def _nothing(self, path: Any = None) -> None:
+        """Of all that a run writes."""
 
-    def save_checkpoint(self) -> None:
-        """Saves nothing."""
-
-    def save_model(self, path: str | os.PathLike[str]) -> None:
-        """Saves nothing."""
+    save_checkpoint = save_model = _write_report = _nothing
 
     def _end(self, stop: StopRequest, stopping: bool) -> None:
         if stopping:
@@ -50,5 +45,8 @@ class DryRun(Trainer):
         loss = float(self.step_metrics["loss"])
         if not math.isfinite(loss):
             raise RunFailed(f"dry run: the loss of update {self.current_step} is {loss}; look at model and precision")
-        memory = "".join(f", {gib:.2f} GiB of memory" for gib in list(memory_gib(jax.local_devices()).values())[:1])
-        say(f"dry run: update {self.current_step} works, loss {loss:.4f}{memory}; nothing was written to {self.folder}")
+        gib = next(iter(memory_gib(jax.local_devices()).values()))  # of a device, else of the process
+        say(
+            f"dry run: update {self.current_step} works, loss {loss:.4f}, {gib:.2f} GiB of memory at most; "
+            f"nothing was written to {self.folder}"
+        )

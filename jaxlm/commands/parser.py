@@ -9,8 +9,8 @@ import typing
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn
 
-from jaxlm.config import SECTIONS, Config, load_config, meant, replace_fields, shipped_configs, shown, type_name
-from jaxlm.config.fields import excerpt, kinds_of
+from jaxlm.config import SECTIONS, Config, load_config, replace_fields, shipped_configs, shown, type_name
+from jaxlm.config.fields import excerpt, kinds_of, meant
 from jaxlm.config.schema import FIELDS
 from jaxlm.errors import UserError
 
@@ -81,8 +81,8 @@ def _paths(prefix: str, *endings: str) -> list[str]:
 def add_config_options(parser: Parser, sections: Sequence[str] = tuple(SECTIONS)) -> None:
     """Adds --SECTION.FIELD VALUE for every field of `sections`."""
     actions = [action for action in parser._actions if action.required or action.dest == "config"]
-    required = [f"{action.option_strings[0] if action.option_strings else ''} {action.metavar}" for action in actions]
-    parser.usage = " ".join(["%(prog)s", *map(str.strip, required), "[options]"])  # argparse would list every field
+    required = [" ".join([*action.option_strings[:1], str(action.metavar)]) for action in actions]
+    parser.usage = " ".join(["%(prog)s", *required, "[options]"])  # argparse would list every field
     for name in sections:
         group = parser.add_argument_group(f"{name} options")
         for field in sorted(dataclasses.fields(SECTIONS[name]), key=lambda field: field.name not in MOST_USED):
