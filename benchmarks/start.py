@@ -31,6 +31,7 @@ STAGES = {  # what has been done when a line begins so
     "validation rows: ": "packing",
     "model: ": "building and initialising the state",
     "compiled the step": "compiling the step",
+    "read the compiled step": "compiling the step",
     "step 1/": "first update",
 }
 TRAIN = [sys.executable, str(ROOT / "scripts" / "train.py")]

@@ -5,7 +5,7 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-_LAZY = {"Trainer": "jaxlm.trainer", "load": "jaxlm.checkpoints.load"}  # so that `jaxlm.config` comes without JAX
+_LAZY = {"Trainer": "jaxlm.trainer", "load": "jaxlm.run.load"}  # so that `jaxlm.config` comes without JAX
 
 
 def __getattr__(name: str) -> Any:

@@ -6,7 +6,7 @@ from types import ModuleType
 from typing import NoReturn
 
 from jaxlm import __version__
-from jaxlm.commands import completion, estimate_memory, evaluate, export, generate, report, train
+from jaxlm.commands import completion, doctor, estimate_memory, evaluate, export, generate, report, resume, train
 from jaxlm.commands.exits import run_and_exit
 from jaxlm.commands.parser import Parser
 from jaxlm.config import nearest
@@ -14,7 +14,7 @@ from jaxlm.errors import UserError
 
 COMMANDS = {
     module.__name__.rpartition(".")[2]: module
-    for module in (train, evaluate, generate, export, report, estimate_memory, completion)
+    for module in (train, resume, evaluate, generate, export, report, estimate_memory, doctor, completion)
 }
 
 
@@ -30,6 +30,11 @@ def main(name: str | None = None) -> NoReturn:
 def run_named(arguments: list[str]) -> None:
     """Runs the command that the first argument names, or acts on an option of the program itself."""
     name = arguments[0].replace("-", "_")
+    if name == "help":
+        arguments = [*arguments[1:2], "--help"]
+        name = arguments[0].replace("-", "_")
+    elif name == "version":
+        arguments = ["--version"]
     if name in COMMANDS:
         run(name, arguments[1:], prog=f"jaxlm {arguments[0]}")
     elif arguments[0].startswith("-"):

@@ -6,7 +6,6 @@
 
 import math
 import os
-import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -41,8 +40,8 @@ from jaxlm.report import write_report_of_run
 from jaxlm.run.describe import describe_run
 from jaxlm.run.feed import BatchFeeder, batches_to_evaluate
 from jaxlm.run.judge import NumbersJudge
-from jaxlm.run.resume import check_same_run, find_resume, is_finished, keep_global_batch
-from jaxlm.run.setup import check_same_in_processes, keep_compiled_programs, resolve, with_vocabulary
+from jaxlm.run.resume import find_resume, go_on, is_finished, say_going_on
+from jaxlm.run.setup import check_same_in_processes, compile_step, keep_compiled_programs, resolve, with_vocabulary
 from jaxlm.run.text import prepare_text
 from jaxlm.train.assemble import Resolved, assemble
 from jaxlm.train.evaluate import evaluate_batches
@@ -67,19 +66,17 @@ class Trainer:
             config = resolve(config, lambda config: start_backend(config.training), fresh)
         self.resolved, self._own_sinks = config, sinks
         self.folder = Path(self.config.training.checkpoint_dir).expanduser()
-        self._lock = folder.open_folder(self.folder, fresh)
-        keep_compiled_programs(self.resolved)
-        checkpoint = find_resume(self.config, self.folder)
-        self._prepare_text(checkpoint)
-        self._count_steps()
-        if checkpoint is not None:
-            name = self.model_class.__name__
-            check_same_run(checkpoint, self.config, self.asked_vocab_size, self.text.fingerprint, name)
-        self.finished = is_finished(self.config, self.folder, checkpoint, self.total_steps)
-        self._watchdog, self._throughput = Watchdog(self.config.training.watchdog_seconds), Throughput()
-        self._assemble()
-        self._make_state(checkpoint)
-        self._report_start(checkpoint)
+        self._lock = folder.RunFolder(self.folder, fresh)
+        with self._lock:  # a start that is refused leaves nothing behind
+            keep_compiled_programs(self.resolved)
+            checkpoint = find_resume(self.config, self.folder)
+            self._prepare_text(checkpoint)
+            self._count_steps()
+            self.finished = is_finished(self.config, self.folder, checkpoint, self.total_steps)
+            self._watchdog, self._throughput = Watchdog(self.config.training.watchdog_seconds), Throughput()
+            self._assemble()
+            self._make_state(checkpoint)
+            self._report_start(checkpoint)
 
     # ---------------------------------------------------------------- what a run is made of
 
@@ -98,13 +95,13 @@ class Trainer:
         self.text = prepare_text(self.config, given if checkpoint is None else read_tokenizer(checkpoint))
         self.tokenizer = self.text.tokenizer
         self.resolved = with_vocabulary(self.resolved, self.tokenizer)
-        if checkpoint is not None:
-            self.resolved = keep_global_batch(self.resolved, checkpoint)
+        own = self.asked_vocab_size, self.text.fingerprint, self.model_class.__name__
+        self.resolved, self._changed = go_on(self.resolved, checkpoint, *own)
         check_same_in_processes(self.config, self.text.fingerprint)
 
     def _count_steps(self) -> None:
-        training, rows = self.config.training, len(self.text.rows)
-        self.total_steps = total_steps(training.num_epochs, rows, self.resolved.global_batch, training.max_steps)
+        training, size = self.config.training, (len(self.text.rows), self.resolved.global_batch)
+        self.total_steps = total_steps(training.num_epochs, *size, training.max_steps, self.resolved.offset)
         stop = self.total_steps if training.stop_at_step is None else training.stop_at_step
         self.last_step = min(stop, self.total_steps)
         check_steps(self.config, self.total_steps, self.last_step)
@@ -136,7 +133,7 @@ class Trainer:
         training = self.config.training
         program = self.resolved, self.assembly, self.state
         data = self.text.rows, self.text.eval_rows, self.text.fingerprint
-        self._start = StartReport(*program, *data, self.total_steps, self.schedule)
+        self._start = StartReport(*program, *data, self.total_steps, self.schedule, self._changed)
         for line in (*self.resolved.notes, *self._start.lines()):
             say(line)
         if self._pretrained is not None:
@@ -146,7 +143,7 @@ class Trainer:
         if self.finished:
             say(f"this run is finished: {self.folder / 'final_model'} (--fresh starts it over)")
         elif checkpoint is not None:
-            say(f"resuming from {checkpoint} at step {self.current_step}")
+            say_going_on(checkpoint, self.schedule, self.total_steps)
 
     # ---------------------------------------------------------------- the loop
 
@@ -157,15 +154,18 @@ class Trainer:
           Stopped: a signal asked for it; the state is saved.
         """
         if self.finished:
-            self._lock.release(force=True)
+            self._lock.release()
             return
         training = self.config.training
         with ExitStack() as opened:
-            opened.callback(self._lock.release, force=True)
+            opened.callback(self._lock.release)
             opened.enter_context(self._watchdog)
             self._begin(opened)
             with StopRequest() as stop:
                 stopping = False
+                if training.eval_on_start and self.text.eval_rows and self.current_step == 0:
+                    self._log_eval_metrics(self.evaluate())
+                    self.metrics_tracker.flush(0)
                 for batch in self.train_batches:
                     numbers = at_rate(self._numbers, self.schedule(self.current_step))
                     self._histograms.before_update(self.current_step + 1, self.state, batch, numbers)
@@ -200,7 +200,7 @@ class Trainer:
     def _begin(self, opened: ExitStack) -> None:
         """Writes what describes the run, opens the sinks and compiles the step; `opened` closes everything."""
         if is_leader():
-            opened.callback(write_report_of_run, self.folder, say)  # called last
+            opened.callback(self._write_report)  # called last
         self._progress = Progress(self.current_step, self.last_step, shown=is_leader())
         sinks = self._open_sinks() if is_leader() else []
         self.metrics_tracker = MetricsTracker([*sinks, self._progress])
@@ -210,9 +210,7 @@ class Trainer:
         self.checkpoints = Checkpoints(self.folder, self.config.training.save_total_limit, say)
         opened.callback(self.checkpoints.close)  # which waits for the saves
         with self._watchdog.during("compiling the step"):
-            started = time.perf_counter()
-            self.train_step = self.assembly.compiled_step
-            say(f"compiled the step in {time.perf_counter() - started:.1f} s")
+            self.train_step = compile_step(self.assembly)
         when = self.config.training.histogram_steps, self.total_steps
         self._histograms = HistogramWriter(self.assembly, *when, self.metrics_tracker, self._throughput, self._watchdog)
         self._watchdog.updated(self.current_step)
@@ -223,6 +221,9 @@ class Trainer:
         steps = range(self.current_step, self.last_step)
         self.train_batches = BatchFeeder(self.resolved, self.text.rows, steps, self._throughput, self._watchdog)
         self._throughput.restart()
+
+    def _write_report(self) -> None:
+        write_report_of_run(self.folder, say)
 
     def _open_sinks(self) -> Sequence[Sink]:
         """Puts the run's folder into the state of the current step, and opens what is written on the way."""
@@ -257,7 +258,7 @@ class Trainer:
             "train/grad_norm": values["grad_norm"],
             "train/tokens_per_second": rate,
             "train/mfu": model_flops_utilization(rate, self.config, self.assembly.parameters, self.resolved.devices),
-            "train/epoch": self.current_step * self.resolved.global_batch / len(self.text.rows),
+            "train/epoch": self.resolved.position(self.current_step) / len(self.text.rows),
             "train/skipped_steps": values["skipped"],
             "train/loss_scale": values["loss_scale"],
         }
@@ -312,6 +313,7 @@ class Trainer:
             requested_vocab_size=self.asked_vocab_size,
             data_fingerprint=self.text.fingerprint,
             global_batch=self.resolved.global_batch,
+            rows_taken=self.resolved.position(self.current_step),
             model_class=self.model_class.__name__,
             shards=self.assembly.layout.shards,
             longest_piece=self.text.rows.plan.longest,

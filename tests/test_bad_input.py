@@ -150,7 +150,7 @@ SIMPLE = {
         "optax.sophia",
     ),
     "zero group": train(
-        r"training\.zero_group_size \(4\) must divide the 1 device\(s\)", "--training.zero_group_size", "4"
+        r"training\.zero_group_size \(4\) must divide 1, the number of devices, and", "--training.zero_group_size", "4"
     ),
     "some flags of several processes": train(r"--num_processes, --process_id: missing", "--coordinator_address", "a:1"),
     "process id": train(
@@ -195,7 +195,9 @@ SIMPLE = {
         "c.json", '{"trainng": {}}', r"unknown section 'trainng' \(did you mean training\?\)"
     ),
     "unknown field": configured(
-        "c.json", '{"model": {"d_modle": 3}}', r"c\.json\): model\.d_modle: unknown field \(did you mean d_model\?\)"
+        "c.json",
+        '{"model": {"d_modle": 3}}',
+        r"c\.json\): model\.d_modle: unknown field \(did you mean model\.d_model\?\)",
     ),
     "field of another section": configured(
         "c.json", '{"model": {"max_length": 3}}', r"unknown field \(did you mean data\.max_length\?\)"
@@ -242,7 +244,7 @@ SIMPLE = {
     "large seed": Case([GENERATE, "--model", "x", "--seed", "99999999999999999999"], r"--seed \(9{{20}}\) must be"),
     # devices
     "world size": train(
-        r"training\.world_size \(8\) differs from the 1 device\(s\) found", "--training.world_size", "8"
+        r"training\.world_size \(8\) differs from the number of devices found, 1", "--training.world_size", "8"
     ),
     "long sample prompt": train(
         r"training\.sample_prompt \(\d+ tokens with <bos>\) exceeds model\.max_seq_len \(32\); shorten it",
@@ -286,7 +288,7 @@ SIMPLE = {
         missing=("trackio",),
     ),
     "no such sink": train(
-        r"training\.report_to \(mine:Sink\): No module named 'mine'; put the module's folder on PYTHONPATH",
+        r"training\.report_to \(mine:Sink\): No module named 'mine'; put the module into this folder or",
         "--training.report_to",
         "mine:Sink",
     ),
@@ -331,7 +333,6 @@ SIMPLE = {
     "no checkpoint": train(
         r"training\.resume_from_checkpoint \({folder}\): is not a checkpoint", "--resume_from_checkpoint", "{folder}"
     ),
-    "nothing to resume": train(r"\(latest\): no checkpoint in {folder}/run", "--resume_from_checkpoint", "latest"),
     "nothing to start from": train(
         r"training\.init_from \({folder}/none\): no such folder$", "--training.init_from", "{folder}/none"
     ),
@@ -340,7 +341,7 @@ SIMPLE = {
         "--training.init_from",
         "{folder}",
     ),
-    "no such model": Case([EVALUATE, "--model", "{folder}/none"], r"{folder}/none: no such folder; name a best_model"),
+    "no such model": Case([EVALUATE, "--model", "{folder}/none"], r"{folder}/none: no such folder"),
     "no model there": Case([GENERATE, "--model", "{folder}"], r"{folder}: holds no model; name a best_model"),
 }
 
@@ -355,7 +356,7 @@ ON_RUN = {
         *("--training.learning_rate", "0.5", "--model.dropout", "0.1", "--training.logging_steps", "3"),
     ),
     "bad documents skipped from now on": on_run(
-        r'data\.on_bad_document was "stop", is "skip"', "--data.on_bad_document", "skip"
+        r'data\.on_bad_document was "stop", is "skip".*--training\.init_from {run}/', "--data.on_bad_document", "skip"
     ),
     "other text": on_run(
         r"data: the text is not the one that {run}/checkpoint_4 was trained on",
@@ -397,7 +398,6 @@ ON_RUN = {
         r"damaged, the last: tokenizer/tokenizer\.json is missing",
         damage=lambda run: (run / "checkpoint_4" / "tokenizer" / "tokenizer.json").unlink(),
     ),
-    "run for a model": Case([EVALUATE, "--model", "{run}"], r"{run}: holds no model; .* such as {run}/best_model$"),
     "damaged model": Case(
         [GENERATE, "--model", "{run}/best_model"],
         r"{run}/best_model is damaged: params/\S+ is missing; name another",
@@ -445,11 +445,6 @@ ON_RUN = {
     ),
     "another model to start from": on_run(
         r'training\.init_from was null, is "{run}/best_model"', "--training.init_from", "{run}/best_model"
-    ),
-    "run to start from": train(
-        r"training\.init_from \({run}\): holds no model; .* such as {run}/best_model",
-        "--training.init_from",
-        "{run}",
     ),
     "export into a folder in use": Case(
         [EXPORT, "--model", "{run}/best_model", "--to", "{run}"], r"--to \({run}\): is not empty; name another"

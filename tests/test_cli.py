@@ -4,10 +4,12 @@ import ast
 import dataclasses
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ import pytest
 
 from jaxlm.commands.parser import Parser, add_config_options, config_from, overrides
 from jaxlm.config import SECTIONS, Config, load_config, shown, validate
+from jaxlm.config.schema import FIELDS
 from jaxlm.errors import Stopped, UserError
 
 ROOT = Path(__file__).parents[1]
@@ -73,6 +76,59 @@ def test_values(name: str, text: str, value: object) -> None:
         assert type(given[name]) is type(value)
 
 
+def test_a_field_without_its_dashes_is_understood() -> None:
+    assert parse("training.batch_size=4", "--model.d_ff", "8", "data.text_column=a=b") == {
+        "training.batch_size": 4, "model.d_ff": 8, "data.text_column": "a=b"
+    }  # fmt: skip
+
+
+def test_names_of_other_trainers_are_those_of_the_page() -> None:
+    """Each name that docs/pytorch.md has fields for, with one or more of these, and every field is one."""
+    tables = tomllib.loads((ROOT / "jaxlm" / "config" / "names.toml").read_text(encoding="utf-8"))
+    named = {
+        name: {word for word in there.split() if "." in word}
+        for table in tables.values()
+        for name, there in table.items()
+    }
+    assert set().union(*named.values()) <= set(FIELDS)
+    page = (ROOT / "docs" / "pytorch.md").read_text(encoding="utf-8")
+    arguments, more = page.split("## Around the Trainer")
+    for line in (arguments + more.partition("## nanoGPT")[2]).splitlines():
+        names, fields = (re.findall(r"`([\w.]+)`", cell) for cell in (*line.split("|")[1:3], "", "")[:2])
+        fields = set(fields) & set(FIELDS)
+        for name in (name.rpartition(".")[2] for name in names if fields and not name.endswith(".py")):
+            same = any(field.endswith(f".{name}") for field in fields)
+            assert same or named[name] <= fields, (name, line)
+
+
+def test_fresh_is_never_suggested() -> None:
+    from jaxlm.__main__ import run as command
+
+    with pytest.raises(UserError, match=r"^--frehs: unknown option; --help lists all$"):
+        command("train", ["--config", "small", "--frehs"])
+
+
+def test_a_wrong_name_in_a_python_file_gets_the_same_hint(tmp_path: Path) -> None:
+    file = tmp_path / "c.py"
+    file.write_text("from jaxlm.config import TrainingConfig\nTrainingConfig(max_iters=3)\n")
+    with pytest.raises(UserError, match=r"line 2: TypeError: .*'max_iters' \(did you mean training\.max_steps\?\)$"):
+        load_config(str(file))
+
+
+def test_modules_beside_the_configuration_and_here_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An own sink, from the configuration's folder or from where the command is given."""
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.chdir(tmp_path)
+    sink = "class Own:\n    def write(self, row, step): pass\n    def close(self): pass\n"
+    (tmp_path / "sink_here_3f1.py").write_text(sink)
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "sink_there_3f1.py").write_text(sink)
+    (tmp_path / "there" / "c.json").write_text(
+        '{"training": {"report_to": ["sink_here_3f1:Own", "sink_there_3f1:Own"]}}'
+    )
+    validate(load_config("there/c.json"))
+
+
 def test_value_that_begins_with_a_dash() -> None:
     assert parse("--data.text_column=-x", "--training.weight_decay=-1e-3") == {
         "data.text_column": "-x",
@@ -95,6 +151,12 @@ def test_value_that_begins_with_a_dash() -> None:
         (["--data.train_files", "[a, b]"], "data.train_files ('[a, b]') is not a JSON list"),
         (["--trainng.max_steps", "3"], "--trainng.max_steps: unknown option (did you mean --training.max_steps?)"),
         (["--training.maxsteps=3"], "--training.maxsteps: unknown option (did you mean --training.max_steps?)"),
+        (["--learning-rate", "3"], "--learning-rate: unknown option (did you mean --training.learning_rate?)"),
+        (["--Model.D_Model", "3"], "--Model.D_Model: unknown option (did you mean --model.d_model?)"),
+        (["--n_embd", "3"], "--n_embd: unknown option (did you mean --model.d_model?)"),
+        (["--train.micro_batch_size", "3"], "--train.micro_batch_size: unknown option (did you mean --training.batch"),
+        (["--bf16"], "--bf16: unknown option (did you mean --training.use_amp or --training.amp_dtype?)"),
+        (["--eval_only"], "--eval_only: unknown option (here that is jaxlm evaluate); --help"),
         (["--training.max", "3"], "--training.max: unknown option"),  # no abbreviations
         (["--max_steps", "3"], "--max_steps: unknown option (did you mean --training.max_steps?)"),
         (
@@ -124,9 +186,9 @@ def test_help_lists_every_field_with_its_default_at_once() -> None:
             assert entry.startswith(field.metadata["help"])
             assert f"; default: {shown(field.default)})" in entry
     assert "(true or false; default: true) --training.amp_dtype VALUE" in said
-    assert "(int or none; default: none) --training.stop_at_step VALUE" in said
     assert "[tensorboard|wandb|trackio|jsonl] (list of text; default: tensorboard)" in said
-    assert "(list of text; default: []) --data.validation_files VALUE" in said
+    assert "training options: --training.batch_size VALUE" in said and "data options: --data.dataset_name" in said
+    assert said.index(" --training.init_from VALUE") < said.index(" --training.warmup_shape VALUE")
 
 
 def test_mistakes_are_found_before_jax_is_imported() -> None:
@@ -280,3 +342,35 @@ def test_signal_while_a_library_works() -> None:
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=30)
     assert done.returncode == 75
     assert done.stderr.strip() == "stopped: SIGTERM: stopped before the first update; the same command starts again"
+
+
+def test_a_terminal_without_a_size_gets_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a container's may be: tqdm draws a bar of no width there, or hides all bars beyond the last line."""
+    import fcntl
+    import pty
+    import struct
+    import termios
+
+    from jaxlm.monitor.progress import Progress
+
+    for size, expected in (((0, 0), b"step 1/2  loss"), ((0, 80), b"step 1/2  loss"), ((24, 80), b"1/2 [")):
+        master, slave = pty.openpty()
+        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", *size, 0, 0))
+        with os.fdopen(slave, "w") as terminal:
+            monkeypatch.setattr(sys, "stderr", terminal)
+            progress = Progress(0, 2)
+            progress.write({"train/loss": 3.0}, 1)
+            progress.advance(1)
+            progress.close()
+            assert expected in os.read(master, 4096)
+        os.close(master)
+
+
+def test_help_and_version_are_commands_too(capsys: pytest.CaptureFixture[str]) -> None:
+    from jaxlm import __version__
+    from jaxlm.__main__ import run_named
+
+    for arguments, said in ((["help"], "commands:"), (["help", "train"], "--dry_run"), (["version"], __version__)):
+        with pytest.raises(SystemExit, match="0"):
+            run_named(arguments)
+        assert said in capsys.readouterr().out

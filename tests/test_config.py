@@ -141,7 +141,7 @@ def test_lists_become_tuples() -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"model.d_modle": 1}, "model.d_modle: unknown field (did you mean d_model?)"),
+        ({"model.d_modle": 1}, "model.d_modle: unknown field (did you mean model.d_model?)"),
         ({"training.max_length": 1}, "training.max_length: unknown field (did you mean data.max_length?)"),
         ({"modle.d_model": 1}, "modle.d_model: unknown section 'modle' (did you mean model?)"),
         ({"d_model": 1}, "d_model: unknown section 'd_model'"),
@@ -160,7 +160,7 @@ def test_unknown_names_get_the_nearest_known_one(values: dict, message: str) -> 
         ([], 'x.json: expected {"model"'),
         ({"model": None}, 'x.json: expected {"model"'),
         ({"trainng": {}}, "x.json: unknown section 'trainng' (did you mean training?)"),
-        ({"data": {"max_lenght": 3}}, "x.json: data.max_lenght: unknown field (did you mean max_length?)"),
+        ({"data": {"max_lenght": 3}}, "x.json: data.max_lenght: unknown field (did you mean data.max_length?)"),
     ],
 )
 def test_from_dict_says_where_and_what(values: object, message: str) -> None:

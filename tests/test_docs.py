@@ -251,7 +251,9 @@ class Reader:
     def shortened(self, name: str, given: list[str]) -> list[str]:
         """What is added to a command, so that it takes a second."""
         cut: dict[str, Any] = {}
-        if name == "train":
+        if name == "resume":
+            cut = {"data.cache_dir": str(self.corpus / "cache")}
+        elif name == "train":
             cut = {dotted: value for dotted, value in data_of(self.corpus).items() if f"--{dotted}" not in given} | TINY
             if "--training.profile_steps" in given:
                 cut["training.profile_steps"] = "2:2"  # of as few updates as there are

@@ -644,6 +644,6 @@ def test_an_own_folder_that_is_damaged_is_refused(tmp_path: Path, corpus: Path) 
     file = max((tmp_path / "model" / "params").rglob("*"), key=lambda path: path.stat().st_size)
     file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(
-        UserError, match=r"^training\.init_from \(.*model\): is damaged: params/.* is not as it was saved"
+        UserError, match=r"^training\.init_from \(.*model\) is damaged: params/.* is not as it was saved"
     ):
         source.check(abstract_params(config.model))

@@ -119,8 +119,9 @@ def test_every_command_has_help_and_a_script(
         (["--versoin"], "error: --versoin: unknown option (did you mean --version?); --help lists all\n"),
         (
             ["train", "--confg", "x"],
-            "error: the following arguments are required: --config; --help lists all options\n",
+            "error: --confg: unknown option (did you mean --config?); --help lists all\n",
         ),
+        (["train"], "error: the following arguments are required: --config; --help lists all options\n"),
         (["train", "--config", "smal"], "error: --config (smal): no such file (did you mean small?); name a"),
     ],
 )

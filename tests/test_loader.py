@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jaxlm.data.loader import Rows, eval_batches, total_steps, train_batches
+from jaxlm.data.loader import Rows, documents_of_step, eval_batches, total_steps, train_batches
 from jaxlm.data.packing import plan
 from jaxlm.data.tokens import TokenDocuments
 
@@ -43,6 +43,14 @@ def stream(rows: Rows, seed: int, global_batch: int, steps: int, accumulation: i
     """[steps * G, T]: the tokens of the first batches, row after row."""
     batches = take(train_batches(rows, seed, global_batch, accumulation, start), steps)
     return np.concatenate([batch["tokens"].reshape(global_batch, T) for batch in batches])
+
+
+def test_a_batch_that_changes_goes_on_at_the_next_row(rows) -> None:
+    """3 updates of 2 rows, then 2 of 4: the rows of 7 updates of 2, over the end of an epoch."""
+    whole = stream(rows, 3, 2, 7)
+    later = take(train_batches(rows, 3, 4, 2, 3, offset=3 * 2 - 3 * 4), 2)
+    np.testing.assert_array_equal(np.concatenate([batch["tokens"].reshape(4, T) for batch in later]), whole[6:])
+    assert documents_of_step(rows, 3, 4, 4, offset=-6) == documents_of_step(rows, 3, 4, 0, offset=10)
 
 
 def test_row_by_hand(tmp_path) -> None:
@@ -149,7 +157,7 @@ def test_process_ends_with_batches_left(tmp_path) -> None:
     make_rows(tmp_path, [5, 8, 3, 30])
     program = (
         "import sys, numpy as np; from pathlib import Path; from jaxlm.data.tokens import TokenDocuments\n"
-        "from jaxlm.data.loader import Rows, train_batches; from jaxlm.data.packing import plan\n"
+        "from jaxlm.data.loader import Rows, documents_of_step, train_batches; from jaxlm.data.packing import plan\n"
         "documents = TokenDocuments(Path(sys.argv[1]), 'train', np.dtype('uint16'))\n"
         "batches = train_batches(Rows(documents, plan(documents.offsets, 12, 0, 'greedy', True)), 0, 2, 1, 0)\n"
         "next(batches)"

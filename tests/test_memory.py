@@ -218,7 +218,7 @@ def test_the_compiled_figure_of_a_small_step():
 def test_the_configuration_is_validated():
     for fields, devices, message in [
         ({"data.max_length": 2000}, 1, "exceeds model.max_seq_len"),
-        ({"training.tensor_parallel": 2}, 3, "must divide the 3 device"),
+        ({"training.tensor_parallel": 2}, 3, "must divide 3, the number"),
         ({"training.world_size": 2}, 4, r"--devices \(4\) differs from training.world_size \(2\); give --devices 2"),
         ({"training.deepspeed_config": "nowhere.json", "training.use_deepspeed": True}, 1, "nowhere.json"),
         ({}, 0, r"--devices \(0\) must be from 1"),
@@ -253,7 +253,7 @@ def test_the_scripts_table(capsys):
     assert out.count("%") == 1  # JAX's share
     assert "does not fit" in script(capsys, "--memory", "2GB")
     out = script(capsys, "--training.world_size", "8", "--zero_stage", "2", "--training.zero_stage", "2")
-    assert "fit" not in out and "each of 8 device(s)" in out and f"{total / GIB:.2f} GiB" in out
+    assert "fit" not in out and "each of 8 devices" in out and f"{total / GIB:.2f} GiB" in out
 
 
 def test_the_scripts_help_lists_the_gpus(monkeypatch, capsys):
@@ -284,7 +284,7 @@ def test_the_scripts_json(capsys):
         (["--gpu", ""], "known: T4"),
         (["--zero_stage", "4"], "at most 3"),
         (["--zero_stage", "x"], r"training\.zero_stage \('x'\) must be int or none"),
-        (["--devices", "3", "--training.zero_group_size", "2"], "must divide the 3 device"),
+        (["--devices", "3", "--training.zero_group_size", "2"], "must divide 3, the number"),
     ],
 )
 def test_the_scripts_errors(capsys, arguments, message):

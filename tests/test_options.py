@@ -2,29 +2,34 @@
 
 import dataclasses
 import typing
+from collections.abc import Iterator
 from pathlib import Path
 
 from jaxlm.config import SECTIONS, shown, type_name
 
 PAGE = Path(__file__).parents[1] / "docs" / "options.md"
+TITLES = {"model": "The model", "training": "Training", "data": "Data"}
 
 
-def option_rows():
+def entries() -> Iterator[str]:
+    """A heading for each field, whose anchor is its name without the dot, and what its declaration says."""
     for name, section in SECTIONS.items():
+        yield f"## {TITLES[name]}"
         hints = typing.get_type_hints(section)
         for field in dataclasses.fields(section):
-            choices = f" ({', '.join(field.metadata['choices'])})" if field.metadata["choices"] else ""
+            choices = f" One of: {', '.join(field.metadata['choices'])}." if field.metadata["choices"] else ""
             kind, default = type_name(hints[field.name]), shown(field.default)
-            yield f"| `{name}.{field.name}` | {kind} | `{default}` | {field.metadata['help']}{choices} |"
+            meaning = field.metadata["help"][0].upper() + field.metadata["help"][1:]
+            yield f"### `{name}.{field.name}`"
+            yield f"{kind}, default `{default}`. {meaning}.{choices}"
 
 
 def page(text: str) -> str:
-    """`text` with the table's rows replaced by those of the declarations."""
-    head, _, _ = text.partition("| `model.")
-    return head + "\n".join(option_rows()) + "\n"
+    """`text` with its sections replaced by those of the declarations."""
+    return text.partition("## ")[0] + "\n\n".join(entries()) + "\n"
 
 
-def test_the_page_of_options_is_current():
+def test_the_page_of_options_is_current() -> None:
     text = PAGE.read_text(encoding="utf-8")
     assert text == page(text)
 

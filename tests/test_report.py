@@ -17,7 +17,7 @@ from jaxlm.config import Config, DataConfig, TrainingConfig, to_dict
 from jaxlm.errors import UserError
 from jaxlm.report import write_report, write_report_of_run
 from jaxlm.report.page import smoothed, thinned
-from jaxlm.report.runs import differing_options, number, read_run
+from jaxlm.report.runs import differing_options, number, read_run, read_runs
 
 ROOT = Path(__file__).parents[1]
 NASTY = "</pre></script><script>alert('x')</script> & \x00\x1b[31m \ud800 <!-- ]]>"
@@ -244,6 +244,7 @@ def test_several_runs(tmp_path: Path, run: Path) -> None:
     third = tmp_path / "deep" / "other"
     third.parent.mkdir()
     shutil.copytree(other, third)
+    assert [each.name for each in read_runs([tmp_path])] == sorted(["a <b>run", "other"])  # a folder of runs
     page, _ = render(run, other, third)
     assert "3 runs compared" in page.text
     lines = next(iter(page.charts().values()))["lines"]

@@ -162,7 +162,7 @@ def test_another_layout_goes_on_to_rounding(tmp_path, corpus, reference, monkeyp
 def test_devices_that_do_not_divide_the_batch_are_refused(tmp_path, corpus, monkeypatch):
     Trainer(make_config(tmp_path, corpus, **HARD, **{"training.stop_at_step": 1})).train()
     monkeypatch.setattr("jaxlm.trainer.start_backend", lambda config: jax.devices()[:3])
-    with pytest.raises(UserError, match=r"training.batch_size \(2\) x 3 device\(s\) must divide the 16 rows"):
+    with pytest.raises(UserError, match=r"training.batch_size \(2\) on 3 devices makes micro-batches of 6 rows"):
         Trainer(make_config(tmp_path, corpus, **HARD))
 
 

@@ -8,42 +8,71 @@ import itertools
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import jax
 from filelock import FileLock, Timeout
 
-from jaxlm.checkpoints.manifest import damage, is_sealed
+from jaxlm.checkpoints.manifest import MODELS, PREFIX, damage, is_sealed, numbered
 from jaxlm.errors import UserError
 from jaxlm.parallel.processes import barrier, is_leader, say, text_from_any_process
 
-PREFIX = "checkpoint"
-MODELS = ("best_model", "final_model")
 TIME_FORMAT = "%Y%m%d_%H%M%S"
 
 
-def open_folder(folder: Path, fresh: bool) -> FileLock:
-    """Makes the run's folder, after moving an old one aside if `fresh`.
+class RunFolder:
+    """The run's folder, made if it is not there, with the lock that keeps other runs out, held by the leader.
 
-    Returns:
-      The lock that keeps other runs out, held by the leader; within one process it can be taken again.
+    Within one process the lock can be taken again. As a context it puts everything back if the block ends by an error:
+    a start that is refused leaves nothing behind.
+
+    Args:
+      fresh: an old folder is moved aside first.
 
     Raises:
       UserError: the folder cannot be written to, or another run is using it.
     """
-    lock = FileLock(folder / ".lock", timeout=0, is_singleton=True)
-    with writing_to(folder):
-        if fresh and folder.exists() and is_leader():
-            with lock:
-                aside = _unused(folder.with_name(f"{folder.name}.{time.strftime(TIME_FORMAT)}"))
-                folder.rename(aside)
-            say(f"moved aside: {folder} is now {aside}")
-        barrier("moved the old folder aside")
-        folder.mkdir(parents=True, exist_ok=True)
-        if is_leader():
-            lock.acquire()
-    return lock
+
+    def __init__(self, folder: Path, fresh: bool) -> None:
+        self.folder = folder
+        self._aside: Path | None = None
+        self._lock = FileLock(folder / ".lock", timeout=0, is_singleton=True)
+        with writing_to(folder):
+            if fresh and folder.exists() and is_leader():
+                with self._lock:
+                    self._aside = _unused(folder.with_name(f"{folder.name}.{time.strftime(TIME_FORMAT)}"))
+                    folder.rename(self._aside)
+                say(f"moved aside: {folder} is now {self._aside}")
+            barrier("moved the old folder aside")
+            self._made = [path for path in (folder, *folder.parents) if not path.exists()]
+            folder.mkdir(parents=True, exist_ok=True)
+            if is_leader():
+                self._lock.acquire()
+
+    def release(self) -> None:
+        """Lets other runs in."""
+        self._lock.release(force=True)
+
+    def put_back(self) -> None:
+        """Releases it, and removes what was made if nothing has been written there since; an old one is moved back."""
+        empty = is_leader() and {path.name for path in self.folder.iterdir()} <= {".lock"}
+        if empty and self._made:
+            (self.folder / ".lock").unlink(missing_ok=True)  # while it is held: nobody else gets this one any more
+        self._lock.release()
+        with suppress(OSError):  # another process has begun to use it
+            for path in self._made if empty else ():
+                path.rmdir()
+            if empty and self._aside is not None:
+                self._aside.rename(self.folder)
+                say(f"moved back: {self._aside} is {self.folder} again")
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            self.put_back()
 
 
 @contextmanager
@@ -80,7 +109,7 @@ def clean(folder: Path) -> None:
 
 def checkpoint_steps(folder: Path) -> dict[int, Path]:
     """{step: path} of the complete checkpoints in a run's folder, in order."""
-    return {step: path for step, path in _numbered(folder).items() if is_sealed(path)}
+    return {step: path for step, path in numbered(folder).items() if is_sealed(path)}
 
 
 def newest_intact(folder: Path, report: Callable[[str], None]) -> Path | None:
@@ -101,18 +130,9 @@ def newest_intact(folder: Path, report: Callable[[str], None]) -> Path | None:
     return None
 
 
-def find_checkpoint(path: str, folder: Path, report: Callable[[str], None]) -> Path:
-    """The checkpoint that `training.resume_from_checkpoint` names: a folder, or "latest" of the run in `folder`.
-
-    Raises:
-      UserError: there is none, or it is damaged.
-    """
+def find_checkpoint(path: str) -> Path:
+    """The checkpoint folder that `training.resume_from_checkpoint` names; UserError if there is none, or damaged."""
     where = f"training.resume_from_checkpoint ({path})"
-    if path == "latest":
-        newest = newest_intact(folder, report)
-        if newest is None:
-            raise UserError(f"{where}: no checkpoint in {folder}; leave it out to start there")
-        return newest
     chosen = Path(path)
     if not (chosen / "optimizer").is_dir():
         problem = "is not a checkpoint folder" if chosen.is_dir() else "no such folder"
@@ -129,18 +149,13 @@ def move_later_aside(folder: Path, step: int) -> list[Path]:
 
     For the leader alone, before any process opens the checkpoints.
     """
-    later = [path for number, path in _numbered(folder).items() if number > step]
+    later = [path for number, path in numbered(folder).items() if number > step]
     if later:
         aside = _unused(folder / f"aside_{time.strftime(TIME_FORMAT)}")
         aside.mkdir()
         for path in later:
             path.rename(aside / path.name)
     return later
-
-
-def _numbered(folder: Path) -> dict[int, Path]:
-    steps = {path: path.name.removeprefix(f"{PREFIX}_") for path in folder.glob(f"{PREFIX}_*")}
-    return dict(sorted((int(step), path) for path, step in steps.items() if step.isdecimal()))
 
 
 def damage_anywhere(path: Path) -> str | None:

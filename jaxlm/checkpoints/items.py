@@ -28,10 +28,17 @@ class Progress:
     best_loss: float | None  # lowest validation loss so far, nats a token
     requested_vocab_size: int  # what the BPE was asked for; config.json has what it reached
     data_fingerprint: str
-    global_batch: int  # rows an update; with the step, it says where in the data the run is
+    global_batch: int  # rows an update
     shards: int  # devices that arrays were sharded over: an axis that it does not divide was saved padded with zeros
     model_class: str = "Transformer"  # folders from before there were others don't say
     longest_piece: int | None = None  # tokens that a document had in a row, at most; older folders don't say
+    rows_taken: int | None = None  # rows of the stream that its updates took; folders from before global_batch could
+    # change don't say
+
+    @property
+    def position(self) -> int:
+        """Where in the stream of rows the run is."""
+        return self.step * self.global_batch if self.rows_taken is None else self.rows_taken
 
 
 def write_json_items(folder: Path, config: Config, tokenizer: Tokenizer, progress: Progress) -> None:

@@ -1,27 +1,21 @@
-"""Restoring what was saved, on whatever devices are there, and `load`."""
+"""Restoring what was saved, on whatever devices are there."""
 
 import dataclasses
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
-from flax import nnx
 
-from jaxlm.checkpoints.folder import MODELS
-from jaxlm.checkpoints.items import JSON_ITEMS, Progress, read_config, read_progress, read_tokenizer
-from jaxlm.checkpoints.manifest import damage
+from jaxlm.checkpoints.items import Progress, read_progress
 from jaxlm.checkpoints.save import OPTIMIZER_ITEM, quiet_orbax
-from jaxlm.config import Config, validate
+from jaxlm.config import Config
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.errors import UserError
 from jaxlm.generation.api import generate_one_or_many
 from jaxlm.model import Transformer
-from jaxlm.ops.attention_kernels import compute_capability, why_unsupported
 from jaxlm.parallel.split import path_name
-from jaxlm.train.assemble import abstract_model
 from jaxlm.train.step import TrainState
 
 
@@ -65,48 +59,14 @@ def restore_state(path: Path, target: TrainState, shards: int) -> TrainState:
 
 @dataclasses.dataclass(frozen=True)
 class LoadedModel:
-    """What `load` returns; `model` is a flax.nnx module whose call gives hidden states (see `Transformer`)."""
+    """What `jaxlm.load` returns; `model` is a flax.nnx module whose call gives hidden states (see `Transformer`)."""
 
     model: Transformer
     tokenizer: Tokenizer
     config: Config
-    progress: Progress
+    progress: Progress | None  # None of a model that jaxlm has not trained
+    folder: Path | None = None  # that it was read from
 
     def generate(self, prompt: str | Sequence[str], **options: Any) -> Any:
         """As `Trainer.generate_text`: `prompt` and a continuation, or a list of them."""
         return generate_one_or_many(self.model, self.tokenizer, prompt, **options)
-
-
-def load(path: str | os.PathLike[str], model_class: type[Transformer] = Transformer) -> LoadedModel:
-    """The model, tokenizer and configuration in a best_model, final_model or checkpoint folder.
-
-    The parameters are float32, on JAX's default device, whatever devices they were saved from. A model of a class of
-    your own needs that class.
-
-    Raises:
-      UserError: not such a folder, damaged, or a model of another class.
-    """
-    folder = Path(path)
-    if not (folder / "params").is_dir():
-        inside = [name for name in MODELS if (folder / name).is_dir()]
-        hint = f", such as {folder / inside[0]}" if inside else ""
-        if any(folder.glob("model.safetensors*")):
-            hint += " (this one is for transformers; training.init_from starts a run from it)"
-        problem = "holds no model" if folder.is_dir() else "no such folder"
-        raise UserError(f"{folder}: {problem}; name a best_model, final_model or checkpoint_<step> folder{hint}")
-    if fault := damage(folder, ("params", *JSON_ITEMS)):
-        raise UserError(f"{folder} is damaged: {fault}; name another")
-    progress = read_progress(folder)
-    if progress.model_class != model_class.__name__:
-        own = progress.model_class
-        difference = f"holds a {own}, not a {model_class.__name__}"
-        raise UserError(f"{folder}: {difference}; from Python, load(path, {own}) opens it")
-    config = validate(read_config(folder))
-    pallas = (
-        why_unsupported("pallas", config, compute_capability(jax.devices()[0])) is None
-    )  # cudnn can't do every prompt
-    graphdef, abstract = nnx.split(abstract_model(config, "pallas" if pallas else "blockwise", model_class))
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), nnx.to_pure_dict(abstract))
-    model = nnx.merge(graphdef, restore_item(folder, "params", target, progress.shards))
-    return LoadedModel(model, read_tokenizer(folder), config, progress)

@@ -13,6 +13,7 @@ from pathlib import Path
 from jaxlm.data.atomic import sync
 
 MANIFEST = "manifest.json"
+PREFIX, MODELS = "checkpoint", ("best_model", "final_model")  # names in a run's folder
 THREADS = 8  # hashing releases the interpreter's lock
 
 
@@ -41,6 +42,20 @@ def seal(folder: Path, final: Path) -> None:
 def is_sealed(folder: Path) -> bool:
     """Whether `folder` was saved completely; `damage` says what has happened to it since."""
     return (folder / MANIFEST).is_file()
+
+
+def numbered(folder: Path) -> dict[int, Path]:
+    """{step: path} of what is called a checkpoint in a run's folder, in order."""
+    steps = {path: path.name.removeprefix(f"{PREFIX}_") for path in folder.glob(f"{PREFIX}_*")}
+    return dict(sorted((int(step), path) for path, step in steps.items() if step.isdecimal()))
+
+
+def model_in(folder: Path) -> Path:
+    """What a run's folder stands for: its best_model, else final_model, else newest checkpoint."""
+    if (folder / "params").is_dir():
+        return folder
+    saved = [*(folder / name for name in MODELS), *reversed(numbered(folder).values())]
+    return next((path for path in saved if is_sealed(path)), folder)
 
 
 def damage(folder: Path, items: Iterable[str] | None = None, part: int = 0, parts: int = 1) -> str | None:

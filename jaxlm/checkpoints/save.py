@@ -17,9 +17,9 @@ import jax
 import orbax.checkpoint as ocp
 from absl import logging as absl_logging
 
-from jaxlm.checkpoints.folder import PREFIX, checkpoint_steps, clean, new_name
+from jaxlm.checkpoints.folder import checkpoint_steps, clean, new_name
 from jaxlm.checkpoints.items import Progress, write_json_items
-from jaxlm.checkpoints.manifest import seal
+from jaxlm.checkpoints.manifest import PREFIX, seal
 from jaxlm.config import Config
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.parallel.processes import is_leader, text_from_any_process

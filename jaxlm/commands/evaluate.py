@@ -26,12 +26,14 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.batch_size is not None and arguments.batch_size < 1:
         raise UserError(f"--batch_size ({arguments.batch_size}) must be at least 1")
 
-    from jaxlm.checkpoints.load import load
     from jaxlm.parallel.devices import find_devices
-    from jaxlm.run.evaluate import evaluate_model, text_to_evaluate
+    from jaxlm.run.evaluate import TEXT, evaluate_model, text_to_evaluate
+    from jaxlm.run.load import load
 
     find_devices()
     loaded = load(arguments.model)
+    if loaded.progress is None and not given.keys() & set(TEXT):
+        raise UserError(f"--model ({arguments.model}): no run of jaxlm's, so it has no held-out text; give --files")
     data = text_to_evaluate(loaded.config, given)
     batch_size = arguments.batch_size or loaded.config.training.batch_size
     result = evaluate_model(loaded, data, batch_size, lambda line: print(line, file=sys.stderr))

@@ -22,13 +22,14 @@ def add_options(parser: Parser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     source, to = Path(arguments.model), Path(arguments.to)
 
-    from jaxlm.checkpoints.load import load
     from jaxlm.interop.export import DTYPES, check_target, export
     from jaxlm.parallel.devices import find_devices
+    from jaxlm.run.load import load
 
     max_shard_size = parse_size("--max_shard_size", arguments.max_shard_size)
     check_choice("--dtype", arguments.dtype, DTYPES)
     check_target(to)
     find_devices()
-    kind = export(load(source), source, to, max_shard_size=max_shard_size, dtype=arguments.dtype)
+    loaded = load(source)
+    kind = export(loaded, loaded.folder or source, to, max_shard_size=max_shard_size, dtype=arguments.dtype)
     print(f"{to}: written for transformers as {kind}", file=sys.stderr)

@@ -46,10 +46,10 @@ def run(arguments: argparse.Namespace) -> None:
 
     import jax
 
-    from jaxlm.checkpoints.load import load
     from jaxlm.commands.console import converse, show_texts
     from jaxlm.data.tokens import cache_root
     from jaxlm.parallel.devices import find_devices
+    from jaxlm.run.load import load
 
     find_devices()
     loaded = load(arguments.model)

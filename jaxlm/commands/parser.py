@@ -9,10 +9,16 @@ import typing
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn
 
-from jaxlm.config import SECTIONS, Config, load_config, nearest, replace_fields, shipped_configs, shown, type_name
-from jaxlm.config.fields import excerpt, kinds_of
+from jaxlm.config import SECTIONS, Config, load_config, replace_fields, shipped_configs, shown, type_name
+from jaxlm.config.fields import excerpt, kinds_of, meant
 from jaxlm.config.schema import FIELDS
 from jaxlm.errors import UserError
+
+MOST_USED = (  # listed first in their sections
+    *("checkpoint_dir", "init_from", "batch_size", "gradient_accumulation_steps", "learning_rate", "num_epochs"),
+    *("max_steps", "warmup_steps", "lr_scheduler", "eval_steps", "save_steps", "logging_steps", "report_to"),
+    *("train_files", "validation_files", "dataset_name", "dataset_config", "max_length"),
+)
 
 
 class Parser(argparse.ArgumentParser):
@@ -24,6 +30,11 @@ class Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def]
         found, rest = super().parse_known_args(args, namespace)
+        forgotten = [word for word in rest if word.partition("=")[0] in FIELDS and "=" in word]
+        if forgotten:  # training.batch_size=4, without the dashes
+            rest = [word for word in rest if word not in forgotten]
+            found, more = super().parse_known_args([f"--{word}" for word in forgotten], found)
+            rest += more
         for name, value in vars(found).items():
             if value == []:  # what Python before 3.13 makes of --name=--
                 raise UserError(f"--{name} (--): is no value; --help lists all options")
@@ -32,8 +43,8 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         unrecognized = re.match(r"unrecognized arguments: (--?[^\s=]+|\S+)", message)
         if unrecognized and unrecognized[1].startswith("-"):
-            known = [name for action in self._actions for name in action.option_strings]
-            raise UserError(f"{unrecognized[1]}: unknown option{nearest(unrecognized[1], known)}; --help lists all")
+            known = [name for action in self._actions for name in action.option_strings if name != "--fresh"]
+            raise UserError(f"{unrecognized[1]}: unknown option{meant(unrecognized[1], known)}; --help lists all")
         if unrecognized:
             message = (
                 f"{unrecognized[1]}: belongs to no option; quote a pattern ('*.txt') or a text with blanks, name an "
@@ -46,16 +57,14 @@ class Parser(argparse.ArgumentParser):
 
 def add_config_file(parser: Parser) -> None:
     """Adds --config FILE."""
-    names = ", ".join(shipped_configs())
-    action = parser.add_argument(
-        "--config", required=True, metavar="FILE", help=f"configuration, .py or .json, or a shipped one: {names}"
-    )
+    text = f"configuration, .py or .json, or a shipped one: {', '.join(shipped_configs())}; not needed with "
+    action = parser.add_argument("--config", metavar="FILE", help=text + "--training.init_from, whose model is taken")
     set_completer(action, lambda prefix: [*shipped_configs(), *_paths(prefix, ".py", ".json", "/")])
 
 
 def add_model_folder(parser: Parser) -> None:
     """Adds --model DIR."""
-    text = "best_model, final_model or a checkpoint"
+    text = "a run's folder (its best_model), best_model, final_model, a checkpoint; or what transformers opens"
     action = parser.add_argument("--model", required=True, metavar="DIR", help=text)
     set_completer(action, lambda prefix: _paths(prefix, "/"))
 
@@ -71,11 +80,12 @@ def _paths(prefix: str, *endings: str) -> list[str]:
 
 def add_config_options(parser: Parser, sections: Sequence[str] = tuple(SECTIONS)) -> None:
     """Adds --SECTION.FIELD VALUE for every field of `sections`."""
-    required = [f"{action.option_strings[0]} {action.metavar}" for action in parser._actions if action.required]
+    actions = [action for action in parser._actions if action.required or action.dest == "config"]
+    required = [" ".join([*action.option_strings[:1], str(action.metavar)]) for action in actions]
     parser.usage = " ".join(["%(prog)s", *required, "[options]"])  # argparse would list every field
     for name in sections:
         group = parser.add_argument_group(f"{name} options")
-        for field in dataclasses.fields(SECTIONS[name]):
+        for field in sorted(dataclasses.fields(SECTIONS[name]), key=lambda field: field.name not in MOST_USED):
             add_field(group, f"{name}.{field.name}", field)
 
 
@@ -135,7 +145,10 @@ def _convert_list(name: str, text: str) -> tuple[str, ...]:
 
 def config_from(arguments: argparse.Namespace) -> Config:
     """The file given by --config with the command line's overrides."""
-    return replace_fields(load_config(arguments.config), overrides(arguments))
+    given = overrides(arguments)
+    if arguments.config is None and "training.init_from" not in given:
+        raise UserError("the following arguments are required: --config; --help lists all options")
+    return replace_fields(Config() if arguments.config is None else load_config(arguments.config), given)
 
 
 def parse_size(option: str, text: str, low: int = 1, high: int = 2**50) -> int:

@@ -7,7 +7,7 @@ from jaxlm.commands.parser import Parser
 
 
 def add_options(parser: Parser) -> None:
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder (training.checkpoint_dir)")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder, or a folder of runs")
     parser.add_argument(
         "--out", type=Path, metavar="FILE", help="default: report.html, in the run's folder, or here for several runs"
     )

@@ -3,9 +3,11 @@
 import dataclasses
 import difflib
 import operator
+import tomllib
 import types
 import typing
 from collections.abc import Callable, Collection, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from jaxlm.config.schema import FIELDS, SECTIONS, STDLIB, Config, DataConfig
@@ -15,9 +17,31 @@ SHOWN = 200  # characters of a wrong value that a message repeats
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """' (did you mean X?)' for the known name closest to `name`, or ''."""
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f" (did you mean {close[0]}?)" if close else ""
+    """' (did you mean X?)' for the known name closest to `name`, in any case, or ''."""
+    by_lower = {each.lower(): each for each in known}
+    close = difflib.get_close_matches(name.lower(), by_lower, n=1)
+    return f" (did you mean {by_lower[close[0]]}?)" if close else ""
+
+
+def _last(name: str) -> str:
+    return name.lstrip("-").rpartition(".")[2].replace("-", "_").lower()
+
+
+def meant(name: str, known: Iterable[str]) -> str:
+    """As `nearest`, for an option: also by its name alone, without its section, and by that of other trainers.
+
+    Args:
+      known: options, as they are written here.
+    """
+    known, word = list(known), _last(name)
+    same = [each for each in known if _last(each) == word]
+    if not same:
+        tables = tomllib.loads((Path(__file__).parent / "names.toml").read_text(encoding="utf-8")).values()
+        there = next((table[word] for table in tables if word in table), "")
+        same = [each for each in known if each.lstrip("-") in there.split()]
+        if there and not same and there.split()[0] not in FIELDS:
+            return f" (here that is {there})"
+    return f" (did you mean {' or '.join(same)}?)" if same else nearest(name, known)
 
 
 def kinds_of(annotation: Any) -> tuple[Any, ...]:
@@ -113,10 +137,7 @@ def _with_fields(config: Config, values: Mapping[str, Any]) -> Config:
         section, _, field = dotted.partition(".")
         _check_section(section, where=dotted)
         if dotted not in FIELDS:
-            elsewhere = [name for name in FIELDS if name.endswith(f".{field}")]
-            known = [name.removeprefix(f"{section}.") for name in FIELDS if name.startswith(f"{section}.")]
-            hint = f" (did you mean {elsewhere[0]}?)" if elsewhere else nearest(field, known)
-            raise UserError(f"{dotted}: unknown field{hint}")
+            raise UserError(f"{dotted}: unknown field{meant(dotted, FIELDS)}")
         changes[section][field] = value
     sections = {name: dataclasses.replace(getattr(config, name), **changes[name]) for name in SECTIONS}
     return Config(**typing.cast(Any, sections))

@@ -2,12 +2,14 @@
 
 import json
 import os
+import re
 import runpy
+import sys
 import traceback
 from pathlib import Path
 
-from jaxlm.config.fields import from_dict, nearest
-from jaxlm.config.schema import Config
+from jaxlm.config.fields import from_dict, meant, nearest
+from jaxlm.config.schema import FIELDS, Config
 from jaxlm.errors import UserError, printable
 
 PACKAGE = Path(__file__).parents[1]
@@ -31,6 +33,8 @@ def load_config(path: str) -> Config:
         reason = "is a folder" if os.path.isdir(file) else "no such file"
         names = f"name a .py or .json file, or one that comes with jaxlm: {', '.join(shipped)}"
         raise UserError(f"{where}: {reason}{nearest(path, shipped)}; {names}")
+    # For modules of the user's own, as in training.report_to; at the end, so that they hide none.
+    sys.path += [folder for folder in (os.getcwd(), str(file.resolve().parent)) if folder not in sys.path]
     if file.suffix == ".json":
         try:
             return from_dict(json.loads(file.read_text(encoding="utf-8")), where)
@@ -43,8 +47,10 @@ def load_config(path: str) -> Config:
     except SyntaxError as error:
         raise UserError(f"{where}: line {error.lineno}: {error.msg}") from error
     except (Exception, SystemExit) as error:  # whatever the user's own code raises is a mistake in their file
+        unknown = re.search(r"^(\w+)Config\.__init__\(\) got an unexpected keyword argument '(\w+)'$", str(error))
+        hint = "" if unknown is None else meant(f"{unknown[1].lower()}.{unknown[2]}", FIELDS)
         lines = [f": line {at.lineno}" for at in traceback.extract_tb(error.__traceback__) if at.filename == str(file)]
-        raise UserError(f"{where}{''.join(lines[-1:])}: {type(error).__name__}: {printable(error)}") from error
+        raise UserError(f"{where}{''.join(lines[-1:])}: {type(error).__name__}: {printable(error)}{hint}") from error
     if not isinstance(found.get("config"), Config):
         raise UserError(f"{where}: must define `config = Config(...)` (from jaxlm.config import Config)")
     return found["config"]

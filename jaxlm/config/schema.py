@@ -20,6 +20,15 @@ FROM_OPTAX = (
     "sign_sgd", "signum", "simplified_ademamix", "sm3", "yogi",
 )  # fmt: skip
 
+# What a user may decide in the middle of a run (training.allow_change): numbers, and rows an update.
+MIDWAY = tuple(
+    f"training.{name}"
+    for name in (
+        "learning_rate", "lr_scheduler", "warmup_steps", "warmup_shape", "warmup_min_ratio", "schedule_steps",
+        "min_lr_ratio", "lr_power", "decay_fraction", "weight_decay", "batch_size", "gradient_accumulation_steps",
+    )
+)  # fmt: skip
+
 
 def option(
     default: T,
@@ -199,6 +208,7 @@ class TrainingConfig(_Section):
         "float32", "type that micro-batches' gradients are summed in", choices=("float32", "bfloat16", "float16")
     )
     seed: int = option(42, "seed of initialisation, data order and dropout", low=0, high=2**31 - 1)
+    eval_on_start: bool = option(False, "evaluate before the first update too", resumable=True)
     save_steps: int = option(2000, "updates between checkpoints", low=1, resumable=True)
     eval_steps: int = option(1000, "updates between evaluations", low=1, resumable=True)
     logging_steps: int = option(100, "updates between logged rows", low=1, resumable=True)
@@ -206,6 +216,9 @@ class TrainingConfig(_Section):
     save_total_limit: int | None = option(3, "newest checkpoints to keep; 0 or none: all", low=0, resumable=True)
     resume_from_checkpoint: str | None = option(
         None, "checkpoint folder to start from, or latest", path=True, resumable=True
+    )
+    allow_change: tuple[str, ...] = option(
+        (), "fields that you decide to change in the middle of the run", choices=MIDWAY, resumable=True
     )
     init_from: str | None = option(
         None,

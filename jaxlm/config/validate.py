@@ -80,7 +80,9 @@ def own_sink(name: str) -> type:
     try:
         found = vars(import_module(module)).get(attribute)
     except ImportError as error:
-        raise UserError(f"{where}: {one_line(error)}; put the module's folder on PYTHONPATH, or install it") from error
+        raise UserError(
+            f"{where}: {one_line(error)}; put the module into this folder or that of the configuration, or install it"
+        ) from error
     if not isinstance(found, type) or not _is_sink(found):
         raise UserError(f"{where}: is not a class with write(row, step) and close(); see jaxlm.monitor.sinks.Sink")
     return found
@@ -129,15 +131,15 @@ def mesh_shape(config: Config, n_devices: int) -> tuple[int, int, int]:
     training = config.training
     if training.world_size not in (None, n_devices):
         raise UserError(
-            f"training.world_size ({training.world_size}) differs from the {n_devices} device(s) found; "
+            f"training.world_size ({training.world_size}) differs from the number of devices found, {n_devices}; "
             "start it where there are as many, or unset it"
         )
     tensor, group = training.tensor_parallel, training.zero_group_size or n_devices
     if n_devices % tensor:
-        raise UserError(f"training.tensor_parallel ({tensor}) must divide the {n_devices} device(s)")
+        raise UserError(f"training.tensor_parallel ({tensor}) must divide {n_devices}, the number of devices")
     if n_devices % group or group % tensor:
         raise UserError(
-            f"training.zero_group_size ({group}) must divide the {n_devices} device(s) and be a multiple of "
+            f"training.zero_group_size ({group}) must divide {n_devices}, the number of devices, and be a multiple of "
             f"training.tensor_parallel ({tensor})"
         )
     return n_devices // group, group // tensor, tensor

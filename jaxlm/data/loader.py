@@ -45,20 +45,27 @@ class Rows:
         return {"tokens": tokens_T, "targets": targets_T, "segments": segments_T, "positions": positions_T}
 
 
-def documents_of_step(rows: Rows, seed: int, global_batch: int, step: int) -> list[int]:
+def documents_of_step(rows: Rows, seed: int, global_batch: int, step: int, offset: int = 0) -> list[int]:
     """The documents that update `step` (from 0) learns from, numbered from 0 in the order of the text."""
-    order, plan = _shuffled_indices(len(rows), seed), rows.plan
-    of_step = [order[place] for place in range(step * global_batch, (step + 1) * global_batch)]
+    order, plan, first = _shuffled_indices(len(rows), seed), rows.plan, offset + step * global_batch
+    of_step = [order[place] for place in range(first, first + global_batch)]
     starts = [plan.piece_start[plan.row_offsets[row] : plan.row_offsets[row + 1]] for row in of_step]
     return np.unique(np.searchsorted(rows.document_offsets, np.concatenate(starts), side="right") - 1).tolist()
 
 
 def train_batches(
-    rows: Rows, seed: int, global_batch: int, accumulation: int, start_step: int, own: slice = slice(None)
+    rows: Rows,
+    seed: int,
+    global_batch: int,
+    accumulation: int,
+    start_step: int,
+    own: slice = slice(None),
+    offset: int = 0,
 ) -> Generator[Batch]:
     """The batches of updates start_step, start_step + 1, ... without end.
 
-    The stream is epochs laid end to end, each another permutation of the rows; batch s is its rows from s * G on.
+    The stream is epochs laid end to end, each another permutation of the rows; batch s is its rows from offset + s * G
+    on.
     `close()` of the iterator ends its threads.
 
     Args:
@@ -66,6 +73,7 @@ def train_batches(
       global_batch: G, rows of one update; `accumulation`, K, divides it.
       start_step: updates already done.
       own: which of the G / K rows of each micro-batch this process feeds.
+      offset: other than 0 in a run whose G has changed (`Resolved.position`).
 
     Yields:
       int32 [K, B, T]: `tokens`, `targets`, `segments`, `positions` as in `Rows`, B as many as `own` selects; and
@@ -80,7 +88,7 @@ def train_batches(
     shape_KB = numbers_KB.shape
 
     def batch_of(step: int) -> Batch:
-        batch = _stacked([rows[order[step * global_batch + number]] for number in numbers_KB.ravel().tolist()])
+        batch = _stacked([rows[order[offset + step * global_batch + number]] for number in numbers_KB.ravel().tolist()])
         return {name: array.reshape(shape_KB + array.shape[1:]) for name, array in batch.items()} | {"rows": numbers_KB}
 
     steps = grain.MapDataset.range(start_step, sys.maxsize).map(batch_of)
@@ -104,8 +112,10 @@ def eval_batches(rows: Rows, batch: int, own: slice = slice(None)) -> Iterator[B
         yield _stacked([rows[i] if i < len(rows) else padding for i in numbers])
 
 
-def total_steps(num_epochs: float, rows: int, global_batch: int, max_steps: int | None) -> int:
+def total_steps(num_epochs: float, rows: int, global_batch: int, max_steps: int | None, offset: int = 0) -> int:
     """Updates of a run: max_steps, else those for num_epochs passes, rounded up, and at least 1.
+
+    `offset` is that of `train_batches`.
 
     Raises:
       UserError: they are more than an int32 can count.
@@ -113,7 +123,7 @@ def total_steps(num_epochs: float, rows: int, global_batch: int, max_steps: int 
     if max_steps is not None:
         return max_steps
     # The decimal number that was written: in binary, 2.2 epochs of 25 rows are a little more than 55 rows.
-    steps = max(1, math.ceil(Fraction(str(num_epochs)) * rows / global_batch))
+    steps = max(1, math.ceil((Fraction(str(num_epochs)) * rows - offset) / global_batch))
     if steps > LARGEST_INT:
         raise UserError(f"training.num_epochs ({num_epochs}) is more than {LARGEST_INT} updates; lower it")
     return steps

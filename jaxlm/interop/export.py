@@ -149,6 +149,8 @@ def _model_card(loaded: LoadedModel, source: Path, folder: str, architecture: st
     `source` is the model's own folder; the run's metrics are looked for beside it.
     """
     progress, config, source = loaded.progress, loaded.config, source.resolve()
+    if progress is None:
+        raise UserError(f"--model ({source}): is for transformers already; name a model of jaxlm's")
     data, tokens = config.data, config.data.max_length * progress.global_batch
     data_set = " ".join(filter(None, (data.dataset_name, data.dataset_config, data.dataset_split)))
     table = {
@@ -157,7 +159,7 @@ def _model_card(loaded: LoadedModel, source: Path, folder: str, architecture: st
         "SHA-256 of the text": progress.data_fingerprint,
         "started from": config.training.init_from or "random parameters",
         "updates": f"{progress.step:,} of {progress.total_steps:,}",
-        "tokens": f"{progress.step * tokens:,}, in updates of {tokens:,} (padding included)",
+        "tokens": f"{progress.position * data.max_length:,}, in updates of {tokens:,} (padding included)",
         **_scores(source.parent, progress),
     }
     template = files("jaxlm.interop").joinpath("model_card.md").read_text(encoding="utf-8")

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from jaxlm.checkpoints.items import JSON_ITEMS, read_config, read_tokenizer
-from jaxlm.checkpoints.manifest import damage
-from jaxlm.config import Config, ModelConfig, from_dict, shown
+from jaxlm.checkpoints.manifest import damage, model_in
+from jaxlm.config import Config, DataConfig, ModelConfig, from_dict, shown
 from jaxlm.data.hub import SECONDS, why_unreachable
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.errors import UserError, one_line
@@ -39,10 +39,13 @@ class OwnFolder:
     kind = "of jaxlm"  # for people
 
     def __init__(self, folder: Path, where: str) -> None:
-        self.folder, self.where = folder, where
+        self.folder, self.where = model_in(folder), where
+        if self.folder != folder:
+            self.kind = f"of jaxlm, {self.folder.name}"
         try:
-            self.model = read_config(folder).model
-            self.tokenizer: Tokenizer | None = read_tokenizer(folder)
+            self.config = read_config(self.folder)
+            self.model = self.config.model
+            self.tokenizer: Tokenizer | None = read_tokenizer(self.folder)
         except UserError as error:
             raise UserError(f"{where}: {error}") from error
 
@@ -50,7 +53,7 @@ class OwnFolder:
         """Raises UserError if the files of the parameters are damaged. Arguments as in `HuggingFaceFolder`."""
         wrong = damage(self.folder, ("params", *JSON_ITEMS))
         if wrong is not None:
-            raise UserError(f"{self.where}: is damaged: {wrong}; name another")
+            raise UserError(f"{self.where} is damaged: {wrong}; name another")
 
     def params(self, whole: Params, held: Params, shards: int) -> Params:
         """The parameters; UserError if they have other names or shapes. Arguments as in `HuggingFaceFolder`."""
@@ -183,7 +186,7 @@ def with_architecture(config: Config, fresh: bool = False) -> Config:
     if config.training.init_from is None:
         return config
     begun = None if fresh else _model_of_the_run(config)
-    return _adopt(config, begun or _open(config).model)
+    return _adopt(config, begun or open_model(config.training.init_from, _where(config)).model)
 
 
 def open_pretrained(config: Config) -> Pretrained | None:
@@ -197,7 +200,7 @@ def open_pretrained(config: Config) -> Pretrained | None:
     """
     if config.training.init_from is None:
         return None
-    found = _open(config)
+    found = open_model(config.training.init_from, _where(config))
     _adopt(config, found.model)  # raises if the folder has changed since `with_architecture`
     found.tokenizer = _agreed_tokenizer(config, found.tokenizer)
     tokens, rows = found.tokenizer.vocab_size, found.model.vocab_size
@@ -235,7 +238,10 @@ def _adopt(config: Config, model: ModelConfig) -> Config:
             "file that --config names: a JSON file without a model section has none"
         )
     adopted = {name: found[name] for name in ARCHITECTURE}
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, **adopted))
+    data, longest = config.data, found["max_seq_len"]
+    if data.max_length == DataConfig().max_length > longest:  # nobody has asked for rows that long
+        data = dataclasses.replace(data, max_length=longest)
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, **adopted), data=data)
 
 
 def _agreed_tokenizer(config: Config, found: Tokenizer | None) -> Tokenizer:
@@ -250,20 +256,22 @@ def _agreed_tokenizer(config: Config, found: Tokenizer | None) -> Tokenizer:
     return agreed
 
 
-def _open(config: Config) -> Pretrained:
-    """The model that training.init_from names, its configuration and tokenizer read."""
-    where, name = _where(config), config.training.init_from or ""
+def open_model(name: str, where: str) -> Pretrained:
+    """The model of a folder of jaxlm's or transformers', or of that name on the Hub; configuration and tokenizer read.
+
+    Raises:
+      UserError: there is none; begins with `where`.
+    """
     folder = Path(name).expanduser()
     if not os.path.isdir(folder):  # unlike Path.is_dir, it never raises
         folder = _fetched(name, where)
-    if os.path.isdir(folder / "params"):
+    if os.path.isdir(model_in(folder) / "params"):
         return OwnFolder(folder, where)
     saved = _read_json(folder / "config.json", where) if os.path.isfile(folder / "config.json") else None
     if saved is None or (isinstance(saved, dict) and "training" in saved):  # nothing, or a run's folder
-        inside = [f", such as {folder / m}" for m in ("best_model", "final_model") if os.path.isdir(folder / m)]
         raise UserError(
-            f"{where}: holds no model; name a best_model, final_model or checkpoint_<step> folder"
-            f"{''.join(inside[:1])}, or one that transformers has saved"
+            f"{where}: holds no model; name a best_model, final_model, checkpoint_<step> or run's folder, or one "
+            "that transformers has saved"
         )
     return HuggingFaceFolder(folder, saved, where)
 

@@ -1,5 +1,6 @@
 """The progress line of a run."""
 
+import os
 import sys
 import time
 
@@ -15,7 +16,7 @@ PROGRESS_FORMATS = {
 
 
 class Progress:
-    """The progress line on stderr: a bar on a terminal, a line a row elsewhere, nothing unless `shown`."""
+    """The progress line on stderr: a bar on a terminal of some size, a line a row elsewhere, none unless `shown`."""
 
     def __init__(self, start_step: int, last_step: int, shown: bool = True) -> None:
         self.last_step, self.shown = last_step, shown
@@ -25,7 +26,8 @@ class Progress:
             unit="step",
             file=sys.stderr,
             dynamic_ncols=True,
-            disable=not (shown and sys.stderr.isatty()),
+            # A terminal may say that it has no lines or columns, as in some containers: tqdm shows nothing there.
+            disable=not (shown and sys.stderr.isatty() and all(os.get_terminal_size(sys.stderr.fileno()))),
             bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]",
         )
         self._first: tuple[int, float] | None = None  # step and time of the first row: compiling is not counted

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -41,6 +42,7 @@ class StartReport:
     data_fingerprint: str
     total_steps: int
     schedule: Schedule
+    changed: dict[str, Any]  # {"section.field": [before, now]}: what the user has changed in the middle of the run
 
     @property
     def _devices(self) -> str:
@@ -81,7 +83,7 @@ class StartReport:
             f"{global_batch * config.data.max_length:,} tokens"
         )
         warmup, end = effective_warmup(training, steps), schedule_end(training, steps)
-        epochs = steps * global_batch / len(self.rows)
+        epochs = self.resolved.position(steps) / len(self.rows)
         yield f"steps: {steps:,} ({epochs:.2f} epochs), {training.lr_scheduler} schedule, {warmup} of warm-up"
         if training.max_steps is None and epochs > 1.1 * training.num_epochs:
             rows = f"an update has {global_batch} rows, the text {len(self.rows)}"
@@ -109,6 +111,7 @@ class StartReport:
             "attention": self.assembly.attention,
             "compiler": self._compiler,
             "rows_an_update": self.resolved.global_batch,
+            "changed": self.changed,
             "data_fingerprint": self.data_fingerprint,
             "train": _packing(self.rows.plan),
             "validation": {} if self.eval_rows is None else _packing(self.eval_rows.plan),

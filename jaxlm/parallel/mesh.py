@@ -43,9 +43,9 @@ def row_shards(mesh: AnyMesh) -> int:
 
 
 def show_row_shards(mesh: AnyMesh) -> str:
-    """What a micro-batch's rows are split over, for messages."""
+    """What a micro-batch's rows are split over, for messages, such as 3 devices."""
     groups, tensor = row_shards(mesh), mesh.shape[TENSOR]
-    return f"{groups} groups of {tensor} devices" if tensor > 1 else f"{groups} device(s)"
+    return f"{groups} groups of {tensor} devices" if tensor > 1 else f"{groups} device{'s' * (groups > 1)}"
 
 
 def rows_of_process(mesh: AnyMesh, rows: int) -> slice:

@@ -301,7 +301,7 @@ def table(result: dict[str, Any]) -> str:
         unit, name = (2**30, "GiB") if size is None or size >= 2**30 else (2**20, "MiB")
         return f"{part:13}{'none' if size is None else f'{size / unit:.2f} {name}':>12}  {said}"
 
-    lines = [f"{'part':13}{'memory':>12}  each of {result['devices']} device(s)"]
+    lines = [f"{'part':13}{'memory':>12}  each of {result['devices']} device{'s' * (result['devices'] > 1)}"]
     lines += [line(part, result[part], made_of) for part, made_of in MADE_OF.items()]
     lines.append(line("total", result["total"], "at the peak"))
     where = f"needs {result['devices']} GPU(s) here" if result["compiled"] is None else "on the GPUs here"

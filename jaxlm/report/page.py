@@ -33,7 +33,7 @@ CHARTS: list[tuple[str, str, dict[str, str], float]] = [
 ]
 NOT_DRAWN = {"train/epoch", "train/skipped_steps", "eval/perplexity"}
 NOISY = {"train/loss", "train/grad_norm", "train/tokens_per_second", "train/mfu"}
-SYMBOLS = {"resumed": "\u250a", "spike": "\u25be", "skipped": "\u2715", "not finite": "\u2715"}
+SYMBOLS = {"resumed": "\u250a", "changed": "\u25c6", "spike": "\u25be", "skipped": "\u2715", "not finite": "\u2715"}
 
 
 def page(runs: Sequence[Run]) -> str:

@@ -25,7 +25,7 @@ class Event(NamedTuple):
     """Something that happened at a step."""
 
     step: int
-    kind: str  # "started", "resumed", "skipped", "spike", "not finite"
+    kind: str  # "started", "resumed", "changed", "skipped", "spike", "not finite"
     text: str
 
 
@@ -51,6 +51,8 @@ class Run:
             when = f", {start['time'][:16].replace('T', ' ')} UTC" if "time" in start else ""
             where = f", on {start['devices']}: {start['command']}" if "command" in start else ""
             found.append(Event(start["step"], what.split()[0], what + when + where))
+            changed = [f"{name}: {old} became {new}" for name, (old, new) in (start.get("changed") or {}).items()]
+            found += [Event(start["step"], "changed", text) for text in changed]
         spikes = LossSpikes()
         for step, loss in self.points("train/loss"):
             spike = spikes.look(loss)
@@ -74,6 +76,14 @@ class Run:
         """The value of a metric at a step, if there is one."""
         return dict(self.points(metric)).get(step)
 
+    def _rows_taken(self, step: int) -> int:
+        """Rows that the updates up to `step` learned from; a start may have changed how many an update takes."""
+        rows, last = 0, self.starts[-1]
+        for start in reversed(self.starts):
+            rows += max(step - start["step"], 0) * start.get("rows_an_update", last["rows_an_update"])
+            step = min(step, start["step"])
+        return rows
+
     @cached_property
     def key_figures(self) -> dict[str, str]:
         """The run in numbers: {label: value}."""
@@ -93,11 +103,12 @@ class Run:
         if mfu := self.finite("train/mfu"):
             figures["Median MFU"] = f"{statistics.median(value for _, value in mfu):.1%}"
         if start.get("train") and start.get("rows_an_update"):
-            tokens = start["rows_an_update"] * start["train"]["row_length"] * start["train"]["fill"]  # without padding
+            tokens = start["train"]["row_length"] * start["train"]["fill"]  # a row, without padding
             figures["Rows filled"] = f"{start['train']['fill']:.1%}"
-            figures["Tokens trained on"] = number(self.last_step * tokens)
+            figures["Tokens trained on"] = number(self._rows_taken(self.last_step) * tokens)
             moving = [(0, 0.0), *((step, rate) for step, rate in rates if rate > 0)]
-            seconds = sum((step - before) * tokens / rate for (before, _), (step, rate) in pairwise(moving))
+            taken = [(self._rows_taken(step) * tokens, rate) for step, rate in moving]
+            seconds = sum((done - before) / rate for (before, _), (done, rate) in pairwise(taken))
             if seconds:  # without evaluations and saves
                 figures["Time in updates"] = str(timedelta(seconds=round(seconds)))
         if epochs := self.finite("train/epoch"):
@@ -135,7 +146,7 @@ def read_run(folder: Path, name: str | None = None) -> Run:
         raise UserError(f"{folder}: no such folder; name a run's folder (training.checkpoint_dir)")
     if not (folder / "metrics.jsonl").is_file():
         raise UserError(f"{folder}: not a run's folder, it has no metrics.jsonl; name a run's training.checkpoint_dir")
-    lines, unreadable = _read_lines(folder / "metrics.jsonl")
+    lines, unreadable = read_lines(folder / "metrics.jsonl")
     rows = [line for line in lines if isinstance(line.get("step"), int)]
     if not rows:
         raise UserError(f"{folder}: has no rows yet; wait for the first one (step 1)")
@@ -144,12 +155,12 @@ def read_run(folder: Path, name: str | None = None) -> Run:
         for metric, value in row.items():
             if metric != "step" and (value is None or isinstance(value, int | float)):
                 series.setdefault(metric, []).append((step, math.nan if value is None else float(value)))
-    starts = _read_lines(folder / "starts.jsonl")[0]
+    starts = read_lines(folder / "starts.jsonl")[0]
     if not starts:  # an older run's folder: where its rows go back, it was resumed
         starts = [{"step": row["step"] - 1} for before, row in pairwise(rows) if row["step"] <= before["step"]]
     samples = {
         (line["step"], str(line.get("name"))): line
-        for line in _read_lines(folder / "samples.jsonl")[0]
+        for line in read_lines(folder / "samples.jsonl")[0]
         if isinstance(line.get("step"), int) and isinstance(line.get("text"), str)
     }
     return Run(
@@ -165,12 +176,18 @@ def read_run(folder: Path, name: str | None = None) -> Run:
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:
-    """Reads the runs in `folders`, under names that tell them apart."""
+    """Reads the runs in `folders`, under names that tell them apart; a folder of runs stands for all of them."""
+    folders = [run for folder in folders for run in _runs_in(folder)]
     names = [folder.resolve().name for folder in folders]
     return [read_run(f, name if names.count(name) == 1 else str(f)) for f, name in zip(folders, names, strict=True)]
 
 
-def _read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
+def _runs_in(folder: Path) -> list[Path]:
+    inside = [path.parent for path in sorted(folder.glob("*/metrics.jsonl"))]
+    return inside if inside and not (folder / "metrics.jsonl").is_file() else [folder]
+
+
+def read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
     """The objects in a file of JSON lines, and how many lines are none; the last one may still be being written."""
     objects: list[dict[str, Any]] = []
     lines = path.read_bytes().split(b"\n")[:-1] if path.is_file() else []

@@ -87,6 +87,8 @@ def evaluate_model(
 def _doubts(loaded: LoadedModel, config: Config, prepared: Prepared, plan: Plan) -> Iterator[str]:
     """Why the loss may be another than it seems."""
     own, run = loaded.config, loaded.progress
+    if run is None:  # of a model that was trained elsewhere nothing is known
+        return
     text, trained = prepared.source_fingerprint.partition("+")[0], re.split("[-+]", run.data_fingerprint)[0]
     share = 1 if prepared.train is None else config.data.validation_fraction
     if text == trained and share > ("-" not in run.data_fingerprint and own.data.validation_fraction):

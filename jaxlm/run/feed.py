@@ -30,7 +30,9 @@ class BatchFeeder:
         training, mesh = self.resolved.config.training, self.resolved.mesh
         k, global_batch = training.gradient_accumulation_steps, self.resolved.global_batch
         own = rows_of_process(mesh, global_batch // k)
-        host_batches = train_batches(self.rows, training.seed, global_batch, k, self.steps.start, own)
+        host_batches = train_batches(
+            self.rows, training.seed, global_batch, k, self.steps.start, own, self.resolved.offset
+        )
         try:
             for _ in self.steps:
                 batch = next(host_batches)

@@ -1,6 +1,7 @@
 """From a configuration as it was asked for to one that is complete, on the devices that it is for."""
 
 import json
+import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -20,8 +21,9 @@ if TYPE_CHECKING:  # a mistake in a configuration shows before JAX is imported, 
     import jax
 
     from jaxlm.data.tokenizer import Tokenizer
-    from jaxlm.train.assemble import Resolved
+    from jaxlm.train.assemble import Assembly, Resolved
 
+CACHE_HIT = "/jax/compilation_cache/cache_hits"  # JAX's event for a program that was not compiled
 Devices: TypeAlias = "Sequence[jax.Device] | Callable[[Config], Sequence[jax.Device]] | int"
 
 
@@ -73,6 +75,28 @@ def check_same_in_processes(config: Config, fingerprint: str) -> None:
 
     values = to_dict(replace_fields(config, {"data.cache_dir": None}))
     check_same_everywhere("the configuration or the text", json.dumps([values, fingerprint]))
+
+
+def compile_step(assembly: "Assembly") -> "jax.stages.Compiled":
+    """The update: compiled, read from the cache of compiled programs, or there already; says which, and the time."""
+    import jax.monitoring
+
+    from jaxlm.parallel.processes import say
+
+    events: list[str] = []
+    note = lambda event, **_: events.append(event)  # noqa: E731
+    started = time.perf_counter()
+    jax.monitoring.register_event_listener(note)
+    try:
+        known, compiled = "compiled_step" in vars(assembly), assembly.compiled_step
+    finally:
+        jax.monitoring.unregister_event_listener(note)
+    took = f"in {time.perf_counter() - started:.1f} s"
+    if known:
+        say("the compiled step: that of an earlier run of this process")
+    else:
+        say(f"read the compiled step from the cache {took}" if CACHE_HIT in events else f"compiled the step {took}")
+    return compiled
 
 
 def keep_compiled_programs(resolved: "Resolved") -> None:

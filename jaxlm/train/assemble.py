@@ -35,6 +35,7 @@ class Resolved:
     config: Config
     mesh: AnyMesh
     notes: tuple[str, ...] = ()  # lines for the start-up report: what a DeepSpeed file says that is left to XLA
+    offset: int = 0  # see `position`; not 0 where the rows an update have changed on the way
 
     def with_fields(self, values: Mapping[str, Any]) -> "Resolved":
         """A copy with the configuration's fields named in `values` ("section.field") set."""
@@ -55,6 +56,10 @@ class Resolved:
         """Rows an update."""
         training = self.config.training
         return training.batch_size * row_shards(self.mesh) * training.gradient_accumulation_steps
+
+    def position(self, step: int) -> int:
+        """Rows of the stream that come before update `step` (from 0): all that the updates before it took."""
+        return self.offset + step * self.global_batch
 
 
 def abstract_model(config: Config, attention: str, model_class: type[Transformer] = Transformer) -> Any:

@@ -1,0 +1,52 @@
+"""A run up to its first update and no further, of which nothing is written: `jaxlm train --dry_run`, `jaxlm doctor`."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from jaxlm.config.validate import LARGEST_INT
+from jaxlm.errors import RunFailed, Stopped
+from jaxlm.monitor.metrics import memory_gib
+from jaxlm.monitor.signals import StopRequest
+from jaxlm.monitor.sinks import Sink
+from jaxlm.parallel.processes import say
+from jaxlm.train.assemble import Resolved
+from jaxlm.trainer import Trainer
+
+QUIET = {"profile_steps": None, "histogram_steps": None, "eval_on_start": False, "eval_steps": LARGEST_INT}
+
+
+class DryRun(Trainer):
+    """All checks of a start, and the next update; the run's folder is left as it was."""
+
+    def __init__(self, resolved: Resolved, **options: Any) -> None:
+        super().__init__(resolved.with_fields({f"training.{name}": value for name, value in QUIET.items()}), **options)
+        self.last_step = min(self.current_step + 1, self.last_step)
+
+    def train(self) -> None:
+        """Makes the update. Raises RunFailed if its loss is not finite."""
+        with self._lock:
+            super().train()
+        self._lock.put_back()
+
+    def _open_sinks(self) -> Sequence[Sink]:
+        return []
+
+    def _nothing(self, path: Any = None) -> None:
+        """Of all that a run writes."""
+
+    save_checkpoint = save_model = _write_report = _nothing
+
+    def _end(self, stop: StopRequest, stopping: bool) -> None:
+        if stopping:
+            raise Stopped("the dry run has written nothing; start it again")
+        loss = float(self.step_metrics["loss"])
+        if not math.isfinite(loss):
+            raise RunFailed(f"dry run: the loss of update {self.current_step} is {loss}; look at model and precision")
+        gib = next(iter(memory_gib(jax.local_devices()).values()))  # of a device, else of the process
+        say(
+            f"dry run: update {self.current_step} works, loss {loss:.4f}, {gib:.2f} GiB of memory at most; "
+            f"nothing was written to {self.folder}"
+        )

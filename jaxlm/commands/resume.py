@@ -1,0 +1,26 @@
+"""Goes on with a run as the config.json in its folder says, in any words but those of its first command."""
+
+import argparse
+from pathlib import Path
+
+from jaxlm.commands.parser import Parser, add_config_options, overrides
+from jaxlm.commands.train import add_start_options, start
+from jaxlm.config import load_config, replace_fields
+from jaxlm.errors import UserError
+
+
+def add_options(parser: Parser) -> None:
+    parser.add_argument("run", metavar="RUN", help="a run's folder (training.checkpoint_dir)")
+    add_start_options(parser)
+    add_config_options(parser)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    folder = Path(arguments.run).expanduser()
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder}: no run's folder, it has no config.json; name a run's training.checkpoint_dir")
+    config = load_config(str(folder / "config.json"))
+    # Where and how an earlier start went on is none of this one's business.
+    here = {"checkpoint_dir": arguments.run, "resume_from_checkpoint": None, "stop_at_step": None, "allow_change": ()}
+    config = replace_fields(config, {f"training.{name}": value for name, value in here.items()})
+    start(replace_fields(config, overrides(arguments)), arguments)

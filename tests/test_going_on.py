@@ -1,0 +1,139 @@
+"""What a user decides between two starts of a run: changes in the middle, `jaxlm resume`, dry runs, refused starts."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from conftest import make_config
+from flax import nnx
+
+from jaxlm import Trainer, load
+from jaxlm.__main__ import run as command
+from jaxlm.checkpoints.items import read_config, read_progress
+from jaxlm.config import load_config, replace_fields
+from jaxlm.errors import UserError
+from jaxlm.report.runs import read_run
+
+pytestmark = pytest.mark.xdist_group("going_on")  # one worker makes the run of two updates, once
+BATCH = "training.gradient_accumulation_steps"
+CHANGED = {"training.learning_rate": 0.003, BATCH: 2}
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory, corpus):
+    """A run that was stopped after 2 of its 4 updates, evaluated before the first."""
+    folder = tmp_path_factory.mktemp("begun")
+    options = {"training.stop_at_step": 2, "training.eval_on_start": True, "model.n_layers": 1, "model.d_model": 16}
+    Trainer(make_config(folder, corpus, **options)).train()
+    return folder / "run"
+
+
+@pytest.fixture
+def run(begun, tmp_path):
+    shutil.copytree(begun, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def resume(run, *options):
+    command("resume", [str(run), *options])
+
+
+def starts(run):
+    return [json.loads(line) for line in (run / "starts.jsonl").read_text().splitlines()]
+
+
+def test_a_changed_batch_neither_repeats_nor_skips_a_row(run, capfd):
+    """Each decision is refused, allowed, written down, kept without being asked for again, and marked in the report."""
+    given = [f"--{name}={value}" for name, value in CHANGED.items()]
+    with pytest.raises(
+        UserError, match=r"learning_rate was 0\.01, is 0\.003\. .*--allow_change training\.learning_rate, "
+    ):
+        resume(run, *given)
+    resume(
+        run, *given, "--allow_change", ",".join(CHANGED), "--training.stop_at_step", "3", "--training.save_steps", "9"
+    )
+    said = capfd.readouterr().err
+    assert "changed at step 2: rows_an_update was 8, is 16" in said
+    assert "the schedule is laid out anew: update 3 has the learning rate 0.0009" in said
+    assert starts(run)[-1]["changed"] == {"training.learning_rate": [0.01, 0.003], "rows_an_update": [8, 16]}
+    shutil.rmtree(run / "checkpoint_3")  # as if the run had been killed before it saved
+    resume(run, "--training.save_steps", "1")
+    assert starts(run)[-1]["changed"] == starts(run)[-2]["changed"]
+    assert [read_progress(run / f"checkpoint_{step}").position for step in (2, 3, 4)] == [16, 32, 48]
+    assert [read_config(run / f"checkpoint_{step}").training.learning_rate for step in (2, 3)] == [0.01, 0.003]
+    assert load_config(str(run / "config.json")).training.learning_rate == 0.003
+    seen = read_run(run)
+    assert [event.step for event in seen.events if "learning_rate: 0.01 became 0.003" in event.text] == [2, 2]
+    assert seen._rows_taken(4) == 48
+    epoch = seen.at("train/epoch", 4)
+    assert epoch == pytest.approx(48 / starts(run)[-1]["train"]["rows"])
+
+
+def test_a_longer_run_says_how_its_schedule_goes_on(run, capfd):
+    resume(run, "--training.max_steps", "6", "--training.stop_at_step", "3")
+    said = capfd.readouterr().err
+    assert "the schedule is laid out anew for 6 updates instead of 4: update 3 has the learning rate" in said
+    assert seen_row(run, 0)["eval/loss"] == pytest.approx(np.log(300), rel=0.05)
+
+
+def seen_row(run, step):
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return next(row for row in rows if row["step"] == step)
+
+
+def test_latest_starts_where_nothing_is_and_a_refusal_leaves_nothing(tmp_path, corpus, begun, capfd):
+    options = {"training.resume_from_checkpoint": "latest", "training.checkpoint_dir": str(tmp_path / "a" / "run")}
+    config = replace_fields(read_config(begun / "checkpoint_2"), options)
+    refused = replace_fields(config, {"data.validation_files": (str(tmp_path / "none.txt"),)})
+    with pytest.raises(UserError, match="none"):
+        Trainer(refused)
+    assert not list(tmp_path.iterdir())
+    trainer = Trainer(config)
+    assert trainer.current_step == 0 and "no checkpoint in" in capfd.readouterr().err
+    trainer._lock.put_back()
+    assert not list(tmp_path.iterdir())
+    shutil.copytree(begun, tmp_path / "a" / "run")
+    with pytest.raises(UserError, match="none"):
+        Trainer(refused, fresh=True)
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["run"]  # it was moved back
+    assert (tmp_path / "a" / "run" / "checkpoint_2").is_dir()
+
+
+def test_a_dry_run_makes_an_update_and_writes_nothing(run, capfd):
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.name != ".lock"}
+    resume(run, "--dry_run")
+    assert "dry run: update 3 works, loss 5." in capfd.readouterr().err
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.name != ".lock"} == before
+    assert Trainer(load_config(str(run / "config.json"))).current_step == 2  # the lock is free again
+
+
+def test_a_runs_folder_stands_for_its_best_model(run, capfd):
+    loaded, half = load(run), load(run / "checkpoint_2", dtype="bfloat16")
+    assert capfd.readouterr().err == f"{run}: its best_model, of step 0\n"
+    assert loaded.folder == run / "best_model"
+    assert {x.dtype.name for x in jax.tree.leaves(nnx.state(half.model))} == {"bfloat16"}
+    assert half.generate("the old", max_new_tokens=3, temperature=0).startswith("the old")
+    for name in ("best_model", "final_model"):
+        shutil.rmtree(run / name, ignore_errors=True)
+    assert load(run).folder == run / "checkpoint_2"
+
+
+def test_a_folder_of_transformers_is_loaded_evaluated_and_started_from(run, tmp_path, corpus, capfd):
+    """Without --config its architecture and its length rule; it has no held-out text of its own."""
+    there, other, cache = tmp_path / "there", tmp_path / "other", f"--data.cache_dir={corpus / 'cache'}"
+    command("export", ["--model", str(run), "--to", str(there)])
+    assert f"{run}: its best_model" in capfd.readouterr().err
+    mine, loaded = load(run), load(there)
+    assert loaded.progress is None and loaded.config.data.max_length == 32
+    jax.tree.map(np.testing.assert_array_equal, *(nnx.to_pure_dict(nnx.state(each.model)) for each in (mine, loaded)))
+    with pytest.raises(UserError, match="has no held-out text"):
+        command("evaluate", ["--model", str(there)])
+    with pytest.raises(UserError, match=r"is for transformers already"):
+        command("export", ["--model", str(there), "--to", str(other)])
+    text = f"--data.train_files={corpus / 'train.jsonl'}", "--training.sample_tokens=0", cache
+    command("train", [f"--training.init_from={there}", f"--training.checkpoint_dir={other}", *text, "--dry_run"])
+    said = capfd.readouterr().err
+    assert " of 32 tokens, greedy" in said
+    assert "dry run: update 1 works" in said and not other.exists()
