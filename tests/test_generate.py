@@ -17,7 +17,7 @@ from jaxlm.errors import UserError
 from jaxlm.generation.api import TextGenerator, generate_text, generate_tokens, stream_text
 from jaxlm.generation.beams import BeamSearch, beam_search
 from jaxlm.generation.decode import CHUNK, Clock, empty_caches, write_slot
-from jaxlm.generation.options import make_options
+from jaxlm.generation.options import Ids, make_options
 from jaxlm.generation.sampling import choose, filter_logits, penalize
 from jaxlm.model import Transformer
 
@@ -245,7 +245,7 @@ def test_as_many_beams_as_tokens_find_the_best_of_all_texts() -> None:
 
 def test_a_beams_length_counts_its_end() -> None:
     """As in transformers: the score of [7, <eos>] is its log-probability over 2."""
-    search = BeamSearch(PROMPT, 2, make_options(max_new_tokens=9, num_beams=2, length_penalty=1.0), 10)
+    search = BeamSearch(PROMPT, Ids((2,)), make_options(max_new_tokens=9, num_beams=2, length_penalty=1.0), 10)
     assert search.grow(np.array([-1.0, -2.0, -3.0, -4.0]), np.array([7, 8, 9, 5]))
     search.grow(np.array([-3.0, -4.0, -5.0, -6.0]), np.array([2, 7, 10 + 7, 8]))
     assert [(beam.tokens, beam.score) for beam in search.ended] == [([7], -1.5)]
@@ -267,7 +267,7 @@ def test_beams_beyond_the_window() -> None:
     assert len(best) == len(second) == count
     assert score(best) >= score(second) >= score(third)
     assert score(best) > score(reference(model, PROMPT, count))
-    beams = beam_search(model, PROMPT, NO_EOS, make_options(max_new_tokens=count, num_beams=3), Clock())
+    beams = beam_search(model, PROMPT, Ids((NO_EOS,)), make_options(max_new_tokens=count, num_beams=3), Clock())
     np.testing.assert_allclose([beam.logprob for beam in beams], [score(best)], rtol=1e-4)
 
 

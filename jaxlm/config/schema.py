@@ -43,6 +43,10 @@ def option(
     return typing.cast(T, dataclasses.field(default=default, metadata=metadata))
 
 
+class Unset(float):
+    """A default that the model of training.init_from replaces; the same number, written by a user, stays."""
+
+
 @dataclasses.dataclass(frozen=True)
 class _Section:
     def __post_init__(self) -> None:
@@ -67,8 +71,15 @@ class ModelConfig(_Section):
     n_layers: int = option(12, "Transformer blocks", low=1)
     d_ff: int = option(3072, "width of the feed-forward layer", low=1)
     max_seq_len: int = option(1024, "longest sequence the model can take, in tokens", low=2, high=2**24)
-    dropout: float = option(0.1, "dropout of embeddings and of each block's two outputs", low=0, below=1)
-    attention_dropout: float = option(0.1, "dropout of the attention weights", low=0, below=1)
+    dropout: float = option(
+        Unset(0.1),
+        "dropout of embeddings and of each block's two outputs; init_from: that of its model",
+        low=0,
+        below=1,
+    )
+    attention_dropout: float = option(
+        Unset(0.1), "dropout of the attention weights; init_from: that of its model", low=0, below=1
+    )
     activation: str = option(
         "gelu",
         "feed-forward activation; gelu is GPT-2's tanh form, gelu_exact the one with erf; swiglu and geglu (tanh form) "
@@ -301,6 +312,9 @@ class DataConfig(_Section):
         choices=("stop", "skip"),
     )
     tokenizer_path: str | None = option(None, "a tokenizer.json of your own, instead of training one", path=True)
+    bos_token: str | None = option(None, "token that begins a document; none: as the tokenizer's folder or names say")
+    eos_token: str | None = option(None, "token that ends a document and a generated text; none: as for bos_token")
+    pad_token: str | None = option(None, "token that pads, where an export needs one; none: as for bos_token")
     max_length: int = option(1024, "tokens a row; longer documents are cut into pieces", low=2)
     min_length: int = option(10, "documents of fewer tokens (with <bos> and <eos>) are dropped", low=0)
     pack_sequences: bool = option(True, "put several documents into a row, kept apart in attention; false: pad")

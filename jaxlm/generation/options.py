@@ -43,6 +43,19 @@ class GenerationOptions:
                 raise UserError(f"--{name} ({value}) {problem}")
 
 
+@dataclasses.dataclass(frozen=True)
+class Ids:
+    """What the ids of a vocabulary mean; hashable, as functions are compiled for it.
+
+    Attributes:
+      ends: those that end a text.
+      missing: those that stand for no token, and are never generated.
+    """
+
+    ends: tuple[int, ...]
+    missing: tuple[int, ...] = ()
+
+
 FIELDS = {field.name: field for field in dataclasses.fields(GenerationOptions)}
 
 

@@ -29,6 +29,7 @@ from jaxlm.checkpoints.load import LoadedModel
 from jaxlm.checkpoints.save import reason_of
 from jaxlm.config import Config, replace_fields, to_dict
 from jaxlm.data.atomic import atomic_path
+from jaxlm.data.special_tokens import ROLES
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.errors import UserError
 from jaxlm.interop.families import family_for, to_config, to_tensors
@@ -69,10 +70,13 @@ def export(loaded: LoadedModel, source: Path, to: Path, *, max_shard_size: int, 
     to = Path(os.path.abspath(to))
     params = flatten_dict(nnx.to_pure_dict(nnx.state(loaded.model)), sep="/")
     tensors = dict(to_tensors({path: np.asarray(x) for path, x in params.items()}, family))
-    ids = {f"{name}_token_id": getattr(loaded.tokenizer, f"{name}_id") for name in ("bos", "eos", "pad")}
+    ids, said = {f"{role}_token_id": getattr(loaded.tokenizer, f"{role}_id") for role in ROLES}, loaded.tokenizer.said
+    ends, listed = list(loaded.tokenizer.end_ids), said.get("config", {}).get("eos_token_id")
+    several = {"eos_token_id": ends if len(ends) > 1 else ends[0]}
+    of_config = several if isinstance(listed, list) else {}
     texts = {
-        "config.json": _json({**to_config(loaded.config.model, family), **ids, "dtype": dtype}),
-        "generation_config.json": _json(ids),
+        "config.json": _json({**to_config(loaded.config.model, family), **ids, **of_config, "dtype": dtype}),
+        "generation_config.json": _json(said.get("generation_config", {}) | ids | several),
         "README.md": _model_card(loaded, source, to.name, family.architecture),
         **_tokenizer_files(loaded.tokenizer, loaded.config.model.max_seq_len),
     }
@@ -121,8 +125,14 @@ def _cast(x: np.ndarray, kind: np.dtype) -> np.ndarray:
     return cast
 
 
+def has_template(tokenizer: Tokenizer) -> bool:
+    """Whether the tokenizer came with a chat template, which then goes on with it."""
+    return "chat_template" in tokenizer.said
+
+
 def _tokenizer_files(tokenizer: Tokenizer, max_seq_len: int) -> dict[str, str]:
-    """{file name: text}. AutoTokenizer then gives a text the same ids as ours, even if "<bos>" is written out in it.
+    """{file name: text}. AutoTokenizer then gives a text the same ids as ours, even if "<bos>" is written out in it,
+    unless there is a chat template.
 
     As `generate_text` does, it begins a text with <bos>, unless add_special_tokens=False.
     """
@@ -131,12 +141,8 @@ def _tokenizer_files(tokenizer: Tokenizer, max_seq_len: int) -> dict[str, str]:
     backend.post_processor = TemplateProcessing(
         single=f"{bos} $A", pair=f"{bos} $A {bos}:1 $B:1", special_tokens=[(bos, tokenizer.bos_id)]
     )
-    settings = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": bos,
-        "eos_token": tokenizer.token(tokenizer.eos_id),
-        "pad_token": tokenizer.token(tokenizer.pad_id),
-        "split_special_tokens": True,
+    settings = {key: x for key, x in tokenizer.settings().items() if isinstance(x, str | list)} | {
+        "split_special_tokens": not has_template(tokenizer),  # a chat template writes them out
         "clean_up_tokenization_spaces": False,
         "model_max_length": max_seq_len,
     }

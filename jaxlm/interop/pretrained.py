@@ -17,14 +17,16 @@ import numpy as np
 
 from jaxlm.checkpoints.items import JSON_ITEMS, read_config, read_tokenizer
 from jaxlm.checkpoints.manifest import damage
-from jaxlm.config import Config, ModelConfig, from_dict, shown
+from jaxlm.config import Config, DataConfig, ModelConfig, from_dict, shown
+from jaxlm.config.schema import Unset
 from jaxlm.data.hub import SECONDS, why_unreachable
+from jaxlm.data.special_tokens import FILES
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.errors import UserError, one_line
-from jaxlm.interop.families import ARCHITECTURE, from_config, from_tensors, tensor_names, to_tensors
+from jaxlm.interop.families import ARCHITECTURE, DROPOUTS, from_config, from_tensors, tensor_names, to_tensors
 
 INDEX, SINGLE_FILE = "model.safetensors.index.json", "model.safetensors"
-FETCHED = ("config.json", "tokenizer.json", INDEX, "*.safetensors")  # from the Hub
+FETCHED = (*FILES, INDEX, "*.safetensors")  # from the Hub
 HUB_NAME = re.compile(r"([\w.-]+/)?[\w.-]+")
 FLOATS = ("F32", "F16", "BF16", "F64")
 OUTPUT = "lm_head.weight"
@@ -38,11 +40,11 @@ class OwnFolder:
 
     kind = "of jaxlm"  # for people
 
-    def __init__(self, folder: Path, where: str) -> None:
+    def __init__(self, folder: Path, where: str, data: DataConfig) -> None:
         self.folder, self.where = folder, where
         try:
             self.model = read_config(folder).model
-            self.tokenizer: Tokenizer | None = read_tokenizer(folder)
+            self.tokenizer: Tokenizer | None = read_tokenizer(folder, data)
         except UserError as error:
             raise UserError(f"{where}: {error}") from error
 
@@ -62,12 +64,11 @@ class OwnFolder:
 class HuggingFaceFolder:
     """A folder that transformers has saved, with parameters in safetensors; they are read later."""
 
-    def __init__(self, folder: Path, config: Any, where: str) -> None:
+    def __init__(self, folder: Path, config: Any, where: str, data: DataConfig) -> None:
         self.folder, self.where = folder, where
         self.family, self.model = from_config(config, where)
         self.kind = self.family.architecture
-        has_tokenizer = os.path.isfile(folder / "tokenizer.json")
-        self.tokenizer = Tokenizer.load(folder, where) if has_tokenizer else None
+        self.tokenizer = Tokenizer.find(folder, where, data)
 
     def check(self, whole: Params) -> None:
         """Looks through the parameters, without reading them.
@@ -125,6 +126,8 @@ class HuggingFaceFolder:
             for name in opened.keys():  # noqa: SIM118  (it is no dict)
                 has_prefix = name.startswith((self.family.prefix, OUTPUT))
                 tensors[name if has_prefix else self.family.prefix + name] = opened, name
+        if self.model.tie_embeddings and OUTPUT in tensors:  # of two names of one tensor, some programs keep this one
+            tensors.setdefault(tensor_names("token_embedding", self.family, None)[0], tensors[OUTPUT])
         return tensors
 
     def _files(self) -> list[str]:
@@ -234,14 +237,17 @@ def _adopt(config: Config, model: ModelConfig) -> Config:
             f"{_where(config)} has another architecture: {listed}. Leave these options out, of the command and of the "
             "file that --config names: a JSON file without a model section has none"
         )
-    adopted = {name: found[name] for name in ARCHITECTURE}
+    unset = [name for name in DROPOUTS if isinstance(asked[name], Unset)]
+    if unclear := [name for name in unset if isinstance(found[name], Unset)]:
+        raise UserError(f"{_where(config)} has several rates of what is one dropout here; set model.{unclear[0]}")
+    adopted = {name: found[name] for name in (*ARCHITECTURE, *unset)}
     return dataclasses.replace(config, model=dataclasses.replace(config.model, **adopted))
 
 
 def _agreed_tokenizer(config: Config, found: Tokenizer | None) -> Tokenizer:
     """The tokenizer `found` in the folder, or else that of data.tokenizer_path; UserError if there is none, or two."""
     path = config.data.tokenizer_path
-    own = None if path is None else Tokenizer.load(path)
+    own = None if path is None else Tokenizer.load(path, chosen=config.data)
     if found and own and not found.agrees_with(own):
         raise UserError(f"data.tokenizer_path ({path}) is not the tokenizer of {_where(config)}; leave it out")
     agreed = found or own
@@ -257,7 +263,7 @@ def _open(config: Config) -> Pretrained:
     if not os.path.isdir(folder):  # unlike Path.is_dir, it never raises
         folder = _fetched(name, where)
     if os.path.isdir(folder / "params"):
-        return OwnFolder(folder, where)
+        return OwnFolder(folder, where, config.data)
     saved = _read_json(folder / "config.json", where) if os.path.isfile(folder / "config.json") else None
     if saved is None or (isinstance(saved, dict) and "training" in saved):  # nothing, or a run's folder
         inside = [f", such as {folder / m}" for m in ("best_model", "final_model") if os.path.isdir(folder / m)]
@@ -265,7 +271,7 @@ def _open(config: Config) -> Pretrained:
             f"{where}: holds no model; name a best_model, final_model or checkpoint_<step> folder"
             f"{''.join(inside[:1])}, or one that transformers has saved"
         )
-    return HuggingFaceFolder(folder, saved, where)
+    return HuggingFaceFolder(folder, saved, where, config.data)
 
 
 def _read_json(file: Path, where: str) -> Any:
