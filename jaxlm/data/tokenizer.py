@@ -154,7 +154,7 @@ class Tokenizer:
     def files(self) -> dict[str, str]:
         """{name: content} of tokenizer.json, and of tokenizer_config.json where anything was said; for `load`."""
         return {"tokenizer.json": self.to_json()} | (
-            {"tokenizer_config.json": json.dumps(self.settings(), indent=2)} if self.said else {}
+            {"tokenizer_config.json": json.dumps(self.settings(), indent=2, sort_keys=True)} if self.said else {}
         )
 
     def settings(self) -> dict[str, Any]:

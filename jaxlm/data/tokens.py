@@ -123,6 +123,7 @@ def prepare(data: DataConfig, vocab_size: int, tokenizer: Tokenizer | None, repo
     elif tokenizer is None:
         folder = root / "tokenizers" / _key(source.fingerprint, settings, vocab_size)
         tokenizer = _trained_tokenizer(folder, source, vocab_size, report)
+    report(f"documents: {tokenizer.token(tokenizer.bos_id)} text {tokenizer.token(tokenizer.eos_id)}")
     folder = root / "tokens" / _key(source.fingerprint, settings, tokenizer.fingerprint)
     took = made_once(folder, lambda part: _tokenize(part, source, tokenizer, data))
     report(f"tokenized text: {took} ({folder})")

@@ -6,6 +6,7 @@ tokenizer.json, tokenizer_config.json      the same ids as here, with <bos> befo
 README.md                                  the model card: what it was trained on, how, and how well it does
 """
 
+import dataclasses
 import json
 import math
 import os
@@ -29,15 +30,26 @@ from jaxlm.checkpoints.load import LoadedModel
 from jaxlm.checkpoints.save import reason_of
 from jaxlm.config import Config, replace_fields, to_dict
 from jaxlm.data.atomic import atomic_path
+from jaxlm.data.sources import STDLIB
 from jaxlm.data.special_tokens import ROLES
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.errors import UserError
 from jaxlm.interop.families import family_for, to_config, to_tensors
+from jaxlm.interop.pretrained import HUB_NAME
 from jaxlm.report.runs import read_run
 
 DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 # These have no part in the training, and may say more of a machine than a model card should.
 PRIVATE = ("checkpoint_dir", "cache_dir", "resume_from_checkpoint", "stop_at_step", "wandb_project")
+
+
+@dataclasses.dataclass(frozen=True)
+class Public:
+    """What a model card says to the Hub: the model's name there, its license, and the languages of its text."""
+
+    repo_id: str
+    license: str | None = None
+    language: tuple[str, ...] = ()
 
 
 def check_target(path: Path) -> None:
@@ -49,7 +61,9 @@ def check_target(path: Path) -> None:
         raise UserError(f"--to ({path}): is no folder; name another")
 
 
-def export(loaded: LoadedModel, source: Path, to: Path, *, max_shard_size: int, dtype: str) -> str:
+def export(
+    loaded: LoadedModel, source: Path, to: Path, *, max_shard_size: int, dtype: str, public: Public | None = None
+) -> str:
     """Writes the folder `to`, whole or not at all.
 
     Args:
@@ -58,6 +72,7 @@ def export(loaded: LoadedModel, source: Path, to: Path, *, max_shard_size: int, 
       to: a new folder, or an empty one.
       max_shard_size: bytes of a safetensors file; a larger tensor has one of its own.
       dtype: of the parameters there, one of DTYPES.
+      public: what the model card says beside what the run knows.
 
     Returns:
       The class of transformers that opens it.
@@ -77,7 +92,7 @@ def export(loaded: LoadedModel, source: Path, to: Path, *, max_shard_size: int, 
     texts = {
         "config.json": _json({**to_config(loaded.config.model, family), **ids, **of_config, "dtype": dtype}),
         "generation_config.json": _json(said.get("generation_config", {}) | ids | several),
-        "README.md": _model_card(loaded, source, to.name, family.architecture),
+        "README.md": _model_card(loaded, source, family.architecture, public or Public(repo_id=to.name)),
         **_tokenizer_files(loaded.tokenizer, loaded.config.model.max_seq_len),
     }
     try:
@@ -149,8 +164,32 @@ def _tokenizer_files(tokenizer: Tokenizer, max_seq_len: int) -> dict[str, str]:
     return {"tokenizer.json": backend.to_str(pretty=True), "tokenizer_config.json": _json(settings)}
 
 
-def _model_card(loaded: LoadedModel, source: Path, folder: str, architecture: str) -> str:
-    """The text of README.md, for a `folder` of that name and the class `architecture` of transformers.
+def _metadata(config: Config, public: Public) -> str:
+    """The YAML at the head of the card; license and language are those of the model that the run started from, unless
+    they are given.
+    """
+    from huggingface_hub import ModelCard, ModelCardData, try_to_load_from_cache
+
+    base, data = config.training.init_from or "", config.data
+    is_on_hub = bool(HUB_NAME.fullmatch(base)) and not os.path.isdir(base)
+    card = try_to_load_from_cache(base, "README.md") if is_on_hub else Path(base).expanduser() / "README.md"
+    known = isinstance(card, str | Path) and os.path.isfile(card) and base != ""
+    inherited = ModelCard.load(card, ignore_metadata_errors=True).data if known else ModelCardData()
+    has_name = not data.train_files and data.dataset_name != STDLIB
+    return ModelCardData(
+        language=list(public.language) or inherited.language,
+        license=public.license or inherited.license,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        base_model=base if is_on_hub else None,
+        datasets=[data.dataset_name] if has_name else None,
+        metrics=["perplexity"],
+        tags=["jaxlm"],
+    ).to_yaml()
+
+
+def _model_card(loaded: LoadedModel, source: Path, architecture: str, public: Public) -> str:
+    """The text of README.md, for the class `architecture` of transformers.
 
     `source` is the model's own folder; the run's metrics are looked for beside it.
     """
@@ -169,7 +208,9 @@ def _model_card(loaded: LoadedModel, source: Path, folder: str, architecture: st
     template = files("jaxlm.interop").joinpath("model_card.md").read_text(encoding="utf-8")
     return template.format(
         name=f"{source.parent.name}/{source.name}",
-        folder=folder,
+        head=_metadata(config, public),
+        repo=public.repo_id,
+        special="such tokens, as the chat template needs" if has_template(loaded.tokenizer) else "plain characters",
         version=jaxlm.__version__,
         architecture=architecture,
         prompt=json.dumps(config.training.sample_prompt or "The")[1:-1],

@@ -217,8 +217,7 @@ def to_config(model: ModelConfig, family: Family) -> dict[str, Any]:
 
 
 def from_config(config: Any, where: str) -> tuple[Family, ModelConfig]:
-    """The class of the model that config.json describes, and its architecture and dropouts; other options have their
-    defaults, as has a dropout for which config.json has several values.
+    """The class of the model in config.json, its architecture, and its dropouts where that has one value for each.
 
     Args:
       config: the value in config.json.

@@ -26,7 +26,7 @@ from jaxlm.errors import UserError, one_line
 from jaxlm.interop.families import ARCHITECTURE, DROPOUTS, from_config, from_tensors, tensor_names, to_tensors
 
 INDEX, SINGLE_FILE = "model.safetensors.index.json", "model.safetensors"
-FETCHED = (*FILES, INDEX, "*.safetensors")  # from the Hub
+FETCHED = (*FILES, INDEX, "*.safetensors", "README.md")  # from the Hub
 HUB_NAME = re.compile(r"([\w.-]+/)?[\w.-]+")
 FLOATS = ("F32", "F16", "BF16", "F64")
 OUTPUT = "lm_head.weight"
