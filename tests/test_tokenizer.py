@@ -175,7 +175,7 @@ def test_the_folder_says_which_tokens_are_special(tmp_path, files, ids, ends) ->
     assert (again.bos_id, again.eos_id, again.pad_id, again.end_ids) == (*ids, ends)
     assert again.fingerprint == found.fingerprint, "or a resumed run tokenizes anew"
     assert (found.fingerprint == plain.fingerprint) == (not files), "or text that was cached ends with another token"
-    chosen = Tokenizer.load(tmp_path, chosen=DataConfig(bos_token="<c>", eos_token="<a>", pad_token="<b>"))
+    chosen = Tokenizer.load(tmp_path, data=DataConfig(bos_token="<c>", eos_token="<a>", pad_token="<b>"))
     assert (chosen.bos_id, chosen.eos_id, chosen.pad_id) == (3, 1, 2)
 
 

@@ -60,6 +60,6 @@ def read_config(path: Path) -> Config:
     return _read_json(path, "config", lambda values: from_dict(values, str(path)))
 
 
-def read_tokenizer(path: Path, chosen: DataConfig | None = None) -> Tokenizer:
-    """The tokenizer saved in a checkpoint or model folder, `chosen` as in `Tokenizer.find`; UserError if unreadable."""
-    return Tokenizer.load(path / "tokenizer", str(path), chosen)
+def read_tokenizer(path: Path, data: DataConfig | None = None) -> Tokenizer:
+    """The tokenizer saved in a checkpoint or model folder, `data` as in `Tokenizer.find`; UserError if unreadable."""
+    return Tokenizer.load(path / "tokenizer", str(path), data)

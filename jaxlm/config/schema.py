@@ -71,15 +71,8 @@ class ModelConfig(_Section):
     n_layers: int = option(12, "Transformer blocks", low=1)
     d_ff: int = option(3072, "width of the feed-forward layer", low=1)
     max_seq_len: int = option(1024, "longest sequence the model can take, in tokens", low=2, high=2**24)
-    dropout: float = option(
-        Unset(0.1),
-        "dropout of embeddings and of each block's two outputs; init_from: that of its model",
-        low=0,
-        below=1,
-    )
-    attention_dropout: float = option(
-        Unset(0.1), "dropout of the attention weights; init_from: that of its model", low=0, below=1
-    )
+    dropout: float = option(Unset(0.1), "dropout of embeddings and of each block's two outputs", low=0, below=1)
+    attention_dropout: float = option(Unset(0.1), "dropout of the attention weights", low=0, below=1)
     activation: str = option(
         "gelu",
         "feed-forward activation; gelu is GPT-2's tanh form, gelu_exact the one with erf; swiglu and geglu (tanh form) "
@@ -219,7 +212,8 @@ class TrainingConfig(_Section):
     init_from: str | None = option(
         None,
         "model whose parameters, architecture and tokenizer to start from: a best_model, final_model or checkpoint, or "
-        "a folder or Hub name for transformers; model options that are not at their defaults must agree with it",
+        "a folder or Hub name for transformers; model options that are set must agree with it, but for dropouts, which "
+        "are the model's own unless they are set",
         path=True,
     )
     report_to: tuple[Any, ...] = option(

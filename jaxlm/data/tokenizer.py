@@ -58,25 +58,23 @@ class Tokenizer:
         vocabulary = backend.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocabulary.values(), default=-1) + 1  # ids may have gaps
         self._ids = frozenset(vocabulary.values())
-        found = {role: self._found(role, vocabulary, where) for role in ROLES}
-        for role, verb in (("bos", "begin"), ("eos", "end")):
-            if found[role] is None:
+        bos, eos, pad = (self._find_role(role, vocabulary, where) for role in ROLES)
+        for role, verb, found in (("bos", "begin", bos), ("eos", "end", eos)):
+            if found is None:
                 needed = f"it must contain one of {', '.join(NAMES[role])}, or data.{role}_token must name one"
                 raise UserError(f"{where} has no token to {verb} a document with; {needed}")
-        self.bos_id, self.eos_id = (int(found[role] or 0) for role in ("bos", "eos"))
-        self.pad_id = self.eos_id if found["pad"] is None else found["pad"]
+        self.bos_id, self.eos_id, self.pad_id = (eos if found is None else found for found in (bos, eos, pad))
         ends = tuple(token for token in ids_of(self.said, "eos") if token in self._ids)
         self.end_ids = ends if self.eos_id in ends else (self.eos_id, *ends)
 
-    def _found(self, role: str, vocabulary: Mapping[str, int], where: str) -> int | None:
-        """The id of the token that was said to be of a role, or else of the first well-known name."""
+    def _find_role(self, role: str, vocabulary: Mapping[str, int], where: str) -> Any:
+        """The id of the token that was said to be of a role, or else of the first well-known name; or None."""
         named = self.said.get(f"{role}_token")
-        if named in vocabulary:
-            return vocabulary[named]
-        if named is not None and role != "pad":  # nothing is learned about padding, so any token does
+        if named is not None and named not in vocabulary and role != "pad":  # padding teaches nothing: any token does
             raise UserError(f"{where} has no token {named}, its {role}_token; set data.{role}_token to one that it has")
-        by_name = (vocabulary[name] for name in NAMES[role] if name in vocabulary)
-        return next(chain((token for token in ids_of(self.said, role) if token in self._ids), by_name), None)
+        by_id = [token for token in ids_of(self.said, role) if token in self._ids]
+        by_name = [vocabulary[name] for name in (named, *NAMES[role]) if name in vocabulary]
+        return next(iter(by_name[:1] + by_id if named in vocabulary else by_id + by_name), None)
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
@@ -105,44 +103,36 @@ class Tokenizer:
 
     @classmethod
     def load(
-        cls, path: str | os.PathLike[str], name: str = "data.tokenizer_path", chosen: DataConfig | None = None
+        cls, path: str | os.PathLike[str], name: str = "data.tokenizer_path", data: DataConfig | None = None
     ) -> "Tokenizer":
-        """Reads a tokenizer.json, or the one in a folder (directly, or in its subfolder `tokenizer`).
-
-        The files beside it say which tokens are special. Args and errors as in `find`, which gives None for a folder
-        without a tokenizer.
-
-        Raises:
-          UserError: as `find`; or the file is missing.
-        """
-        found = cls.find(path, name, chosen)
+        """As `find`; a UserError where there is none."""
+        found = cls.find(path, name, data)
         if found is None:
-            where = f"{name} ({path})"
             problem = "holds no tokenizer.json" if os.path.isdir(Path(path).expanduser()) else "no such file"
-            raise UserError(f"{where}: {problem}")
+            raise UserError(f"{name} ({path}): {problem}")
         return found
 
     @classmethod
-    def find(cls, path: str | os.PathLike[str], name: str, chosen: DataConfig | None = None) -> "Tokenizer | None":
-        """As `load`, but None where there is none.
+    def find(cls, path: str | os.PathLike[str], name: str, data: DataConfig | None = None) -> "Tokenizer | None":
+        """Reads a tokenizer.json and what is beside it, or those in a folder or its subfolder `tokenizer`.
 
         Args:
-          chosen: its `bos_token`, `eos_token` and `pad_token` win over the files.
+          data: its `bos_token`, `eos_token` and `pad_token` win over the files.
 
         Raises:
-          UserError: it begins with `name`, the option; a file is unreadable or corrupt, or see `__init__`.
+          UserError: it begins with `name`, the option; a file is unreadable, corrupt, or see `__init__`.
         """
         where, path = f"{name} ({path})", Path(path).expanduser()
-        asked = {f"{role}_token": getattr(chosen, f"{role}_token") for role in ROLES} if chosen else {}
-        asked = {key: token for key, token in asked.items() if token is not None}
+        tokens = (data.bos_token, data.eos_token, data.pad_token) if data else ()
+        chosen = {f"{role}_token": token for role, token in zip(ROLES, tokens, strict=False) if token is not None}
         for file in (path, path / "tokenizer.json", path / "tokenizer" / "tokenizer.json"):
             if os.path.isfile(file):  # unlike Path.is_file, no error where a name is too long or a folder closed
                 with reading(where):
                     text = file.read_text(encoding="utf-8")
-                return cls.from_json(text, where, read_special_tokens(file.parent, where) | asked)
+                return cls.from_json(text, where, read_special_tokens(file.parent, where) | chosen)
         with _LibraryErrors(f"{where}: vocab.json and merges.txt are not readable"):
             backend = from_vocabulary(path, where)
-        return None if backend is None else cls(backend, where, read_special_tokens(path, where) | asked)
+        return None if backend is None else cls(backend, where, read_special_tokens(path, where) | chosen)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Writes `files` into a folder, each whole or not at all. Raises OSError where that is not possible."""
@@ -153,9 +143,8 @@ class Tokenizer:
 
     def files(self) -> dict[str, str]:
         """{name: content} of tokenizer.json, and of tokenizer_config.json where anything was said; for `load`."""
-        return {"tokenizer.json": self.to_json()} | (
-            {"tokenizer_config.json": json.dumps(self.settings(), indent=2, sort_keys=True)} if self.said else {}
-        )
+        said = {"tokenizer_config.json": json.dumps(self.settings(), indent=2, sort_keys=True)} if self.said else {}
+        return {"tokenizer.json": self.to_json(), **said}
 
     def settings(self) -> dict[str, Any]:
         """The content of tokenizer_config.json."""

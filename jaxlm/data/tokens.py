@@ -119,7 +119,7 @@ def prepare(data: DataConfig, vocab_size: int, tokenizer: Tokenizer | None, repo
     held_out = not data.validation_files if local else data.validation_split is None
     settings = [data.text_column, data.on_bad_document, data.validation_fraction if held_out else None]
     if tokenizer is None and data.tokenizer_path is not None:
-        tokenizer = Tokenizer.load(data.tokenizer_path, chosen=data)
+        tokenizer = Tokenizer.load(data.tokenizer_path, data=data)
     elif tokenizer is None:
         folder = root / "tokenizers" / _key(source.fingerprint, settings, vocab_size)
         tokenizer = _trained_tokenizer(folder, source, vocab_size, report)

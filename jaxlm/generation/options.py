@@ -45,15 +45,10 @@ class GenerationOptions:
 
 @dataclasses.dataclass(frozen=True)
 class Ids:
-    """What the ids of a vocabulary mean; hashable, as functions are compiled for it.
+    """What ids mean; hashable, as functions are compiled for it."""
 
-    Attributes:
-      ends: those that end a text.
-      missing: those that stand for no token, and are never generated.
-    """
-
-    ends: tuple[int, ...]
-    missing: tuple[int, ...] = ()
+    ends: tuple[int, ...]  # end a text
+    missing: tuple[int, ...] = ()  # stand for no token, and are never generated
 
 
 FIELDS = {field.name: field for field in dataclasses.fields(GenerationOptions)}

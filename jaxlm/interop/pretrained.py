@@ -6,7 +6,6 @@ JAX, and the modules that import it, are imported where they are used: a mistake
 """
 
 import dataclasses
-import json
 import os
 import re
 from functools import cached_property
@@ -20,7 +19,7 @@ from jaxlm.checkpoints.manifest import damage
 from jaxlm.config import Config, DataConfig, ModelConfig, from_dict, shown
 from jaxlm.config.schema import Unset
 from jaxlm.data.hub import SECONDS, why_unreachable
-from jaxlm.data.special_tokens import FILES
+from jaxlm.data.special_tokens import FILES, read_object
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.errors import UserError, one_line
 from jaxlm.interop.families import ARCHITECTURE, DROPOUTS, from_config, from_tensors, tensor_names, to_tensors
@@ -133,8 +132,8 @@ class HuggingFaceFolder:
     def _files(self) -> list[str]:
         """The names of the safetensors files."""
         if os.path.isfile(self.folder / INDEX):
-            index = _read_json(self.folder / INDEX, self.where)
-            files = index.get("weight_map") if isinstance(index, dict) else None
+            index = read_object(self.folder / INDEX, self.where)
+            files = index.get("weight_map")
             if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
                 raise UserError(f"{self.where}: {INDEX} is not readable: it has no weight_map from tensors to files")
             return sorted({Path(file).name for file in files.values()})
@@ -221,7 +220,7 @@ def _model_of_the_run(config: Config) -> ModelConfig | None:
     resume = training.resume_from_checkpoint
     folder = training.checkpoint_dir if resume in (None, "latest") else f"{resume}/config"
     try:
-        saved = from_dict(_read_json(Path(folder).expanduser() / "config.json", folder), folder)
+        saved = from_dict(read_object(Path(folder).expanduser() / "config.json", folder), folder)
     except UserError:
         return None  # resuming reads it again, and says what is wrong
     return saved.model if saved.training.init_from == training.init_from else None
@@ -247,7 +246,7 @@ def _adopt(config: Config, model: ModelConfig) -> Config:
 def _agreed_tokenizer(config: Config, found: Tokenizer | None) -> Tokenizer:
     """The tokenizer `found` in the folder, or else that of data.tokenizer_path; UserError if there is none, or two."""
     path = config.data.tokenizer_path
-    own = None if path is None else Tokenizer.load(path, chosen=config.data)
+    own = None if path is None else Tokenizer.load(path, data=config.data)
     if found and own and not found.agrees_with(own):
         raise UserError(f"data.tokenizer_path ({path}) is not the tokenizer of {_where(config)}; leave it out")
     agreed = found or own
@@ -264,21 +263,14 @@ def _open(config: Config) -> Pretrained:
         folder = _fetched(name, where)
     if os.path.isdir(folder / "params"):
         return OwnFolder(folder, where, config.data)
-    saved = _read_json(folder / "config.json", where) if os.path.isfile(folder / "config.json") else None
-    if saved is None or (isinstance(saved, dict) and "training" in saved):  # nothing, or a run's folder
+    saved = read_object(folder / "config.json", where)
+    if not saved or "training" in saved:  # nothing, or a run's folder
         inside = [f", such as {folder / m}" for m in ("best_model", "final_model") if os.path.isdir(folder / m)]
         raise UserError(
             f"{where}: holds no model; name a best_model, final_model or checkpoint_<step> folder"
             f"{''.join(inside[:1])}, or one that transformers has saved"
         )
     return HuggingFaceFolder(folder, saved, where, config.data)
-
-
-def _read_json(file: Path, where: str) -> Any:
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{where}: {file.name} is not readable: {one_line(error)}") from error
 
 
 def _fetched(name: str, where: str) -> Path:
