@@ -552,12 +552,12 @@ def test_what_a_folder_says_of_its_tokens_is_exported(tmp_path: Path, tokenizer:
 def test_the_head_of_a_model_card(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text("---\nlicense: apache-2.0\nlanguage: de\n---\n# A base\n")
     config = replace_fields(Config(), {"training.init_from": str(tmp_path), "data.train_files": ("a.txt",)})
-    head = yaml.safe_load(export._metadata(config, export.Public("me/model")))
+    head = yaml.safe_load(export._metadata(config, {}))
     assert (head["license"], head["language"]) == ("apache-2.0", "de")
     assert "base_model" not in head, "the name of a folder goes to nobody"
     assert "datasets" not in head
     config = replace_fields(Config(), {"training.init_from": "test/tiny"})
-    head = yaml.safe_load(export._metadata(config, export.Public("me/model", "mit", ("en", "fr"))))
+    head = yaml.safe_load(export._metadata(config, {"license": "mit", "language": ["en", "fr"]}))
     assert head | {"base_model": "test/tiny", "license": "mit", "language": ["en", "fr"]} == head
     assert (head["datasets"], head["metrics"]) == (["wikitext"], ["perplexity"])
 

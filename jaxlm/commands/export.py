@@ -27,7 +27,7 @@ def run(arguments: argparse.Namespace) -> None:
     source, to = Path(arguments.model), Path(arguments.to)
 
     from jaxlm.checkpoints.load import load
-    from jaxlm.interop.export import DTYPES, HUB_NAME, Public, check_target, export
+    from jaxlm.interop.export import DTYPES, HUB_NAME, check_target, export
     from jaxlm.parallel.devices import find_devices
 
     max_shard_size = parse_size("--max_shard_size", arguments.max_shard_size)
@@ -35,8 +35,8 @@ def run(arguments: argparse.Namespace) -> None:
     check_target(to)
     if arguments.repo_id is not None and not HUB_NAME.fullmatch(arguments.repo_id):
         raise UserError(f"--repo_id ({arguments.repo_id}) is no name on the Hub; write OWNER/NAME")
-    languages = tuple(filter(None, (arguments.language or "").split(",")))
-    public = Public(arguments.repo_id or to.name, arguments.license, languages)
+    languages = list(filter(None, (arguments.language or "").split(",")))
+    card = {"repo_id": arguments.repo_id or to.name, "license": arguments.license, "language": languages}
     find_devices()
-    kind = export(load(source), source, to, max_shard_size=max_shard_size, dtype=arguments.dtype, public=public)
+    kind = export(load(source), source, to, max_shard_size=max_shard_size, dtype=arguments.dtype, **card)
     print(f"{to}: written for transformers as {kind}", file=sys.stderr)

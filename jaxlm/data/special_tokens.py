@@ -27,7 +27,7 @@ def read_special_tokens(folder: Path, where: str) -> dict[str, Any]:
     and as `config` the ids in config.json. UserError, which `where` begins: a file is unreadable.
     """
     own, config, generation = _own(folder, where), *(read_object(folder / name, where) for name in (CONFIG, GENERATION))
-    said = {f"{role}_token": _text(own.get(f"{role}_token")) for role in ROLES}
+    said: dict[str, Any] = {f"{role}_token": _text(own.get(f"{role}_token")) for role in ROLES}
     if os.path.isfile(folder / TEMPLATE):
         with reading(where):
             own["chat_template"] = (folder / TEMPLATE).read_text(encoding="utf-8")
@@ -40,7 +40,7 @@ def read_special_tokens(folder: Path, where: str) -> dict[str, Any]:
 def ids_of(said: Mapping[str, Any], role: str) -> list[int]:
     """The ids of a role in generation_config.json, or else in config.json, each a number or a list of them."""
     values = (said.get(section, {}).get(f"{role}_token_id") for section in ("generation_config", "config"))
-    value = next((value for value in values if value is not None), [])
+    value: Any = next((value for value in values if value is not None), [])
     return [x for x in (value if isinstance(value, list) else [value]) if isinstance(x, int)]
 
 
@@ -58,7 +58,9 @@ def from_vocabulary(folder: Path, where: str) -> tokenizers.Tokenizer | None:
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=bool(own.get("add_prefix_space")))
     backend.decoder = decoders.ByteLevel()
     added = read_object(folder / ADDED, where)
-    backend.add_tokens([tokenizers.AddedToken(token, normalized=False) for token in sorted(added, key=added.get)])
+    backend.add_tokens(
+        [tokenizers.AddedToken(token, normalized=False) for token in sorted(added, key=added.__getitem__)]
+    )
     if wrong := [token for token, number in added.items() if backend.token_to_id(token) != number]:
         raise UserError(f"{where}: {ADDED} gives {wrong[0]} the id {added[wrong[0]]}, which is not the next one")
     listed = own.get("additional_special_tokens", [])

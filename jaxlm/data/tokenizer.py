@@ -50,8 +50,8 @@ class Tokenizer:
           said: which tokens these are; without it, those of well-known names.
         """
         self._backend, self.said = backend, dict(said or {})
-        if getattr(backend.model, "dropout", None):
-            backend.model.dropout = None  # BPE dropout is for training a model, and a text has one list of ids here
+        if isinstance(backend.model, models.BPE):
+            backend.model.dropout = None  # that is for training a model; a text has one list of ids here
         backend.encode_special_tokens = True  # "<bos>" in a text is five characters; the flag is not kept in the JSON
         backend.no_padding()
         backend.no_truncation()
@@ -69,12 +69,12 @@ class Tokenizer:
 
     def _find_role(self, role: str, vocabulary: Mapping[str, int], where: str) -> Any:
         """The id of the token that was said to be of a role, or else of the first well-known name; or None."""
-        named = self.said.get(f"{role}_token")
-        if named is not None and named not in vocabulary and role != "pad":  # padding teaches nothing: any token does
+        named: Any = self.said.get(f"{role}_token")
+        if named and named not in vocabulary and role != "pad":  # padding teaches nothing: any token does
             raise UserError(f"{where} has no token {named}, its {role}_token; set data.{role}_token to one that it has")
+        first = [vocabulary[named]] if named in vocabulary else []
         by_id = [token for token in ids_of(self.said, role) if token in self._ids]
-        by_name = [vocabulary[name] for name in (named, *NAMES[role]) if name in vocabulary]
-        return next(iter(by_name[:1] + by_id if named in vocabulary else by_id + by_name), None)
+        return next(iter(first + by_id + [vocabulary[name] for name in NAMES[role] if name in vocabulary]), None)
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":

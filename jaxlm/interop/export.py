@@ -6,7 +6,6 @@ tokenizer.json, tokenizer_config.json      the same ids as here, with <bos> befo
 README.md                                  the model card: what it was trained on, how, and how well it does
 """
 
-import dataclasses
 import json
 import math
 import os
@@ -43,15 +42,6 @@ DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.f
 PRIVATE = ("checkpoint_dir", "cache_dir", "resume_from_checkpoint", "stop_at_step", "wandb_project")
 
 
-@dataclasses.dataclass(frozen=True)
-class Public:
-    """What a model card says to the Hub: the model's name there, its license, and the languages of its text."""
-
-    repo_id: str
-    license: str | None = None
-    language: tuple[str, ...] = ()
-
-
 def check_target(path: Path) -> None:
     """Raises UserError unless a folder can be made at `path`: there is none, or an empty one."""
     if os.path.isdir(path):
@@ -61,9 +51,7 @@ def check_target(path: Path) -> None:
         raise UserError(f"--to ({path}): is no folder; name another")
 
 
-def export(
-    loaded: LoadedModel, source: Path, to: Path, *, max_shard_size: int, dtype: str, public: Public | None = None
-) -> str:
+def export(loaded: LoadedModel, source: Path, to: Path, *, max_shard_size: int, dtype: str, **card: Any) -> str:
     """Writes the folder `to`, whole or not at all.
 
     Args:
@@ -72,7 +60,7 @@ def export(
       to: a new folder, or an empty one.
       max_shard_size: bytes of a safetensors file; a larger tensor has one of its own.
       dtype: of the parameters there, one of DTYPES.
-      public: what the model card says beside what the run knows.
+      card: what the model card says to the Hub: `repo_id`, `license` and `language` (a list).
 
     Returns:
       The class of transformers that opens it.
@@ -85,14 +73,14 @@ def export(
     to = Path(os.path.abspath(to))
     params = flatten_dict(nnx.to_pure_dict(nnx.state(loaded.model)), sep="/")
     tensors = dict(to_tensors({path: np.asarray(x) for path, x in params.items()}, family))
-    ids, said = {f"{role}_token_id": getattr(loaded.tokenizer, f"{role}_id") for role in ROLES}, loaded.tokenizer.said
-    ends, listed = list(loaded.tokenizer.end_ids), said.get("config", {}).get("eos_token_id")
-    several = {"eos_token_id": ends if len(ends) > 1 else ends[0]}
-    of_config = several if isinstance(listed, list) else {}
+    said, ends = loaded.tokenizer.said, list(loaded.tokenizer.end_ids)
+    ids = {f"{role}_token_id": getattr(loaded.tokenizer, f"{role}_id") for role in ROLES}
+    several = ids | {"eos_token_id": ends} if len(ends) > 1 else ids
+    of_config = several if isinstance(said.get("config", {}).get("eos_token_id"), list) else ids
     texts = {
-        "config.json": _json({**to_config(loaded.config.model, family), **ids, **of_config, "dtype": dtype}),
-        "generation_config.json": _json(said.get("generation_config", {}) | ids | several),
-        "README.md": _model_card(loaded, source, family.architecture, public or Public(repo_id=to.name)),
+        "config.json": _json({**to_config(loaded.config.model, family), **of_config, "dtype": dtype}),
+        "generation_config.json": _json(said.get("generation_config", {}) | several),
+        "README.md": _model_card(loaded, source, family.architecture, {"repo_id": to.name} | card),
         **_tokenizer_files(loaded.tokenizer, loaded.config.model.max_seq_len),
     }
     try:
@@ -140,11 +128,6 @@ def _cast(x: np.ndarray, kind: np.dtype) -> np.ndarray:
     return cast
 
 
-def has_template(tokenizer: Tokenizer) -> bool:
-    """Whether the tokenizer came with a chat template, which then goes on with it."""
-    return "chat_template" in tokenizer.said
-
-
 def _tokenizer_files(tokenizer: Tokenizer, max_seq_len: int) -> dict[str, str]:
     """{file name: text}. AutoTokenizer then gives a text the same ids as ours, even if "<bos>" is written out in it,
     unless there is a chat template.
@@ -157,38 +140,35 @@ def _tokenizer_files(tokenizer: Tokenizer, max_seq_len: int) -> dict[str, str]:
         single=f"{bos} $A", pair=f"{bos} $A {bos}:1 $B:1", special_tokens=[(bos, tokenizer.bos_id)]
     )
     settings = {key: x for key, x in tokenizer.settings().items() if isinstance(x, str | list)} | {
-        "split_special_tokens": not has_template(tokenizer),  # a chat template writes them out
+        "split_special_tokens": "chat_template" not in tokenizer.said,  # a chat template writes them out
         "clean_up_tokenization_spaces": False,
         "model_max_length": max_seq_len,
     }
     return {"tokenizer.json": backend.to_str(pretty=True), "tokenizer_config.json": _json(settings)}
 
 
-def _metadata(config: Config, public: Public) -> str:
-    """The YAML at the head of the card; license and language are those of the model that the run started from, unless
-    they are given.
-    """
+def _metadata(config: Config, card: Mapping[str, Any]) -> str:
+    """The YAML at the head of the card; license and language, if not given, are those of the model it started from."""
     from huggingface_hub import ModelCard, ModelCardData, try_to_load_from_cache
 
     base, data = config.training.init_from or "", config.data
     is_on_hub = bool(HUB_NAME.fullmatch(base)) and not os.path.isdir(base)
-    card = try_to_load_from_cache(base, "README.md") if is_on_hub else Path(base).expanduser() / "README.md"
-    known = isinstance(card, str | Path) and os.path.isfile(card) and base != ""
-    inherited = ModelCard.load(card, ignore_metadata_errors=True).data if known else ModelCardData()
-    has_name = not data.train_files and data.dataset_name != STDLIB
+    file: Any = try_to_load_from_cache(base, "README.md") if is_on_hub else os.path.expanduser(f"{base}/README.md")
+    is_there = base != "" and isinstance(file, str) and os.path.isfile(file)
+    known = ModelCard.load(file, ignore_metadata_errors=True).data if is_there else ModelCardData()
     return ModelCardData(
-        language=list(public.language) or inherited.language,
-        license=public.license or inherited.license,
+        language=card.get("language") or known.language,
+        license=card.get("license") or known.license,
         library_name="transformers",
         pipeline_tag="text-generation",
         base_model=base if is_on_hub else None,
-        datasets=[data.dataset_name] if has_name else None,
+        datasets=None if data.train_files or data.dataset_name == STDLIB else [data.dataset_name],
         metrics=["perplexity"],
         tags=["jaxlm"],
     ).to_yaml()
 
 
-def _model_card(loaded: LoadedModel, source: Path, architecture: str, public: Public) -> str:
+def _model_card(loaded: LoadedModel, source: Path, architecture: str, card: Mapping[str, Any]) -> str:
     """The text of README.md, for the class `architecture` of transformers.
 
     `source` is the model's own folder; the run's metrics are looked for beside it.
@@ -208,9 +188,11 @@ def _model_card(loaded: LoadedModel, source: Path, architecture: str, public: Pu
     template = files("jaxlm.interop").joinpath("model_card.md").read_text(encoding="utf-8")
     return template.format(
         name=f"{source.parent.name}/{source.name}",
-        head=_metadata(config, public),
-        repo=public.repo_id,
-        special="such tokens, as the chat template needs" if has_template(loaded.tokenizer) else "plain characters",
+        head=_metadata(config, card),
+        repo=card["repo_id"],
+        special="such tokens, as the chat template needs"
+        if "chat_template" in loaded.tokenizer.said
+        else "plain characters",
         version=jaxlm.__version__,
         architecture=architecture,
         prompt=json.dumps(config.training.sample_prompt or "The")[1:-1],
