@@ -21,6 +21,7 @@ import jax
 import numpy as np
 import pytest
 import tokenizers
+import yaml
 from conftest import documents, make_config
 from flax import nnx
 from flax.traverse_util import flatten_dict
@@ -31,16 +32,17 @@ from jaxlm import Trainer, load
 from jaxlm.checkpoints.items import Progress
 from jaxlm.checkpoints.load import LoadedModel
 from jaxlm.config import Config, DataConfig, ModelConfig, TrainingConfig, replace_fields
+from jaxlm.data.special_tokens import CONFIG, GENERATION, OWN
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.errors import UserError
 from jaxlm.interop import export, pretrained
-from jaxlm.interop.families import ARCHITECTURE, FAMILIES, ROPE_TYPES, family_for, from_config
+from jaxlm.interop.families import ARCHITECTURE, DROPOUTS, FAMILIES, ROPE_TYPES, family_for, from_config
 from jaxlm.model import Transformer
 
 pytestmark = pytest.mark.xdist_group("export")
 
 SMALL = {"vocab_size": 300, "d_model": 16, "n_heads": 4, "n_layers": 2, "d_ff": 24, "max_seq_len": 32}
-LLAMA = {**SMALL, "norm": "rmsnorm", "use_bias": False, "activation": "swiglu", "positions": "rotary"}
+LLAMA = {**SMALL, "dropout": 0.0, "norm": "rmsnorm", "use_bias": False, "activation": "swiglu", "positions": "rotary"}
 SHAPES = {
     "gpt2": SMALL,
     "gpt2, own output, relu": {**SMALL, "tie_embeddings": False, "activation": "relu", "norm_epsilon": 1e-6},
@@ -224,6 +226,7 @@ def test_configurations_as_transformers_writes_them(config: dict[str, Any], fiel
     _, model = from_config(config, "X")
     found, defaults = dataclasses.asdict(model), dataclasses.asdict(ModelConfig())
     assert {field: found[field] for field in fields} == fields
+    assert [found.pop(field) for field in DROPOUTS] == [0.1 if "n_embd" in config else 0.0] * 2
     chosen = set(found) - set(ARCHITECTURE)
     assert {field: found[field] for field in chosen} == {field: defaults[field] for field in chosen}
 
@@ -353,6 +356,10 @@ TENSOR_CHANGES = {
         rf"{EMBEDDING} is F32 \[299, 16\], but .* a float of \[300, 16\]",
     ),
     "type": (lambda t: t | {EMBEDDING: t[EMBEDDING].astype(np.int8)}, rf"{EMBEDDING} is I8 \[300, 16\], but"),
+    "other name, shape": (
+        lambda t: without(EMBEDDING)(t) | {"lm_head.weight": t[EMBEDDING][1:]},
+        rf"{EMBEDDING} is F32 \[299, 16\]",
+    ),
     "output": (lambda t: t | {"lm_head.weight": 2 * t[EMBEDDING]}, r"an lm_head\.weight of its own, though tie_word"),
 }
 
@@ -483,7 +490,7 @@ def test_a_model_on_the_hub(small: Path, tmp_path: Path) -> None:
     assert width == "16"
     assert none == "training.init_from (test/none): no such folder, and no model on the Hub, or not a public one"
     assert odd == "training.init_from (no name/of a/model): no such folder"
-    assert set(Hub.fetched) == {"config.json", "tokenizer.json", "model.safetensors"}
+    assert set(Hub.fetched) == set(Hub.files) - {"pytorch_model.bin", "onnx/model.safetensors"}
 
     # What was fetched is used without the Hub; anything else is one line.
     width, other = on_hub("http://127.0.0.1:9", tmp_path, "test/tiny", "test/other")
@@ -502,6 +509,57 @@ def test_options_that_contradict_the_folder(folder: Path) -> None:
         read_back(folder, **asked)
     config, _ = read_back(folder, **{"model.d_model": 16, "model.dropout": 0.3})
     assert (config.model.d_model, config.model.n_layers, config.model.dropout) == (16, 2, 0.3)
+
+
+def test_a_tied_embedding_under_the_name_of_the_output(folder: Path) -> None:
+    """As safetensors.torch.save_model leaves it, which keeps one name of a tensor."""
+    _, expected = read_back(folder)
+    retensor(folder, lambda t: without(EMBEDDING)(t) | {"lm_head.weight": t[EMBEDDING]})
+    _, found = read_back(folder)
+    np.testing.assert_array_equal(found["token_embedding"], expected["token_embedding"])
+    with pytest.raises(UserError, match="lacks 1 tensor"):
+        read_back(rewrite(folder, tie_word_embeddings=False))
+
+
+def test_a_folders_dropouts_are_kept_unless_they_are_set(folder: Path) -> None:
+    def rates(**asked: Any) -> tuple[float, float]:
+        model = read_back(folder, **asked)[0].model
+        return model.dropout, model.attention_dropout
+
+    rewrite(folder, embd_pdrop=0.25, resid_pdrop=0.25, attn_pdrop=0.0)
+    assert rates() == (0.25, 0.0)
+    assert rates(**{"model.dropout": 0.1, "model.attention_dropout": 0.1}) == (0.1, 0.1), "which are the defaults"
+    rewrite(folder, resid_pdrop=0.0)
+    with pytest.raises(UserError, match=r"has several rates of what is one dropout here; set model\.dropout$"):
+        rates()
+    assert rates(**{"model.dropout": 0.0}) == (0.0, 0.0)
+
+
+def test_what_a_folder_says_of_its_tokens_is_exported(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    a, b = tokenizer.token(7), tokenizer.token(8)
+    said = {"bos_token": a, "eos_token": b, "chat_template": "{{ x }}", "config": {"eos_token_id": [8, 9]}}
+    own = Tokenizer.from_json(tokenizer.to_json(), said=said | {"generation_config": {"eos_token_id": 9, "top_k": 5}})
+    folder = exported(tmp_path, random_model(ModelConfig(**SMALL), own))
+    files = {name: json.loads((folder / name).read_text()) for name in (GENERATION, CONFIG, OWN)}
+    assert files[GENERATION] == {"eos_token_id": [8, 9], "top_k": 5, "bos_token_id": 7, "pad_token_id": 0}
+    assert (files[CONFIG]["bos_token_id"], files[CONFIG]["eos_token_id"]) == (7, [8, 9])
+    assert (files[OWN]["eos_token"], files[OWN]["chat_template"]) == (b, "{{ x }}")
+    assert not files[OWN]["split_special_tokens"], "the template's tokens are no plain characters"
+    back = Tokenizer.load(folder)
+    assert (back.bos_id, back.eos_id, back.pad_id, back.end_ids) == (7, 8, 0, (8, 9))
+
+
+def test_the_head_of_a_model_card(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("---\nlicense: apache-2.0\nlanguage: de\n---\n# A base\n")
+    config = replace_fields(Config(), {"training.init_from": str(tmp_path), "data.train_files": ("a.txt",)})
+    head = yaml.safe_load(export._metadata(config, {}))
+    assert (head["license"], head["language"]) == ("apache-2.0", "de")
+    assert "base_model" not in head, "the name of a folder goes to nobody"
+    assert "datasets" not in head
+    config = replace_fields(Config(), {"training.init_from": "test/tiny"})
+    head = yaml.safe_load(export._metadata(config, {"license": "mit", "language": ["en", "fr"]}))
+    assert head | {"base_model": "test/tiny", "license": "mit", "language": ["en", "fr"]} == head
+    assert (head["datasets"], head["metrics"]) == (["wikitext"], ["perplexity"])
 
 
 # -------------------------------------------------------------------- writing

@@ -16,8 +16,8 @@ from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.errors import UserError
 from jaxlm.generation.api import TextGenerator, generate_text, generate_tokens, stream_text
 from jaxlm.generation.beams import BeamSearch, beam_search
-from jaxlm.generation.decode import CHUNK, Clock, empty_caches, write_slot
-from jaxlm.generation.options import make_options
+from jaxlm.generation.decode import CHUNK, Clock, Decoder, empty_caches, write_slot
+from jaxlm.generation.options import Ids, make_options
 from jaxlm.generation.sampling import choose, filter_logits, penalize
 from jaxlm.model import Transformer
 
@@ -214,6 +214,39 @@ def test_repetition_penalty_of_either_sign() -> None:
     np.testing.assert_array_equal(penalized, [[0.5, -8.0, 3.0, -3.0], [2.0, -2.0, 0.75, -12.0]])
 
 
+@pytest.mark.parametrize("options", [{"temperature": 1.5}, {"num_beams": 3}])
+def test_ids_that_stand_for_no_token_are_never_generated(options: dict[str, Any]) -> None:
+    model, ids, checked = (
+        lively(TINY),
+        Ids((NO_EOS,), tuple(range(5, VOCAB))),
+        make_options(max_new_tokens=40, **options),
+    )
+    if checked.num_beams > 1:
+        made = beam_search(model, PROMPT, ids, checked, Clock())[0].tokens
+    else:
+        made = [token for _, tokens, _ in Decoder(model, ids, checked, Clock()).run([PROMPT]) for token in tokens]
+    assert len(made) == 40
+    assert not set(made) & set(ids.missing), "which are 56 of 61, so a model that knows nothing of it takes some"
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+def test_any_of_several_tokens_ends_a_text(beams: int) -> None:
+    model = lively(TINY)
+    free = generate(model, PROMPT, 30)[0]
+    ends = (free[4], free[2])
+    if beams > 1:
+        found = beam_search(model, PROMPT, Ids(ends), make_options(max_new_tokens=9, num_beams=beams), Clock())[0]
+        assert found.finish_reason == "eos"
+        assert not set(found.tokens) & set(ends)
+    else:
+        ((_, tokens, reason),) = Decoder(model, Ids(ends), make_options(temperature=0.0), Clock()).run([PROMPT])
+        assert (tokens, reason) == (free[:2], "eos")
+        early = make_options(temperature=0.0, min_new_tokens=6, max_new_tokens=6)
+        ((_, tokens, _),) = Decoder(model, Ids(ends), early, Clock()).run([PROMPT])
+        assert len(tokens) == 6
+        assert not set(tokens) & set(ends)
+
+
 def test_no_end_before_min_new_tokens() -> None:
     model = lively(TINY)
     (new,) = generate(model, PROMPT, 30)
@@ -245,7 +278,7 @@ def test_as_many_beams_as_tokens_find_the_best_of_all_texts() -> None:
 
 def test_a_beams_length_counts_its_end() -> None:
     """As in transformers: the score of [7, <eos>] is its log-probability over 2."""
-    search = BeamSearch(PROMPT, 2, make_options(max_new_tokens=9, num_beams=2, length_penalty=1.0), 10)
+    search = BeamSearch(PROMPT, Ids((2,)), make_options(max_new_tokens=9, num_beams=2, length_penalty=1.0), 10)
     assert search.grow(np.array([-1.0, -2.0, -3.0, -4.0]), np.array([7, 8, 9, 5]))
     search.grow(np.array([-3.0, -4.0, -5.0, -6.0]), np.array([2, 7, 10 + 7, 8]))
     assert [(beam.tokens, beam.score) for beam in search.ended] == [([7], -1.5)]
@@ -267,7 +300,7 @@ def test_beams_beyond_the_window() -> None:
     assert len(best) == len(second) == count
     assert score(best) >= score(second) >= score(third)
     assert score(best) > score(reference(model, PROMPT, count))
-    beams = beam_search(model, PROMPT, NO_EOS, make_options(max_new_tokens=count, num_beams=3), Clock())
+    beams = beam_search(model, PROMPT, Ids((NO_EOS,)), make_options(max_new_tokens=count, num_beams=3), Clock())
     np.testing.assert_allclose([beam.logprob for beam in beams], [score(best)], rtol=1e-4)
 
 

@@ -64,6 +64,19 @@ def test_of_stop_strings_that_end_together_the_longest_goes(stops: tuple[str, ..
     assert streamed(TOKENIZER.encode("abcd"), stops)[1].text == "a"
 
 
+@given(words=st.lists(st.integers(0, 4), max_size=9), size=st.integers(0, 9))
+def test_what_follows_a_prompt_is_the_whole_less_the_prompt(words: list[int], size: int) -> None:
+    """A decoder of words drops the blank of a text's first, wherever the prompt ends; token 0 is special."""
+    texts = ["", "▁the", "▁cat", "s", "▁"]
+    decode = lambda ids: "".join(texts[i] for i in ids).replace("▁", " ").removeprefix(" ")  # noqa: E731
+    prompt, new = words[:size], words[size:]
+    stream = TextStream(decode, (), prompt)
+    pieces = [stream.extend([token], is_last=False) for token in new] + [stream.extend([], is_last=True)]
+    assert decode(prompt) + "".join(pieces) == decode(words)
+    assert TextStream(decode, (), prompt).extend(new, is_last=True) == stream.text
+    assert stream.tokens == new
+
+
 def test_a_decoder_that_drops_the_first_space() -> None:
     """As SentencePiece's: the space before a word is part of its token, and shown only after another token."""
     words = ["", "▁the", "▁cat", "s"]

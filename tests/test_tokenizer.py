@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import models, pre_tokenizers, processors
 
+from jaxlm.config import DataConfig
 from jaxlm.data.tokenizer import BOS_NAMES, EOS_NAMES, Tokenizer, split_safely, without_long_words
 from jaxlm.errors import UserError
 
@@ -136,6 +137,91 @@ def test_without_document_tokens_is_refused(tmp_path, specials: list[str], names
     with pytest.raises(UserError, match=r"^data\.tokenizer_path \(.*tokenizer\.json\) has no token") as caught:
         Tokenizer.load(path)
     assert all(name in str(caught.value) for name in names)
+
+
+NAMED = {"bos_token": "<a>", "eos_token": "<b>"}
+LISTED = {"added_tokens_decoder": {}}
+
+
+@pytest.mark.parametrize(
+    ("files", "ids", "ends"),
+    [  # ids: what begins, ends and pads; <a> is 1, <b> 2, <c> 3, </s> 4, <s> 5
+        ({}, (5, 4, 4), (4,)),
+        ({"tokenizer_config.json": NAMED}, (1, 2, 2), (2,)),
+        ({"tokenizer_config.json": {"eos_token": {"content": "<c>"}, "pad_token": "<a>"}}, (5, 3, 1), (3,)),
+        # transformers 5.24: special_tokens_map.json wins, unless tokenizer_config.json lists the added tokens
+        ({"tokenizer_config.json": NAMED, "special_tokens_map.json": {"eos_token": "<c>"}}, (1, 3, 3), (3,)),
+        ({"tokenizer_config.json": NAMED | LISTED, "special_tokens_map.json": {"eos_token": "<c>"}}, (1, 2, 2), (2,)),
+        ({"config.json": {"bos_token_id": 2, "eos_token_id": [3, 1]}}, (2, 3, 3), (3, 1)),
+        ({"config.json": {"eos_token_id": 1}, "generation_config.json": {"eos_token_id": [3, 2]}}, (5, 3, 3), (3, 2)),
+        ({"tokenizer_config.json": NAMED, "generation_config.json": {"eos_token_id": 3}}, (1, 2, 2), (2, 3)),
+        (
+            {"config.json": {"eos_token_id": 50256, "pad_token_id": 3}},
+            (5, 4, 3),
+            (4,),
+        ),  # no such token: a class's default
+    ],
+)
+def test_the_folder_says_which_tokens_are_special(tmp_path, files, ids, ends) -> None:
+    (tmp_path / "tokenizer.json").write_text(bare({"a": 0}, ["<a>", "<b>", "<c>", "</s>", "<s>"]).to_str())
+    plain = Tokenizer.load(tmp_path)
+    for name, content in files.items():
+        (tmp_path / name).write_text(json.dumps(content))
+    found = Tokenizer.load(tmp_path)
+    assert (found.bos_id, found.eos_id, found.pad_id) == ids
+    assert found.end_ids == ends
+    found.save(tmp_path / "saved")
+    again = Tokenizer.load(tmp_path / "saved")
+    assert (again.bos_id, again.eos_id, again.pad_id, again.end_ids) == (*ids, ends)
+    assert again.fingerprint == found.fingerprint, "or a resumed run tokenizes anew"
+    assert (found.fingerprint == plain.fingerprint) == (not files), "or text that was cached ends with another token"
+    chosen = Tokenizer.load(tmp_path, data=DataConfig(bos_token="<c>", eos_token="<a>", pad_token="<b>"))
+    assert (chosen.bos_id, chosen.eos_id, chosen.pad_id) == (3, 1, 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        (
+            "tokenizer_config.json",
+            '{"eos_token": "<x>"}',
+            r"has no token <x>, its eos_token; set data\.eos_token to one",
+        ),
+        ("generation_config.json", "{", r"generation_config\.json is not readable"),
+        ("special_tokens_map.json", "[]", r"special_tokens_map\.json is not readable: it holds no object"),
+    ],
+)
+def test_what_a_folder_cannot_say(tmp_path, name: str, content: str, message: str) -> None:
+    (tmp_path / "tokenizer.json").write_text(bare({"a": 0}, ["<s>", "</s>"]).to_str())
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=message):
+        Tokenizer.load(tmp_path)
+
+
+def test_vocabulary_and_merges_are_the_same_tokenizer(tmp_path) -> None:
+    whole = Tokenizer.train(PROSE, 300)
+    tokenizers.Tokenizer.from_str(whole.to_json()).model.save(str(tmp_path))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<bos>", "eos_token": "<eos>"}))
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<new>": 300}))
+    found = Tokenizer.load(tmp_path)
+    assert (found.bos_id, found.eos_id, found.vocab_size) == (1, 2, 301)
+    assert found.encode(PROSE[3]) == whole.encode(PROSE[3])
+    assert found.decode([1, *found.encode(" x<new>"), 2]) == " x<new>"
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "Qwen2Tokenizer"}))
+    with pytest.raises(UserError, match=r"holds no tokenizer\.json"):  # its words are split in another way
+        Tokenizer.load(tmp_path)
+
+
+def test_bpe_dropout_is_off() -> None:
+    settings = json.loads(TOKENIZER.to_json())
+    settings["model"]["dropout"] = 0.5
+    tokenizer = Tokenizer.from_json(json.dumps(settings))
+    assert tokenizer.encode(PROSE[0]) == TOKENIZER.encode(PROSE[0])
+    assert tokenizer.to_json() == TOKENIZER.to_json()
+
+
+def test_ids_without_a_token() -> None:
+    assert Tokenizer.from_json(bare({"a": 0, "b": 3}, ["<|endoftext|>"]).to_str()).missing(7) == (1, 4, 5, 6)
 
 
 @pytest.mark.parametrize("content", ["", "{", json.dumps({"model": 1}), "[]", "\udcff"])

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from jaxlm.config import Config, from_dict, to_dict, with_derived
+from jaxlm.config import Config, DataConfig, from_dict, to_dict, with_derived
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.errors import UserError
 
@@ -44,10 +44,10 @@ class Progress:
 def write_json_items(folder: Path, config: Config, tokenizer: Tokenizer, progress: Progress) -> None:
     """Writes the items of a saved folder that are no arrays."""
     contents = {"config": to_dict(config), "progress": dataclasses.asdict(progress)}
-    texts = {item: json.dumps(content) for item, content in contents.items()} | {"tokenizer": tokenizer.to_json()}
-    for item, text in texts.items():
-        (folder / item).mkdir(exist_ok=True)
-        (folder / item / JSON_ITEMS[item]).write_text(text, encoding="utf-8")
+    texts = {f"{item}/{JSON_ITEMS[item]}": json.dumps(content) for item, content in contents.items()}
+    for name, text in (texts | {f"tokenizer/{name}": text for name, text in tokenizer.files().items()}).items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(text, encoding="utf-8")
 
 
 def _read_json(path: Path, item: str, build: Callable[[Any], T]) -> T:
@@ -68,6 +68,6 @@ def read_config(path: Path) -> Config:
     return _read_json(path, "config", lambda values: with_derived(from_dict(values, str(path))))
 
 
-def read_tokenizer(path: Path) -> Tokenizer:
-    """The tokenizer saved in a checkpoint or model folder; UserError if it can't be read."""
-    return Tokenizer.load(path / "tokenizer", name=str(path))
+def read_tokenizer(path: Path, data: DataConfig | None = None) -> Tokenizer:
+    """The tokenizer saved in a checkpoint or model folder, `data` as in `Tokenizer.find`; UserError if unreadable."""
+    return Tokenizer.load(path / "tokenizer", str(path), data)

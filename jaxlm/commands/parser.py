@@ -90,7 +90,7 @@ def add_config_options(parser: Parser, sections: Sequence[str] = tuple(SECTIONS)
 
 
 def add_field(group: argparse._ActionsContainer, name: str, field: dataclasses.Field[Any]) -> None:
-    """Adds --NAME VALUE for a field made by `jaxlm.config.schema.option`; what is not given is not in the namespace."""
+    """Adds --NAME VALUE for a field made by `jaxlm.config.option.option`; what is not given is not in the namespace."""
     choices = field.metadata["choices"]
     shown_choices = f" [{'|'.join(choices)}]" if choices else ""
     text = f"{field.metadata['help']}{shown_choices} ({type_name(field.type)}; default: {shown(field.default)})"

@@ -5,10 +5,9 @@ A field is declared once, with `option(default, help, ...)`: the command line, `
 """
 
 import dataclasses
-import typing
-from typing import Any, TypeVar
+from typing import Any
 
-T = TypeVar("T")
+from jaxlm.config.option import Section, Unset, option
 
 STDLIB = "python-stdlib"  # the data.dataset_name that is on every machine
 
@@ -30,41 +29,8 @@ MIDWAY = tuple(
 )  # fmt: skip
 
 
-def option(
-    default: T,
-    help: str,
-    *,
-    choices: tuple[str, ...] = (),
-    low: float | None = None,
-    high: float | None = None,
-    above: float | None = None,
-    below: float | None = None,
-    others: bool = False,
-    path: bool = False,
-    resumable: bool = False,
-) -> T:
-    """Declares a field. `low`/`high` are inclusive bounds, `above`/`below` exclusive ones.
-
-    `others` says that more than `choices` may be valid. `path` marks names of files and folders, in which ~ stands for
-    a home folder; `resumable` a field that does not change the training itself, so that a run may go on with another
-    value.
-    """
-    metadata = {"help": help, "choices": choices, "low": low, "high": high, "above": above, "below": below}
-    metadata |= {"others": others, "path": path, "resumable": resumable}
-    return typing.cast(T, dataclasses.field(default=default, metadata=metadata))
-
-
 @dataclasses.dataclass(frozen=True)
-class _Section:
-    def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, list):  # lists are welcome in config files; frozen sections hold tuples
-                object.__setattr__(self, field.name, tuple(value))
-
-
-@dataclasses.dataclass(frozen=True)
-class ModelConfig(_Section):
+class ModelConfig(Section):
     """The Transformer. Defaults are those of GPT-2 small."""
 
     vocab_size: int = option(
@@ -78,8 +44,8 @@ class ModelConfig(_Section):
     n_layers: int = option(12, "Transformer blocks", low=1)
     d_ff: int = option(3072, "width of the feed-forward layer", low=1)
     max_seq_len: int = option(1024, "longest sequence the model can take, in tokens", low=2, high=2**24)
-    dropout: float = option(0.1, "dropout of embeddings and of each block's two outputs", low=0, below=1)
-    attention_dropout: float = option(0.1, "dropout of the attention weights", low=0, below=1)
+    dropout: float = option(Unset(0.1), "dropout of embeddings and of each block's two outputs", low=0, below=1)
+    attention_dropout: float = option(Unset(0.1), "dropout of the attention weights", low=0, below=1)
     activation: str = option(
         "gelu",
         "feed-forward activation; gelu is GPT-2's tanh form, gelu_exact the one with erf; swiglu and geglu (tanh form) "
@@ -142,7 +108,7 @@ class ModelConfig(_Section):
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainingConfig(_Section):
+class TrainingConfig(Section):
     """Optimization, precision, saving and reporting. `step` always means an optimizer update."""
 
     batch_size: int = option(8, "sequences a device in one micro-batch", low=1, resumable=True)
@@ -223,7 +189,8 @@ class TrainingConfig(_Section):
     init_from: str | None = option(
         None,
         "model whose parameters, architecture and tokenizer to start from: a best_model, final_model or checkpoint, or "
-        "a folder or Hub name for transformers; model options that are not at their defaults must agree with it",
+        "a folder or Hub name for transformers; model options that are set must agree with it, but for dropouts, which "
+        "are the model's own unless they are set",
         path=True,
     )
     report_to: tuple[Any, ...] = option(
@@ -294,7 +261,7 @@ class TrainingConfig(_Section):
 
 
 @dataclasses.dataclass(frozen=True)
-class DataConfig(_Section):
+class DataConfig(Section):
     """The text, how it is split, tokenized and packed."""
 
     dataset_name: str = option("wikitext", "python-stdlib (built in) or a data set on the Hugging Face Hub")
@@ -320,6 +287,9 @@ class DataConfig(_Section):
         choices=("stop", "skip"),
     )
     tokenizer_path: str | None = option(None, "a tokenizer.json of your own, instead of training one", path=True)
+    bos_token: str | None = option(None, "token that begins a document; none: as the tokenizer's folder or names say")
+    eos_token: str | None = option(None, "token that ends a document and a generated text; none: as for bos_token")
+    pad_token: str | None = option(None, "token that pads, where an export needs one; none: as for bos_token")
     max_length: int = option(1024, "tokens a row; longer documents are cut into pieces", low=2)
     min_length: int = option(10, "documents of fewer tokens (with <bos> and <eos>) are dropped", low=0)
     pack_sequences: bool = option(True, "put several documents into a row, kept apart in attention; false: pad")
@@ -346,7 +316,7 @@ class Config:
                 raise TypeError(f"{name} ({getattr(self, name)!r}) must be a {section.__name__}")
 
 
-SECTIONS: dict[str, type[_Section]] = {"model": ModelConfig, "training": TrainingConfig, "data": DataConfig}
+SECTIONS: dict[str, type[Section]] = {"model": ModelConfig, "training": TrainingConfig, "data": DataConfig}
 FIELDS: dict[str, dataclasses.Field[Any]] = {
     f"{name}.{field.name}": field for name, section in SECTIONS.items() for field in dataclasses.fields(section)
 }

@@ -200,6 +200,9 @@ def _conflicts(config: Config) -> Iterator[str]:
         yield f"data.max_length ({data.max_length}) exceeds model.max_seq_len ({model.max_seq_len}); lower it"
     if model.vocab_size < 259 and data.tokenizer_path is None and training.init_from is None:
         yield f"model.vocab_size ({model.vocab_size}) must be at least 259: 256 bytes and 3 special tokens"
+    for name in ("bos_token", "eos_token", "pad_token"):
+        if getattr(data, name) is not None and data.tokenizer_path is None and training.init_from is None:
+            yield f"data.{name} is for a tokenizer that is there; set data.tokenizer_path, or leave it out"
     if data.validation_files and not data.train_files:
         yield "data.validation_files is set but data.train_files is not; set both, or validation_split"
     for name, by in without_use(data).items():

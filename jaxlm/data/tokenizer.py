@@ -4,24 +4,28 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import cached_property
 from itertools import chain, islice, pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from jaxlm.config import DataConfig
 from jaxlm.data.atomic import atomic_write
 from jaxlm.data.files import reading
+from jaxlm.data.special_tokens import ROLES, from_vocabulary, ids_of, read_special_tokens
 from jaxlm.errors import UserError, one_line
 
 PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"  # ids 0, 1, 2 of every tokenizer trained here
 BOS_NAMES = (BOS, "<s>", "<|begin_of_text|>", "<|startoftext|>", "<|bos|>", "[BOS]", "<|endoftext|>")
 EOS_NAMES = (EOS, "</s>", "<|end_of_text|>", "<|eos|>", "[EOS]", "<|endoftext|>")
 PAD_NAMES = (PAD, "[PAD]", "<|pad|>", "<|padding|>", "<|finetune_right_pad_id|>")
+NAMES = {"bos": BOS_NAMES, "eos": EOS_NAMES, "pad": PAD_NAMES}
 
 # A text longer than this is tokenized in parts, so that a book in one file uses all threads and little memory.
 PART_CHARACTERS = 2**18
@@ -38,13 +42,22 @@ class Tokenizer:
     To one trained here, its input is text only: "<bos>" is five characters. Of others, whose chat markers mean
     something, a special token's name in a text is that token, as in transformers.
 
-    Attributes: `bos_id`, `eos_id`, `pad_id`, `vocab_size` (int): the largest id + 1; `special_in_text` (set of str):
-      the special tokens that are read as such in a text.
+    Attributes: `bos_id`, `eos_id`, `pad_id`, `vocab_size` (int): the largest id + 1; `end_ids` (tuple of int): the
+    tokens that end a generated text, `eos_id` among them; `said` (dict): from `read_special_tokens`; `special_in_text`
+    (set of str): the special tokens that are read as such in a text.
     """
 
-    def __init__(self, backend: tokenizers.Tokenizer, where: str = "tokenizer") -> None:
-        """Raises UserError, which `where` begins, if `backend` has no token to begin or end a document with."""
-        self._backend = backend
+    def __init__(
+        self, backend: tokenizers.Tokenizer, where: str = "tokenizer", said: Mapping[str, Any] | None = None
+    ) -> None:
+        """Raises UserError, which `where` begins, if `backend` has no token to begin or end a document with.
+
+        Args:
+          said: which tokens these are; without it, those of well-known names.
+        """
+        self._backend, self.said = backend, dict(said or {})
+        if isinstance(backend.model, models.BPE):
+            backend.model.dropout = None  # that is for training a model; a text has one list of ids here
         self._special = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
         self.special_in_text = set() if self._special <= {PAD, BOS, EOS} else self._special
         backend.encode_special_tokens = not self.special_in_text  # true: as characters; the flag is not in the JSON
@@ -52,14 +65,24 @@ class Tokenizer:
         backend.no_truncation()
         vocabulary = backend.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocabulary.values(), default=-1) + 1  # ids may have gaps
-        for verb, names in (("begin", BOS_NAMES), ("end", EOS_NAMES)):
-            if not vocabulary.keys() & names:
-                needed = f"it must contain one of {', '.join(names)}"
+        self._ids = frozenset(vocabulary.values())
+        bos, eos, pad = (self._find_role(role, vocabulary, where) for role in ROLES)
+        for role, verb, found in (("bos", "begin", bos), ("eos", "end", eos)):
+            if found is None:
+                needed = f"it must contain one of {', '.join(NAMES[role])}, or data.{role}_token must name one"
                 raise UserError(f"{where} has no token to {verb} a document with; {needed}")
-        self.bos_id, self.eos_id, self.pad_id = (
-            next(vocabulary[name] for name in names if name in vocabulary)
-            for names in (BOS_NAMES, EOS_NAMES, PAD_NAMES + EOS_NAMES)
-        )
+        self.bos_id, self.eos_id, self.pad_id = (eos if found is None else found for found in (bos, eos, pad))
+        ends = tuple(token for token in ids_of(self.said, "eos") if token in self._ids)
+        self.end_ids = ends if self.eos_id in ends else (self.eos_id, *ends)
+
+    def _find_role(self, role: str, vocabulary: Mapping[str, int], where: str) -> Any:
+        """The id of the token that was said to be of a role, or else of the first well-known name; or None."""
+        named: Any = self.said.get(f"{role}_token")
+        if named and named not in vocabulary and role != "pad":  # padding teaches nothing: any token does
+            raise UserError(f"{where} has no token {named}, its {role}_token; set data.{role}_token to one that it has")
+        first = [vocabulary[named]] if named in vocabulary else []
+        by_id = [token for token in ids_of(self.said, role) if token in self._ids]
+        return next(iter(first + by_id + [vocabulary[name] for name in NAMES[role] if name in vocabulary]), None)
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
@@ -78,34 +101,64 @@ class Tokenizer:
         return cls(backend)
 
     @classmethod
-    def from_json(cls, text: str, where: str = "tokenizer") -> "Tokenizer":
+    def from_json(cls, text: str, where: str = "tokenizer", said: Mapping[str, Any] | None = None) -> "Tokenizer":
         """The tokenizer whose `to_json` gave `text`. Raises UserError, which `where` begins, for anything else."""
         try:
             backend = tokenizers.Tokenizer.from_buffer(text.encode())
         except ValueError as error:
             reason = one_line(error).removeprefix("Cannot instantiate Tokenizer from buffer: ")
             raise UserError(f"{where} is not a tokenizer.json of the tokenizers library: {reason}") from error
-        return cls(backend, where)
+        return cls(backend, where, said)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str], name: str = "data.tokenizer_path") -> "Tokenizer":
-        """Reads a tokenizer.json, or the one in a folder (directly, or in its subfolder `tokenizer`).
+    def load(
+        cls, path: str | os.PathLike[str], name: str = "data.tokenizer_path", data: DataConfig | None = None
+    ) -> "Tokenizer":
+        """As `find`; a UserError where there is none."""
+        found = cls.find(path, name, data)
+        if found is None:
+            problem = "holds no tokenizer.json" if os.path.isdir(Path(path).expanduser()) else "no such file"
+            raise UserError(f"{name} ({path}): {problem}")
+        return found
+
+    @classmethod
+    def find(cls, path: str | os.PathLike[str], name: str, data: DataConfig | None = None) -> "Tokenizer | None":
+        """Reads a tokenizer.json and what is beside it, or those in a folder or its subfolder `tokenizer`.
+
+        Args:
+          data: its `bos_token`, `eos_token` and `pad_token` win over the files.
 
         Raises:
-          UserError: it begins with `name`, the option; the file is missing, unreadable, corrupt, or see `__init__`.
+          UserError: it begins with `name`, the option; a file is unreadable, corrupt, or see `__init__`.
         """
         where, path = f"{name} ({path})", Path(path).expanduser()
+        tokens = (data.bos_token, data.eos_token, data.pad_token) if data else ()
+        chosen = {f"{role}_token": token for role, token in zip(ROLES, tokens, strict=False) if token is not None}
         for file in (path, path / "tokenizer.json", path / "tokenizer" / "tokenizer.json"):
             if os.path.isfile(file):  # unlike Path.is_file, no error where a name is too long or a folder closed
                 with reading(where):
-                    return cls.from_json(file.read_text(encoding="utf-8"), where)
-        raise UserError(f"{where}: " + ("holds no tokenizer.json" if os.path.isdir(path) else "no such file"))
+                    text = file.read_text(encoding="utf-8")
+                return cls.from_json(text, where, read_special_tokens(file.parent, where) | chosen)
+        with _LibraryErrors(f"{where}: vocab.json and merges.txt are not readable"):
+            backend = from_vocabulary(path, where)
+        return None if backend is None else cls(backend, where, read_special_tokens(path, where) | chosen)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Writes folder/tokenizer.json, whole or not at all. Raises OSError where that is not possible."""
+        """Writes `files` into a folder, each whole or not at all. Raises OSError where that is not possible."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        atomic_write(folder / "tokenizer.json", self.to_json())
+        for name, text in self.files().items():
+            atomic_write(folder / name, text)
+
+    def files(self) -> dict[str, str]:
+        """{name: content} of tokenizer.json, and of tokenizer_config.json where anything was said; for `load`."""
+        said = {"tokenizer_config.json": json.dumps(self.settings(), indent=2, sort_keys=True)} if self.said else {}
+        return {"tokenizer.json": self.to_json(), **said}
+
+    def settings(self) -> dict[str, Any]:
+        """The content of tokenizer_config.json."""
+        named = {f"{role}_token": self.token(getattr(self, f"{role}_id")) for role in ROLES}
+        return {"tokenizer_class": "PreTrainedTokenizerFast", **self.said, **named}
 
     def to_json(self) -> str:
         """The content of tokenizer.json."""
@@ -118,8 +171,8 @@ class Tokenizer:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of `to_json()`, in hexadecimal."""
-        return hashlib.sha256(self.to_json().encode()).hexdigest()
+        """SHA-256 of `files()`, in hexadecimal."""
+        return hashlib.sha256("".join(self.files().values()).encode()).hexdigest()
 
     @cached_property
     def markers(self) -> re.Pattern[str]:
@@ -131,6 +184,10 @@ class Tokenizer:
     def dtype(self) -> np.dtype:
         """The narrowest of uint16 and uint32 that holds every id."""
         return np.dtype(np.uint16 if self.vocab_size <= 2**16 else np.uint32)
+
+    def missing(self, rows: int) -> tuple[int, ...]:
+        """The ids below `rows` that stand for no token: gaps, and a model's rows beyond its vocabulary."""
+        return tuple(sorted(set(range(rows)) - self._ids))
 
     def token(self, token_id: int) -> str:
         """The token's text, such as "<bos>"."""

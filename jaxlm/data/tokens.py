@@ -125,10 +125,11 @@ def prepare(
     fraction, least = (None, None) if source.split is None else (data.validation_fraction, data.min_length)
     settings = [data.text_column, data.on_bad_document, data.document_separator, fraction]
     if tokenizer is None and data.tokenizer_path is not None:
-        tokenizer = Tokenizer.load(data.tokenizer_path)
+        tokenizer = Tokenizer.load(data.tokenizer_path, data=data)
     elif tokenizer is None:
         folder = root / "tokenizers" / _key(source.fingerprint, settings, vocab_size)
         tokenizer = _trained_tokenizer(folder, source, vocab_size, report)
+    report(f"documents: {tokenizer.token(tokenizer.bos_id)} text {tokenizer.token(tokenizer.eos_id)}")
     folder = root / "tokens" / _key(source.fingerprint, settings, least, [*source.parts], tokenizer.fingerprint)
     took = made_once(folder, lambda part: _tokenize(part, source, tokenizer, data))
     report(f"tokenized text: {took} ({folder})")

@@ -9,7 +9,7 @@ from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.errors import UserError
 from jaxlm.generation.beams import beam_search
 from jaxlm.generation.decode import CHUNK, STREAM_CHUNK, Clock, Decoder
-from jaxlm.generation.options import GenerationOptions, make_options
+from jaxlm.generation.options import GenerationOptions, Ids, make_options
 from jaxlm.generation.text import TextStream
 from jaxlm.model.transformer import Transformer
 
@@ -95,8 +95,8 @@ class TextGenerator:
 
     def _samples(self, prompts: Sequence[str], encoded: list[list[int]], first: int) -> Iterator[Piece]:
         options, decode = self.options, self.tokenizer.decode
-        decoder = Decoder(self.model, self.tokenizer.eos_id, options, self.clock, self.chunk, self.shortest_cache)
-        streams = [TextStream(decode, options.stop) for _ in range(len(prompts) * options.num_samples)]
+        decoder = Decoder(self.model, self._ids, options, self.clock, self.chunk, self.shortest_cache)
+        streams = [TextStream(decode, options.stop, ids) for ids in encoded for _ in range(options.num_samples)]
         for request, tokens, reason in decoder.run(encoded, first):
             index, stream = request.index, streams[request.index]
             piece, finished = stream.extend(tokens, is_last=reason is not None), None
@@ -111,11 +111,17 @@ class TextGenerator:
                 yield Piece(index, piece, finished)
 
     def _beams(self, prompts: Sequence[str], encoded: list[list[int]]) -> Iterator[Piece]:
-        eos_id, options = self.tokenizer.eos_id, self.options
-        searches = (beam_search(self.model, ids, eos_id, options, self.clock) for ids in encoded)
+        options, decode = self.options, self.tokenizer.decode
+        searches = (beam_search(self.model, ids, self._ids, options, self.clock) for ids in encoded)
         for index, beam in enumerate(itertools.chain.from_iterable(searches)):
-            prompt, text = prompts[index // options.num_samples], self.tokenizer.decode(beam.tokens)
-            yield Piece(index, text, GeneratedText(prompt, text, beam.tokens, beam.finish_reason, beam.logprob))
+            number = index // options.num_samples
+            text = TextStream(decode, (), encoded[number]).extend(beam.tokens, is_last=True)
+            finished = GeneratedText(prompts[number], text, beam.tokens, beam.finish_reason, beam.logprob)
+            yield Piece(index, text, finished)
+
+    @property
+    def _ids(self) -> Ids:
+        return Ids(self.tokenizer.end_ids, self.tokenizer.missing(self.model.config.vocab_size))
 
 
 def generate_tokens(
@@ -128,15 +134,15 @@ def generate_tokens(
         window is seen.
       options: as in `generate_text`, but for `stop`.
     """
-    checked, clock = make_options(**options), Clock()
+    checked, clock, ids = make_options(**options), Clock(), Ids((eos_id,))
     if checked.stop:
         raise UserError(f"--stop ({checked.stop[0]}) needs text; use generate_text")
     several: Any = prompt if isinstance(prompt[0], Sequence) else [prompt]
-    prompts = [list(ids) for ids in several]
+    prompts = [list(each) for each in several]
     if checked.num_beams > 1:
-        return [beam.tokens for ids in prompts for beam in beam_search(model, ids, eos_id, checked, clock)]
+        return [beam.tokens for each in prompts for beam in beam_search(model, each, ids, checked, clock)]
     made: list[list[int]] = [[] for _ in range(len(prompts) * checked.num_samples)]
-    for request, tokens, _ in Decoder(model, eos_id, checked, clock).run(prompts):
+    for request, tokens, _ in Decoder(model, ids, checked, clock).run(prompts):
         made[request.index] += tokens
     return made
 

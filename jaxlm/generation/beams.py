@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from jaxlm.generation.decode import Caches, Clock, PromptRunner, empty_caches, seen_tokens, write_slot
-from jaxlm.generation.options import GenerationOptions
+from jaxlm.generation.options import GenerationOptions, Ids
 from jaxlm.generation.sampling import adjust_logits
 from jaxlm.model.transformer import Transformer
 
@@ -32,28 +32,29 @@ class Beam:
     finish_reason: str
 
 
-@functools.partial(jax.jit, static_argnames=("eos_id", "options"), donate_argnames="caches")
+@functools.partial(jax.jit, static_argnames=("ids", "options"), donate_argnames="caches")
 def _advance(
-    model: Transformer, caches: Caches, beams: dict[str, jax.Array], eos_id: int, options: GenerationOptions
+    model: Transformer, caches: Caches, beams: dict[str, jax.Array], ids: Ids, options: GenerationOptions
 ) -> tuple[Caches, tuple[jax.Array, jax.Array]]:
     """Feeds each beam its last token.
 
     Returns:
-      The caches, and the 2 W best candidates: log-probabilities float32 [C] and beam * V + token int32 [C].
+      The caches, and the 2 W best candidates (E + 1 times W with E tokens that end a text, so that W go on):
+      log-probabilities float32 [C] and beam * V + token int32 [C].
     """
     caches = jax.tree.map(lambda x: x[beams["parent"]], caches)
     logits_WV, caches = model.decode(beams["token"][:, None], beams["position"], caches)
     logprobs_WV = jax.nn.log_softmax(logits_WV, axis=-1)
-    logprobs_WV = adjust_logits(logprobs_WV, beams["count"], beams.get("seen"), eos_id, options)
+    logprobs_WV = adjust_logits(logprobs_WV, beams["count"], beams.get("seen"), ids, options)
     totals_WV = logprobs_WV + beams["score"][:, None]
-    return caches, jax.lax.top_k(totals_WV.reshape(-1), 2 * len(totals_WV))
+    return caches, jax.lax.top_k(totals_WV.reshape(-1), max(2, 1 + len(ids.ends)) * len(totals_WV))
 
 
 class BeamSearch:
     """The beams of one prompt, and the texts that have ended, best first."""
 
-    def __init__(self, prompt: list[int], eos_id: int, options: GenerationOptions, vocab_size: int) -> None:
-        self._prompt_length, self._eos_id, self._options, self._vocab_size = len(prompt), eos_id, options, vocab_size
+    def __init__(self, prompt: list[int], ids: Ids, options: GenerationOptions, vocab_size: int) -> None:
+        self._prompt_length, self._ids, self._options, self._vocab_size = len(prompt), ids, options, vocab_size
         self.contexts = [list(prompt)] * options.num_beams  # prompt and new tokens of each beam
         self.parents = list(range(options.num_beams))  # the slot that each has grown from
         self.scores = [0.0] + [_NO_BEAM] * (options.num_beams - 1)  # all beams are the same one at first
@@ -82,7 +83,7 @@ class BeamSearch:
         width, count, grown = self._options.num_beams, self.count, []
         for rank, (score, candidate) in enumerate(zip(scores_C.tolist(), candidates_C.tolist(), strict=True)):
             parent, token = divmod(candidate, self._vocab_size)
-            context, ends = [*self.contexts[parent], token], token == self._eos_id
+            context, ends = [*self.contexts[parent], token], token in self._ids.ends
             if not ends and count < self._options.max_new_tokens:
                 grown.append((score, parent, context))
             elif rank < width:
@@ -98,12 +99,12 @@ class BeamSearch:
 
 
 def beam_search(
-    model: Transformer, prompt: list[int], eos_id: int, options: GenerationOptions, clock: Clock
+    model: Transformer, prompt: list[int], ids: Ids, options: GenerationOptions, clock: Clock
 ) -> list[Beam]:
     """The `options.num_samples` best texts after `prompt`, best first; a full window continues as in `Decoder`."""
     prompts = PromptRunner(model, clock, len(prompt), len(prompt) + options.max_new_tokens)
     caches = empty_caches(prompts.run(prompts.visible(prompt))[1], options.num_beams, prompts.cache_length)
-    search = BeamSearch(prompt, eos_id, options, model.config.vocab_size)
+    search = BeamSearch(prompt, ids, options, model.config.vocab_size)
     position, continues = prompts.cache_length, True
     while continues:
         if position == prompts.cache_length or not search.count:  # no room, or nothing there yet
@@ -111,7 +112,7 @@ def beam_search(
                 tokens = prompts.visible(context)
                 caches = clock.call(clock.prompt, write_slot, caches, np.int32(slot), prompts.run(tokens)[1])
             position, search.parents = len(tokens) - 1, list(range(options.num_beams))  # the last token is fed below
-        arguments = (model, caches, search.arrays(position), eos_id, options.compiled())
+        arguments = (model, caches, search.arrays(position), ids, options.compiled())
         caches, best = clock.call(clock.new, _advance, *arguments)
         clock.new.tokens += options.num_beams
         continues = search.grow(*jax.device_get(best))

@@ -17,8 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlm.generation.options import GenerationOptions
-from jaxlm.generation.sampling import adjust_logits, next_token, random_key
+from jaxlm.generation.options import GenerationOptions, Ids
+from jaxlm.generation.sampling import adjust_logits, is_among, next_token, random_key
 from jaxlm.model.attention import Cache
 from jaxlm.model.transformer import Transformer
 
@@ -134,9 +134,9 @@ def _place(state: dict[str, Any], slot: jax.Array, row: dict[str, Any], prompt: 
     return placed | {"caches": write_slot(state["caches"], slot, prompt)}
 
 
-@functools.partial(jax.jit, static_argnames=("eos_id", "options", "chunk"), donate_argnames="state")
+@functools.partial(jax.jit, static_argnames=("ids", "options", "chunk"), donate_argnames="state")
 def _decode(
-    model: Transformer, state: dict[str, Any], room_B: jax.Array, eos_id: int, options: GenerationOptions, chunk: int
+    model: Transformer, state: dict[str, Any], room_B: jax.Array, ids: Ids, options: GenerationOptions, chunk: int
 ) -> tuple[dict[str, Any], tuple[jax.Array, jax.Array]]:
     """Up to `chunk` tokens more in every slot, and not more than `room_B` (int32).
 
@@ -153,14 +153,14 @@ def _decode(
     def decode_token(carry: Any) -> Any:
         i, active_B, state, (tokens_CB, logprobs_CB) = carry
         logits_BV, length_B, count_B = state["logits"], state["length"], state["count"]
-        adjusted_BV = adjust_logits(logits_BV, count_B, state.get("seen"), eos_id, options)
+        adjusted_BV = adjust_logits(logits_BV, count_B, state.get("seen"), ids, options)
         token_B = next_token(adjusted_BV, state["key"], count_B, options)
         logprob_B = logits_BV[slots, token_B] - jax.nn.logsumexp(logits_BV, axis=-1)
         out = (tokens_CB.at[i].set(jnp.where(active_B, token_B, -1)), logprobs_CB.at[i].set(logprob_B))
         state = dict(state, count=count_B + active_B)
         if "seen" in state:
             state["seen"] = state["seen"].at[slots, token_B].set(True)
-        active_B = active_B & (token_B != eos_id) & (i + 1 < room_B) & (length_B < window)
+        active_B = active_B & ~is_among(token_B, ids.ends) & (i + 1 < room_B) & (length_B < window)
         position_B = jnp.minimum(length_B, window - 1)
         state["logits"], state["caches"] = model.decode(token_B[:, None], position_B, state["caches"])
         return i + 1, active_B, dict(state, length=length_B + active_B), out
@@ -232,14 +232,14 @@ class Decoder:
     """Makes texts, `options.batch_size` at a time.
 
     Attributes:
-      eos_id: the token that ends a text.
+      ids: which tokens end a text, and which are none.
       clock: tokens and seconds of all texts made.
       chunk: tokens decoded between looks at them.
       shortest_cache: positions that the cache has at least; one length for all prompts saves compilations.
     """
 
     model: Transformer
-    eos_id: int
+    ids: Ids
     options: GenerationOptions
     clock: Clock
     chunk: int = CHUNK
@@ -298,7 +298,7 @@ class Decoder:
     def _decode_chunk(self) -> Iterator[tuple[Request, list[int], str | None]]:
         limit = self.options.max_new_tokens
         room_B = np.array([limit - len(slot.logprobs) if slot else 0 for slot in self._slots], np.int32)
-        arguments = (self.model, self._state, room_B, self.eos_id, self.options.compiled(), self.chunk)
+        arguments = (self.model, self._state, room_B, self.ids, self.options.compiled(), self.chunk)
         self._state, out = self.clock.call(self.clock.new, _decode, *arguments)
         tokens_CB, logprobs_CB = jax.device_get(out)
         for slot, request in [(slot, request) for slot, request in enumerate(self._slots) if request]:
@@ -307,7 +307,7 @@ class Decoder:
             request.context += new
             request.logprobs += logprobs_CB[: len(new), slot].tolist()
             request.cached += len(new)
-            ended = new[-1] == self.eos_id
+            ended = new[-1] in self.ids.ends
             reason = "eos" if ended else "length" if len(request.logprobs) >= limit else None
             if reason is not None:
                 self._slots[slot] = None

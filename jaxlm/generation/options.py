@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any
 
 from jaxlm.config import nearest
-from jaxlm.config.schema import option
+from jaxlm.config.option import option
 from jaxlm.config.validate import check_field
 from jaxlm.errors import UserError
 
@@ -41,6 +41,14 @@ class GenerationOptions:
         for name, value in (("num_samples", self.num_samples), ("num_beams", self.num_beams)):
             if value != 1:
                 raise UserError(f"--{name} ({value}) {problem}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Ids:
+    """What ids mean; hashable, as functions are compiled for it."""
+
+    ends: tuple[int, ...]  # end a text
+    missing: tuple[int, ...] = ()  # stand for no token, and are never generated
 
 
 FIELDS = {field.name: field for field in dataclasses.fields(GenerationOptions)}

@@ -3,10 +3,14 @@
 Shapes: B rows, V vocabulary, N groups of G tokens.
 """
 
+import functools
+import operator
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from jaxlm.generation.options import GenerationOptions
+from jaxlm.generation.options import GenerationOptions, Ids
 
 GROUP = 128  # tokens whose weights are summed together, in `choose`
 
@@ -26,15 +30,22 @@ def penalize(logits_BV: jax.Array, seen_BV: jax.Array, penalty: float) -> jax.Ar
 
 
 def adjust_logits(
-    logits_BV: jax.Array, count_B: jax.Array, seen_BV: jax.Array | None, eos_id: int, options: GenerationOptions
+    logits_BV: jax.Array, count_B: jax.Array, seen_BV: jax.Array | None, ids: Ids, options: GenerationOptions
 ) -> jax.Array:
-    """Repetition penalty, and no <eos> in rows with fewer than `min_new_tokens` new tokens; for beams and samples."""
+    """Repetition penalty, no id that stands for no token, and none that ends the text in rows with fewer than
+    `min_new_tokens` new tokens; for beams and samples.
+    """
     if seen_BV is not None:
         logits_BV = penalize(logits_BV, seen_BV, options.repetition_penalty)
     if options.min_new_tokens:
-        is_early_B, is_eos_V = count_B < options.min_new_tokens, jnp.arange(logits_BV.shape[1]) == eos_id
-        logits_BV = jnp.where(is_early_B[:, None] & is_eos_V[None], -jnp.inf, logits_BV)
-    return logits_BV
+        is_early_B, ends_V = count_B < options.min_new_tokens, is_among(jnp.arange(logits_BV.shape[1]), ids.ends)
+        logits_BV = jnp.where(is_early_B[:, None] & ends_V[None], -jnp.inf, logits_BV)
+    return logits_BV.at[:, np.array(ids.missing, np.int32)].set(-jnp.inf) if ids.missing else logits_BV
+
+
+def is_among(tokens: jax.Array, few: tuple[int, ...]) -> jax.Array:
+    """Bool, of the shape of int32 `tokens`: which of them are one of `few`."""
+    return functools.reduce(operator.or_, (tokens == token for token in few))
 
 
 def filter_logits(logits_BV: jax.Array, top_k: int, top_p: float, min_p: float = 0.0) -> jax.Array:

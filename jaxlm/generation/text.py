@@ -18,18 +18,22 @@ class TextStream:
     Args:
       decode: the tokenizer's.
       stops: the first of these texts to be complete ends the continuation, and is left out of it.
+      prompt: the ids before it, as a decoder may write a token in another way where a text begins.
 
     Attributes:
-      tokens: all tokens so far.
+      tokens: all tokens so far, without the prompt.
       text: all text returned so far.
       stopped: whether a stop string is complete.
     """
 
-    def __init__(self, decode: Callable[[Sequence[int]], str], stops: Sequence[str] = ()) -> None:
+    def __init__(
+        self, decode: Callable[[Sequence[int]], str], stops: Sequence[str] = (), prompt: Sequence[int] = ()
+    ) -> None:
         self._decode, self._stops = decode, stops
         self.tokens: list[int] = []
-        self._begin = self._end = 0  # tokens[begin:end] have been returned, as `_shown`; they are decoded again in
-        self._shown = ""  # front of what follows, as some decoders drop the space before a first token
+        self._new: list[int] = []  # the last tokens: not returned yet,
+        self._before = list(prompt)  # and before them some that have been, as `_shown`, which are decoded again in
+        self._shown = decode(self._before)  # front of what follows, as some decoders drop the space of a first token
         self._held = ""  # decoded, but it may be the beginning of a stop string
         self.text, self.stopped = "", False
 
@@ -41,17 +45,22 @@ class TextStream:
             if self.stopped:
                 break
         if is_last and not self.stopped:
-            self._release(self._decode(self.tokens[self._begin :])[len(self._shown) :])
+            self._release(self._decode(self._before + self._new)[len(self._shown) :])
             self.text, self._held = self.text + self._held, ""
         return self.text[start:]
 
     def _push(self, token: int) -> None:
         self.tokens.append(token)
-        whole = self._decode(self.tokens[self._begin :])
+        self._new.append(token)
+        whole = self._decode(self._before + self._new)
         if not whole.endswith(REPLACEMENT):  # perhaps a character whose other bytes are still to come
             new = whole[len(self._shown) :]
-            self._begin, self._end = self._end, len(self.tokens)
-            self._shown = self._decode(self.tokens[self._begin :])
+            shown = self._decode(self._new)
+            if shown:
+                self._before, self._shown = self._new, shown
+            else:  # special tokens alone are no text to put in front of a space
+                self._before, self._shown = self._before + self._new, whole
+            self._new = []
             self._release(new)
 
     def _release(self, new: str) -> None:

@@ -29,9 +29,12 @@ from jaxlm.checkpoints.load import LoadedModel
 from jaxlm.checkpoints.save import reason_of
 from jaxlm.config import Config, replace_fields, to_dict
 from jaxlm.data.atomic import atomic_path
+from jaxlm.data.sources import STDLIB
+from jaxlm.data.special_tokens import ROLES
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.errors import UserError
 from jaxlm.interop.families import family_for, to_config, to_tensors
+from jaxlm.interop.pretrained import HUB_NAME
 from jaxlm.report.runs import read_run
 
 DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
@@ -48,7 +51,7 @@ def check_target(path: Path) -> None:
         raise UserError(f"--to ({path}): is no folder; name another")
 
 
-def export(loaded: LoadedModel, source: Path, to: Path, *, max_shard_size: int, dtype: str) -> str:
+def export(loaded: LoadedModel, source: Path, to: Path, *, max_shard_size: int, dtype: str, **card: Any) -> str:
     """Writes the folder `to`, whole or not at all.
 
     Args:
@@ -57,6 +60,7 @@ def export(loaded: LoadedModel, source: Path, to: Path, *, max_shard_size: int, 
       to: a new folder, or an empty one.
       max_shard_size: bytes of a safetensors file; a larger tensor has one of its own.
       dtype: of the parameters there, one of DTYPES.
+      card: what the model card says to the Hub: `repo_id`, `license` and `language` (a list).
 
     Returns:
       The class of transformers that opens it.
@@ -69,11 +73,14 @@ def export(loaded: LoadedModel, source: Path, to: Path, *, max_shard_size: int, 
     to = Path(os.path.abspath(to))
     params = flatten_dict(nnx.to_pure_dict(nnx.state(loaded.model)), sep="/")
     tensors = dict(to_tensors({path: np.asarray(x) for path, x in params.items()}, family))
-    ids = {f"{name}_token_id": getattr(loaded.tokenizer, f"{name}_id") for name in ("bos", "eos", "pad")}
+    said, ends = loaded.tokenizer.said, list(loaded.tokenizer.end_ids)
+    ids = {f"{role}_token_id": getattr(loaded.tokenizer, f"{role}_id") for role in ROLES}
+    several = ids | {"eos_token_id": ends} if len(ends) > 1 else ids
+    of_config = several if isinstance(said.get("config", {}).get("eos_token_id"), list) else ids
     texts = {
-        "config.json": _json({**to_config(loaded.config.model, family), **ids, "dtype": dtype}),
-        "generation_config.json": _json(ids),
-        "README.md": _model_card(loaded, source, to.name, family.architecture),
+        "config.json": _json({**to_config(loaded.config.model, family), **of_config, "dtype": dtype}),
+        "generation_config.json": _json(said.get("generation_config", {}) | several),
+        "README.md": _model_card(loaded, source, family.architecture, {"repo_id": to.name} | card),
         **_tokenizer_files(loaded.tokenizer, loaded.config.model.max_seq_len),
     }
     try:
@@ -122,7 +129,8 @@ def _cast(x: np.ndarray, kind: np.dtype) -> np.ndarray:
 
 
 def _tokenizer_files(tokenizer: Tokenizer, max_seq_len: int) -> dict[str, str]:
-    """{file name: text}. AutoTokenizer then gives a text the same ids as ours, even if "<bos>" is written out in it.
+    """{file name: text}. AutoTokenizer then gives a text the same ids as ours, even if "<bos>" is written out in it,
+    unless there is a chat template.
 
     As `generate_text` does, it begins a text with <bos>, unless add_special_tokens=False.
     """
@@ -131,20 +139,37 @@ def _tokenizer_files(tokenizer: Tokenizer, max_seq_len: int) -> dict[str, str]:
     backend.post_processor = TemplateProcessing(
         single=f"{bos} $A", pair=f"{bos} $A {bos}:1 $B:1", special_tokens=[(bos, tokenizer.bos_id)]
     )
-    settings = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": bos,
-        "eos_token": tokenizer.token(tokenizer.eos_id),
-        "pad_token": tokenizer.token(tokenizer.pad_id),
-        "split_special_tokens": True,
+    settings = {key: x for key, x in tokenizer.settings().items() if isinstance(x, str | list)} | {
+        "split_special_tokens": not tokenizer.special_in_text,
         "clean_up_tokenization_spaces": False,
         "model_max_length": max_seq_len,
     }
     return {"tokenizer.json": backend.to_str(pretty=True), "tokenizer_config.json": _json(settings)}
 
 
-def _model_card(loaded: LoadedModel, source: Path, folder: str, architecture: str) -> str:
-    """The text of README.md, for a `folder` of that name and the class `architecture` of transformers.
+def _metadata(config: Config, card: Mapping[str, Any]) -> str:
+    """The YAML at the head of the card; license and language, if not given, are those of the model it started from."""
+    from huggingface_hub import ModelCard, ModelCardData, try_to_load_from_cache
+
+    base, data = config.training.init_from or "", config.data
+    is_on_hub = bool(HUB_NAME.fullmatch(base)) and not os.path.isdir(base)
+    file: Any = try_to_load_from_cache(base, "README.md") if is_on_hub else os.path.expanduser(f"{base}/README.md")
+    is_there = base != "" and isinstance(file, str) and os.path.isfile(file)
+    known = ModelCard.load(file, ignore_metadata_errors=True).data if is_there else ModelCardData()
+    return ModelCardData(
+        language=card.get("language") or known.language,
+        license=card.get("license") or known.license,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        base_model=base if is_on_hub else None,
+        datasets=None if data.train_files or data.dataset_name == STDLIB else [data.dataset_name],
+        metrics=["perplexity"],
+        tags=["jaxlm"],
+    ).to_yaml()
+
+
+def _model_card(loaded: LoadedModel, source: Path, architecture: str, card: Mapping[str, Any]) -> str:
+    """The text of README.md, for the class `architecture` of transformers.
 
     `source` is the model's own folder; the run's metrics are looked for beside it.
     """
@@ -165,7 +190,9 @@ def _model_card(loaded: LoadedModel, source: Path, folder: str, architecture: st
     template = files("jaxlm.interop").joinpath("model_card.md").read_text(encoding="utf-8")
     return template.format(
         name=f"{source.parent.name}/{source.name}",
-        folder=folder,
+        head=_metadata(config, card),
+        repo=card["repo_id"],
+        special="such tokens" if loaded.tokenizer.special_in_text else "plain characters",
         version=jaxlm.__version__,
         architecture=architecture,
         prompt=json.dumps(config.training.sample_prompt or "The")[1:-1],

@@ -16,8 +16,9 @@ import numpy as np
 from jaxlm.config import Config, ModelConfig, check_fields, shown
 from jaxlm.errors import UserError
 
+DROPOUTS = ("dropout", "attention_dropout")  # kept from the model that a run starts from, unless they are set
 # Options of a run, whatever the model that it starts from; the others are the architecture.
-_CHOSEN = ("dropout", "attention_dropout", "gradient_checkpointing", "remat_policy", "scan_layers", "attention")
+_CHOSEN = (*DROPOUTS, "gradient_checkpointing", "remat_policy", "scan_layers", "attention")
 ARCHITECTURE = tuple(f.name for f in dataclasses.fields(ModelConfig) if f.name not in _CHOSEN)
 
 # Activations by their name in jaxlm; the first of several names in transformers is the one that is written.
@@ -43,7 +44,7 @@ class Family:
     keys: Mapping[str, str]  # field of ModelConfig -> key of config.json, or several keys that must agree
     implied: Mapping[str, Any]  # field of ModelConfig -> the value that all models of the class have
     activations: Mapping[str, str]  # PLAIN or GATED
-    dropouts: Mapping[str, str]  # key of config.json -> field of ModelConfig; written only
+    dropouts: Mapping[str, str]  # key of config.json -> field of ModelConfig; one without a key is 0
     required: Mapping[str, Any]  # key of config.json -> the only value that jaxlm can express
     defaults: Mapping[str, Any]  # key of config.json -> what transformers takes where it is missing
     modules: Mapping[str, str]  # jaxlm's module -> that of transformers; {} or {0} is the layer
@@ -75,6 +76,7 @@ GPT2 = Family(
     required={"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False},
     defaults={
         "n_inner": None,  # four times the width
+        **dict.fromkeys(("embd_pdrop", "resid_pdrop", "attn_pdrop"), 0.1),
         "activation_function": "gelu_new",
         "layer_norm_epsilon": 1e-5,
         "tie_word_embeddings": True,
@@ -117,6 +119,7 @@ LLAMA = Family(
     required={},
     defaults={
         "num_key_value_heads": None,
+        "attention_dropout": 0.0,
         "hidden_act": "silu",
         "rms_norm_eps": 1e-6,
         "attention_bias": False,
@@ -214,7 +217,7 @@ def to_config(model: ModelConfig, family: Family) -> dict[str, Any]:
 
 
 def from_config(config: Any, where: str) -> tuple[Family, ModelConfig]:
-    """The class of the model that config.json describes, and its architecture; other options have their defaults.
+    """The class of the model in config.json, its architecture, and its dropouts where that has one value for each.
 
     Args:
       config: the value in config.json.
@@ -236,7 +239,9 @@ def from_config(config: Any, where: str) -> tuple[Family, ModelConfig]:
     if fields["d_ff"] is None and isinstance(fields["d_model"], int):
         fields["d_ff"] = 4 * fields["d_model"]
     rope, refused = _from_rope(values) if family.rotary else ({}, [])
-    model = ModelConfig(**fields, **family.implied, **rope)
+    rates = {of: [values[key] for key, field in family.dropouts.items() if field == of] or [0.0] for of in DROPOUTS}
+    agreed = {field: found[0] for field, found in rates.items() if found == found[:1] * len(found)}
+    model = ModelConfig(**fields, **family.implied, **rope, **agreed)
     try:
         check_fields(Config(model=model))
     except UserError as error:

@@ -6,7 +6,6 @@ JAX, and the modules that import it, are imported where they are used: a mistake
 """
 
 import dataclasses
-import json
 import os
 import re
 from functools import cached_property
@@ -18,13 +17,15 @@ import numpy as np
 from jaxlm.checkpoints.items import JSON_ITEMS, read_config, read_tokenizer
 from jaxlm.checkpoints.manifest import damage, model_in
 from jaxlm.config import Config, DataConfig, ModelConfig, from_dict, shown
+from jaxlm.config.option import Unset
 from jaxlm.data.hub import SECONDS, why_unreachable
+from jaxlm.data.special_tokens import FILES, read_object
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.errors import UserError, one_line
-from jaxlm.interop.families import ARCHITECTURE, from_config, from_tensors, tensor_names, to_tensors
+from jaxlm.interop.families import ARCHITECTURE, DROPOUTS, from_config, from_tensors, tensor_names, to_tensors
 
 INDEX, SINGLE_FILE = "model.safetensors.index.json", "model.safetensors"
-FETCHED = ("config.json", "tokenizer.json", INDEX, "*.safetensors")  # from the Hub
+FETCHED = (*FILES, INDEX, "*.safetensors", "README.md")  # from the Hub
 HUB_NAME = re.compile(r"([\w.-]+/)?[\w.-]+")
 FLOATS = ("F32", "F16", "BF16", "F64")
 OUTPUT = "lm_head.weight"
@@ -38,14 +39,14 @@ class OwnFolder:
 
     kind = "of jaxlm"  # for people
 
-    def __init__(self, folder: Path, where: str) -> None:
+    def __init__(self, folder: Path, where: str, data: DataConfig) -> None:
         self.folder, self.where = model_in(folder), where
         if self.folder != folder:
             self.kind = f"of jaxlm, {self.folder.name}"
         try:
             self.config = read_config(self.folder)
             self.model = self.config.model
-            self.tokenizer: Tokenizer | None = read_tokenizer(self.folder)
+            self.tokenizer: Tokenizer | None = read_tokenizer(self.folder, data)
         except UserError as error:
             raise UserError(f"{where}: {error}") from error
 
@@ -65,12 +66,11 @@ class OwnFolder:
 class HuggingFaceFolder:
     """A folder that transformers has saved, with parameters in safetensors; they are read later."""
 
-    def __init__(self, folder: Path, config: Any, where: str) -> None:
+    def __init__(self, folder: Path, config: Any, where: str, data: DataConfig) -> None:
         self.folder, self.where = folder, where
         self.family, self.model = from_config(config, where)
         self.kind = self.family.architecture
-        has_tokenizer = os.path.isfile(folder / "tokenizer.json")
-        self.tokenizer = Tokenizer.load(folder, where) if has_tokenizer else None
+        self.tokenizer = Tokenizer.find(folder, where, data)
 
     def check(self, whole: Params) -> None:
         """Looks through the parameters, without reading them.
@@ -128,13 +128,15 @@ class HuggingFaceFolder:
             for name in opened.keys():  # noqa: SIM118  (it is no dict)
                 has_prefix = name.startswith((self.family.prefix, OUTPUT))
                 tensors[name if has_prefix else self.family.prefix + name] = opened, name
+        if self.model.tie_embeddings and OUTPUT in tensors:  # of two names of one tensor, some programs keep this one
+            tensors.setdefault(tensor_names("token_embedding", self.family, None)[0], tensors[OUTPUT])
         return tensors
 
     def _files(self) -> list[str]:
         """The names of the safetensors files."""
         if os.path.isfile(self.folder / INDEX):
-            index = _read_json(self.folder / INDEX, self.where)
-            files = index.get("weight_map") if isinstance(index, dict) else None
+            index = read_object(self.folder / INDEX, self.where)
+            files = index.get("weight_map")
             if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
                 raise UserError(f"{self.where}: {INDEX} is not readable: it has no weight_map from tensors to files")
             return sorted({Path(file).name for file in files.values()})
@@ -186,7 +188,7 @@ def with_architecture(config: Config, fresh: bool = False) -> Config:
     if config.training.init_from is None:
         return config
     begun = None if fresh else _model_of_the_run(config)
-    return _adopt(config, begun or open_model(config.training.init_from, _where(config)).model)
+    return _adopt(config, begun or open_model(config.training.init_from, _where(config), config.data).model)
 
 
 def open_pretrained(config: Config) -> Pretrained | None:
@@ -200,7 +202,7 @@ def open_pretrained(config: Config) -> Pretrained | None:
     """
     if config.training.init_from is None:
         return None
-    found = open_model(config.training.init_from, _where(config))
+    found = open_model(config.training.init_from, _where(config), config.data)
     _adopt(config, found.model)  # raises if the folder has changed since `with_architecture`
     found.tokenizer = _agreed_tokenizer(config, found.tokenizer)
     tokens, rows = found.tokenizer.vocab_size, found.model.vocab_size
@@ -221,7 +223,7 @@ def _model_of_the_run(config: Config) -> ModelConfig | None:
     resume = training.resume_from_checkpoint
     folder = training.checkpoint_dir if resume in (None, "latest") else f"{resume}/config"
     try:
-        saved = from_dict(_read_json(Path(folder).expanduser() / "config.json", folder), folder)
+        saved = from_dict(read_object(Path(folder).expanduser() / "config.json", folder), folder)
     except UserError:
         return None  # resuming reads it again, and says what is wrong
     return saved.model if saved.training.init_from == training.init_from else None
@@ -237,7 +239,10 @@ def _adopt(config: Config, model: ModelConfig) -> Config:
             f"{_where(config)} has another architecture: {listed}. Leave these options out, of the command and of the "
             "file that --config names: a JSON file without a model section has none"
         )
-    adopted = {name: found[name] for name in ARCHITECTURE}
+    unset = [name for name in DROPOUTS if isinstance(asked[name], Unset)]
+    if unclear := [name for name in unset if isinstance(found[name], Unset)]:
+        raise UserError(f"{_where(config)} has several rates of what is one dropout here; set model.{unclear[0]}")
+    adopted = {name: found[name] for name in (*ARCHITECTURE, *unset)}
     data, longest = config.data, found["max_seq_len"]
     if data.max_length == DataConfig().max_length > longest:  # nobody has asked for rows that long
         data = dataclasses.replace(data, max_length=longest)
@@ -247,7 +252,7 @@ def _adopt(config: Config, model: ModelConfig) -> Config:
 def _agreed_tokenizer(config: Config, found: Tokenizer | None) -> Tokenizer:
     """The tokenizer `found` in the folder, or else that of data.tokenizer_path; UserError if there is none, or two."""
     path = config.data.tokenizer_path
-    own = None if path is None else Tokenizer.load(path)
+    own = None if path is None else Tokenizer.load(path, data=config.data)
     if found and own and not found.agrees_with(own):
         raise UserError(f"data.tokenizer_path ({path}) is not the tokenizer of {_where(config)}; leave it out")
     agreed = found or own
@@ -256,7 +261,7 @@ def _agreed_tokenizer(config: Config, found: Tokenizer | None) -> Tokenizer:
     return agreed
 
 
-def open_model(name: str, where: str) -> Pretrained:
+def open_model(name: str, where: str, data: DataConfig) -> Pretrained:
     """The model of a folder of jaxlm's or transformers', or of that name on the Hub; configuration and tokenizer read.
 
     Raises:
@@ -266,21 +271,14 @@ def open_model(name: str, where: str) -> Pretrained:
     if not os.path.isdir(folder):  # unlike Path.is_dir, it never raises
         folder = _fetched(name, where)
     if os.path.isdir(model_in(folder) / "params"):
-        return OwnFolder(folder, where)
-    saved = _read_json(folder / "config.json", where) if os.path.isfile(folder / "config.json") else None
-    if saved is None or (isinstance(saved, dict) and "training" in saved):  # nothing, or a run's folder
+        return OwnFolder(folder, where, data)
+    saved = read_object(folder / "config.json", where)
+    if not saved or "training" in saved:  # nothing, or a run's folder
         raise UserError(
             f"{where}: holds no model; name a best_model, final_model, checkpoint_<step> or run's folder, or one "
             "that transformers has saved"
         )
-    return HuggingFaceFolder(folder, saved, where)
-
-
-def _read_json(file: Path, where: str) -> Any:
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{where}: {file.name} is not readable: {one_line(error)}") from error
+    return HuggingFaceFolder(folder, saved, where, data)
 
 
 def _fetched(name: str, where: str) -> Path:

@@ -34,7 +34,7 @@ def load(
     Raises:
       UserError: there is no model, it is damaged, or of another class.
     """
-    found, progress = open_model(os.fspath(path), os.fspath(path)), None
+    found, progress = open_model(os.fspath(path), os.fspath(path), DataConfig()), None
     if isinstance(found, OwnFolder):
         config, progress = found.config, read_progress(found.folder)
         if progress.model_class != model_class.__name__:
