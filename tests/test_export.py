@@ -660,7 +660,7 @@ def test_a_run_starts_from_an_exported_run(tmp_path: Path, corpus: Path, capsys:
     assert "(GPT2LMHeadModel)" in capsys.readouterr().err
     own = Trainer(make_config(tmp_path / "own", corpus, **second | {"training.init_from": str(best)}))
     for start in (trainer, own):
-        for path, x in flatten_dict(jax.device_get(start._to_whole(start.state.params)), sep="/").items():
+        for path, x in flatten_dict(jax.device_get(start.assembly.to_whole(start.state.params)), sep="/").items():
             np.testing.assert_array_equal(x, flat(loaded.model)[path], err_msg=path)
     assert trainer.evaluate()["loss"] == pytest.approx(row["eval/loss"], abs=1e-5)
 

@@ -453,7 +453,7 @@ def test_an_own_sink_is_a_name_in_json() -> None:
         ("wandbb", r"is not one of tensorboard, wandb, trackio, jsonl, module:Class, .*\(did you mean wandb\?\)"),
         (5, r"\(5\) is not one of"),
         (Mine, r"is not one of .* an object with write\(row, step\) and close\(\)"),
-        ("no_such_module:X", r"No module named 'no_such_module'; put the module's folder on PYTHONPATH"),
+        ("no_such_module:X", r"No module named 'no_such_module'; put the module into this folder"),
         ("json:loads", r"\(json:loads\): is not a class with write\(row, step\) and close\(\)"),
         ("json:None", r"\(json:None\): is not a class"),
     ],

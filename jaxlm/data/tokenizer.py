@@ -59,7 +59,8 @@ class Tokenizer:
         if isinstance(backend.model, models.BPE):
             backend.model.dropout = None  # that is for training a model; a text has one list of ids here
         self._special = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
-        self.special_in_text = set() if self._special <= {PAD, BOS, EOS} else self._special
+        plain = self._special <= {PAD, BOS, EOS} and "chat_template" not in self.said  # which writes tokens out
+        self.special_in_text = set() if plain else self._special
         backend.encode_special_tokens = not self.special_in_text  # true: as characters; the flag is not in the JSON
         backend.no_padding()
         backend.no_truncation()

@@ -8,6 +8,7 @@ JAX, and the modules that import it, are imported where they are used: a mistake
 import dataclasses
 import os
 import re
+from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,7 @@ class OwnFolder:
         self.folder, self.where = model_in(folder), where
         if self.folder != folder:
             self.kind = f"of jaxlm, {self.folder.name}"
+        self._refuse_damage(JSON_ITEMS)
         try:
             self.config = read_config(self.folder)
             self.model = self.config.model
@@ -52,8 +54,10 @@ class OwnFolder:
 
     def check(self, whole: Params) -> None:
         """Raises UserError if the files of the parameters are damaged. Arguments as in `HuggingFaceFolder`."""
-        wrong = damage(self.folder, ("params", *JSON_ITEMS))
-        if wrong is not None:
+        self._refuse_damage(["params"])
+
+    def _refuse_damage(self, items: Iterable[str]) -> None:
+        if wrong := damage(self.folder, items):
             raise UserError(f"{self.where} is damaged: {wrong}; name another")
 
     def params(self, whole: Params, held: Params, shards: int) -> Params:
