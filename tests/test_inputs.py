@@ -42,7 +42,7 @@ def differ(a, b):
 
 @pytest.mark.parametrize("name", OTHER)
 def test_each_number_reaches_the_one_program(name):
-    """Other numbers, the same program, another result; a number that is built in would be NaN."""
+    """Other numbers, the same program, another result; one that is built in would raise: it is a text there."""
     scale = name.startswith(("min_loss", "loss_scale"))
     base = OVERFLOWS if scale and name != "loss_scale_window" else replace_fields(BASE, FLOAT16 if scale else {})
     program, expected = after_updates(base)

@@ -4,7 +4,6 @@ Zero or none against a value is not such a difference: without weight decay, say
 """
 
 import dataclasses
-import math
 from typing import Any, cast
 
 import jax
@@ -30,9 +29,9 @@ DATA = ("max_length", "pack_sequences")
 
 
 def program_config(config: Config) -> Config:
-    """What a program is made from: all else is at its default, and inputs are NaN: one that is built in would show."""
+    """What a program is made from. All else is at its default, and inputs are no numbers: none can be built in."""
     training = {name: vars(config.training)[name] for name in (*TRAINING, *INPUTS)}
-    training |= {name: math.nan for name in (*INPUTS, "loss_scale") if training[name]}
+    training |= {name: "an input" for name in (*INPUTS, "loss_scale") if training[name]}
     data = {name: vars(config.data)[name] for name in DATA}
     return Config(config.model, TrainingConfig(**training), DataConfig(**data))
 
