@@ -25,8 +25,11 @@ autodoc_preserve_defaults = True
 napoleon_use_rtype = False
 nitpicky = True
 nitpick_ignore_regex = [  # types of other libraries, and aliases, whose pages are not here
-    ("py:.*", r"(jax|jaxlib|flax|nnx|optax|orbax|ocp|np|numpy|pathlib|os|collections|typing|argparse|Path|Any)(\..*)?"),
-    ("py:.*", r"jaxlm\.data\.documents\.LeftOut"),
+    (
+        "py:.*",
+        r"(jax|jaxlib|flax|nnx|optax|orbax|ocp|np|numpy|pathlib|os|re|collections|typing|argparse|Path|Any)(\..*)?",
+    ),
+    ("py:.*", r"jaxlm\.(data\.(documents\.(Document|LeftOut)|held_out\.HeldOut)|config\.schema\.DataConfig)"),
     ("py:.*", r"(UserError|RunFailed|Stopped|optional|Callable|Iterator|Mapping|Sequence|one of SAVE_ERRORS)"),
 ]
 

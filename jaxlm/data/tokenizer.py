@@ -177,7 +177,7 @@ class Tokenizer:
 
     @cached_property
     def markers(self) -> re.Pattern[str]:
-        """Finds special tokens in texts, and what looks like one of another tokenizer, such as <|im_start|>."""
+        """Finds special tokens in texts, and what looks like one of another tokenizer, such as `<|im_start|>`."""
         names = sorted(map(re.escape, self._special - {""}), key=len, reverse=True)
         return re.compile("|".join([r"<\|\w+\|>", *names]))
 
