@@ -19,9 +19,8 @@ def entries() -> Iterator[str]:
         for field in dataclasses.fields(section):
             choices = f" One of: {', '.join(field.metadata['choices'])}." if field.metadata["choices"] else ""
             kind, default = type_name(hints[field.name]), shown(field.default)
-            meaning = field.metadata["help"][0].upper() + field.metadata["help"][1:]
             yield f"### `{name}.{field.name}`"
-            yield f"{kind}, default `{default}`. {meaning}.{choices}"
+            yield f"{kind}, default `{default}`: {field.metadata['help']}.{choices}"
 
 
 def page(text: str) -> str:
