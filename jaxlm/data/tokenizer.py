@@ -31,9 +31,9 @@ NAMES = {"bos": BOS_NAMES, "eos": EOS_NAMES, "pad": PAD_NAMES}
 PART_CHARACTERS = 2**18
 # GPT-2's pattern splits the last character off a run of white space that a word follows. Where that is a line end, it
 # is a word of its own. So a cut just before such a line end leaves every word, and every id, as it was.
-LONGEST_WORD = 1000
-_LONG_WORD = re.compile(rf"(?<!\S)\S{{{LONGEST_WORD},}}|(?<!\s)\s{{{LONGEST_WORD},}}")
 _SAFE_CUT = re.compile(r"\n(?=\S)")
+LONGEST_WORD = 1000  # characters that BPE is trained on in one word
+_LONG_WORD = re.compile(rf"(?<!\S)\S{{{LONGEST_WORD},}}|(?<!\s)\s{{{LONGEST_WORD},}}")
 
 
 class Tokenizer:
