@@ -161,8 +161,8 @@ def test_value_that_begins_with_a_dash() -> None:
         (["--max_steps", "3"], "--max_steps: unknown option (did you mean --training.max_steps?)"),
         (
             ["stray"],
-            "stray: belongs to no option; quote a pattern ('*.txt') or a text with blanks, name an option for each "
-            "value; --help lists all options",
+            "stray: belongs to no option; quote a pattern ('*.txt') or a text with blanks, put commas between the "
+            "values of a list, name an option for each value; --help lists all options",
         ),
         (["--training.max_steps"], "argument --training.max_steps: expected one argument"),
     ],
@@ -201,6 +201,21 @@ add_config_options(parser)
 parser.add_argument("--config")
 validate(config_from(parser.parse_args(["--config", "configs/small.py", "--training.max_steps", "3"])))
 assert not {"jax", "flax", "numpy", "datasets", "tokenizers"} & set(sys.modules), sorted(sys.modules)
+"""
+    done = run("-c", program)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_missing_file_is_found_before_jax_is_imported() -> None:
+    program = """
+import sys
+from jaxlm.__main__ import run_named
+from jaxlm.errors import UserError
+try:
+    run_named(["train", "--config", "small", "--data.train_files", ".,nowhere.txt"])
+except UserError as error:
+    assert str(error).startswith("data.train_files (nowhere.txt) does not exist"), error
+assert "jax" not in sys.modules
 """
     done = run("-c", program)
     assert (done.returncode, done.stderr) == (0, "")
@@ -245,12 +260,15 @@ def test_shipped_configurations(path: Path) -> None:
         ("raise RunFailed('at step 3')", 1, "failed: at step 3"),
         ("raise RuntimeError('bug')", 1, "RuntimeError: bug"),
         ("os.kill(os.getpid(), signal.SIGTERM)", 75, "stopped: SIGTERM: stopped before the first update"),
-        ("os.kill(os.getpid(), signal.SIGINT)", 75, "stopped: SIGINT: stopped before the first update"),
+        (
+            "atexit.register(os.abort); os.kill(os.getpid(), signal.SIGINT)",  # as while JAX traces
+            *(75, "stopped: SIGINT: stopped before the first update"),
+        ),
     ],
 )
 def test_exit_codes(body: str, code: int, last_line: str) -> None:
     program = f"""
-import os, signal
+import atexit, os, signal
 from jaxlm.commands.exits import run_and_exit
 from jaxlm.errors import RunFailed, Stopped, UserError
 def command():
@@ -364,6 +382,18 @@ def test_a_terminal_without_a_size_gets_lines(monkeypatch: pytest.MonkeyPatch) -
             progress.close()
             assert expected in os.read(master, 4096)
         os.close(master)
+
+
+def test_the_time_left_counts_no_compiling(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Neither that of the first update nor that of the first evaluation, each of a minute here; later ones count."""
+    from jaxlm.monitor import progress as module
+
+    shown = module.Progress(0, 100)
+    for step, now in ((1, 60), (2, 61), (3, 122), (4, 123), (5, 124), (6, 129)):
+        monkeypatch.setattr(module.time, "monotonic", lambda now=now: now)
+        shown.write({"train/loss": 3.0} | ({"eval/loss": 3.0} if step % 3 == 0 else {}), step)
+    left = [line.partition("left ")[2] for line in capsys.readouterr().err.splitlines()]
+    assert left == ["", "01:38", "", "01:36", "01:35", "03:39"]
 
 
 def test_help_and_version_are_commands_too(capsys: pytest.CaptureFixture[str]) -> None:

@@ -121,7 +121,8 @@ def test_every_command_has_help_and_a_script(
             ["train", "--confg", "x"],
             "error: --confg: unknown option (did you mean --config?); --help lists all\n",
         ),
-        (["train"], "error: the following arguments are required: --config; --help lists all options\n"),
+        (["train"], "error: the following arguments are required: --config (such as --config small); --help lists all"),
+        (["export", "--out", "x"], "error: --out: unknown option (did you mean --to?); --help lists all\n"),
         (["train", "--config", "smal"], "error: --config (smal): no such file (did you mean small?); name a"),
     ],
 )

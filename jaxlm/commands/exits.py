@@ -19,7 +19,7 @@ def run_and_exit(command: Callable[[], None]) -> NoReturn:
     """Runs `command` and ends the process: 0 done, 1 failed, 2 the user can mend it, 75 stopped; 1 and a traceback."""
     sys.excepthook = _on_bug
     try:
-        with StopRequest(at_once=True):
+        with StopRequest(at_once=True) as request:
             try:
                 command()
             finally:
@@ -29,7 +29,9 @@ def run_and_exit(command: Callable[[], None]) -> NoReturn:
     except RunFailed as error:
         _exit(f"failed: {printable(error)}", EXIT_FAILED)
     except Stopped as stopped:
-        print(f"stopped: {printable(stopped)}", file=sys.stderr)
+        print(f"stopped: {printable(stopped)}", file=sys.stderr, flush=True)
+        if request.signal is not None:  # it may have come while JAX traced, whose state then crashes Python's own end
+            os._exit(EXIT_STOPPED)
         sys.exit(EXIT_STOPPED)
     except RuntimeError as error:
         if not _is_out_of_memory(error):

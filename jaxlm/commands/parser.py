@@ -5,6 +5,7 @@ import dataclasses
 import glob
 import json
 import re
+import sys
 import typing
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn
@@ -29,6 +30,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=description, allow_abbrev=False, formatter_class=kind, **more)
 
     def parse_known_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def]
+        self._words = list(sys.argv[1:] if args is None else args)
         found, rest = super().parse_known_args(args, namespace)
         forgotten = [word for word in rest if word.partition("=")[0] in FIELDS and "=" in word]
         if forgotten:  # training.batch_size=4, without the dashes
@@ -41,14 +43,18 @@ class Parser(argparse.ArgumentParser):
         return found, rest
 
     def error(self, message: str) -> NoReturn:
+        if "arguments are required" in message:  # perhaps because another was meant by an option that there is not
+            names = self._option_string_actions
+            unknown = [word for word in self._words if re.match("--.", word) and word.partition("=")[0] not in names]
+            message = f"unrecognized arguments: {unknown[0]}" if unknown else message
         unrecognized = re.match(r"unrecognized arguments: (--?[^\s=]+|\S+)", message)
         if unrecognized and unrecognized[1].startswith("-"):
             known = [name for action in self._actions for name in action.option_strings if name != "--fresh"]
             raise UserError(f"{unrecognized[1]}: unknown option{meant(unrecognized[1], known)}; --help lists all")
         if unrecognized:
             message = (
-                f"{unrecognized[1]}: belongs to no option; quote a pattern ('*.txt') or a text with blanks, name an "
-                "option for each value"
+                f"{unrecognized[1]}: belongs to no option; quote a pattern ('*.txt') or a text with blanks, put commas "
+                "between the values of a list, name an option for each value"
             )
         elif message.endswith("expected one argument"):
             message += " (a value that begins with - is written --name=value)"
@@ -147,7 +153,7 @@ def config_from(arguments: argparse.Namespace) -> Config:
     """The file given by --config with the command line's overrides."""
     given = overrides(arguments)
     if arguments.config is None and "training.init_from" not in given:
-        raise UserError("the following arguments are required: --config; --help lists all options")
+        raise UserError("the following arguments are required: --config (such as --config small); --help lists all")
     return replace_fields(Config() if arguments.config is None else load_config(arguments.config), given)
 
 

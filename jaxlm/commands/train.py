@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 from jaxlm.commands.parser import Parser, add_config_file, add_config_options, config_from, convert
 from jaxlm.config import Config, replace_fields
+from jaxlm.data.files import check_names
 
 if TYPE_CHECKING:
     import jax
@@ -47,6 +48,8 @@ def start(config: Config, arguments: argparse.Namespace, fresh: bool = False) ->
         config = replace_fields(config, {"training.allow_change": allowed})
 
     def devices(config: Config) -> list["jax.Device"]:
+        if arguments.num_processes is None:  # else the other processes would wait for this one
+            check_names(config.data)  # before JAX is imported, so that a mistake shows at once
         from jaxlm.parallel.devices import start_backend
         from jaxlm.parallel.processes import start
 
@@ -55,7 +58,7 @@ def start(config: Config, arguments: argparse.Namespace, fresh: bool = False) ->
 
     from jaxlm.run.setup import resolve
 
-    resolved = resolve(config, devices, fresh)  # before JAX is imported, so that a mistake shows at once
+    resolved = resolve(config, devices, fresh)
 
     if arguments.dry_run:
         from jaxlm.commands.dry_run import DryRun

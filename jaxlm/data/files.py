@@ -21,6 +21,7 @@ from itertools import chain
 from pathlib import Path
 from typing import IO, Any, TextIO
 
+from jaxlm.config import DataConfig
 from jaxlm.data.documents import Document, Found, checked, encoding_fault, missing_column
 from jaxlm.errors import UserError, one_line
 
@@ -62,9 +63,15 @@ def find_files(patterns: Iterable[str], field: str) -> tuple[list[Path], str]:
             else:
                 found.append(file)
     once = list({os.path.realpath(file): file for file in reversed(found)}.values())[::-1]
-    name = str(once[0]) if len(once) == 1 else f"{len(once)} files ({once[0]} ...)"
+    name = str(once[0]) if len(once) == 1 else f"{len(once)} files ({once[0]} ...)" if once else "no files"
     name += f", {len(found) - len(once)} named twice, read once" * (len(found) > len(once))
     return once, name + f", {others} of other kinds left out" * (others > 0)
+
+
+def check_names(data: DataConfig) -> None:
+    """Raises UserError if data names a file that is not there, or of no known kind; doesn't look into folders."""
+    for field, patterns in (("data.train_files", data.train_files), ("data.validation_files", data.validation_files)):
+        find_files([path for path in patterns if not os.path.isdir(os.path.expanduser(path))], field)
 
 
 def below(folder: Path, without: Collection[str] = ()) -> list[Path]:
