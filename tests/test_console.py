@@ -13,6 +13,7 @@ import pytest
 from conftest import documents
 from test_generate import TINY, lively
 
+from jaxlm.__main__ import run_named
 from jaxlm.checkpoints.items import Progress
 from jaxlm.checkpoints.load import LoadedModel
 from jaxlm.commands.console import SEPARATOR, converse, show_texts
@@ -161,3 +162,11 @@ def test_bad_prompts_files(tmp_path: Path, name: str, content: bytes | None, mes
         file.write_bytes(content)
     with pytest.raises(UserError, match=rf"^--prompts_file \({file}\): {message}"):
         read_prompts([], str(file))
+
+
+def test_a_prompt_that_is_a_file_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.txt").write_text("x")
+    with pytest.raises(UserError, match="holds no model"):
+        run_named(["generate", "--model", str(tmp_path), "--prompt", str(tmp_path / "a.txt"), "--prompt", "import"])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith("a.txt): is taken as text, though a file; --prompts_file reads files")

@@ -385,7 +385,8 @@ def test_the_clock_tells_compiling_from_computing(model: Transformer, tokenizer:
     for generator in (first, again):
         list(generator.generate(["the café", "my"]))
     assert first.clock.compiling > 0 and again.clock.compiling == 0
-    assert again.clock.new.tokens <= 2 * 37 and again.clock.new.seconds > 0
+    assert again.clock.new.timed == again.clock.new.tokens <= 2 * 37 and again.clock.new.seconds > 0
+    assert first.clock.new.timed < first.clock.new.tokens, "what was made while compiling has no rate"
     assert again.clock.slides == 4 and "second half 4 times" in again.clock.summary()
 
 

@@ -1,6 +1,8 @@
 """Prints what a saved model makes of prompts: text on standard output, all else on standard error."""
 
 import argparse
+import os
+import sys
 
 from jaxlm.commands.parser import Parser, add_field, add_model_folder, convert
 from jaxlm.config import DataConfig
@@ -42,6 +44,8 @@ def run(arguments: argparse.Namespace) -> None:
     stream = None if arguments.stream == "auto" else convert("--stream", arguments.stream, bool)
     if arguments.interactive and (arguments.prompt or arguments.prompts_file or arguments.json or stream is False):
         raise UserError("--interactive takes no --prompt, --prompts_file, --json or --stream false; leave them out")
+    for prompt in filter(os.path.isfile, arguments.prompt or []):
+        print(f"--prompt ({prompt}): is taken as text, though a file; --prompts_file reads files", file=sys.stderr)
     prompts = [] if arguments.interactive else read_prompts(arguments.prompt or [], arguments.prompts_file)
 
     import jax

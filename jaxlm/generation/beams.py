@@ -114,7 +114,7 @@ def beam_search(
             position, search.parents = len(tokens) - 1, list(range(options.num_beams))  # the last token is fed below
         arguments = (model, caches, search.arrays(position), ids, options.compiled())
         caches, best = clock.call(clock.new, _advance, *arguments)
-        clock.new.tokens += options.num_beams
+        clock.new.add(options.num_beams)
         continues = search.grow(*jax.device_get(best))
         position += 1
     return search.ended[: options.num_samples]

@@ -48,14 +48,21 @@ def _record_compilations() -> list[float]:
 
 @dataclasses.dataclass
 class Throughput:
-    """Tokens, and the seconds that they took."""
+    """Tokens, and the seconds of those that were `timed`: a call that compiles counts for neither."""
 
     tokens: int = 0
+    timed: int = 0
     seconds: float = 0.0
+    compiled: bool = False  # the last call
+
+    def add(self, tokens: int) -> None:
+        """Counts tokens of the last call."""
+        self.tokens += tokens
+        self.timed += 0 if self.compiled else tokens
 
     def __str__(self) -> str:
-        rate = f"{self.tokens / self.seconds:,.0f}" if self.seconds else "?"
-        return f"{self.tokens:,} tokens in {self.seconds:.2f} s ({rate} tokens/s)"
+        rate = f" ({self.timed / self.seconds:,.0f} tokens/s)" if self.timed else ""
+        return f"{self.tokens:,} token{'s' * (self.tokens != 1)}{rate}"
 
 
 @dataclasses.dataclass
@@ -63,7 +70,7 @@ class Clock:
     """Tokens and seconds of all texts made so far.
 
     Attributes:
-      compiling: seconds spent compiling; `prompt` and `new` leave them out.
+      compiling: seconds of the calls that compiled; `prompt` and `new` leave them out.
       slides: how often a text had filled the model's window, and continued from the second half of it.
     """
 
@@ -73,16 +80,15 @@ class Clock:
     slides: int = 0
 
     def call(self, measured: Throughput, function: Callable[..., T], *arguments: Any) -> T:
-        """The finished result of `function(...)`; adds its seconds to `measured`, those until it was compiled apart."""
+        """The finished result of `function(...)`; adds its seconds to `measured`, or to `compiling` if it compiled."""
         compilations = _record_compilations()
         before, begin = len(compilations), time.perf_counter()
-        out = function(*arguments)
-        if len(compilations) > before:
-            compiled = time.perf_counter()
-            self.compiling += compiled - begin
-            begin = compiled
-        jax.block_until_ready(out)
-        measured.seconds += time.perf_counter() - begin
+        out = jax.block_until_ready(function(*arguments))
+        seconds, measured.compiled = time.perf_counter() - begin, len(compilations) > before
+        if measured.compiled:
+            self.compiling += seconds
+        else:
+            measured.seconds += seconds
         return out
 
     def summary(self) -> str:
@@ -223,7 +229,7 @@ class PromptRunner:
             prompt_1T = np.array([tokens + [0] * padding], np.int32)
             prefilled = self._clock.call(self._clock.prompt, _prefill, self._model, prompt_1T, np.int32(len(tokens)))
             self._last = (tokens, prefilled)
-            self._clock.prompt.tokens += len(tokens)
+            self._clock.prompt.add(len(tokens))
         return self._last[1]
 
 
@@ -303,7 +309,7 @@ class Decoder:
         tokens_CB, logprobs_CB = jax.device_get(out)
         for slot, request in [(slot, request) for slot, request in enumerate(self._slots) if request]:
             new = tokens_CB[tokens_CB[:, slot] >= 0, slot].tolist()
-            self.clock.new.tokens += len(new)
+            self.clock.new.add(len(new))
             request.context += new
             request.logprobs += logprobs_CB[: len(new), slot].tolist()
             request.cached += len(new)
