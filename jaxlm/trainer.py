@@ -243,8 +243,8 @@ class Trainer:
         if self.current_step < self.total_steps:
             say(f"stopped at step {self.current_step} of {self.total_steps} as asked; saved in {self.folder}")
         else:
-            best = f", best validation loss in {self.folder / 'best_model'}" if self.text.eval_rows else ""
-            say(f"finished: {self.folder / 'final_model'}{best}")
+            best = self.folder / "best_model"
+            say(f"finished: {self.folder / 'final_model'}" + f", best validation loss in {best}" * best.is_dir())
 
     # ---------------------------------------------------------------- logging
 

@@ -342,6 +342,7 @@ SIMPLE = {
         "{folder}",
     ),
     "no such model": Case([EVALUATE, "--model", "{folder}/none"], r"{folder}/none: no such folder"),
+    "a file for a model": Case([EVALUATE, "--model", "{folder}/a.json"], r"a\.json: is a file", files={"a.json": "{}"}),
     "no model there": Case([GENERATE, "--model", "{folder}"], r"{folder}: holds no model; name a best_model"),
 }
 
@@ -369,6 +370,10 @@ ON_RUN = {
     ),
     "model for a checkpoint": train(
         r"\({run}/best_model\): is not a checkpoint", "--resume_from_checkpoint", "{run}/best_model"
+    ),
+    "a checkpoint beyond the run's end": on_run(
+        r"\({run}/checkpoint_4\): is of step 4, and this run ends at 2; raise training\.num_epochs or tr",
+        *("--resume_from_checkpoint", "{run}/checkpoint_4", "--training.max_steps", "2"),
     ),
     "damaged parameters": on_run(
         r"{run}: all of its checkpoints \(1\) are damaged, the last: params/\S+ is missing",

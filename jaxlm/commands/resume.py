@@ -1,4 +1,4 @@
-"""Goes on with a run as the config.json in its folder says, in any words but those of its first command."""
+"""Goes on with a run as the config.json in its folder says; options change what may change on the way."""
 
 import argparse
 from pathlib import Path

@@ -118,7 +118,8 @@ def plan_cached(documents: TokenDocuments, data: DataConfig, report: Report) -> 
     result = _load(path)
     report(
         f"{documents.split} rows: {len(result):,} of {data.max_length} tokens, {kind}, {result.efficiency:.1%} full; "
-        f"{result.documents:,} documents, {result.cut_documents:,} cut, {result.dropped_documents:,} dropped ({took})"
+        f"{result.documents:,} document{'s' * (result.documents != 1)}, {result.cut_documents:,} cut, "
+        f"{result.dropped_documents:,} dropped ({took})"
     )
     return result
 

@@ -241,7 +241,7 @@ def _adopt(config: Config, model: ModelConfig) -> Config:
         listed = "; ".join(f"model.{name} is {shown(asked[name])}, there {shown(found[name])}" for name in other)
         raise UserError(
             f"{_where(config)} has another architecture: {listed}. Leave these options out, of the command and of the "
-            "file that --config names: a JSON file without a model section has none"
+            "file that --config names: a JSON file without a model section has none; or leave --config out"
         )
     unset = [name for name in DROPOUTS if isinstance(asked[name], Unset)]
     if unclear := [name for name in unset if isinstance(found[name], Unset)]:
@@ -294,8 +294,8 @@ def _fetched(name: str, where: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HTTPError, RepositoryNotFoundError
 
-    if not HUB_NAME.fullmatch(name):
-        raise UserError(f"{where}: no such folder")
+    if os.path.isfile(name) or not HUB_NAME.fullmatch(name):
+        raise UserError(f"{where}: {'is a file; name its folder' if os.path.isfile(name) else 'no such folder'}")
     reason = why_unreachable(lambda hub: hub.model_info(name, timeout=SECONDS))
     try:
         fetched = snapshot_download(

@@ -87,8 +87,10 @@ def compile_step(assembly: "Assembly") -> "jax.stages.Compiled":
     note = lambda event, **_: events.append(event)  # noqa: E731
     started = time.perf_counter()
     jax.monitoring.register_event_listener(note)
+    if not (known := "compiled_step" in vars(assembly)):
+        say("compiling the step, unless the cache has it ...")
     try:
-        known, compiled = "compiled_step" in vars(assembly), assembly.compiled_step
+        compiled = assembly.compiled_step
     finally:
         jax.monitoring.unregister_event_listener(note)
     took = f"in {time.perf_counter() - started:.1f} s"
