@@ -30,9 +30,8 @@ class Progress:
             disable=not (shown and sys.stderr.isatty() and all(os.get_terminal_size(sys.stderr.fileno()))),
             bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]",
         )
-        # Step and time of the first row, and then of the first evaluation: what these compile is not counted.
-        self._first: tuple[int, float] | None = None
-        self._evaluated = False
+        # Step and time of the first row, then of the first evaluation, and which: what these compile is not counted.
+        self._first: tuple[int, float, bool] | None = None
 
     def advance(self, step: int) -> None:
         """Moves the bar to `step`, the updates done."""
@@ -50,8 +49,8 @@ class Progress:
         if not self.bar.disable:
             self.bar.set_postfix_str(", ".join(parts))
             return
-        if self._first is None or ("eval/loss" in row and not self._evaluated):
-            self._first, self._evaluated = (step, time.monotonic()), "eval/loss" in row
+        if self._first is None or ("eval/loss" in row and not self._first[2]):
+            self._first = step, time.monotonic(), "eval/loss" in row
         done, seconds = step - self._first[0], time.monotonic() - self._first[1]
         if done:
             parts.append(f"left {self.bar.format_interval((self.last_step - step) * seconds / done)}")
