@@ -101,6 +101,11 @@ def test_latest_starts_where_nothing_is_and_a_refusal_leaves_nothing(tmp_path, c
     assert (tmp_path / "a" / "run" / "checkpoint_2").is_dir()
 
 
+def test_a_run_goes_on_in_its_own_folder(run):
+    with pytest.raises(UserError, match=r"--training\.checkpoint_dir \(other\): a run goes on in its folder"):
+        resume(run, "--training.checkpoint_dir", "other")
+
+
 def test_a_dry_run_makes_an_update_and_writes_nothing(run, capfd):
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.name != ".lock"}
     resume(run, "--dry_run")

@@ -23,4 +23,7 @@ def run(arguments: argparse.Namespace) -> None:
     # Where and how an earlier start went on is none of this one's business.
     here = {"checkpoint_dir": arguments.run, "resume_from_checkpoint": None, "stop_at_step": None, "allow_change": ()}
     config = replace_fields(config, {f"training.{name}": value for name, value in here.items()})
-    start(replace_fields(config, overrides(arguments)), arguments)
+    given = overrides(arguments)
+    if (other := given.get("training.checkpoint_dir", arguments.run)) != arguments.run:
+        raise UserError(f"--training.checkpoint_dir ({other}): a run goes on in its folder, {folder}; leave it out")
+    start(replace_fields(config, given), arguments)

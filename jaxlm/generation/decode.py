@@ -85,10 +85,8 @@ class Clock:
         before, begin = len(compilations), time.perf_counter()
         out = jax.block_until_ready(function(*arguments))
         seconds, measured.compiled = time.perf_counter() - begin, len(compilations) > before
-        if measured.compiled:
-            self.compiling += seconds
-        else:
-            measured.seconds += seconds
+        self.compiling += seconds * measured.compiled
+        measured.seconds += seconds * (not measured.compiled)
         return out
 
     def summary(self) -> str:

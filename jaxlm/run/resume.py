@@ -143,14 +143,11 @@ def say_going_on(checkpoint: Path, schedule: Schedule, total_steps: int) -> None
 def is_finished(config: Config, run_folder: Path, checkpoint: Path | None, total_steps: int) -> bool:
     """Whether the run has nothing left to do. Raises UserError if the checkpoint that is named lies beyond its end."""
     final, named = run_folder / "final_model", config.training.resume_from_checkpoint
-    if checkpoint is None:
-        return False
+    step = 0 if checkpoint is None else read_progress(checkpoint).step
     if named not in (None, "latest"):
-        if (step := read_progress(checkpoint).step) > total_steps:
+        if step > total_steps:
             end = f"is of step {step:,}, and this run ends at {total_steps:,}"
-            raise UserError(
-                f"training.resume_from_checkpoint ({named}): {end}; raise training.num_epochs or training.max_steps"
-            )
+            raise UserError(f"training.resume_from_checkpoint ({named}): {end}; raise training.num_epochs or max_steps")
         return False
-    at_end = lambda saved: read_progress(saved).step >= total_steps  # noqa: E731
-    return at_end(checkpoint) and folder.damage_anywhere(final) is None and at_end(final)
+    at_end = total_steps <= step and folder.damage_anywhere(final) is None
+    return at_end and read_progress(final).step >= total_steps
