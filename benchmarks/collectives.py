@@ -23,11 +23,11 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 import jax
 import numpy as np
 from jax.sharding import NamedSharding
-from lib import hlo
 
 from jaxlm.config import Config, DataConfig, ModelConfig, TrainingConfig
 from jaxlm.parallel.layout import bytes_a_device
 from jaxlm.parallel.mesh import TRAIN_BATCH, make_mesh
+from jaxlm.plan import hlo
 from jaxlm.train.assemble import Resolved, assemble
 from jaxlm.train.schedules import build_schedule
 
@@ -130,7 +130,7 @@ def measure(case: Case, options: argparse.Namespace) -> dict[str, Any]:
         batch = jax.device_put(host_batch, NamedSharding(mesh, TRAIN_BATCH))
         state, metrics = step(state, batch, numbers | {"learning_rate": np.float32(schedule(i))})
         losses.append(float(metrics["loss"]))
-    moved = hlo.bytes_moved(step.as_text(), at_least=SMALLEST)
+    moved = hlo.bytes_moved(hlo.parse(step.as_text()), at_least=SMALLEST)
     return {
         "case": dataclasses.asdict(case) | {"name": case.name},
         "parameters": parameters,

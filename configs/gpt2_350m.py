@@ -2,8 +2,7 @@
 
     python scripts/train.py --config configs/gpt2_350m.py
 
-354,871,296 parameters; estimated 19.2 GiB a GPU on 8 (scripts/estimate_memory.py --devices 8).
-With gradient_checkpointing 8.7 GiB.
+354,871,296 parameters; predicted for 8 H100s (jaxlm plan --devices 8): 13.0 GiB and 166,000 tokens/s a GPU.
 No GPU figure has been measured: neither speed, nor memory, nor loss.
 """
 

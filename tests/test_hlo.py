@@ -1,11 +1,8 @@
-"""benchmarks/lib/hlo.py: the bytes of collectives, however XLA writes the rest of an instruction."""
-
-import importlib.util
-import sys
-from pathlib import Path
-from types import ModuleType
+"""jaxlm/plan/hlo.py: the bytes of collectives, however XLA writes the rest of an instruction."""
 
 import pytest
+
+from jaxlm.plan import hlo
 
 PROGRAM = """HloModule jit_step, is_scheduled=true
 
@@ -35,27 +32,16 @@ ENTRY %main.3 (in.1: f32[8,4], small.1: f32[]) -> f32[8,4] {
 GROUPS = ["{{0,1,2,3}}", "[1,4]<=[4]", "mesh['replica'=1,'data'=4] {'data'}"]  # the last: jax 0.11
 
 
-@pytest.fixture(scope="module")
-def hlo() -> ModuleType:
-    path = Path(__file__).parents[1] / "benchmarks/lib/hlo.py"
-    spec = importlib.util.spec_from_file_location("hlo", path)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["hlo"] = module  # where dataclasses look types up
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.mark.parametrize("groups", GROUPS)
-def test_bytes_moved(hlo: ModuleType, groups: str) -> None:
+def test_bytes_moved(groups: str) -> None:
     """Whole arrays, loops times their trips, an all-reduce twice, and single numbers left out."""
     whole, two = 8 * 4 * 4, (8 * 4 + 3) * 2
     expected = {"all-reduce": 2 * two, "reduce-scatter": 5 * whole, "all-gather": (1 + 5) * whole}
     text = PROGRAM.replace("GROUPS", groups)
-    assert hlo.bytes_moved(text, at_least=5) == expected
-    assert hlo.bytes_moved(text) == expected | {"all-reduce": 2 * (two + 4)}
+    assert hlo.bytes_moved(hlo.parse(text), at_least=5) == expected
+    assert hlo.bytes_moved(hlo.parse(text)) == expected | {"all-reduce": 2 * (two + 4)}
 
 
-def test_what_is_no_program_is_refused(hlo: ModuleType) -> None:
+def test_what_is_no_program_is_refused() -> None:
     with pytest.raises(ValueError, match="entry"):
-        hlo.bytes_moved("HloModule jit_step")
+        hlo.parse("HloModule jit_step")

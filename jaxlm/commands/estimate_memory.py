@@ -2,7 +2,9 @@
 
 import argparse
 import dataclasses
+import functools
 import json
+import os
 from typing import Any
 
 from jaxlm.commands.parser import Parser, add_config_file, add_config_options, config_from, parse_size, set_completer
@@ -38,14 +40,38 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.memory is not None:
         size = parse_size("--memory", arguments.memory, low=2**20)
     devices = arguments.devices if arguments.devices is not None else config.training.world_size or 1
+    os.environ["JAX_PLATFORMS"] = "cpu"  # nothing is computed on the GPUs that may be here
 
-    from jaxlm.plan import memory
+    from jaxlm.plan import memory, show
+    from jaxlm.plan.targets import TARGETS, plugin
 
-    estimate = memory.estimate(config, devices)
-    result: dict[str, Any] = {"devices": devices, **dataclasses.asdict(estimate), "total": estimate.total}
-    result["compiled"] = memory.compiled_on_gpus(config, devices)
+    gpu = (arguments.gpu or "H100").strip().upper()
+    try:
+        plugin()
+    except UserError as error:
+        why: str | None = str(error)
+    else:
+        why = None if gpu in TARGETS else f"a program can't be compiled for {gpu}"
+    if why is None:
+        takes = functools.partial(memory.compiled_memory, gpu=gpu, devices=devices, hosts=max(1, devices // 8))
+    else:
+        takes = functools.partial(memory.estimate, n_devices=devices)
+    found = takes(config)
+    result: dict[str, Any] = {
+        "devices": devices,
+        **dataclasses.asdict(found),
+        "total": found.total,
+        "compiled": not why,
+    }
+    lines = [f"{devices} device{'s' * (devices > 1)}, each:", *show.memory(found)]
     if size is not None:
         usable = memory.usable(size, config.training.memory_fraction)
-        result |= {"memory": size, "usable": usable, "fits": estimate.total <= usable}
-        result["largest_batch_size"] = memory.largest_batch_size(config, devices, size)
-    print(json.dumps(result) if arguments.json else memory.table(result))
+        most = memory.largest_batch_size(config, usable, lambda larger: takes(larger).total)
+        result |= {"memory": size, "usable": usable, "fits": found.total <= usable, "largest_batch_size": most}
+        lines += [
+            f"{'fits' if result['fits'] else 'does not fit'} into {show.size(usable)}, {usable / size:.0%} of the "
+            "device's memory, which JAX takes (training.memory_fraction)",
+            f"largest training.batch_size: {most or 'none, not even 1'}",
+        ]
+    lines.append(f"method: compiled for {gpu} (docs/plan.md)" if why is None else f"{memory.APPROXIMATION}; {why}")
+    print(json.dumps(result) if arguments.json else "\n".join(lines))

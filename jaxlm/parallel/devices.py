@@ -1,6 +1,7 @@
 """The devices that JAX computes on, and how its backend is started."""
 
 import ctypes
+import importlib.util
 import os
 import platform
 from pathlib import Path
@@ -24,12 +25,25 @@ def _cpu_is_meant() -> bool:
     return os.environ.get("JAX_PLATFORMS", "") == "cpu"
 
 
+def _plugin_without_driver() -> bool:
+    """Whether JAX's plugin for CUDA is here for its compiler alone (`jaxlm plan`)."""
+    if not any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13)):
+        return False
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return True
+    return False
+
+
 def find_devices() -> list[jax.Device]:
     """The devices of all processes that JAX computes on.
 
     Raises:
       UserError: an NVIDIA GPU is there but JAX has only its CPU backend.
     """
+    if not os.environ.get("JAX_PLATFORMS") and _plugin_without_driver():
+        jax.config.update("jax_platforms", "cpu")  # as JAX would do by itself, after the traceback of a warning
     try:
         devices = jax.devices()
     except (RuntimeError, AssertionError) as error:  # JAX_PLATFORMS names a backend that can't start, or is not here

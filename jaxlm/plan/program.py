@@ -1,0 +1,128 @@
+"""The update of a run, compiled for GPUs that are not here; what has been compiled once is kept in the cache folder."""
+
+import dataclasses
+import hashlib
+import json
+import lzma
+from importlib.metadata import version
+from pathlib import Path
+
+import jax
+
+import jaxlm
+from jaxlm.config import Config, to_dict
+from jaxlm.data.atomic import atomic_path
+from jaxlm.data.tokens import cache_root
+from jaxlm.errors import UserError
+from jaxlm.ops.compiler import REPEATABLE, Options, compiler_options
+from jaxlm.parallel.processes import say
+from jaxlm.plan.targets import TARGETS, plugin, topology
+from jaxlm.run.setup import resolve
+from jaxlm.train.assemble import Assembly, Resolved, assemble
+
+MOST_DEVICES = 2**16
+UNTUNED: Options = {"xla_gpu_autotune_level": "0"}  # there is no device to try products on
+_ROOMS = ("config", "model", "ops", "parallel", "train")  # whose code the program is made of
+
+
+@dataclasses.dataclass(frozen=True)
+class CompiledUpdate:
+    """What the compiler makes of an update; bytes are a device's."""
+
+    text: str  # the optimized program as scheduled
+    attention: str
+    arguments: int
+    outputs: int
+    aliased: int  # outputs that take the place of arguments
+    temporaries: int
+    notes: tuple[str, ...] = ()  # how it differs from what a run would compile
+
+    @property
+    def peak(self) -> int:
+        """Comparable to a device's `peak_bytes_in_use`."""
+        return self.arguments + self.outputs - self.aliased + self.temporaries
+
+
+def check_devices(config: Config, devices: int) -> None:
+    """Raises UserError if there can't be so many devices."""
+    if not 1 <= devices <= MOST_DEVICES:
+        raise UserError(f"--devices ({devices}) must be from 1 to {MOST_DEVICES}")
+    wanted = config.training.world_size
+    if wanted not in (None, devices):
+        raise UserError(f"--devices ({devices}) differs from training.world_size ({wanted}); give --devices {wanted}")
+
+
+def resolve_for(config: Config, gpu: str, devices: int, hosts: int) -> Resolved:
+    """As `run.setup.resolve`, for GPUs of `TARGETS` that are not here.
+
+    Raises:
+      UserError: the configuration is not valid or does not fit the devices, or the compiler is not installed.
+    """
+    check_devices(config, devices)
+    return resolve(config, topology(gpu, devices, hosts))
+
+
+def compile_update(resolved: Resolved, gpu: str, hosts: int) -> CompiledUpdate:
+    """The update as the Trainer lowers it for these devices; nothing is allocated.
+
+    Raises:
+      UserError: the compiler can't do it for this GPU.
+    """
+    folder = cache_root(resolved.config.data) / "plans"
+    kept = folder / f"{_key(resolved, gpu, hosts)}.xz"
+    try:
+        fields = json.loads(lzma.decompress(kept.read_bytes()))
+        return CompiledUpdate(**fields | {"notes": tuple(fields["notes"])})
+    except (OSError, EOFError, lzma.LZMAError, ValueError, KeyError, TypeError):
+        pass  # not there, or cut short by a full disk
+    say(f"compiling the update for {len(resolved.devices)} x {gpu}: this takes about a minute")
+    found = _compile(resolved)
+    folder.mkdir(parents=True, exist_ok=True)
+    with atomic_path(kept) as part:
+        part.write_bytes(lzma.compress(json.dumps(dataclasses.asdict(found)).encode(), preset=1))
+    return found
+
+
+def _key(resolved: Resolved, gpu: str, hosts: int) -> str:
+    config = to_dict(resolved.config)
+    source = hashlib.sha256()
+    for room in _ROOMS:
+        for path in sorted((Path(jaxlm.__file__).parent / room).rglob("*.py")):
+            source.update(path.read_bytes())
+    relevant = {"model": config["model"], "training": config["training"], "max_length": config["data"]["max_length"]}
+    packed = resolved.config.data.pack_sequences
+    versions = [version(name) for name in ("jax", "jaxlib", "flax", "optax")] + [f"CUDA {plugin()}"]
+    parts = [relevant, packed, gpu, TARGETS[gpu], len(resolved.devices), hosts, versions, source.hexdigest()]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]
+
+
+def _compile(resolved: Resolved) -> CompiledUpdate:
+    notes: list[str] = ["products are chosen without tuning, which a run does on its GPU"]
+    options = compiler_options(resolved.config.training, "gpu", notes.append) | UNTUNED
+    if jax.__version_info__ >= (0, 11) and options.keys() & REPEATABLE.keys():
+        options = {name: value for name, value in options.items() if name not in REPEATABLE}
+        notes.append("repeatable operations only: left out, JAX 0.11 can't choose such products without a GPU")
+    assembly = assemble(resolved, options=options)
+    try:
+        compiled = assembly.compiled_step
+    except RuntimeError as error:  # JAX's own is one, too
+        if assembly.attention != "cudnn" or "cuDNN" not in str(error):
+            raise UserError(f"XLA can't compile this for the GPU: {str(error).splitlines()[0][:300]}") from error
+        notes.append("attention: a run takes cuDNN's kernel; ours stands for it, as nvidia-cudnn is not installed here")
+        assembly = assemble(resolved, attention="pallas", options=options)
+        compiled = assembly.compiled_step
+    return _of(assembly, compiled, notes)
+
+
+def _of(assembly: Assembly, compiled: jax.stages.Compiled, notes: list[str]) -> CompiledUpdate:
+    use, text = compiled.memory_analysis(), compiled.as_text()
+    assert use is not None and text is not None
+    return CompiledUpdate(
+        text,
+        assembly.attention,
+        use.argument_size_in_bytes,
+        use.output_size_in_bytes,
+        use.alias_size_in_bytes,
+        use.temp_size_in_bytes,
+        tuple(notes),
+    )
