@@ -32,6 +32,8 @@ jax.config.update("jax_num_cpu_devices", DEVICES)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 assemble._assembled = lru_cache(maxsize=32)(assemble.Assembly)  # tests have more programs than a user's process
 
+LONGEST = ["sharding", "trainer", "processes", "step", "model", "memory", "stops", "kill", "bad_input", "metrics"]
+LONGEST += ["properties", "optim", "disk", "sources", "flash", "going_on", "damage", "inputs", "numbers", "profiling"]
 WORDS = [
     name.split() for name in ("the a my our", "old small warm naïve", "café cat model row", "reads writes has sees")
 ]
@@ -44,20 +46,33 @@ def documents(count: int, seed: int) -> list[str]:
     return [" ".join(rng.choice(WORDS[i % 4]) for i in range(length)) + ".\n" for length in lengths]
 
 
+@pytest.fixture(scope="session", autouse=True)
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The cache of compiled programs, of all workers and of the processes that tests start."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "compiled"
+    folder.mkdir(exist_ok=True)
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    return folder
+
+
 @pytest.fixture(scope="session")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def corpus(tmp_path_factory: pytest.TempPathFactory, compiled: Path) -> Path:
     """A folder with train.jsonl (120 documents), validation.jsonl (20) and book.txt (12 in one)."""
     folder = tmp_path_factory.mktemp("corpus")
     for name, count, seed in (("train", 120, 1), ("validation", 20, 2)):
         rows = [json.dumps({"id": i, "text": text}) + "\n" for i, text in enumerate(documents(count, seed))]
         (folder / f"{name}.jsonl").write_text("".join(rows), encoding="utf-8")
     (folder / "book.txt").write_text("\n\n".join(documents(12, 3)), encoding="utf-8")
-    base = tmp_path_factory.getbasetemp()
-    compiled = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "compiled"  # of all workers
-    compiled.mkdir(exist_ok=True)
     (folder / "cache").mkdir()
     (folder / "cache" / "compiled").symlink_to(compiled)
     return folder
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A file is one worker's, and the longest ones are first, or one of them would be left alone at the end."""
+    place = {name: i for i, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.stem.removeprefix("test_"), len(place)))
 
 
 def pytest_collection_finish() -> None:

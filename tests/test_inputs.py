@@ -11,7 +11,6 @@ from jaxlm.config import replace_fields
 from jaxlm.train import assemble
 from jaxlm.train.numbers import INPUTS
 
-pytestmark = pytest.mark.xdist_group("step")
 OTHER = {
     "weight_decay": 0.3, "beta1": 0.5, "beta2": 0.7, "eps": 0.1, "muon_momentum": 0.5, "max_grad_norm": 0.01,
     "min_loss_scale": 2.0**31, "loss_scale_window": 1, "loss_scale_hysteresis": 1, "seed": 7,

@@ -18,7 +18,6 @@ from jaxlm.parallel.layout import HOST_MEMORY, Layout
 from jaxlm.parallel.mesh import TRAIN_BATCH, abstract_mesh, make_mesh, replicated
 from jaxlm.parallel.split import Split, split_parameter
 
-pytestmark = pytest.mark.xdist_group("step")  # beside the programs of one device
 ROOT = Path(__file__).parents[1]
 UNEVEN = dataclasses.replace(MODEL, d_model=36, d_ff=50, n_heads=2)  # 4 divides few of its axes
 MODERN = dataclasses.replace(
@@ -33,7 +32,7 @@ MODERN = dataclasses.replace(
     logit_softcap=5.0,
     tie_embeddings=False,
 )
-# 4 divides none; adafactor factors from 128 on, and would enlarge what rounding makes of the gradient of keys' biases, 0.
+# 4 divides none; adafactor factors from 128 on, and would enlarge what rounding makes of the keys' biases' gradient, 0.
 WIDE = dataclasses.replace(STILL, d_model=130, d_ff=150, use_bias=False)
 BATCHES = [regroup(make_batch(seed=s), 2) for s in range(3)]
 LAYOUTS = [

@@ -18,7 +18,6 @@ from jaxlm.train.assemble import Resolved, assemble
 from jaxlm.train.numbers import run_numbers
 from jaxlm.train.schedules import build_schedule
 
-pytestmark = pytest.mark.xdist_group("step")  # one process, so that each program is compiled once
 VOCAB, T, ROWS = 61, 24, 16
 MODEL = ModelConfig(vocab_size=VOCAB, d_model=32, n_heads=2, n_layers=2, d_ff=64, max_seq_len=T, scan_layers=True)
 STILL = dataclasses.replace(MODEL, dropout=0.0, attention_dropout=0.0)

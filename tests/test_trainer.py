@@ -22,8 +22,6 @@ from jaxlm.config import Config, replace_fields, to_dict, validate, with_derived
 from jaxlm.errors import RunFailed, Stopped, UserError
 from jaxlm.run.evaluate import evaluate_model, text_to_evaluate
 
-pytestmark = pytest.mark.xdist_group("trainer")  # one worker makes the reference run, once
-
 # Dropout and accumulation on; 4 devices x 2 rows x 2 micro-batches = 16 rows a step.
 HARD = {
     "model.dropout": 0.1,
