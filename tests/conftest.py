@@ -92,6 +92,13 @@ def own_programs_where_code_is_replaced(request: pytest.FixtureRequest) -> Itera
     assemble._assembled = shared
 
 
+@pytest.fixture
+def patch() -> Iterator[pytest.MonkeyPatch]:
+    """Pytest's `monkeypatch` for what no program is compiled from: the test shares its programs with others."""
+    with pytest.MonkeyPatch.context() as patch:
+        yield patch
+
+
 def trainer_on(devices: int, config: Config) -> Trainer:
     """On the first ones of this process."""
     return Trainer(resolve(config, jax.devices()[:devices]))
