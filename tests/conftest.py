@@ -1,9 +1,11 @@
 """What all tests share: several fake CPU devices, strict shapes, a small corpus that is the same everywhere."""
 
+import gc
 import json
 import os
 import random
 from collections.abc import Iterator
+from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,17 +17,23 @@ os.environ.setdefault(
     + " --xla_cpu_use_fusion_emitters=false" * version("jaxlib").startswith("0.10."),
 )
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")  # what one test compiled, others load
+os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(2**33))  # or JAX takes no lock where it writes and reads
 
 import jax
 import pytest
 
+from jaxlm import Trainer
 from jaxlm.config import Config, DataConfig, ModelConfig, TrainingConfig, replace_fields
-from jaxlm.train.assemble import _assembled
+from jaxlm.run.setup import resolve
+from jaxlm.train import assemble
 
 DEVICES = 4
 jax.config.update("jax_num_cpu_devices", DEVICES)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+assemble._assembled = lru_cache(maxsize=32)(assemble.Assembly)  # tests have more programs than a user's process
 
+LONGEST = ["sharding", "trainer", "processes", "step", "memory", "stops", "model", "flash", "generate", "properties"]
+LONGEST += ["kill", "metrics", "bad_input", "optim", "inputs", "export", "going_on", "launch", "disk", "numbers"]
 WORDS = [
     name.split() for name in ("the a my our", "old small warm naïve", "café cat model row", "reads writes has sees")
 ]
@@ -38,24 +46,62 @@ def documents(count: int, seed: int) -> list[str]:
     return [" ".join(rng.choice(WORDS[i % 4]) for i in range(length)) + ".\n" for length in lengths]
 
 
+@pytest.fixture(scope="session", autouse=True)
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The cache of compiled programs, of all workers and of the processes that tests start."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "compiled"
+    folder.mkdir(exist_ok=True)
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    return folder
+
+
 @pytest.fixture(scope="session")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def corpus(tmp_path_factory: pytest.TempPathFactory, compiled: Path) -> Path:
     """A folder with train.jsonl (120 documents), validation.jsonl (20) and book.txt (12 in one)."""
     folder = tmp_path_factory.mktemp("corpus")
     for name, count, seed in (("train", 120, 1), ("validation", 20, 2)):
         rows = [json.dumps({"id": i, "text": text}) + "\n" for i, text in enumerate(documents(count, seed))]
         (folder / f"{name}.jsonl").write_text("".join(rows), encoding="utf-8")
     (folder / "book.txt").write_text("\n\n".join(documents(12, 3)), encoding="utf-8")
+    (folder / "cache").mkdir()
+    (folder / "cache" / "compiled").symlink_to(compiled)
     return folder
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A file is one worker's, and the longest ones are first, or one of them would be left alone at the end."""
+    place = {name: i for i, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.stem.removeprefix("test_"), len(place)))
+
+
+def pytest_collection_finish() -> None:
+    """What was imported is not looked through again and again; tracing makes so much that collecting took a tenth."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000)
 
 
 @pytest.fixture(autouse=True)
 def own_programs_where_code_is_replaced(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Runs share programs that were assembled; not a test's that plants a fault, neither before nor after it."""
-    forget = _assembled.cache_clear if "monkeypatch" in request.fixturenames else lambda: None
-    forget()
+    """Runs share programs that were assembled; a test that may plant a fault has its own."""
+    shared = assemble._assembled
+    if "monkeypatch" in request.fixturenames:
+        assemble._assembled = lru_cache(maxsize=32)(assemble.Assembly)
     yield
-    forget()
+    assemble._assembled = shared
+
+
+@pytest.fixture
+def patch() -> Iterator[pytest.MonkeyPatch]:
+    """Pytest's `monkeypatch` for what no program is compiled from: the test shares its programs with others."""
+    with pytest.MonkeyPatch.context() as patch:
+        yield patch
+
+
+def trainer_on(devices: int, config: Config) -> Trainer:
+    """On the first ones of this process."""
+    return Trainer(resolve(config, jax.devices()[:devices]))
 
 
 def make_config(tmp_path: Path, corpus: Path, **dotted: Any) -> Config:

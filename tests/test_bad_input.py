@@ -20,7 +20,6 @@ from conftest import make_config
 from jaxlm.checkpoints.manifest import MANIFEST, seal
 from jaxlm.config import to_dict
 
-pytestmark = pytest.mark.xdist_group("bad_input")  # one process, so that the cases are driven once
 ROOT = Path(__file__).parents[1]
 TRAIN, EVALUATE, GENERATE, EXPORT = (
     str(ROOT / "scripts" / f"{name}.py") for name in ("train", "evaluate", "generate", "export")
@@ -476,13 +475,13 @@ ON_RUN = {
 ENVIRONMENT = os.environ | {"JAX_NUM_CPU_DEVICES": "1"}
 
 
-def prepare_folder(folder: Path, corpus: Path, cache: Path) -> None:
+def prepare_folder(folder: Path, corpus: Path) -> None:
     """Fills a user's working folder: some text, and config.json that trains on it."""
     folder.mkdir()
     for name in ("train.jsonl", "validation.jsonl"):
         shutil.copy(corpus / name, folder)
     here = {"data.train_files": ("train.jsonl",), "data.validation_files": ("validation.jsonl",)}
-    config = make_config(folder, corpus, **here, **{"model.n_layers": 1, "data.cache_dir": str(cache)})
+    config = make_config(folder, corpus, **here, **{"model.n_layers": 1})
     (folder / "config.json").write_text(json.dumps(to_dict(config)))
 
 
@@ -503,7 +502,7 @@ def run_cases(cases: dict[str, Case], root: Path, corpus: Path, finished: Path |
     todo, messages = [], []
     for number, case in enumerate(cases.values()):
         folder = root / f"case{number}"
-        prepare_folder(folder, corpus, root.parent / "cache")
+        prepare_folder(folder, corpus)
         if finished is not None:
             shutil.copytree(finished, folder / "finished")
         for name, content in case.files.items():
@@ -544,7 +543,7 @@ def simple(root: Path, corpus: Path) -> dict[str, tuple[dict, str]]:
 @pytest.fixture(scope="module")
 def finished(root: Path, corpus: Path) -> Path:
     """The folder of a run of 4 updates, trained by the command."""
-    prepare_folder(root / "good", corpus, root / "cache")
+    prepare_folder(root / "good", corpus)
     done = run([TRAIN, "--config", "config.json", "--training.checkpoint_dir", "run"], root / "good")
     assert (done.returncode, done.stdout) == (0, ""), done.stderr
     return root / "good" / "run"
@@ -589,14 +588,14 @@ def test_mistake_with_a_run_is_one_line(on_finished: dict[str, tuple[dict, str]]
     ],
 )
 def test_in_a_process_of_its_own(tmp_path: Path, corpus: Path, arguments: list[str], message: str) -> None:
-    prepare_folder(tmp_path / "here", corpus, tmp_path / "cache")
+    prepare_folder(tmp_path / "here", corpus)
     done = run(["-W", "error", TRAIN, *arguments], tmp_path / "here")
     check(done.returncode, done.stdout, done.stderr, message)
     assert len(done.stderr.splitlines()) == 1
 
 
 def test_skipped_documents_are_reported(tmp_path: Path, corpus: Path) -> None:
-    prepare_folder(tmp_path / "here", corpus, tmp_path / "cache")
+    prepare_folder(tmp_path / "here", corpus)
     with (tmp_path / "here" / "train.jsonl").open("ab") as file:
         file.write(b'{"text": ""}\n{"text": "caf\xe9"}\n{"text": "a')
     command = [TRAIN, "--config", "config.json", "--training.max_steps", "1", "--data.on_bad_document", "skip"]
@@ -611,7 +610,7 @@ def test_skipped_documents_are_reported(tmp_path: Path, corpus: Path) -> None:
 
 
 def test_hub_out_of_reach(tmp_path: Path, corpus: Path) -> None:
-    prepare_folder(tmp_path / "here", corpus, tmp_path / "cache")
+    prepare_folder(tmp_path / "here", corpus)
     files = ["--data.train_files", "[]", "--data.validation_files", "[]"]
     start = time.perf_counter()
     closed = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}

@@ -39,8 +39,6 @@ from jaxlm.interop import export, pretrained
 from jaxlm.interop.families import ARCHITECTURE, DROPOUTS, FAMILIES, ROPE_TYPES, family_for, from_config
 from jaxlm.model import Transformer
 
-pytestmark = pytest.mark.xdist_group("export")
-
 SMALL = {"vocab_size": 300, "d_model": 16, "n_heads": 4, "n_layers": 2, "d_ff": 24, "max_seq_len": 32}
 LLAMA = {**SMALL, "dropout": 0.0, "norm": "rmsnorm", "use_bias": False, "activation": "swiglu", "positions": "rotary"}
 SHAPES = {

@@ -16,7 +16,6 @@ from jaxlm.config import load_config, replace_fields
 from jaxlm.errors import UserError
 from jaxlm.report.runs import read_run
 
-pytestmark = pytest.mark.xdist_group("going_on")  # one worker makes the run of two updates, once
 BATCH = "training.gradient_accumulation_steps"
 CHANGED = {"training.learning_rate": 0.003, BATCH: 2}
 

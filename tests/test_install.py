@@ -18,7 +18,6 @@ from jaxlm.__main__ import COMMANDS
 from jaxlm.config import load_config
 from jaxlm.errors import UserError
 
-pytestmark = pytest.mark.xdist_group("install")  # one process, so that the wheel is built once
 ROOT = Path(__file__).parents[1]
 BUILD = "import sys; from setuptools import build_meta; print(build_meta.build_wheel(sys.argv[1]))"
 

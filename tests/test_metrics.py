@@ -30,8 +30,6 @@ from jaxlm.monitor.histograms import count_values
 from jaxlm.monitor.metrics import MetricsTracker, flops_per_token, memory_gib, model_flops_utilization
 from jaxlm.monitor.sinks import Histogram, JsonLines, TensorBoard, hyperparameters, make_sinks
 
-pytestmark = pytest.mark.xdist_group("metrics")  # one process, so that the run is done once
-
 
 def read_rows(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

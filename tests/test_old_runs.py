@@ -17,11 +17,11 @@ LOSSES = json.loads((GOLDEN / "losses.json").read_text())
 
 
 @pytest.fixture
-def old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def old(tmp_path: Path, patch: pytest.MonkeyPatch) -> Path:
     """A copy, which is the working folder, as its paths are relative; on one device, as then."""
     shutil.copytree(GOLDEN, tmp_path / "old")
-    monkeypatch.chdir(tmp_path / "old")
-    monkeypatch.setattr("jaxlm.trainer.start_backend", lambda config: jax.devices()[:1])
+    patch.chdir(tmp_path / "old")
+    patch.setattr("jaxlm.trainer.start_backend", lambda config: jax.devices()[:1])
     return tmp_path / "old"
 
 

@@ -149,7 +149,7 @@ JUNK = st.one_of(
 )
 
 
-@examples(300)
+@examples(200)
 @given(st.sampled_from(ONE_OF_EACH_TYPE), JUNK)
 def test_any_text_is_a_value_or_an_error(dotted: str, text: str) -> None:
     try:
@@ -249,7 +249,7 @@ def same(first: list[dict], second: list[dict]) -> bool:
 SEEDS = st.integers(0, 2**31 - 1)
 
 
-@examples(25)
+@examples(12)
 @given(st.integers(1, 30), SEEDS, st.integers(1, 4), st.integers(1, 4), st.integers(0, 8))
 def test_a_run_goes_on_where_it_was(rows: int, seed: int, accumulation: int, micro_batch: int, step: int) -> None:
     size = accumulation * micro_batch

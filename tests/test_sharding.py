@@ -12,17 +12,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding
-from test_step import MODEL, assembled, assert_close, config_of, make_batch, regroup, run, start
+from test_step import MODEL, STILL, assembled, assert_close, config_of, make_batch, regroup, run, start
 
 from jaxlm.parallel.layout import HOST_MEMORY, Layout
 from jaxlm.parallel.mesh import TRAIN_BATCH, abstract_mesh, make_mesh, replicated
 from jaxlm.parallel.split import Split, split_parameter
 
 ROOT = Path(__file__).parents[1]
-UNROLLED = dataclasses.replace(MODEL, scan_layers=False)
 UNEVEN = dataclasses.replace(MODEL, d_model=36, d_ff=50, n_heads=2)  # 4 divides few of its axes
 MODERN = dataclasses.replace(
-    MODEL,
+    STILL,
     n_heads=4,
     n_kv_heads=2,
     norm="rmsnorm",
@@ -33,17 +32,13 @@ MODERN = dataclasses.replace(
     logit_softcap=5.0,
     tie_embeddings=False,
 )
-ODD = dataclasses.replace(MODEL, d_model=38, d_ff=50)  # 4 divides none
-# Nor here; adafactor factors from 128 on, and would enlarge what rounding makes of the gradient of keys' biases, 0.
-WIDE = dataclasses.replace(MODEL, d_model=130, d_ff=150, use_bias=False)
+# 4 divides none; adafactor factors from 128 on, and would enlarge what rounding makes of the keys' biases' gradient, 0.
+WIDE = dataclasses.replace(STILL, d_model=130, d_ff=150, use_bias=False)
 BATCHES = [regroup(make_batch(seed=s), 2) for s in range(3)]
 LAYOUTS = [
-    (MODEL, (1, 4, 1), 0),
-    (MODEL, (1, 4, 1), 2, True),  # optimizer state in host memory
-    (MODEL, (2, 2, 1), 2),
+    *((MODEL, (1, 4, 1), stage) for stage in range(4)),
+    (MODEL, (2, 2, 1), 2, True),  # optimizer state in host memory
     (MODEL, (1, 2, 2), 3),
-    (UNROLLED, (1, 4, 1), 3),
-    (UNEVEN, (1, 4, 1), 1),
     (UNEVEN, (2, 2, 1), 3),
 ]
 
@@ -72,9 +67,8 @@ def test_layouts_do_not_change_the_update(model, layout):
 @pytest.mark.parametrize(
     ("optimizer", "model", "layout"),
     [
-        ("muon", ODD, ((1, 4, 1), 1)),
         ("muon", MODERN, ((1, 2, 2), 3)),
-        ("adafactor", WIDE, ((1, 4, 1), 3)),
+        ("adafactor", WIDE, ((1, 4, 1), 1)),
     ],
 )
 def test_optimizers_of_whole_matrices_know_them_in_any_layout(optimizer, model, layout):
@@ -98,7 +92,7 @@ def test_a_missing_reduction_is_noticed(monkeypatch, stage, fault):
     """The fault that the test above is for: each device going on with the gradients of its own rows."""
     monkeypatch.setattr(Layout, *fault)
     shape = (2, 2, 1) if stage == 3 else (1, 4, 1)
-    config = config_of(MODEL)
+    config = config_of(STILL)
     step, state = start.__wrapped__(config, shape, stage)  # nobody else may get this one
     losses = []
     for batch in on_mesh(BATCHES, shape):
@@ -147,7 +141,7 @@ def test_an_unsharded_leaf_is_noticed(monkeypatch):
 
 
 def test_offloaded_state_stays_in_host_memory():
-    state, _, _ = run(config_of(MODEL), on_mesh(BATCHES[:1], (1, 4, 1)), (1, 4, 1), 2, True)
+    state, _, _ = run(config_of(MODEL), on_mesh(BATCHES[:1], (2, 2, 1)), (2, 2, 1), 2, True)
     moments = [x for x in jax.tree.leaves(state.opt_state) if x.ndim]
     assert moments and {x.sharding.memory_kind for x in moments} == {HOST_MEMORY}
 
@@ -168,12 +162,12 @@ def test_splitting_wastes_next_to_nothing(shards, shape):
 
 def test_the_benchmark_finds_what_theory_says(tmp_path):
     """benchmarks/collectives.py on 8 devices: bytes held within 2%, moved at most theory's, losses to rounding."""
-    sizes = ["--steps=3", "--d_model=64", "--n_layers=2", "--only=^(hybrid, )?stage [13], K=4"]
+    sizes = ["--steps=2", "--d_model=64", "--n_layers=2", "--only=^(stage 1|hybrid, stage 3), K=4"]
     command = [sys.executable, str(ROOT / "benchmarks/collectives.py"), *sizes, "--json", str(tmp_path / "out.json")]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ)
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "out.json").read_text())
-    assert len(found["results"]) == 3
+    assert len(found["results"]) == 2
     for result in found["results"]:
         np.testing.assert_allclose(result["losses"], found["reference"], rtol=1e-5)
         assert sum(result["held"].values()) == pytest.approx(sum(result["theory_held"].values()), rel=0.02)

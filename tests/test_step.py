@@ -20,6 +20,8 @@ from jaxlm.train.schedules import build_schedule
 
 VOCAB, T, ROWS = 61, 24, 16
 MODEL = ModelConfig(vocab_size=VOCAB, d_model=32, n_heads=2, n_layers=2, d_ff=64, max_seq_len=T, scan_layers=True)
+STILL = dataclasses.replace(MODEL, dropout=0.0, attention_dropout=0.0)
+HALF = dataclasses.replace(MODEL, dropout=0.5, attention_dropout=0.5)
 TRAINING = TrainingConfig(use_amp=False, learning_rate=1e-2, warmup_steps=0, eps=1e-4)
 
 
@@ -48,13 +50,18 @@ def regroup(batch, k):
 def start(config, mesh_shape=(1, 1, 1), stage=0, offload=False):
     """The step, compiled when it is first called, and the first state, on the first devices of a mesh."""
     assembly = assembled(config, mesh_shape, stage, offload)
-    jitted, schedule = assembly.jit_step(donate=False), build_schedule(config.training, 100)
+    jitted, schedule = step_of(assembly), build_schedule(config.training, 100)
     numbers = run_numbers(config.training)
 
     def step(state, batch):
         return jitted(state, batch, numbers | {"learning_rate": np.float32(schedule(int(state.step)))})
 
     return step, assembly.init(numbers)
+
+
+@functools.cache
+def step_of(assembly):
+    return assembly.jit_step(donate=False)
 
 
 def assembled(config, mesh_shape=(1, 1, 1), stage=0, offload=False):
@@ -82,7 +89,7 @@ def assert_equal(a, b):
         np.testing.assert_array_equal(x, y)
 
 
-@pytest.mark.parametrize(("optimizer", "k"), [("adamw", 2), ("adamw", 8), ("sgd", 8)])
+@pytest.mark.parametrize(("optimizer", "k"), [("adamw", 8), ("sgd", 2)])
 def test_accumulation_equals_one_large_batch(optimizer, k):
     """K micro-batches, of unequal numbers of targets and with dropout, equal one batch K times as large."""
     config = config_of(optimizer=optimizer)
@@ -98,15 +105,15 @@ def test_accumulation_equals_one_large_batch(optimizer, k):
 def test_unweighted_accumulation_would_be_noticed():
     """The fault that the test above is for: weighing micro-batches equally, whatever targets they hold."""
     batch = make_batch(seed=1)
-    _, (whole, *_), _ = run(config_of(), [batch])
+    _, (whole, *_), _ = run(config_of(STILL), [batch])
     parts = regroup(batch, 8)
-    per_part = [run(config_of(), [{n: x[i : i + 1] for n, x in parts.items()}])[1][0] for i in range(8)]
+    per_part = [run(config_of(STILL), [{n: x[i : i + 1] for n, x in parts.items()}])[1][0] for i in range(8)]
     assert abs(np.mean(per_part) - whole) > 1e-3
 
 
 def test_multisteps_is_what_sums_micro_batches(monkeypatch):
     """A wrong sum in optax.MultiSteps is noticed with several micro-batches; a single one does without it."""
-    config, batch = config_of(optimizer="sgd", max_grad_norm=None), make_batch()
+    config, batch = config_of(STILL, optimizer="sgd", max_grad_norm=None), make_batch()
     whole, _, _ = run(config, [batch])
     right = optax.MultiSteps.update
 
@@ -123,7 +130,7 @@ def test_multisteps_is_what_sums_micro_batches(monkeypatch):
 
 def test_an_overflow_in_one_micro_batch_skips_that_update_alone():
     """float16, micro-batch 2 of 4: nothing but the counters changes, and nothing of it stays in the accumulator."""
-    untied = dataclasses.replace(MODEL, tie_embeddings=False)
+    untied = dataclasses.replace(STILL, tie_embeddings=False)
     config = config_of(untied, use_amp=True, amp_dtype="float16", loss_scale=2.0**8)
     step, state = start(config)
     batch = regroup(make_batch(), 4)
@@ -148,26 +155,23 @@ def test_an_overflow_in_one_micro_batch_skips_that_update_alone():
 
 def test_dropout_belongs_to_the_row():
     """Rows keep their masks however they are grouped; another step, seed or row index gets other ones."""
-    half = dataclasses.replace(MODEL, dropout=0.5, attention_dropout=0.5)
-    off = dataclasses.replace(MODEL, dropout=0.0, attention_dropout=0.0)
     batch = make_batch()
     order = np.random.default_rng(9).permutation(ROWS)
     shuffled = {name: x[:, order] for name, x in batch.items()}
-    loss = lambda batch, model=half: run(config_of(model), [batch])[1][0]  # noqa: E731
+    loss = lambda batch, model=HALF: run(config_of(model, optimizer="sgd"), [batch])[1][0]  # noqa: E731
     assert loss(shuffled) == pytest.approx(loss(batch), rel=1e-6)
     assert loss(regroup(shuffled, 4)) == pytest.approx(loss(batch), rel=1e-6)
     assert abs(loss(shuffled | {"rows": batch["rows"]}) - loss(batch)) > 1e-4
-    step, state = start(config_of(half))
+    step, state = start(config_of(HALF, optimizer="sgd"))
     later = dataclasses.replace(state, step=state.step + 1)
     assert abs(float(step(later, batch)[1]["loss"]) - loss(batch)) > 1e-4
-    for only in ("dropout", "attention_dropout"):  # both kinds are honoured
-        assert abs(loss(batch, dataclasses.replace(off, **{only: 0.5})) - loss(batch, off)) > 1e-4
+    for without in ("dropout", "attention_dropout"):  # both kinds are honoured
+        assert abs(loss(batch, dataclasses.replace(HALF, **{without: 0.0})) - loss(batch)) > 1e-4
 
 
 def test_parts_beside_each_other_equal_all_rows_at_once(monkeypatch):
     """What a CPU does with large batches, here with a small one: the same loss and update, dropout and all."""
-    half = dataclasses.replace(MODEL, dropout=0.5, attention_dropout=0.5)
-    config, batches = config_of(half, optimizer="sgd"), [make_batch(seed=s) for s in range(3)]
+    config, batches = config_of(HALF, optimizer="sgd"), [make_batch(seed=s) for s in range(3)]
     whole, whole_losses, _ = run(config, batches)
     monkeypatch.setattr("jaxlm.ops.scheduling.CPU_PART_TOKENS", ROWS * T // 4)
     monkeypatch.setitem(globals(), "start", start.__wrapped__)  # not the step from the cache
@@ -214,7 +218,7 @@ def test_a_block_is_traced_once(monkeypatch):
     assert len(calls) == 1
 
 
-@pytest.mark.parametrize("k", [1, 4])
+@pytest.mark.parametrize("k", [1, 8])
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_a_non_finite_update_changes_nothing(k, bad):
     config = config_of()
@@ -253,22 +257,21 @@ def test_a_non_finite_update_changes_nothing(k, bad):
 )
 def test_the_loss_falls(optimizer, rate):
     batch = make_batch()
-    still = dataclasses.replace(MODEL, dropout=0.0, attention_dropout=0.0)
-    _, losses, _ = run(config_of(still, optimizer=optimizer, learning_rate=rate), [batch] * 40)
+    _, losses, _ = run(config_of(STILL, optimizer=optimizer, learning_rate=rate), [batch] * 40)
     assert losses[0] == pytest.approx(np.log(VOCAB), rel=0.05) and losses[-1] < 0.7 * losses[0]
 
 
 def test_z_loss_moves_the_model_and_not_the_reported_loss():
     """The first loss is the cross entropy, whatever the weight; the gradient is that of the sum."""
     batch = make_batch()
-    (_, plain, metrics), (_, with_z, z_metrics) = (run(config_of(z_loss=z), [batch] * 2) for z in (0.0, 1.0))
+    (_, plain, metrics), (_, with_z, z_metrics) = (run(config_of(STILL, z_loss=z), [batch] * 2) for z in (0.0, 1.0))
     assert with_z[0] == pytest.approx(plain[0], rel=1e-6)
     assert abs(with_z[1] - plain[1]) > 1e-4
     assert float(z_metrics["grad_norm"]) > 1.1 * float(metrics["grad_norm"])
 
 
 def test_clipping_is_global():
-    config = config_of(optimizer="sgd", beta1=0.0, weight_decay=0.0, max_grad_norm=0.01)
+    config = config_of(STILL, optimizer="sgd", beta1=0.0, weight_decay=0.0, max_grad_norm=0.01)
     before = start(config)[1]
     after, _, metrics = run(config, [make_batch()])
     moved = optax.tree.norm(jax.tree.map(lambda a, b: a - b, after.params, before.params))

@@ -13,7 +13,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from conftest import make_config
+from conftest import make_config, trainer_on
 
 from jaxlm import Trainer, load
 from jaxlm.checkpoints.folder import checkpoint_steps
@@ -21,8 +21,6 @@ from jaxlm.checkpoints.items import read_progress
 from jaxlm.config import Config, replace_fields, to_dict, validate, with_derived
 from jaxlm.errors import RunFailed, Stopped, UserError
 from jaxlm.run.evaluate import evaluate_model, text_to_evaluate
-
-pytestmark = pytest.mark.xdist_group("trainer")  # one worker makes the reference run, once
 
 # Dropout and accumulation on; 4 devices x 2 rows x 2 micro-batches = 16 rows a step.
 HARD = {
@@ -76,22 +74,35 @@ def reference(tmp_path_factory, corpus):
     return folder
 
 
-@pytest.mark.parametrize("stop", [1, 2, 5, 8])
-def test_resume_is_bit_exact(tmp_path, corpus, reference, stop):
-    """N steps, stop, M steps: parameters, optimizer and every logged number equal those of N + M steps."""
-    run = make_config(reference, corpus, **HARD).training.checkpoint_dir
-    first = make_config(tmp_path, corpus, **HARD, **{"training.stop_at_step": stop})
-    Trainer(first).train()
-    assert not (tmp_path / "run" / "final_model").exists()
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory, corpus):
+    """The folder of the same run, stopped after updates 1, 2 and 5."""
+    folder = tmp_path_factory.mktemp("stopped")
+    for stop in (1, 2, 5):
+        Trainer(make_config(folder, corpus, **HARD, **{"training.stop_at_step": stop})).train()
+    return folder / "run"
+
+
+@pytest.fixture
+def run(stopped, tmp_path):
+    """A copy of it, in the place of this test's runs."""
+    return shutil.copytree(stopped, tmp_path / "run")
+
+
+def test_resume_is_bit_exact(tmp_path, corpus, reference, run):
+    """Stopped after updates 1, 2, 5 and 8: parameters, optimizer and every logged number equal those of one go."""
+    Trainer(make_config(tmp_path, corpus, **HARD, **{"training.stop_at_step": 8})).train()
+    assert not (run / "final_model").exists()
     again = Trainer(make_config(tmp_path, corpus, **HARD))
-    assert again.current_step == stop
+    assert again.current_step == 8
     again.train()
-    mine = Path(first.training.checkpoint_dir)
-    assert_same(arrays(mine / "checkpoint_9"), arrays(Path(run) / "checkpoint_9"))
-    assert rows_of(mine) == rows_of(run)
-    starts = [json.loads(line)["step"] for line in (mine / "starts.jsonl").read_text().splitlines()]
-    assert starts == [0, stop]
-    assert f"resumed from step {stop}" in (mine / "report.html").read_text(encoding="utf-8")
+    whole = Path(make_config(reference, corpus, **HARD).training.checkpoint_dir)
+    assert_same(arrays(run / "checkpoint_9"), arrays(whole / "checkpoint_9"))
+    assert rows_of(run) == rows_of(whole)
+    starts = [json.loads(line)["step"] for line in (run / "starts.jsonl").read_text().splitlines()]
+    assert starts == [0, 1, 2, 5, 8]
+    report = (run / "report.html").read_text(encoding="utf-8")
+    assert all(f"resumed from step {stop}" in report for stop in starts[1:])
 
 
 def test_modern_blocks_resume_bit_exactly(tmp_path, corpus):
@@ -124,60 +135,52 @@ def test_modern_blocks_resume_bit_exactly(tmp_path, corpus):
     assert result["loss"] == pytest.approx(rows_of(mine)[4]["eval/loss"], rel=1e-5)
 
 
-def test_resume_notices_a_lost_optimizer_state(tmp_path, corpus, reference, monkeypatch):
+def test_resume_notices_a_lost_optimizer_state(tmp_path, corpus, reference, run):
     """The fault that the test above is for: going on with a fresh optimizer."""
-    Trainer(make_config(tmp_path, corpus, **HARD, **{"training.stop_at_step": 5})).train()
     again = Trainer(make_config(tmp_path, corpus, **HARD))
     fresh = again.assembly.init(again.assembly.numbers(again.config.training))
     again.state = dataclasses.replace(again.state, opt_state=fresh.opt_state)
     again.train()
-    run = Path(make_config(reference, corpus, **HARD).training.checkpoint_dir)
+    whole = Path(make_config(reference, corpus, **HARD).training.checkpoint_dir)
     with pytest.raises(AssertionError):
-        assert_same(arrays(again.folder / "checkpoint_9"), arrays(run / "checkpoint_9"))
+        assert_same(arrays(run / "checkpoint_9"), arrays(whole / "checkpoint_9"))
 
 
 @pytest.mark.parametrize(
     ("devices", "options", "k"),
     [
-        (1, {}, 8),
-        (2, {"training.zero_stage": 3}, 4),
-        (4, {"training.zero_stage": 2, "training.zero_group_size": 2}, 2),
+        (4, {"training.zero_stage": 3, "training.zero_group_size": 2}, 2),
         (2, {"training.tensor_parallel": 2, "training.offload_optimizer": True}, 8),
     ],
 )
-def test_another_layout_goes_on_to_rounding(tmp_path, corpus, reference, monkeypatch, devices, options, k):
+def test_another_layout_goes_on_to_rounding(tmp_path, corpus, reference, run, devices, options, k):
     """A run of 4 devices goes on with other devices, stages and batch sizes: the same rows an update, equal losses."""
-    Trainer(make_config(tmp_path, corpus, **HARD, **{"training.stop_at_step": 5})).train()
-    monkeypatch.setattr("jaxlm.trainer.start_backend", lambda config: jax.devices()[:devices])
-    again = Trainer(make_config(tmp_path, corpus, **HARD, **options))
+    again = trainer_on(devices, make_config(tmp_path, corpus, **HARD, **options))
+    assert again.current_step == 5
     assert (again.config.training.gradient_accumulation_steps, again.resolved.global_batch) == (k, 16)
     again.train()
-    run = Path(make_config(reference, corpus, **HARD).training.checkpoint_dir)
-    mine = rows_of(tmp_path / "run")
-    for step, row in rows_of(run).items():
+    whole = rows_of(make_config(reference, corpus, **HARD).training.checkpoint_dir)
+    mine = rows_of(run)
+    for step, row in whole.items():
         assert mine[step]["train/loss"] == pytest.approx(row["train/loss"], rel=1e-5)
-    assert mine[9]["eval/loss"] == pytest.approx(rows_of(run)[9]["eval/loss"], rel=1e-5)
+    assert mine[9]["eval/loss"] == pytest.approx(whole[9]["eval/loss"], rel=1e-5)
 
 
-def test_devices_that_do_not_divide_the_batch_are_refused(tmp_path, corpus, monkeypatch):
-    Trainer(make_config(tmp_path, corpus, **HARD, **{"training.stop_at_step": 1})).train()
-    monkeypatch.setattr("jaxlm.trainer.start_backend", lambda config: jax.devices()[:3])
+@pytest.mark.usefixtures("run")
+def test_devices_that_do_not_divide_the_batch_are_refused(tmp_path, corpus):
     with pytest.raises(UserError, match=r"training.batch_size \(2\) on 3 devices makes micro-batches of 6 rows"):
-        Trainer(make_config(tmp_path, corpus, **HARD))
+        trainer_on(3, make_config(tmp_path, corpus, **HARD))
 
 
-def test_padded_shards_resume_and_load(tmp_path, corpus, monkeypatch):
+def test_padded_shards_resume_and_load(tmp_path, corpus):
     """3 devices divide none of the axes: what they save goes on with 2 devices, or none sharded, and loads."""
-    options = {"model.d_model": 28, "model.d_ff": 50, "training.batch_size": 2, "training.max_steps": 6}
-    one = make_config(tmp_path / "one", corpus, **options | {"training.batch_size": 6})
-    monkeypatch.setattr("jaxlm.trainer.start_backend", lambda config: jax.devices()[:1])
-    Trainer(one).train()
+    options = {"model.d_model": 28, "model.d_ff": 50, "model.n_layers": 1, "training.max_steps": 6}
+    trainer_on(1, make_config(tmp_path / "one", corpus, **options | {"training.batch_size": 6})).train()
     for devices, stage, stop, batch in ((3, 3, 2, 2), (2, 3, 4, 3), (1, 0, 6, 6)):
-        monkeypatch.setattr("jaxlm.trainer.start_backend", lambda config, n=devices: jax.devices()[:n])
         changed = {"training.zero_stage": stage, "training.stop_at_step": stop, "training.batch_size": batch}
-        Trainer(make_config(tmp_path, corpus, **options | changed)).train()
+        trainer_on(devices, make_config(tmp_path, corpus, **options | changed)).train()
         model = load(tmp_path / "run" / f"checkpoint_{stop}").model
-        assert model.token_embedding[...].shape == (300, 28) and model.blocks.mlp.up.bias[...].shape == (2, 50)
+        assert model.token_embedding[...].shape == (300, 28) and model.blocks.mlp.up.bias[...].shape == (1, 50)
     expected = rows_of(tmp_path / "one" / "run")
     for step, row in rows_of(tmp_path / "run").items():
         assert row["train/loss"] == pytest.approx(expected[step]["train/loss"], rel=1e-5)
@@ -343,6 +346,7 @@ def test_finished_run_says_so_and_does_nothing(reference, corpus, capfd):
 
 def test_save_total_limit_and_longer_run(tmp_path, corpus):
     short = {**HARD, "training.save_steps": 1, "training.save_total_limit": 2, "training.max_steps": 4}
+    short["training.eval_steps"] = 9
     Trainer(make_config(tmp_path, corpus, **short)).train()
     folder = tmp_path / "run"
     assert set(checkpoint_steps(folder)) == {3, 4}
@@ -353,8 +357,8 @@ def test_save_total_limit_and_longer_run(tmp_path, corpus):
 
 def test_resume_at_an_earlier_checkpoint(tmp_path, corpus, reference):
     """The later checkpoints are moved aside, saving goes on, and the end is the same."""
-    Trainer(make_config(tmp_path, corpus, **HARD)).train()
-    folder = tmp_path / "run"
+    whole = make_config(reference, corpus, **HARD).training.checkpoint_dir
+    folder = shutil.copytree(whole, tmp_path / "run")
     earlier = str(folder / "checkpoint_4")
     Trainer(make_config(tmp_path, corpus, **HARD, **{"training.resume_from_checkpoint": earlier})).train()
     assert set(checkpoint_steps(folder)) == {2, 4, 6, 8, 9}
@@ -411,7 +415,8 @@ def test_signal_saves_and_raises_stopped(tmp_path, corpus, reference):
 
 def test_signals_as_the_shell_sees_them(tmp_path, corpus):
     """SIGTERM: exit code 75, and the same command goes on; a second signal leaves at once with 128 + n."""
-    config = make_config(tmp_path, corpus, **{"training.max_steps": 100_000, "training.logging_steps": 1})
+    endless = {f"training.{name}": 100_000 for name in ("max_steps", "eval_steps", "save_steps")}
+    config = make_config(tmp_path, corpus, **endless)
     file = tmp_path / "config.json"
     file.write_text(json.dumps(to_dict(config)))
     root = Path(__file__).parents[1]

@@ -14,8 +14,6 @@ from jaxlm.errors import UserError
 
 STEPS = {"training.max_steps": 6, "training.save_steps": 2, "training.eval_steps": 3}
 
-pytestmark = pytest.mark.xdist_group("damage")
-
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, corpus):

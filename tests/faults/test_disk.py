@@ -40,10 +40,10 @@ class Filling(Trainer):
             self.patch.undo()
 
 
-def test_a_full_disk_costs_saves_and_nothing_else(tmp_path, corpus, monkeypatch, capsys):
+def test_a_full_disk_costs_saves_and_nothing_else(tmp_path, corpus, patch, capsys):
     config = make_config(tmp_path, corpus, **STEPS, **{"training.save_total_limit": 1})
     trainer = Filling(config)
-    trainer.full, trainer.patch = (3, 7), monkeypatch
+    trainer.full, trainer.patch = (3, 7), patch
     trainer.train()
     said = capsys.readouterr().err
     assert (
@@ -53,13 +53,13 @@ def test_a_full_disk_costs_saves_and_nothing_else(tmp_path, corpus, monkeypatch,
     assert set(checkpoint_steps(tmp_path / "run")) == {8} and Trainer(config).finished
 
 
-def test_a_disk_that_stays_full_ends_with_the_last_good_checkpoint(tmp_path, corpus, monkeypatch):
+def test_a_disk_that_stays_full_ends_with_the_last_good_checkpoint(tmp_path, corpus, patch):
     config = make_config(tmp_path, corpus, **STEPS, **{"training.save_total_limit": 1})
     trainer = Filling(config)
-    trainer.full, trainer.patch = (3, 99), monkeypatch
+    trainer.full, trainer.patch = (3, 99), patch
     with pytest.raises(RunFailed, match="final_model was not saved: No space left on device, .* same command again"):
         trainer.train()
-    monkeypatch.undo()
+    patch.undo()
     assert set(checkpoint_steps(tmp_path / "run")) == {2}
     again = Trainer(config)
     assert again.current_step == 2
@@ -115,12 +115,12 @@ def test_a_row_cut_short_by_a_crash_goes(tmp_path):
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2]
 
 
-def test_clocks_may_jump(tmp_path, corpus, monkeypatch):
+def test_clocks_may_jump(tmp_path, corpus, patch):
     """Wall-clock time runs backwards, an hour a look, and its names are all alike: nothing depends on it."""
     backwards = itertools.count(time.time(), -3600)
-    monkeypatch.setattr(time, "time", lambda: next(backwards))
-    monkeypatch.setattr(time, "strftime", lambda *_: "20000101_000000")
-    config = make_config(tmp_path, corpus, **STEPS)
+    patch.setattr(time, "time", lambda: next(backwards))
+    patch.setattr(time, "strftime", lambda *_: "20000101_000000")
+    config = make_config(tmp_path, corpus, **{"training.max_steps": 3, "training.save_steps": 2})
     Trainer(config).train()
     for _ in range(2):
         Trainer(config, fresh=True).train()
@@ -153,17 +153,16 @@ def test_a_folder_has_one_run(tmp_path, corpus):
     Trainer(config).train()
 
 
-def test_a_declined_save_of_another_model_leaves_the_old_one(tmp_path, corpus, monkeypatch):
+def test_a_declined_save_of_another_model_leaves_the_old_one(tmp_path, corpus, patch):
     """The leader can't put the new model in its place: the old one is still there, and whole."""
-    config = make_config(tmp_path, corpus, **STEPS)
-    trainer = Trainer(config)
+    trainer = Trainer(make_config(tmp_path, corpus, **{"training.max_steps": 2}))
     trainer.train()
     before = jax.tree.map(lambda x: x, read_progress(tmp_path / "run" / "best_model"))
 
     def fail(folder, final):
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr("jaxlm.checkpoints.save.seal", fail)
+    patch.setattr("jaxlm.checkpoints.save.seal", fail)
     with pytest.raises(OSError, match="Input/output error"):
         trainer.save_model(tmp_path / "run" / "best_model")
     assert damage(tmp_path / "run" / "best_model") is None
