@@ -28,7 +28,6 @@ def run(tmp_path: Path, program: str, *options: str, after: Sequence[str] = ()) 
     return done.stdout, json.loads(written.read_text())
 
 
-@pytest.mark.xdist_group("processes")
 def test_speed_side_by_side(tmp_path: Path, corpus: Path) -> None:
     peers = ["eager"] if find_spec("torch") and find_spec("transformers") else []
     text = ["--text", str(corpus / "train.jsonl"), "--cache_dir", str(corpus / "cache")]
@@ -88,7 +87,6 @@ def test_peers_that_would_take_hours_are_left_out(
     assert "| transformers, eager | left out: at 0.5 GFLOP/s, a lap's updates take" in shown
 
 
-@pytest.mark.xdist_group("processes")
 def test_data_pipeline(tmp_path: Path, corpus: Path) -> None:
     text = ["--text", str(corpus / "train.jsonl"), "--vocab_size=300", "--repeats=1"]
     sizes = ["--documents=3000", "--seconds=0.2", f"--size={80 * 2**20}", f"--limit={64 * 2**20}", "--mean_length=100"]
@@ -107,7 +105,6 @@ def test_data_pipeline(tmp_path: Path, corpus: Path) -> None:
     assert shown.count("\n| ") == 2 + 2 + 4 + 1 + 1  # two of them the table's head
 
 
-@pytest.mark.xdist_group("processes")
 def test_start(tmp_path: Path, corpus: Path) -> None:
     sizes = [option.replace("--", "--model.") for option in SMALLEST if "seq_len" not in option]
     sizes += ["--model.max_seq_len=32", "--data.max_length=32", "--training.batch_size=2"]
@@ -122,7 +119,6 @@ def test_start(tmp_path: Path, corpus: Path) -> None:
     assert "| compiling the step |" in shown
 
 
-@pytest.mark.xdist_group("processes")
 def test_growth(tmp_path: Path) -> None:
     shown, report = run(
         tmp_path, "growth.py", "--only", "layers", "documents", "--layers=1", "--documents", "64", "256"
@@ -133,7 +129,6 @@ def test_growth(tmp_path: Path) -> None:
     assert "| **documents** | grows as their power |" in shown
 
 
-@pytest.mark.xdist_group("processes")
 def test_gpu_suite_from_end_to_end(tmp_path: Path) -> None:
     shown, report = run(tmp_path, "gpu/suite.py", "--cut")
     parts: dict[str, list[dict[str, Any]]] = {}

@@ -178,6 +178,16 @@ def test_what_links_between_hosts_cost() -> None:
     assert collective_seconds("all-gather", 10**9, [0], two) == 0
 
 
+def test_cudnns_attention_counts_its_products() -> None:
+    call = '%l), custom_call_target="__cudnn$fmhaSoftmaxBackward"'
+    text = PROGRAM.replace("%l, %r), kind=kCustom, calls=%product", call).replace(" fusion(%l)", " custom-call(%l)")
+    text = text.replace("= bf16[256,128]{1,0} fusion(%l", "= bf16[2,1024,12,64]{3,2,1,0} custom-call(%l")
+    program = hlo.parse(text.replace("%l = bf16[256,512]{1,0}", "%l = bf16[2,1024,12,64]{3,2,1,0}"))
+    kernel = kernel_of(program.computations["main"].instructions["gemm"], program.computations["main"], program)
+    assert kernel and (kernel.part, kernel.attention) == ("attention", "cudnn backward")
+    assert kernel.flops == 5 * 2 * 64 * 2 * 12 * 1024**2 / 2
+
+
 def test_float32_products_take_twice_as_long() -> None:
     program = hlo.parse(
         PROGRAM.replace("[256,512]", "[4096,4096]")
@@ -193,6 +203,7 @@ def test_float32_products_take_twice_as_long() -> None:
 
 # ------------------------------------------------------------ memory
 
+TWO_ROWS = {"training.batch_size": 2, "training.gradient_accumulation_steps": 16}
 COMPILED = [  # by jax 0.10.2 for H100s, GiB: docs/memory.md
     ("gpt2_124m", 1, FIELDS, 11.80),
     ("gpt2_124m", 1, FIELDS | {"model.scan_layers": True}, 17.95),
@@ -202,8 +213,11 @@ COMPILED = [  # by jax 0.10.2 for H100s, GiB: docs/memory.md
     ("gpt2_124m", 8, {"training.zero_stage": 2}, 6.49),
     ("gpt2_124m", 8, {"training.zero_stage": 3}, 9.02),
     ("gpt2_350m", 8, {}, 12.99),
-    ("gpt2_1300m", 8, {}, 20.94),
-    ("gpt2_1300m", 8, {"training.zero_stage": 3}, 15.04),
+    ("gpt2_1300m", 8, {}, 35.2),
+    ("gpt2_1300m", 8, {"training.zero_stage": 1}, 40.3),
+    ("gpt2_1300m", 8, {"training.zero_stage": 3}, 46.1),
+    ("gpt2_1300m", 8, TWO_ROWS | {"training.zero_stage": 1}, 20.94),
+    ("gpt2_1300m", 8, TWO_ROWS | {"training.zero_stage": 3}, 15.04),
     ("large", 8, {}, 4.14),
     ("llama_125m", 8, {}, 7.68),
     ("gpt2_6700m", 8, {"training.zero_stage": 3}, 22.90),

@@ -68,8 +68,13 @@ def run(arguments: argparse.Namespace) -> None:
             raise UserError(f"--hlo ({arguments.hlo}) can't be written: {error.strerror}") from error
     made, prediction = plan_of(resolved, compiled, cluster)
     if arguments.json:
-        print(json.dumps(made.to_json() | {"price_per_gpu_hour": arguments.price_per_gpu_hour}))
-        return
-    print(show.plan(made, arguments.price_per_gpu_hour))
-    if arguments.per_kernel:
-        print("\n" + show.slowest(prediction))
+        print(json.dumps(made.to_json()))
+    else:
+        print(show.plan(made, arguments.price_per_gpu_hour))
+        if arguments.per_kernel:
+            print("\n" + show.slowest(prediction))
+    if not made.fits:
+        raise UserError(
+            f"it needs {show.size(made.memory_bytes)} of each {gpu}, and there are {show.size(made.usable_bytes)}: "
+            "jaxlm plan --search looks for settings that fit"
+        )

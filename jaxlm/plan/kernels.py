@@ -34,7 +34,7 @@ class Kernel:
     flops_16: int  # of matrix products of 16-bit factors
     flops_32: int  # of float32 factors, which GPUs multiply as TF32 at half the speed
     source: str  # "file:line function" of the line of the model that it comes from
-    attention: str | None = None  # "forward" or "backward": one of our attention kernels
+    attention: str | None = None  # one of targets.ATTENTION_EFFICIENCY: an attention kernel, ours or cuDNN's
 
     @property
     def flops(self) -> int:
@@ -47,22 +47,18 @@ def kernel_of(instruction: Instruction, computation: Computation, program: Progr
     if opcode in _NO_KERNELS or instruction.collective or opcode.endswith("-done"):
         return None
     stack = program.stack(instruction)
-    attention = _attention(instruction)
-    if attention is not None:
-        flops, moved = _own_kernel(attention, instruction, computation)
-        kind = attention if attention == "forward" else "backward"
+    if opcode == "custom-call" and (own := _OWN.search(instruction.attributes)):
+        flops, moved = _own_kernel(own[1], instruction, computation)
+        kind = "forward" if own[1] == "forward" else "backward"
+        return Kernel(instruction.name, "attention", moved, flops, 0, source_of(stack), kind)
+    moved = _moved(instruction, computation, program)
+    if cudnn := re.search(r'custom_call_target="__cudnn\$fmha\w*?(Backward)?"', instruction.attributes):
+        rows, length, heads, size = computation.instructions[instruction.operands[0]].arrays[0][1]
+        flops = rows * heads * length * length * size * (5 if cudnn[1] else 2)  # products, of half of the pairs each
+        kind = "cudnn backward" if cudnn[1] else "cudnn forward"
         return Kernel(instruction.name, "attention", moved, flops, 0, source_of(stack), kind)
     whole, half = _products(instruction, computation, program)
-    moved = _moved(instruction, computation, program)
     return Kernel(instruction.name, part_of(stack, whole + half), moved, half, whole, source_of(stack))
-
-
-def _attention(instruction: Instruction) -> str | None:
-    """Which of the attention kernels it is: forward, keys or queries."""
-    if instruction.opcode != "custom-call":
-        return None
-    found = _OWN.search(instruction.attributes)
-    return found[1] if found else None
 
 
 def part_of(stack: list[Frame], flops: int) -> str:

@@ -124,10 +124,13 @@ def _neighbours(start: Resolved, fields: dict[str, Any], cluster: Cluster, fits:
 def _try(
     start: Resolved, fields: dict[str, Any], cluster: Cluster, known: dict[str, Trial | None], key: str | None = None
 ) -> Trial | None:
-    """The plan of `start` with `fields`, also noted in `known`; None if it is hopelessly too large."""
+    """The plan of `start` with `fields`, also noted in `known`; None if it can't be, or is hopelessly too large."""
     key = key or json.dumps(fields, sort_keys=True)
-    resolved = resolve_for(start.with_fields(fields).config, cluster.gpu, cluster.devices, cluster.hosts)
     known[key] = None
+    try:
+        resolved = resolve_for(start.with_fields(fields).config, cluster.gpu, cluster.devices, cluster.hosts)
+    except UserError:  # `start` is valid, but a DeepSpeed file or another option rules this out
+        return None
     share = memory.usable(_memory_of(cluster), resolved.config.training.memory_fraction)
     if memory.approximation(resolved).total > HOPELESS * share:
         return None

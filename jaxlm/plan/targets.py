@@ -7,7 +7,7 @@ measured, by others and never in an update that is predicted here:
   795 at 8,192, the best that is known (795 too: stas00/ml-engineering, maximum achievable matmul FLOPS, also for A100,
   A100 PCIe, B200), of which other GPUs are taken to reach the same nine tenths.
 - memory: BabelStream on a GH200, mean of copy, mul, add and triad, 3.12 of 4.0 TB/s (UoB-HPC/BabelStream, issue 194).
-- attention: our kernels at head size 64 on one H200 (benchmarks/LOG.md, 2026-11-26).
+- attention: our kernels and cuDNN's at head size 64 on one H200 (benchmarks/LOG.md, 2026-11-26).
 - links: 380 of 450 GB/s between two H100s (NVIDIA/nccl, issue 1264).
 - between two kernels of a stream: 1 microsecond (NVIDIA, Getting Started with CUDA Graphs).
 """
@@ -21,7 +21,8 @@ from jaxlm.parallel.gpus import GPUS
 
 MEMORY_EFFICIENCY = 3.12 / 4.0
 LINK_EFFICIENCY = 380 / 450
-ATTENTION_EFFICIENCY = {"forward": 0.27, "backward": 0.36}  # FLOPs that the kernels do, of the 16-bit peak
+# FLOPs that the kernels do, of the 16-bit peak; cuDNN's are counted as five products backward, ours do seven.
+ATTENTION_EFFICIENCY = {"forward": 0.27, "backward": 0.36, "cudnn forward": 0.29, "cudnn backward": 0.21}
 KERNEL_GAP = 1e-6  # s
 HOST_LINK = 50e9  # bytes/s of each GPU's network card, in one direction: 400 Gb/s, as in most clusters of H100s
 CUDA_BYTES = 600 * 2**20  # a CUDA context with cuBLAS and cuDNN; assumed, not measured
