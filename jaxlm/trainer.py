@@ -210,7 +210,7 @@ class Trainer:
         self.checkpoints = Checkpoints(self.folder, self.config.training.save_total_limit, say)
         opened.callback(self.checkpoints.close)  # which waits for the saves
         with self._watchdog.during("compiling the step"):
-            self.train_step = compile_step(self.assembly)
+            self.train_step = compile_step(self.assembly, self.config.training.compiled_program)
         when = self.config.training.histogram_steps, self.total_steps
         self._histograms = HistogramWriter(self.assembly, *when, self.metrics_tracker, self._throughput, self._watchdog)
         self._watchdog.updated(self.current_step)

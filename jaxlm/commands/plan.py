@@ -27,6 +27,8 @@ def add_options(parser: Parser) -> None:
     parser.add_argument("--price_per_gpu_hour", type=float, metavar="PRICE", help="to say what the run costs")
     text = "list the kernels that take longest, with their lines in the source"
     parser.add_argument("--per_kernel", action="store_true", help=text)
+    text = "write the compiled program into DIR, for training.compiled_program"
+    parser.add_argument("--save", type=Path, metavar="DIR", help=text)
     parser.add_argument("--hlo", type=Path, metavar="FILE", help="write the optimized program's text to FILE")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the tables")
     add_config_options(parser)
@@ -38,6 +40,8 @@ def run(arguments: argparse.Namespace) -> None:
     hosts = arguments.hosts if arguments.hosts is not None else max(1, devices // 8 if devices % 8 == 0 else 1)
     if arguments.trials < 1:
         raise UserError(f"--trials ({arguments.trials}) must be at least 1")
+    if arguments.search and (arguments.save or arguments.hlo):
+        raise UserError("--save and --hlo are of one program, and --search makes several: leave them out")
     if arguments.write is not None and not arguments.search:
         raise UserError("--write is for --search: give both")
     os.environ["JAX_PLATFORMS"] = "cpu"  # the program is for GPUs that are not here; those that are stay free
@@ -60,7 +64,7 @@ def run(arguments: argparse.Namespace) -> None:
             write_config(config, found[0], arguments.write)
         return
     resolved = resolve_for(config, gpu, devices, hosts)
-    compiled = compile_update(resolved, gpu, hosts)
+    compiled = compile_update(resolved, gpu, hosts, arguments.save)
     if arguments.hlo is not None:
         try:
             arguments.hlo.write_text(compiled.text, encoding="utf-8")

@@ -9,20 +9,18 @@ from pathlib import Path
 
 import jax
 
-import jaxlm
 from jaxlm.config import Config, to_dict
 from jaxlm.data.atomic import atomic_path
 from jaxlm.data.tokens import cache_root
 from jaxlm.errors import UserError
-from jaxlm.ops.compiler import REPEATABLE, Options, compiler_options
+from jaxlm.ops.compiler import REPEATABLE, compiler_options
 from jaxlm.parallel.processes import say
 from jaxlm.plan.targets import TARGETS, plugin, topology
+from jaxlm.run.compiled import UNTUNED, save_program, source_hash
 from jaxlm.run.setup import resolve
 from jaxlm.train.assemble import Assembly, Resolved, assemble
 
 MOST_DEVICES = 2**16
-UNTUNED: Options = {"xla_gpu_autotune_level": "0"}  # there is no device to try products on
-_ROOMS = ("config", "model", "ops", "parallel", "train")  # whose code the program is made of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,41 +60,46 @@ def resolve_for(config: Config, gpu: str, devices: int, hosts: int) -> Resolved:
     return resolve(config, topology(gpu, devices, hosts))
 
 
-def compile_update(resolved: Resolved, gpu: str, hosts: int) -> CompiledUpdate:
+def compile_update(resolved: Resolved, gpu: str, hosts: int, save: Path | None = None) -> CompiledUpdate:
     """The update as the Trainer lowers it for these devices; nothing is allocated.
 
+    Args:
+      save: a folder to write the program into, for training.compiled_program.
+
     Raises:
-      UserError: the compiler can't do it for this GPU.
+      UserError: the compiler can't do it for this GPU, or `save` can't be written.
     """
     folder = cache_root(resolved.config.data) / "plans"
     kept = folder / f"{_key(resolved, gpu, hosts)}.xz"
-    try:
-        fields = json.loads(lzma.decompress(kept.read_bytes()))
-        return CompiledUpdate(**fields | {"notes": tuple(fields["notes"])})
-    except (OSError, EOFError, lzma.LZMAError, ValueError, KeyError, TypeError):
-        pass  # not there, or cut short by a full disk
+    if save is None and (known := _read(kept)):
+        return known
     say(f"compiling the update for {len(resolved.devices)} x {gpu}: this takes about a minute")
-    found = _compile(resolved)
+    found = _compile(resolved, gpu, save)
     folder.mkdir(parents=True, exist_ok=True)
     with atomic_path(kept) as part:
         part.write_bytes(lzma.compress(json.dumps(dataclasses.asdict(found)).encode(), preset=1))
     return found
 
 
+def _read(kept: Path) -> CompiledUpdate | None:
+    """What an earlier call has kept; None if it is not there, or was cut short by a full disk."""
+    try:
+        fields = json.loads(lzma.decompress(kept.read_bytes()))
+        return CompiledUpdate(**fields | {"notes": tuple(fields["notes"])})
+    except (OSError, EOFError, lzma.LZMAError, ValueError, KeyError, TypeError):
+        return None
+
+
 def _key(resolved: Resolved, gpu: str, hosts: int) -> str:
     config = to_dict(resolved.config)
-    source = hashlib.sha256()
-    for room in _ROOMS:
-        for path in sorted((Path(jaxlm.__file__).parent / room).rglob("*.py")):
-            source.update(path.read_bytes())
     relevant = {"model": config["model"], "training": config["training"], "max_length": config["data"]["max_length"]}
     packed = resolved.config.data.pack_sequences
     versions = [version(name) for name in ("jax", "jaxlib", "flax", "optax")] + [f"CUDA {plugin()}"]
-    parts = [relevant, packed, gpu, TARGETS[gpu], len(resolved.devices), hosts, versions, source.hexdigest()]
+    parts = [relevant, packed, gpu, TARGETS[gpu], len(resolved.devices), hosts, versions, source_hash()]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]
 
 
-def _compile(resolved: Resolved) -> CompiledUpdate:
+def _compile(resolved: Resolved, gpu: str, save: Path | None) -> CompiledUpdate:
     notes: list[str] = ["products are chosen without tuning, which a run does on its GPU"]
     options = compiler_options(resolved.config.training, "gpu", notes.append) | UNTUNED
     if jax.__version_info__ >= (0, 11) and options.keys() & REPEATABLE.keys():
@@ -111,6 +114,8 @@ def _compile(resolved: Resolved) -> CompiledUpdate:
         notes.append("attention: a run takes cuDNN's kernel; ours stands for it, as nvidia-cudnn is not installed here")
         assembly = assemble(resolved, attention="pallas", options=options)
         compiled = assembly.compiled_step
+    if save is not None:
+        save_program(assembly, compiled, gpu, save)
     return _of(assembly, compiled, notes)
 
 

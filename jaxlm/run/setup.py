@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 from jaxlm.config import (
@@ -77,12 +78,24 @@ def check_same_in_processes(config: Config, fingerprint: str) -> None:
     check_same_everywhere("the configuration or the text", json.dumps([values, fingerprint]))
 
 
-def compile_step(assembly: "Assembly") -> "jax.stages.Compiled":
-    """The update: compiled, read from the cache of compiled programs, or there already; says which, and the time."""
+def compile_step(assembly: "Assembly", ahead: str | None) -> "jax.stages.Compiled":
+    """The update: compiled, read from the cache of compiled programs, or there already; says which, and the time.
+
+    Args:
+      ahead: training.compiled_program.
+    """
     import jax.monitoring
 
     from jaxlm.parallel.processes import say
 
+    if ahead is not None:
+        from jaxlm.run.compiled import load_program
+
+        program, why = load_program(assembly, Path(ahead).expanduser())
+        if program is not None:
+            say(f"the compiled step: from {ahead}, made for {why} without it; its products are untuned")
+            return program
+        say(f"training.compiled_program ({ahead}) is not used: {why}")
     events: list[str] = []
     note = lambda event, **_: events.append(event)  # noqa: E731
     started = time.perf_counter()
