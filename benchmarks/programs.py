@@ -21,6 +21,7 @@ import jax
 
 from jaxlm.config import load_config, replace_fields
 from jaxlm.plan.plan import Plan, plan
+from jaxlm.plan.targets import usual_hosts
 from jaxlm.run.setup import resolve
 
 TABLE = Path(__file__).parent / "results" / "programs.json"
@@ -70,7 +71,7 @@ def print_table() -> None:
     print("|---|--:|--:|--:|--:|--:|--:|--:|", flush=True)
     for name, devices, fields in DOCS:
         config = replace_fields(load_config(name), fields)
-        found = plan(config, "H100", devices, max(1, devices // 8))
+        found = plan(config, "H100", devices, usual_hosts(devices))
         state = (found.memory.parameters + found.memory.optimizer) / 2**30
         speed = found.tokens_per_second / devices
         time = f"{found.seconds_per_update * 1e3:,.0f} | {speed:,.0f} | {found.mfu:.0%}"

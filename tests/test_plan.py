@@ -188,6 +188,10 @@ def test_cudnns_attention_counts_its_products() -> None:
     assert kernel.flops == 5 * 2 * 64 * 2 * 12 * 1024**2 / 2
 
 
+def test_hosts_always_divide_the_devices() -> None:
+    assert [targets.usual_hosts(n) for n in (1, 8, 12, 28, 64)] == [1, 1, 1, 1, 8]
+
+
 def test_float32_products_take_twice_as_long() -> None:
     program = hlo.parse(
         PROGRAM.replace("[256,512]", "[4096,4096]")

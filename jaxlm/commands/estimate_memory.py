@@ -43,7 +43,7 @@ def run(arguments: argparse.Namespace) -> None:
     os.environ["JAX_PLATFORMS"] = "cpu"  # nothing is computed on the GPUs that may be here
 
     from jaxlm.plan import memory, show
-    from jaxlm.plan.targets import TARGETS, plugin
+    from jaxlm.plan.targets import TARGETS, plugin, usual_hosts
 
     gpu = (arguments.gpu or "H100").strip().upper()
     try:
@@ -53,7 +53,7 @@ def run(arguments: argparse.Namespace) -> None:
     else:
         why = None if gpu in TARGETS else f"a program can't be compiled for {gpu}"
     if why is None:
-        takes = functools.partial(memory.compiled_memory, gpu=gpu, devices=devices, hosts=max(1, devices // 8))
+        takes = functools.partial(memory.compiled_memory, gpu=gpu, devices=devices, hosts=usual_hosts(devices))
     else:
         takes = functools.partial(memory.estimate, n_devices=devices)
     found = takes(config)

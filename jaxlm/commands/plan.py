@@ -37,7 +37,6 @@ def add_options(parser: Parser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     config = config_from(arguments)
     devices = arguments.devices if arguments.devices is not None else config.training.world_size or 1
-    hosts = arguments.hosts if arguments.hosts is not None else max(1, devices // 8 if devices % 8 == 0 else 1)
     if arguments.trials < 1:
         raise UserError(f"--trials ({arguments.trials}) must be at least 1")
     if arguments.search and (arguments.save or arguments.hlo):
@@ -51,8 +50,9 @@ def run(arguments: argparse.Namespace) -> None:
     from jaxlm.plan.plan import plan_of
     from jaxlm.plan.predict import Cluster
     from jaxlm.plan.program import compile_update, resolve_for
-    from jaxlm.plan.targets import target_name
+    from jaxlm.plan.targets import target_name, usual_hosts
 
+    hosts = arguments.hosts if arguments.hosts is not None else usual_hosts(devices)
     gpu = target_name(arguments.gpu)
     cluster = Cluster(gpu, devices, hosts)
     if arguments.search:

@@ -59,6 +59,11 @@ _LARGE = ("8.0", "9.0", "10.0")  # data centre chips: more shared memory and thr
 _SHARED_KIB = {"8.0": 164, "9.0": 228, "10.0": 228}  # of a multiprocessor; a block may have one less
 
 
+def usual_hosts(devices: int) -> int:
+    """Hosts of eight GPUs each, or one where eight do not divide them."""
+    return devices // 8 if devices and devices % 8 == 0 else 1
+
+
 def target_name(gpu: str) -> str:
     """The name in `TARGETS` of a GPU as people write it.
 
