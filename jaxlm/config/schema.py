@@ -252,7 +252,7 @@ class TrainingConfig(Section):
         (), "more options of XLA, NAME=VALUE, such as xla_gpu_enable_triton_gemm=false", resumable=True
     )
     compiled_program: str | None = option(
-        None, "folder of jaxlm plan --save: its program is run, if it fits; not yet tried on a GPU", resumable=True
+        None, "folder that jaxlm plan has saved a program in: run if it fits; not yet tried on a GPU", resumable=True
     )
     memory_fraction: float = option(
         0.75, "share of a GPU's memory that JAX takes at the start", above=0, high=1, resumable=True

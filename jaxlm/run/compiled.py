@@ -4,12 +4,14 @@ import functools
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 from jax.experimental.serialize_executable import deserialize_and_load, serialize
 
 import jaxlm
@@ -48,8 +50,21 @@ def _made_of(assembly: Assembly, options: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+@contextmanager
+def out_of_no_cache() -> Iterator[None]:
+    """JAX compiles anew: what it takes from its persistent cache lacks functions once it is saved (0.10 and 0.11)."""
+    before = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()  # which has noted whether there is one
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", before)
+        compilation_cache.reset_cache()
+
+
 def save_program(assembly: Assembly, compiled: jax.stages.Compiled, gpu: str, folder: Path) -> None:
-    """Writes the compiled update of `assembly` into `folder`, which is made.
+    """Writes the update of `assembly`, `compiled` under `out_of_no_cache`, into `folder`, which is made.
 
     Raises:
       UserError: it can't be written.
