@@ -1,6 +1,8 @@
 """The fused attention kernels, interpreted on CPU, against dense attention; and what of them can be compiled here."""
 
+import functools
 import importlib
+import sys
 from pathlib import Path
 
 import jax
@@ -8,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import make_config
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from test_model import dense_attention
 
 from jaxlm import Trainer
@@ -15,7 +18,8 @@ from jaxlm.config import Config, replace_fields
 from jaxlm.errors import UserError
 from jaxlm.ops.attention_kernels import choose_attention, why_not_fused
 from jaxlm.ops.blockwise import dropout_mask
-from jaxlm.ops.flash import TILES, flash_attention
+from jaxlm.ops.flash import flash_attention, flash_attention_of_product
+from jaxlm.ops.flash_kernels import TILES
 from jaxlm.parallel.mesh import abstract_mesh
 from jaxlm.train.assemble import Resolved, assemble
 from jaxlm.train.step import make_train_step
@@ -80,6 +84,51 @@ def test_flash_equals_dense(name):
     assert max(errors(found, expected)) < 3e-6
 
 
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("name", ["plain", "packed", "dropout", "head size 80"])
+def test_parts_of_a_product_are_read_where_they_stand(name, biased):
+    """Output and gradients of the product and its biases; those of the keys' bias are 0 but for rounding."""
+    *arrays, g, segments, key = case(*GRID[name])
+    rate, qkv = GRID[name][-1], jnp.stack(arrays, axis=2)
+    bias = jnp.asarray(np.random.default_rng(1).normal(size=qkv.shape[2:]), jnp.float32) if biased else None
+
+    def weighed(f, qkv, bias):
+        y = f(qkv, bias)
+        return (y * g).sum(), y
+
+    def dense(qkv, bias):
+        q, k, v = jnp.moveaxis(qkv if bias is None else qkv + bias[None, None], 2, 0)
+        return reference(q, k, v, segments, key, rate)
+
+    def ours(qkv, bias):
+        return flash_attention_of_product(qkv, bias, segments, key, rate)
+
+    def run(f):
+        wanted = (0, 1) if biased else 0
+        gradients, y = jax.jit(jax.grad(functools.partial(weighed, f), wanted, has_aux=True))(qkv, bias)
+        return [y, *jax.tree.leaves(gradients)]
+
+    found, expected = run(ours), run(dense)
+    if biased:
+        assert float(jnp.abs(expected[2][1]).max()) < 1e-4 and not found[2][1].any()
+    assert max(errors(found, expected)) < 5e-6
+
+
+@pytest.mark.parametrize("groups", [4, 2])
+def test_heads_on_two_devices_are_those_of_one(groups):
+    """Bit for bit, dropout masks included."""
+    *arrays, segments, key = case(140, 4, groups, 16, 3, 0.2)
+    run = lambda *arrays: both(lambda *x: flash_attention(*x, segments, key, 0.2), *arrays)  # noqa: E731
+    mesh = jax.make_mesh((2,), ("tensor",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
+    heads = NamedSharding(mesh, PartitionSpec(None, None, "tensor"))
+    with jax.set_mesh(mesh):
+        found = run(*(jax.device_put(x, heads) for x in arrays))
+        text = jax.jit(run).lower(*(jax.device_put(x, heads) for x in arrays)).compile().as_text()
+    assert {x.sharding for x in found} == {heads} and "all-gather" not in text
+    for ours, alone in zip(found, run(*arrays), strict=True):
+        np.testing.assert_array_equal(ours, alone)
+
+
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_sixteen_bits_are_nearer_than_dense_attention_in_them(dtype):
     *arrays, segments, key = case(*GRID["packed, dropout, grouped heads"], dtype=dtype)
@@ -132,6 +181,20 @@ def test_a_run_with_the_kernels_is_the_run_without(tmp_path, corpus, monkeypatch
         monkeypatch.undo()
     assert len(losses["pallas"]) == 3
     assert losses["pallas"] == pytest.approx(losses["blockwise"], rel=1e-5)
+
+
+def test_without_pallas_for_triton_runs_take_another_kernel(tmp_path, corpus, monkeypatch):
+    """JAX means to remove it; whoever doesn't choose its kernels doesn't import it."""
+    for name in [name for name in sys.modules if name.startswith("jax.experimental.pallas.triton")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "jax.experimental.pallas.triton", None)
+    config = Config()
+    assert config.data.pack_sequences and choose_attention(config, H100) == "blockwise"
+    why = f"pallas is written for Triton, which Pallas of JAX {jax.__version__} does not have"
+    assert why_not_fused(config, H100) == why
+    with pytest.raises(UserError, match=r"model.attention \(pallas\) is written for Triton.*; use auto or blockwise"):
+        choose_attention(replace_fields(config, {"model.attention": "pallas"}), H100)
+    Trainer(make_config(tmp_path, corpus, **{"training.max_steps": 1})).train()
 
 
 @pytest.fixture
@@ -194,7 +257,8 @@ PLAIN = {"data.pack_sequences": False, "model.attention_dropout": 0.0}
         (PLAIN | {"data.pack_sequences": True}, H100, "pallas"),
         (PLAIN | {"training.use_amp": False}, H100, "blockwise"),
         ({"model.d_model": 12 * 264}, H100, "blockwise"),
-        ({"training.tensor_parallel": 2}, H100, "blockwise"),
+        ({"training.tensor_parallel": 2}, H100, "pallas"),
+        ({"training.tensor_parallel": 8}, H100, "blockwise"),
         (PLAIN | {"training.tensor_parallel": 2}, H100, "cudnn"),
         ({"model.attention": "blockwise"}, H100, "blockwise"),
         (PLAIN | {"model.attention": "pallas"}, H100, "pallas"),
@@ -213,7 +277,7 @@ def test_the_kernel_of_each_case(fields, capability, kernel):
         ({"model.attention": "pallas"}, None, r"model.attention \(pallas\) needs an NVIDIA GPU; use auto or blockwise"),
         ({"model.attention": "pallas"}, T4, "needs a GPU of compute capability 8 or later, not 7.5"),
         ({"model.attention": "pallas", "training.use_amp": False}, H100, "float32"),
-        ({"model.attention": "pallas", "training.tensor_parallel": 2}, H100, "training.tensor_parallel"),
+        ({"model.attention": "pallas", "training.tensor_parallel": 8}, H100, "training.tensor_parallel"),
         ({"model.attention": "cudnn"}, H100, "packed documents"),
         ({"model.attention": "cudnn", "data.pack_sequences": False}, H100, "model.attention_dropout"),
         (PLAIN | {"model.attention": "cudnn", "model.d_model": 12 * 132}, A100, "a multiple of 8 up to 128, not 132"),

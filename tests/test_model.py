@@ -14,6 +14,7 @@ from flax import nnx
 from jaxlm.config import ModelConfig
 from jaxlm.model import Transformer
 from jaxlm.model.dropout import dropout, row_keys
+from jaxlm.model.layers import Norm
 from jaxlm.ops import blockwise
 from jaxlm.ops.attention_kernels import causal_attention
 from jaxlm.ops.embedding import take_rows
@@ -403,6 +404,58 @@ def test_loss_equals_the_unchunked_one(chunk_bytes, softcap, z_loss):
 
     close(ours(hidden, w), reference(hidden, w), 1e-6)  # without gradient, the other code path
     close(*(jax.value_and_grad(f, (0, 1), has_aux=True)(hidden, w) for f in (ours, reference)), 1e-5)
+
+
+@pytest.mark.parametrize("offset", [0, 64])  # of all logits of a token, as training makes them drift
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_logits_in_sixteen_bits_change_less_than_the_compute_dtype(dtype, offset):
+    """The loss by less than 1e-4, the gradients' error by less than half; bfloat16 logits would be too coarse."""
+    rng = np.random.default_rng(0)
+    common = rng.normal(size=64)
+    common *= (offset**0.5) / np.linalg.norm(common)
+    w = 0.1 * rng.normal(size=(1000, 64)) + common
+    targets = jnp.asarray(rng.integers(0, 1000, (2, 200)), jnp.int32)
+    hidden = rng.normal(size=(2, 200, 64)) + 7 * (w - common)[targets] - common
+    hidden, w = jnp.asarray(hidden, jnp.float32), jnp.asarray(w, jnp.float32)
+
+    def loss_and_gradients(dtype, kept_as):
+        def loss(hidden, w):
+            sums = loss_sums(hidden.astype(dtype), w, targets, jnp.ones((2, 200)), chunk_bytes=2**17, kept_as=kept_as)
+            return sums[0]
+
+        return jax.jit(jax.value_and_grad(loss, (0, 1)))(hidden, w)
+
+    exact, wide, found, coarse = (
+        loss_and_gradients(*dtypes)
+        for dtypes in ((jnp.float32, jnp.float32), (dtype, jnp.float32), (dtype, jnp.float16), (dtype, jnp.bfloat16))
+    )
+    assert abs(found[0] / wide[0] - 1) < 1e-4 and (offset == 0 or abs(coarse[0] / wide[0] - 1) > 1e-4)
+    for ours, theirs, true in zip(found[1], wide[1], exact[1], strict=True):
+        assert jnp.linalg.norm(ours - true) < 1.5 * jnp.linalg.norm(theirs - true)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("kind", ["layernorm", "layernorm without bias", "rmsnorm"])
+def test_norms_and_their_gradients_are_those_of_flax(kind, dtype):
+    rng = np.random.default_rng(0)
+    x, g = (jnp.asarray(3 + rng.normal(size=(5, 7, 24)), dtype) for _ in range(2))
+    config = dataclasses.replace(SMALL, use_bias="without" not in kind, norm_epsilon=1e-3)
+    ours = Norm(24, config, kind=kind.split()[0])
+    if kind == "rmsnorm":
+        flax = nnx.RMSNorm(24, epsilon=1e-3, dtype=jnp.float32, rngs=nnx.Rngs(0))
+    else:
+        flax = nnx.LayerNorm(24, epsilon=1e-3, dtype=jnp.float32, use_bias=config.use_bias, rngs=nnx.Rngs(0))
+
+    def run(norm, x, g):
+        graphdef, params = nnx.split(norm)
+        params = jax.tree.map(lambda p: p + jnp.asarray(np.random.default_rng(1).normal(size=p.shape), p.dtype), params)
+        y, pull = jax.vjp(lambda params, x: nnx.merge(graphdef, params)(x), params, x)
+        return [y, *jax.tree.leaves(pull(g))]
+
+    found, expected = run(ours, x, g), run(flax, x.astype(jnp.float32), g.astype(jnp.float32))
+    assert [y.dtype for y in found] == [dtype, *[jnp.float32] * (len(found) - 2), dtype]
+    for mine, theirs in zip(found, expected, strict=True):
+        close(mine.astype(jnp.float32), theirs, 2e-6 if dtype == jnp.float32 else 8e-3)
 
 
 # ids, rows of the table, how often the same: runs within a block, over two and over many of them, and all in one

@@ -209,29 +209,29 @@ def test_float32_products_take_twice_as_long() -> None:
 
 TWO_ROWS = {"training.batch_size": 2, "training.gradient_accumulation_steps": 16}
 COMPILED = [  # by jax 0.10.2 for H100s, GiB: docs/memory.md
-    ("gpt2_124m", 1, FIELDS, 11.80),
-    ("gpt2_124m", 1, FIELDS | {"model.scan_layers": True}, 17.95),
-    ("gpt2_124m", 1, FIELDS | {"model.gradient_checkpointing": True}, 3.54),
-    ("gpt2_124m", 1, {}, 7.67),
-    ("medium", 1, {}, 2.98),
-    ("gpt2_124m", 8, {"training.zero_stage": 2}, 6.49),
-    ("gpt2_124m", 8, {"training.zero_stage": 3}, 9.02),
-    ("gpt2_350m", 8, {}, 12.99),
-    ("gpt2_1300m", 8, {}, 35.2),
-    ("gpt2_1300m", 8, {"training.zero_stage": 1}, 40.3),
-    ("gpt2_1300m", 8, {"training.zero_stage": 3}, 46.1),
-    ("gpt2_1300m", 8, TWO_ROWS | {"training.zero_stage": 1}, 20.94),
-    ("gpt2_1300m", 8, TWO_ROWS | {"training.zero_stage": 3}, 15.04),
-    ("large", 8, {}, 4.14),
-    ("llama_125m", 8, {}, 7.68),
-    ("gpt2_6700m", 8, {"training.zero_stage": 3}, 22.90),
+    ("gpt2_124m", 1, FIELDS, 11.45),
+    ("gpt2_124m", 1, FIELDS | {"model.scan_layers": True}, 12.21),
+    ("gpt2_124m", 1, FIELDS | {"model.gradient_checkpointing": True}, 3.42),
+    ("gpt2_124m", 1, {}, 7.36),
+    ("medium", 1, {}, 2.89),
+    ("gpt2_124m", 8, {"training.zero_stage": 2}, 6.14),
+    ("gpt2_124m", 8, {"training.zero_stage": 3}, 5.91),
+    ("gpt2_350m", 8, {}, 12.80),
+    ("gpt2_1300m", 8, {}, 34.6),
+    ("gpt2_1300m", 8, {"training.zero_stage": 1}, 38.9),
+    ("gpt2_1300m", 8, {"training.zero_stage": 3}, 31.3),
+    ("gpt2_1300m", 8, TWO_ROWS | {"training.zero_stage": 1}, 19.97),
+    ("gpt2_1300m", 8, TWO_ROWS | {"training.zero_stage": 3}, 10.77),
+    ("large", 8, {}, 4.10),
+    ("llama_125m", 8, {}, 7.41),
+    ("gpt2_6700m", 8, {"training.zero_stage": 3}, 22.81),
 ]
 
 
 @pytest.mark.parametrize(("name", "devices", "fields", "gib"), COMPILED)
-def test_the_approximation_is_within_two_fifths(name: str, devices: int, fields: dict, gib: float) -> None:
+def test_the_approximation_is_within_a_quarter(name: str, devices: int, fields: dict, gib: float) -> None:
     found = memory.estimate(replace_fields(load_config(name), fields), devices)
-    assert found.total / 2**30 == pytest.approx(gib, rel=0.4)
+    assert found.total / 2**30 == pytest.approx(gib, rel=0.25)
 
 
 def test_the_largest_batch_is_found_in_a_few_calls() -> None:

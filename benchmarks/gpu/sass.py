@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxlm.ops.flash import TILES, Tile, flash_attention
+from jaxlm.ops.flash import flash_attention
+from jaxlm.ops.flash_kernels import TILES, Tile
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from lib.report import markdown

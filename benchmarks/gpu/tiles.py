@@ -1,7 +1,7 @@
 """Which tiles of the fused attention kernels are fastest on this GPU: python benchmarks/gpu/tiles.py [--sizes 64 128]
 
 Each kernel is timed by itself, packed with and without dropout and unpacked, at GPT-2's 32 x 1024 tokens. The tiles in
-use stand first. What does not compile is shown as such. For choosing TILES in jaxlm/ops/flash.py.
+use stand first. What does not compile is shown as such. For choosing TILES in jaxlm/ops/flash_kernels.py.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from kernels import reason, seconds_a_call
 from lib.report import markdown
 
 from jaxlm.ops import flash
-from jaxlm.ops.flash import TILES, Tile
+from jaxlm.ops.flash_kernels import TILES, Constants, Inputs, Tile
 
 KERNELS = {"forward": "forward", "keys": "keys_and_values", "queries": "queries"}  # and their fields of Tiles
 TRIED = {
@@ -62,13 +62,14 @@ def program(kernel: str, size: int, tile: Tile, case: Case) -> tuple[Callable[..
     """A function of one kernel alone, and its arguments."""
     q, k, v, g, segments, key, row = arrays(case)
     tiles = TILES[size]._replace(**{KERNELS[kernel]: tile})
-    constants = flash.Constants(size**-0.5, RATE if case.dropout else 0.0, tiles)
-    segments, key = segments if case.segments else None, key if case.dropout else None
-    x = flash.Inputs(q, g, k, v, row, row, segments, None, key)
+    constants = Constants(size**-0.5, RATE if case.dropout else 0.0, tiles)
+    x = Inputs(q, k, v, None, segments if case.segments else None, key if case.dropout else None)
     if kernel == "forward":
-        return lambda x: flash.forward(x, constants)[1][1:], (x._replace(g=None, lse=None, delta=None),)
-    wanted = slice(0, 1) if kernel == "queries" else slice(1, 3)  # XLA leaves the other kernel out
-    return lambda x: flash.gradients(x, constants)[wanted], (x,)
+        return lambda x: flash.forward(x, constants)[1][-3:], (x,)
+    x = x._replace(g=g, lse=row)
+    if kernel == "queries":
+        return lambda x: flash.query_gradients(x, constants), (x._replace(out=g),)
+    return lambda x: flash.key_gradients(x, constants), (x._replace(delta=row),)
 
 
 def main(arguments: list[str]) -> None:

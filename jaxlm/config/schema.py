@@ -232,7 +232,7 @@ class TrainingConfig(Section):
     offload_optimizer: bool = option(False, "keep the optimizer state in host memory", resumable=True)
     loss_chunk_mib: int | None = option(
         None,
-        "MiB of float32 logits that a device holds at a time; none: 32 on CPU, 512 on a GPU",
+        "MiB of logits that a device holds at a time; none: 32 on CPU, 512 on a GPU",
         low=1,
         high=2**20,
         resumable=True,

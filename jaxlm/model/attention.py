@@ -11,9 +11,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxlm.config import ModelConfig
-from jaxlm.model.layers import Linear
+from jaxlm.model.layers import Linear, Norm
 from jaxlm.model.positions import rotate
 from jaxlm.ops.attention_kernels import causal_attention
+from jaxlm.ops.flash import flash_attention_of_product
 from jaxlm.ops.masks import MASKED
 from jaxlm.ops.matmul import einsum
 
@@ -38,8 +39,10 @@ class Attention(nnx.Module):
             self.kv = Linear(d, (2, config.kv_heads * head_size), 0.02, dtype, rngs, use_bias=bias)
         self.out = Linear(d, (d,), 0.02 / (2 * config.n_layers) ** 0.5, dtype, rngs, use_bias=bias)
         if config.qk_norm:
-            self.q_norm = nnx.RMSNorm(head_size, epsilon=config.norm_epsilon, dtype=dtype, rngs=rngs)
-            self.k_norm = nnx.RMSNorm(head_size, epsilon=config.norm_epsilon, dtype=dtype, rngs=rngs)
+            self.q_norm = Norm(head_size, config, kind="rmsnorm")
+            self.k_norm = Norm(head_size, config, kind="rmsnorm")
+        # Whether nothing is done to queries and keys, so that the kernels can read them where the product stands.
+        self.reads_product = config.kv_heads == config.n_heads and not config.qk_norm and config.positions != "rotary"
 
     def heads(self, x_BTD: jax.Array, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Queries [B, T, H, K], keys and values [B, T, G, K]; normalised and rotated as the configuration says."""
@@ -59,8 +62,15 @@ class Attention(nnx.Module):
     def __call__(
         self, x_BTD: jax.Array, segments_BT: jax.Array | None, positions_BT: jax.Array, key_B2: jax.Array | None
     ) -> tuple[jax.Array, Cache]:
-        q, k, v = self.heads(x_BTD, positions_BT)
         rate, implementation = self.config.attention_dropout, self.implementation
+        if implementation == "pallas" and self.reads_product:
+            product_BT3D, bias_3D = self.qkv.parts(x_BTD)
+            split = lambda x: x.reshape(*x.shape[:-1], self.config.n_heads, -1)  # noqa: E731
+            bias_3HK = None if bias_3D is None else split(bias_3D)
+            y_BTHK = flash_attention_of_product(split(product_BT3D), bias_3HK, segments_BT, key_B2, rate)
+            biased = split(product_BT3D if bias_3D is None else product_BT3D + bias_3D[None, None])
+            return self.out(y_BTHK.reshape(x_BTD.shape)), (biased[:, :, 1], biased[:, :, 2])
+        q, k, v = self.heads(x_BTD, positions_BT)
         y_BTHK = causal_attention(q, k, v, segments_BT, key_B2, rate, implementation=implementation)
         return self.out(y_BTHK.reshape(x_BTD.shape)), (k, v)
 

@@ -13,6 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jaxlm.config import ModelConfig
 from jaxlm.ops.matmul import add_bias, matmul
+from jaxlm.ops.norms import normalise
 from jaxlm.ops.scheduling import recomputed
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {  # of float32 values
@@ -25,15 +26,18 @@ GATES = {"swiglu": "swish", "geglu": "gelu"}  # the activation of the gate
 PRODUCT = "product"  # checkpoint name of the products, which remat_policy dots keeps
 
 
-def activate(x: jax.Array, name: str) -> jax.Array:
-    """The feed-forward activation, computed in float32: [B, T, F] of [B, T, F], or of [B, T, 2, F] if it is gated."""
+def activate(x: jax.Array, bias: jax.Array | None, name: str) -> jax.Array:
+    """The feed-forward activation of x + bias, computed in float32; the backward pass keeps x alone.
 
-    def f(x: jax.Array) -> jax.Array:
-        wide = x.astype(jnp.float32)
+    [B, T, F] of [B, T, F], or of [B, T, 2, F] if it is gated; `bias` has the last axes of x.
+    """
+
+    def f(x: jax.Array, bias: jax.Array | None) -> jax.Array:
+        wide = (x if bias is None else add_bias(x, bias)).astype(jnp.float32)
         y = ACTIVATIONS[GATES[name]](wide[:, :, 0]) * wide[:, :, 1] if name in GATES else ACTIVATIONS[name](wide)
         return y.astype(x.dtype)
 
-    return recomputed(f)(x)
+    return recomputed(f)(x, bias)
 
 
 class Linear(nnx.Module):
@@ -50,22 +54,28 @@ class Linear(nnx.Module):
         if use_bias:
             self.bias = nnx.Param(jnp.zeros(d_out))
 
-    def __call__(self, x_BTI: jax.Array) -> jax.Array:
+    def parts(self, x_BTI: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+        """x @ kernel, and the bias, for those who can add it as they read the product."""
         y_BTO = matmul(x_BTI.astype(self.dtype), self.kernel[...].astype(self.dtype))
-        if self.use_bias:
-            y_BTO = add_bias(y_BTO, self.bias[...].astype(self.dtype))
-        return checkpoint_name(y_BTO, PRODUCT)
+        return checkpoint_name(y_BTO, PRODUCT), self.bias[...].astype(self.dtype) if self.use_bias else None
+
+    def __call__(self, x_BTI: jax.Array) -> jax.Array:
+        y_BTO, bias_O = self.parts(x_BTI)
+        return y_BTO if bias_O is None else add_bias(y_BTO, bias_O)
 
 
-def make_norm(config: ModelConfig, dtype: Any, rngs: nnx.Rngs) -> nnx.LayerNorm | nnx.RMSNorm:
-    """The norm of the residual stream that `config.norm` names; statistics are float32.
+class Norm(nnx.Module):
+    """LayerNorm or RMSNorm (`kind`) of the last axis, of `size` channels, in the dtype of its input."""
 
-    RMSNorm: Zhang and Sennrich 2019, arXiv:1910.07467.
-    """
-    if config.norm == "rmsnorm":
-        return nnx.RMSNorm(config.d_model, epsilon=config.norm_epsilon, dtype=dtype, rngs=rngs)
-    epsilon, use_bias = config.norm_epsilon, config.use_bias
-    return nnx.LayerNorm(config.d_model, epsilon=epsilon, use_bias=use_bias, dtype=dtype, rngs=rngs)
+    def __init__(self, size: int, config: ModelConfig, *, kind: str):
+        self.epsilon, self.centred = config.norm_epsilon, kind == "layernorm"
+        self.scale = nnx.Param(jnp.ones(size))
+        if self.centred and config.use_bias:
+            self.bias = nnx.Param(jnp.zeros(size))
+        self.use_bias = self.centred and config.use_bias
+
+    def __call__(self, x_ND: jax.Array) -> jax.Array:
+        return normalise(x_ND, self.scale[...], self.bias[...] if self.use_bias else None, self.epsilon, self.centred)
 
 
 class Mlp(nnx.Module):
@@ -82,4 +92,4 @@ class Mlp(nnx.Module):
         self.down = Linear(f, (d,), 0.02 / (2 * config.n_layers) ** 0.5, dtype, rngs, use_bias=bias)
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        return self.down(activate(self.up(x_BTD), self.activation))
+        return self.down(activate(*self.up.parts(x_BTD), self.activation))

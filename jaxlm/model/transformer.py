@@ -16,7 +16,7 @@ from flax import nnx
 from jaxlm.config import ModelConfig
 from jaxlm.model.attention import Attention, Cache
 from jaxlm.model.dropout import dropout
-from jaxlm.model.layers import PRODUCT, Mlp, make_norm
+from jaxlm.model.layers import PRODUCT, Mlp, Norm
 from jaxlm.model.positions import sinusoids
 from jaxlm.ops.embedding import take_rows
 from jaxlm.ops.matmul import einsum
@@ -48,8 +48,8 @@ class Block(nnx.Module):
         self.config = config
         self.attention = Attention(config, implementation, dtype, rngs)
         self.mlp = Mlp(config, dtype, rngs)
-        self.norm1 = make_norm(config, dtype, rngs)
-        self.norm2 = make_norm(config, dtype, rngs)
+        self.norm1 = Norm(config.d_model, config, kind=config.norm)
+        self.norm2 = Norm(config.d_model, config, kind=config.norm)
 
     def _residuals(self, x_BTD: jax.Array, attend: Callable[[jax.Array], tuple[jax.Array, Cache]], keys: Any) -> Any:
         pre, rate = self.config.pre_norm, self.config.dropout
@@ -98,7 +98,7 @@ class Transformer(nnx.Module):
         stack = nnx.vmap(lambda rngs: self.block_class(config, implementation, dtype, rngs))
         self.blocks = stack(rngs.split(config.n_layers))
         if config.pre_norm:
-            self.final_norm = make_norm(config, dtype, rngs)
+            self.final_norm = Norm(config.d_model, config, kind=config.norm)
         if not config.tie_embeddings:
             self.output_embedding = nnx.Param(normal(rngs.params(), shape))
 

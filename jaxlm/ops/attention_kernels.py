@@ -7,6 +7,8 @@ Shapes: B rows, T positions, H query heads, G heads of keys and values, K channe
 - `blockwise`: plain JAX (blockwise.py), for everything, on every backend.
 """
 
+import importlib.util
+
 import jax
 
 from jaxlm.config import Config
@@ -68,9 +70,12 @@ def why_unsupported(kernel: str, config: Config, capability: float | None) -> st
     if not training.use_amp:
         return "has no float32 (training.use_amp false)"
     if kernel == "pallas":
+        if importlib.util.find_spec("jax.experimental.pallas.triton") is None:
+            return f"is written for Triton, which Pallas of JAX {jax.__version__} does not have"
         if head_size > MAX_HEAD_SIZE:
             return f"needs a head size up to {MAX_HEAD_SIZE}, not {head_size}"
-        return "can't be split over devices (training.tensor_parallel)" if training.tensor_parallel > 1 else None
+        split = model.kv_heads % training.tensor_parallel == 0
+        return None if split else f"can't split {model.kv_heads} heads (training.tensor_parallel)"
     if config.data.pack_sequences:
         return "can't keep packed documents apart (data.pack_sequences)"
     if model.attention_dropout:

@@ -13,78 +13,19 @@ for tests. JAX 0.11 raises a DeprecationWarning when it lowers them (pyproject.t
 """
 
 import functools
-import math
 from collections.abc import Callable
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
+from jax.sharding import AxisType, PartitionSpec
 
-from jaxlm.ops.masks import MASKED, keep_elements
+from jaxlm.ops.flash_kernels import TILES, Constants, Inputs, Tile, forward_kernel, keys_kernel, queries_kernel
 
 MAX_HEAD_SIZE = 256
-_LOG2_E = math.log2(math.e)  # the kernels' exponentials and logarithms are of base 2
-
-
-class Tile(NamedTuple):
-    """Block sizes of a kernel, and how Triton compiles it."""
-
-    queries: int
-    keys: int
-    warps: int
-    stages: int
-
-
-class Tiles(NamedTuple):
-    forward: Tile
-    keys_and_values: Tile  # the backward kernel of their gradients
-    queries: Tile  # the backward kernel of the queries' gradients
-
-    @property
-    def longest(self) -> int:
-        """Positions that rows are padded to a multiple of."""
-        return max(max(tile.queries, tile.keys) for tile in self)
-
-
-# By the padded head size. The backward ones of 64 were the fastest on an H200 (benchmarks/gpu/tiles.py). The rest is
-# chosen from what Triton compiles for 8.0 and 9.0 (benchmarks/gpu/sass.py): hardly any registers spilled, and at most
-# the 99 KiB of shared memory of the smallest GPUs.
-TILES = {
-    16: Tiles(Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)),
-    32: Tiles(Tile(128, 64, 4, 3), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)),
-    64: Tiles(Tile(128, 64, 4, 3), Tile(64, 64, 4, 3), Tile(64, 64, 4, 2)),
-    128: Tiles(Tile(128, 64, 8, 2), Tile(64, 64, 8, 2), Tile(64, 64, 8, 2)),
-    256: Tiles(Tile(64, 32, 8, 2), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
-}
-
-
-class Constants(NamedTuple):
-    """What is compiled into the kernels."""
-
-    scale: float  # of the scores
-    rate: float  # of dropout
-    tiles: Tiles
-
-
-Pair = tuple[jax.Array, jax.Array]  # of queries and of keys
-Partition = tuple[tuple[int, int, int], "Inputs[pl.BlockSpec]"]  # a kernel's grid, and the parts that a program gets
-Shapes = dict[str, jax.Array | jax.ShapeDtypeStruct]  # of outputs, by the names of inputs that are partitioned alike
-T = TypeVar("T")  # jax.Array; pl.BlockSpec, the part of the array that a program gets; jax.Ref, that part in a kernel
-
-
-class Inputs(NamedTuple, Generic[T]):
-    """What the kernels read. Fields are None where a kernel or the case doesn't need them."""
-
-    q: T  # [B, T, H, K]
-    g: T  # the output's gradient, [B, T, H, K]
-    k: T  # [B, T, G, K]
-    v: T
-    lse: T  # log-sum-exp of the scores, base 2, float32 [B, H, T]
-    delta: T  # sum over K of output * gradient, float32 [B, H, T]
-    segments: T | None  # int32 [B, T]
-    limits: T | None  # int32 [B, blocks], of `_limits`
-    key: T | None  # of dropout, uint32 [B, 2]
+Partition = tuple[tuple[int, int, int], Inputs]  # a kernel's grid, and the parts that a program gets
+Outputs = list[tuple[pl.BlockSpec, tuple[int, ...], Any]]  # the part that a program writes, shape and dtype of each
 
 
 def padded_head_size(head_size: int) -> int:
@@ -96,14 +37,54 @@ def flash_attention(
     q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None, key: jax.Array | None, rate: float
 ) -> jax.Array:
     """`attention_kernels.causal_attention`, [B, T, H, K], of any floating-point dtype and of K up to MAX_HEAD_SIZE."""
-    _, t, _, size = q.shape
+    return _attend(Inputs(q, k, v, None, segments, key), rate)
+
+
+def flash_attention_of_product(
+    qkv: jax.Array, bias: jax.Array | None, segments: jax.Array | None, key: jax.Array | None, rate: float
+) -> jax.Array:
+    """`flash_attention` of the parts of qkv + bias; qkv [B, T, 3, H, K], bias [3, H, K]."""
+    return _attend(Inputs(qkv, None, None, bias, segments, key), rate)
+
+
+def _attend(x: Inputs, rate: float) -> jax.Array:
+    """On all devices that the compiler divides heads over (tensor parallelism), each with its own heads."""
+    mesh = jax.sharding.get_abstract_mesh()
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    axes = tuple(name for name, kind in kinds if kind == AxisType.Auto and mesh.shape[name] > 1)
+    if not axes:
+        return _attend_here(x, rate)
+
+    def here(x: Inputs) -> jax.Array:
+        heads = x.q.shape[-2]
+        return _attend_here(x, rate, jax.lax.axis_index(axes) * heads)
+
+    specs = Inputs(*(None if y is None else PartitionSpec(*[None] * (y.ndim - 2), axes, None) for y in x[:4]))
+    specs = specs._replace(**{name: PartitionSpec() for name in ("segments", "key") if getattr(x, name) is not None})
+    out = PartitionSpec(None, None, axes, None)
+    return jax.shard_map(here, in_specs=(specs,), out_specs=out, axis_names=set(axes), check_vma=False)(x)
+
+
+def _attend_here(x: Inputs, rate: float, first_head: jax.Array | int = 0) -> jax.Array:
+    t, size = x.q.shape[1], x.q.shape[-1]
     width = padded_head_size(size)
-    constants = Constants(size**-0.5, 0.0 if key is None else rate, TILES[width])
-    padding = (0, -t % constants.tiles.longest)
-    q, k, v = (jnp.pad(x, ((0, 0), padding, (0, 0), (0, width - size))) for x in (q, k, v))
-    segments = None if segments is None else jnp.pad(segments, ((0, 0), padding))
-    x = Inputs(q, None, k, v, None, None, segments, None, key if constants.rate else None)
-    return _flash(x, constants)[:, :t, :, :size]
+    constants = Constants(size**-0.5, 0.0 if x.key is None else rate, TILES[width])
+
+    def pad(y: jax.Array | None, positions: int) -> jax.Array | None:
+        """With `positions` more of them, if y has some, and the channels of the kernels."""
+        if y is None:
+            return None
+        missing = [(0, 0)] * (y.ndim - 1) + [(0, width - size)]
+        missing[1] = (0, positions)
+        return jnp.pad(y, missing)
+
+    missing = -t % constants.tiles.longest
+    q, k, v, bias = pad(x.q, missing), pad(x.k, missing), pad(x.v, missing), pad(x.bias, 0)
+    segments = None if x.segments is None else jnp.pad(x.segments, ((0, 0), (0, missing)))
+    key = None
+    if constants.rate:
+        key = jnp.pad(x.key, ((0, 0), (0, 1))).at[:, 2].set(jnp.asarray(first_head, jnp.uint32))
+    return _flash(Inputs(q, k, v, bias, segments, key), constants)[:, :t, :, :size]
 
 
 def _limits(segments_BT: jax.Array | None, tile: Tile, of_keys: bool = False) -> jax.Array | None:
@@ -125,198 +106,113 @@ def _limits(segments_BT: jax.Array | None, tile: Tile, of_keys: bool = False) ->
     return first_BT[:, :: tile.queries] // tile.keys
 
 
-def _dot(x: jax.Array, y: jax.Array, *, trans_b: bool = False) -> jax.Array:
-    """Product of two blocks, summed in float32."""
-    from jax.experimental.pallas import triton  # only where a kernel is compiled: it is deprecated
-
-    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    return triton.dot(x, y, trans_b=trans_b, precision=precision)
-
-
-def _scores(x: jax.Array, y: jax.Array, positions: Pair, segments: Pair | None, constants: Constants) -> jax.Array:
-    """Scores, base 2, of two blocks, queries and keys in either order, masked where a query does not see a key."""
-    visible = positions[1] <= positions[0]
-    if segments is not None:
-        visible = visible & (segments[0] == segments[1])
-    return jnp.where(visible, _dot(x, y, trans_b=True) * (constants.scale * _LOG2_E), MASKED)
-
-
-def _kept(key: jax.Ref | None, head: jax.Array, positions: Pair, rate: float) -> jax.Array:
-    """The dropout mask of a block of scores."""
-    assert key is not None
-    coordinates = tuple(jnp.asarray(x, jnp.uint32) for x in (head, *positions))
-    return keep_elements(key[0], key[1], coordinates, rate)
-
-
-def _load(ref: jax.Ref | None, block: slice | pl.Slice) -> jax.Array | None:
-    return None if ref is None else ref[block]
-
-
-def _pair(queries: jax.Array | None, keys: jax.Array | None, keys_first: bool = False) -> Any:
-    """Vectors [M] and [N] with a second axis, so that they broadcast to scores [M, N] or [N, M]; None if not given."""
-    if queries is None or keys is None:
-        return None
-    return (queries[None, :], keys[:, None]) if keys_first else (queries[:, None], keys[None, :])
-
-
-def _forward_kernel(x: Inputs[jax.Ref], out_ref: jax.Ref, lse_ref: jax.Ref, *, constants: Constants) -> None:
-    """Writes the output and the log-sum-exp of one block of queries and one head."""
-    m, n, _, _ = constants.tiles.forward
-    i, head = pl.program_id(0), pl.program_id(2)
-    q_positions, q_MK = i * m + jnp.arange(m), x.q[...]
-    q_segments = _load(x.segments, pl.ds(i * m, m))
-
-    def add_keys(j: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        max_M, total_M, acc_MK = carry
-        block = pl.ds(j * n, n)
-        positions, k_NK = _pair(q_positions, j * n + jnp.arange(n)), x.k[block, :]
-        segments = _pair(q_segments, _load(x.segments, block))
-        s_MN = _scores(q_MK, k_NK, positions, segments, constants)
-        new_M = jnp.maximum(max_M, s_MN.max(axis=1))
-        p_MN, shrink_M = jnp.exp2(s_MN - new_M[:, None]), jnp.exp2(max_M - new_M)
-        total_M = total_M * shrink_M + p_MN.sum(axis=1)
-        if constants.rate:
-            p_MN = jnp.where(_kept(x.key, head, positions, constants.rate), p_MN, 0.0)
-        v_NK = x.v[block, :]
-        return new_M, total_M, acc_MK * shrink_M[:, None] + _dot(p_MN.astype(v_NK.dtype), v_NK)
-
-    first = 0 if x.limits is None else x.limits[...]
-    zeros_M = jnp.zeros((m,), jnp.float32)
-    carry = (zeros_M + MASKED, zeros_M, jnp.zeros(q_MK.shape, jnp.float32))
-    max_M, total_M, acc_MK = jax.lax.fori_loop(first, jax.lax.div((i + 1) * m + (n - 1), n), add_keys, carry)
-    out_ref[...] = (acc_MK / (total_M * (1 - constants.rate))[:, None]).astype(out_ref.dtype)
-    lse_ref[...] = max_M + jnp.log2(total_M)
-
-
-def _keys_kernel(x: Inputs[jax.Ref], dk_ref: jax.Ref, dv_ref: jax.Ref, *, constants: Constants) -> None:
-    """Writes the gradients of one block of keys and values, summed over the R query heads that share it."""
-    m, n, _, _ = constants.tiles.keys_and_values
-    j, group = pl.program_id(0), pl.program_id(2)
-    k_positions, k_NK, v_NK = j * n + jnp.arange(n), x.k[...], x.v[...]
-    k_segments = _load(x.segments, pl.ds(j * n, n))
-    length, shared, _ = x.q.shape
-
-    def add_queries(i: jax.Array, carry: tuple[jax.Array, ...], r: jax.Array) -> tuple[jax.Array, ...]:
-        dk_NK, dv_NK = carry
-        block = pl.ds(i * m, m)
-        positions = _pair(i * m + jnp.arange(m), k_positions, keys_first=True)
-        q_MK, g_MK = x.q[block, r, :], x.g[block, r, :]
-        segments = _pair(_load(x.segments, block), k_segments, keys_first=True)
-        p_NM = jnp.exp2(_scores(k_NK, q_MK, positions, segments, constants) - x.lse[r, block][None, :])
-        dp_NM = _dot(v_NK, g_MK, trans_b=True)
-        dropped_NM = p_NM
-        if constants.rate:
-            kept = _kept(x.key, group * shared + r, positions, constants.rate)
-            dropped_NM, dp_NM = (jnp.where(kept, y * (1 / (1 - constants.rate)), 0.0) for y in (p_NM, dp_NM))
-        ds_NM = p_NM * (dp_NM - x.delta[r, block][None, :])
-        return dk_NK + _dot(ds_NM.astype(q_MK.dtype), q_MK), dv_NK + _dot(dropped_NM.astype(g_MK.dtype), g_MK)
-
-    first, end = jax.lax.div(j * n, m), length // m if x.limits is None else x.limits[...]
-
-    def add_head(r: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        return jax.lax.fori_loop(first, end, functools.partial(add_queries, r=r), carry)
-
-    zeros_NK = jnp.zeros(k_NK.shape, jnp.float32)
-    dk_NK, dv_NK = jax.lax.fori_loop(0, shared, add_head, (zeros_NK, zeros_NK))
-    dk_ref[...] = (dk_NK * constants.scale).astype(dk_ref.dtype)
-    dv_ref[...] = dv_NK.astype(dv_ref.dtype)
-
-
-def _queries_kernel(x: Inputs[jax.Ref], dq_ref: jax.Ref, *, constants: Constants) -> None:
-    """Writes the gradient of one block of queries of one head."""
-    m, n, _, _ = constants.tiles.queries
-    i, head = pl.program_id(0), pl.program_id(2)
-    q_positions, q_MK, g_MK = i * m + jnp.arange(m), x.q[...], x.g[...]
-    lse_M, delta_M = x.lse[...], x.delta[...]
-    q_segments = _load(x.segments, pl.ds(i * m, m))
-
-    def add_keys(j: jax.Array, dq_MK: jax.Array) -> jax.Array:
-        block = pl.ds(j * n, n)
-        positions, k_NK = _pair(q_positions, j * n + jnp.arange(n)), x.k[block, :]
-        segments = _pair(q_segments, _load(x.segments, block))
-        p_MN = jnp.exp2(_scores(q_MK, k_NK, positions, segments, constants) - lse_M[:, None])
-        dp_MN = _dot(g_MK, x.v[block, :], trans_b=True)
-        if constants.rate:
-            kept = _kept(x.key, head, positions, constants.rate)
-            dp_MN = jnp.where(kept, dp_MN * (1 / (1 - constants.rate)), 0.0)
-        ds_MN = p_MN * (dp_MN - delta_M[:, None])
-        return dq_MK + _dot(ds_MN.astype(k_NK.dtype), k_NK)
-
-    first, end = 0 if x.limits is None else x.limits[...], jax.lax.div((i + 1) * m + (n - 1), n)
-    dq_MK = jax.lax.fori_loop(first, end, add_keys, jnp.zeros(q_MK.shape, jnp.float32))
-    dq_ref[...] = (dq_MK * constants.scale).astype(dq_ref.dtype)
-
-
-def _specs(queries: pl.BlockSpec, keys: pl.BlockSpec, rows: pl.BlockSpec, length: int) -> Inputs[pl.BlockSpec]:
-    """The specs of all inputs from those of [B, T, H, K], [B, T, G, K] and [B, H, T]. The grid is (block, B, head)."""
+def _specs(x: Inputs, q: pl.BlockSpec, keys: pl.BlockSpec, g: pl.BlockSpec, rows: pl.BlockSpec) -> Inputs:
+    """The specs of all inputs from those of q, of k and v, of g and the output, and of [B, H, T]."""
+    length, width = x.q.shape[1], x.q.shape[-1]
+    if x.k is None:
+        q = pl.BlockSpec((None, length, 3, None, width), lambda block, b, head: (b, 0, 0, head, 0))
+    bias = pl.BlockSpec((3, None, width), lambda block, b, head: (0, head, 0))
     segments = pl.BlockSpec((None, length), lambda block, b, head: (b, 0))
+    key = pl.BlockSpec((None, 3), lambda block, b, head: (b, 0))
     limits = pl.BlockSpec((None, None), lambda block, b, head: (b, block))
-    key = pl.BlockSpec((None, 2), lambda block, b, head: (b, 0))
-    return Inputs(queries, queries, keys, keys, rows, rows, segments, limits, key)
+    return Inputs(q, keys, keys, bias, segments, key, limits, g, g, rows, rows)
 
 
-def _by_queries(x: Inputs[jax.Array], tile: Tile) -> Partition:
+def _by_queries(x: Inputs, tile: Tile) -> Partition:
     """For programs that each get one block of queries of one head, and all keys that this head sees."""
-    b, t, h, width = x.q.shape
-    shared = h // x.k.shape[2]
-    queries = pl.BlockSpec((None, tile.queries, None, width), lambda i, b, h: (b, i, h, 0))
+    b, t, *_, h, width = x.q.shape
+    shared = 1 if x.k is None else h // x.k.shape[2]
+    q = pl.BlockSpec((None, t, None, width), lambda i, b, h: (b, 0, h, 0))
     keys = pl.BlockSpec((None, t, None, width), lambda i, b, h: (b, 0, h // shared, 0))
+    g = pl.BlockSpec((None, tile.queries, None, width), lambda i, b, h: (b, i, h, 0))
     rows = pl.BlockSpec((None, None, tile.queries), lambda i, b, h: (b, h, i))
-    return (t // tile.queries, b, h), _specs(queries, keys, rows, t)
+    return (t // tile.queries, b, h), _specs(x, q, keys, g, rows)
 
 
-def _by_keys(x: Inputs[jax.Array], tile: Tile) -> Partition:
+def _by_keys(x: Inputs, tile: Tile) -> Partition:
     """For programs that each get one block of keys of one head, and all queries of the heads that share it."""
-    b, t, h, width = x.q.shape
-    groups = x.k.shape[2]
+    b, t, *_, h, width = x.q.shape
+    groups = h if x.k is None else x.k.shape[2]
     queries = pl.BlockSpec((None, t, h // groups, width), lambda j, b, g: (b, 0, g, 0))
-    keys = pl.BlockSpec((None, tile.keys, None, width), lambda j, b, g: (b, j, g, 0))
+    keys = pl.BlockSpec((None, t, None, width), lambda j, b, g: (b, 0, g, 0))
     rows = pl.BlockSpec((None, h // groups, t), lambda j, b, g: (b, g, 0))
-    return (t // tile.keys, b, groups), _specs(queries, keys, rows, t)
+    return (t // tile.keys, b, groups), _specs(x, queries, keys, queries, rows)
 
 
 def _launch(
-    kernel: Callable[..., None], constants: Constants, tile: Tile, x: Inputs, partition: Partition, outputs: Shapes
+    kernel: Callable[..., None],
+    constants: Constants,
+    tile: Tile,
+    x: Inputs,
+    partition: Partition,
+    outputs: Outputs,
+    into: jax.Array | None = None,
 ) -> list[jax.Array]:
-    """Calls a kernel; on CPU it is interpreted."""
+    """Calls a kernel; on CPU it is interpreted. The first output is `into` but for what is written."""
     from jax.experimental.pallas import triton
 
     grid, specs = partition
+    in_specs = [Inputs(*(None if array is None else spec for array, spec in zip(x, specs, strict=True)))]
+    arguments = [x] if into is None else [x, into]
 
-    def call(x: Inputs, interpret: bool) -> list[jax.Array]:
+    def call(arguments: list[Any], interpret: bool) -> list[jax.Array]:
         return pl.pallas_call(
             functools.partial(kernel, constants=constants),
-            name=kernel.__name__.strip("_"),
+            name=kernel.__name__,
             grid=grid,
-            in_specs=[Inputs(*(None if array is None else spec for array, spec in zip(x, specs, strict=True)))],
-            out_specs=[getattr(specs, name) for name in outputs],
-            out_shape=[jax.ShapeDtypeStruct(y.shape, y.dtype) for y in outputs.values()],
+            in_specs=in_specs if into is None else [*in_specs, outputs[0][0]],
+            out_specs=[spec for spec, _, _ in outputs],
+            out_shape=[jax.ShapeDtypeStruct(shape, dtype) for _, shape, dtype in outputs],
+            input_output_aliases={} if into is None else {len(jax.tree.leaves(x)): 0},
             compiler_params=triton.CompilerParams(num_warps=tile.warps, num_stages=tile.stages),
             interpret=interpret,
-        )(x)
+        )(*arguments)
 
     interpreted, compiled = (functools.partial(call, interpret=interpret) for interpret in (True, False))
-    return jax.lax.platform_dependent(x, cpu=interpreted, default=compiled)
+    return jax.lax.platform_dependent(arguments, cpu=interpreted, default=compiled)
 
 
-def forward(x: Inputs[jax.Array], constants: Constants) -> tuple[jax.Array, tuple[Inputs, jax.Array, jax.Array]]:
-    """The output [B, T, H, K], and what the backward pass needs: x, the output and the log-sum-exp [B, H, T]."""
-    tile, (b, t, h, _) = constants.tiles.forward, x.q.shape
+def forward(x: Inputs, constants: Constants) -> tuple[jax.Array, Inputs]:
+    """The output [B, T, H, K], and what the backward pass needs."""
+    tile, (b, t, *_, h, width) = constants.tiles.forward, x.q.shape
+    grid, specs = _by_queries(x, tile)
+    outputs: Outputs = [(specs.g, (b, t, h, width), x.q.dtype), (specs.lse, (b, h, t), jnp.float32)]
     limited = x._replace(limits=_limits(x.segments, tile))
-    outputs: Shapes = {"q": x.q, "lse": jax.ShapeDtypeStruct((b, h, t), jnp.float32)}
-    out, lse = _launch(_forward_kernel, constants, tile, limited, _by_queries(x, tile), outputs)
-    return out, (x, out, lse)
+    out, lse = _launch(forward_kernel, constants, tile, limited, (grid, specs), outputs)
+    return out, x._replace(out=out, lse=lse)
 
 
-def gradients(x: Inputs[jax.Array], constants: Constants) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Gradients of q, k and v."""
-    tile = constants.tiles.queries
+def query_gradients(x: Inputs, constants: Constants) -> list[jax.Array]:
+    """Of x with `g`: the gradient of q (of a product with that part alone written), delta, and sums for the bias."""
+    tile, (b, t, *_, h, width) = constants.tiles.queries, x.q.shape
+    grid, specs = _by_queries(x, tile)
+    own = specs.g
+    if x.k is None:
+        own = pl.BlockSpec((None, tile.queries, None, None, width), lambda i, b, h: (b, i, 0, h, 0))
+    outputs: Outputs = [(own, x.q.shape, x.q.dtype), (specs.lse, (b, h, t), jnp.float32), *_sums(x, grid)]
     x = x._replace(limits=_limits(x.segments, tile))
-    (dq,) = _launch(_queries_kernel, constants, tile, x, _by_queries(x, tile), {"q": x.q})
-    tile = constants.tiles.keys_and_values
-    x = x._replace(limits=_limits(x.segments, tile, of_keys=True))
-    dk, dv = _launch(_keys_kernel, constants, tile, x, _by_keys(x, tile), {"k": x.k, "v": x.v})
-    return dq, dk, dv
+    return _launch(queries_kernel, constants, tile, x, (grid, specs), outputs)
+
+
+def key_gradients(x: Inputs, constants: Constants, into: jax.Array | None = None) -> list[jax.Array]:
+    """Of x with `g` and `delta`: the gradients of k and v; of a product `into` with them, and sums for the bias."""
+    tile, width = constants.tiles.keys_and_values, x.q.shape[-1]
+    grid, specs = _by_keys(x, tile)
+    if x.k is None:
+        parts = pl.BlockSpec((None, tile.keys, 3, None, width), lambda j, b, h: (b, j, 0, h, 0))
+        outputs: Outputs = [(parts, x.q.shape, x.q.dtype), *_sums(x, grid)]
+    else:
+        own = pl.BlockSpec((None, tile.keys, None, width), lambda j, b, g: (b, j, g, 0))
+        outputs = [(own, x.k.shape, x.k.dtype)] * 2
+    x = x._replace(limits=_limits(x.segments, tile, of_keys=True), out=None)
+    return _launch(keys_kernel, constants, tile, x, (grid, specs), outputs, into)
+
+
+def _sums(x: Inputs, grid: tuple[int, int, int]) -> Outputs:
+    """The output for what each program sums up if there are biases, float32 [blocks, B, H, K]."""
+    width = x.q.shape[-1]
+    spec = pl.BlockSpec((None, None, None, width), lambda block, b, head: (block, b, head, 0))
+    return [] if x.bias is None else [(spec, (*grid, width), jnp.float32)]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
@@ -324,11 +220,18 @@ def _flash(x: Inputs, constants: Constants) -> jax.Array:
     return forward(x, constants)[0]
 
 
-def _backward(constants: Constants, saved: tuple[Inputs, jax.Array, jax.Array], g: jax.Array) -> tuple[Inputs]:
-    x, out, lse = saved
-    delta = jnp.einsum("bthk,bthk->bht", g, out, preferred_element_type=jnp.float32)
-    dq, dk, dv = gradients(x._replace(g=g, lse=lse, delta=delta), constants)
-    return (Inputs(dq, None, dk, dv, None, None, None, None, None),)
+def _backward(constants: Constants, x: Inputs, g: jax.Array) -> tuple[Inputs]:
+    x = x._replace(g=g)
+    dq, delta, *sum_q = query_gradients(x, constants)
+    x = x._replace(delta=delta)
+    if x.k is not None:
+        return (Inputs(dq, *key_gradients(x, constants)),)
+    dqkv, *sum_v = key_gradients(x, constants, into=dq)
+    if x.bias is None:
+        return (Inputs(dqkv),)
+    of_queries, of_values = (y.sum((0, 1)) for y in (*sum_q, *sum_v))
+    bias = jnp.stack([of_queries, jnp.zeros_like(of_queries), of_values])
+    return (Inputs(dqkv, bias=bias.astype(x.bias.dtype)),)
 
 
 _flash.defvjp(forward, _backward)

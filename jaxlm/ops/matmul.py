@@ -55,23 +55,39 @@ def _matmul_backward(saved: tuple[jax.Array, jax.Array], g_BTO: jax.Array) -> tu
             return _einsum_on_cpu(f"bti,bt{o}->i{o}", x, g)
         return transpose_product(_einsum_on_cpu(f"bt{o},bti->{o}i", g, x))
 
-    dx_BTI = einsum(f"bt{o},i{o}->bti", g_BTO, w_IO)
-    plain = partial(jnp.einsum, f"bti,bt{o}->i{o}")
-    return dx_BTI, jax.lax.platform_dependent(x_BTI, g_BTO, cpu=narrow_first, default=plain)
+    def on_cpu(x: jax.Array, w: jax.Array, g: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return _einsum_on_cpu(f"bt{o},i{o}->bti", g, w), narrow_first(x, g)
+
+    def on_gpu(x: jax.Array, w: jax.Array, g: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Both at once: XLA would leave the weights' gradients to the end, and keep what they are made of till then."""
+        both = jnp.einsum(f"bt{o},i{o}->bti", g, w), jnp.einsum(f"bti,bt{o}->i{o}", x, g)
+        return jax.lax.optimization_barrier(both)
+
+    return jax.lax.platform_dependent(x_BTI, w_IO, g_BTO, cpu=on_cpu, default=on_gpu)
 
 
 matmul.defvjp(lambda x, w: (matmul(x, w), (x, w)), _matmul_backward)
 
 
+def as_stored(x: jax.Array) -> jax.Array:
+    """x, rounded to its dtype wherever it is used: XLA would keep it in float32 for some uses, and write it twice."""
+    limits = jnp.finfo(x.dtype)
+    return jax.lax.reduce_precision(x, limits.nexp, limits.nmant)
+
+
 @jax.custom_vjp
-def add_bias(x_BTO: jax.Array, b_O: jax.Array) -> jax.Array:
-    """x + b. The gradient of b is a product with ones, since XLA for CPUs sums over rows slowly."""
-    return x_BTO + b_O[None, None]
+def add_bias(x_BTO: jax.Array, bias_O: jax.Array) -> jax.Array:
+    """x + bias. The gradient of the bias is a sum that the kernel which makes that of x can do beside it."""
+    return x_BTO + bias_O[None, None]
 
 
 def _add_bias_backward(_: None, g_BTO: jax.Array) -> tuple[jax.Array, jax.Array]:
+    g_BTO = as_stored(g_BTO)
     o = "no"[2 - g_BTO.ndim :]
-    return g_BTO, einsum(f"bt,bt{o}->{o}", jnp.ones(g_BTO.shape[:2], g_BTO.dtype), g_BTO)
+    # XLA sums over rows slowly on a CPU. On a GPU it would merge such products of all layers into one, of a copy.
+    by_product = lambda g: _einsum_on_cpu(f"bt,bt{o}->{o}", jnp.ones(g.shape[:2], g.dtype), g)  # noqa: E731
+    by_sum = lambda g: g.sum((0, 1), dtype=jnp.float32).astype(g.dtype)  # noqa: E731
+    return g_BTO, jax.lax.platform_dependent(g_BTO, cpu=by_product, default=by_sum)
 
 
-add_bias.defvjp(lambda x, b: (add_bias(x, b), None), _add_bias_backward)
+add_bias.defvjp(lambda x, bias: (add_bias(x, bias), None), _add_bias_backward)

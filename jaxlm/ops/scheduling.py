@@ -38,13 +38,14 @@ def sum_over_rows(
     return jax.tree.map(lambda *terms: sum(terms), *sums)
 
 
-def recomputed(f: Callable[[jax.Array], jax.Array]) -> Callable[[jax.Array], jax.Array]:
-    """`f` with a backward pass that keeps the argument alone and computes everything else again."""
+def recomputed(f: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """`f` with a backward pass that keeps the arguments alone and computes everything else again."""
     g = jax.custom_vjp(f)
 
-    def backward(x: jax.Array, gradient: jax.Array) -> tuple[jax.Array]:
-        x, gradient = jax.lax.optimization_barrier((x, gradient))  # or XLA finds f's results and keeps them
-        return jax.vjp(f, x)[1](gradient)
+    def backward(arguments: tuple[Any, ...], gradient: jax.Array) -> tuple[Any, ...]:
+        # Behind a barrier, or XLA finds f's results and keeps them.
+        arguments, gradient = jax.lax.optimization_barrier((arguments, gradient))
+        return jax.vjp(f, *arguments)[1](gradient)
 
-    g.defvjp(lambda x: (g(x), x), backward)
+    g.defvjp(lambda *arguments: (g(*arguments), arguments), backward)
     return g

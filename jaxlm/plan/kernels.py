@@ -9,9 +9,10 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 
-from jaxlm.ops.flash import TILES, Tile
+from jaxlm.ops.flash_kernels import TILES, Tile
 from jaxlm.plan.hlo import ITEM_BYTES, Computation, Frame, Instruction, Program
 
 PARTS = ("products", "attention", "loss", "norms", "activations", "embeddings", "optimizer", "other")
@@ -21,7 +22,7 @@ _NO_KERNELS = {
 }
 _SLICES = ("slice", "dynamic-slice", "gather")
 _IN_PLACE = ("dynamic-update-slice", "scatter")
-_OWN = re.compile(r"\b(forward|keys|queries)_kernel")  # of ops/flash.py, which names them
+_OWN = re.compile(r"\b(forward|keys|queries)_kernel")  # of ops/flash_kernels.py
 _OWN_PRODUCTS = {"forward": 2, "keys": 4, "queries": 3}  # of each block of queries and block of keys
 _OURS = re.compile(r"(?:^|/)jaxlm/((?:[a-z_]+/)?[a-z_]+\.py)$")
 
@@ -67,7 +68,7 @@ def part_of(stack: list[Frame], flops: int) -> str:
     functions = " ".join(function for _, function, _ in stack)
     if "loss.py" in files:
         return "loss"
-    if files & {"flash.py", "blockwise.py", "attention_kernels.py"}:
+    if files & {"flash.py", "flash_kernels.py", "blockwise.py", "attention_kernels.py"}:
         return "attention"
     if "optim.py" in files or any("optax" in file for file, _, _ in stack):
         return "optimizer"
@@ -187,13 +188,21 @@ def _own_kernel(name: str, instruction: Instruction, computation: Computation) -
     Each program loads its own block, and for each block of the other side that it sees one block of two arrays.
     """
     arrays = [computation.instructions[x].arrays[0] for x in instruction.operands]
-    heads = [(kind, dims) for kind, dims in arrays if len(dims) == 4]  # q (and its gradient), k, v
-    (kind, (rows, length, queries, size)), groups = heads[0], heads[-1][1][2]
+    heads = [(kind, dims) for kind, dims in arrays if len(dims) >= 4]  # q (and its gradient), k, v, or all in one
+    (kind, (rows, length, *_, queries, size)), groups = heads[0], min(dims[-2] for _, dims in heads)
     tiles = TILES[size]
     tile: Tile = {"forward": tiles.forward, "keys": tiles.keys_and_values, "queries": tiles.queries}[name]
     m, n = tile.queries, tile.keys
     visible = sum(math.ceil((i + 1) * m / n) for i in range(length // m))  # pairs of blocks, of one head
     flops = rows * queries * visible * m * n * size * 2 * _OWN_PRODUCTS[name]
     loaded = rows * queries * visible * 2 * (m if name == "keys" else n) * size * ITEM_BYTES[kind]
-    own = 2 * rows * length * (groups if name == "keys" else queries) * size * ITEM_BYTES[kind]
-    return flops, loaded + own + instruction.bytes
+    joint = len(heads[0][1]) == 5
+    blocks = 2 if name == "keys" else len(heads) - (0 if joint else 2)  # arrays of which a program reads its own
+    own = blocks * rows * length * (groups if name == "keys" else queries) * size * ITEM_BYTES[kind]
+    return flops, loaded + own + sum(_own_output(name, *array) for array in instruction.arrays)
+
+
+def _own_output(name: str, kind: str, dims: tuple[int, ...]) -> int:
+    """Bytes that one of our attention kernels writes of an output; of the gradients of all parts those of its own."""
+    share = Fraction(2 if name == "keys" else 1, 3) if len(dims) == 5 and dims[2] == 3 else 1
+    return int(math.prod(dims) * ITEM_BYTES[kind] * share)

@@ -28,7 +28,7 @@ from jaxlm.train.precision import compute_dtype
 BATCHES_AHEAD = 3  # on the device beside the one that is computed with
 MOST_ROWS = 2**20  # where the search for the largest batch_size ends
 APPROXIMATION = (
-    "method: state exact; the rest by Korthikanti et al. 2022 (arXiv:2205.05198), which may be off by two fifths "
+    "method: state exact; the rest by Korthikanti et al. 2022 (arXiv:2205.05198), which may be off by a quarter "
     "(docs/memory.md)"
 )
 
@@ -179,8 +179,7 @@ def _approximate_temporaries(resolved: Resolved) -> int:
     c, tensor, stage = compute_dtype(training).itemsize, training.tensor_parallel, training.zero_stage or 0
     d, f = model.d_model, (3 if model.activation in GATES else 2) * model.d_ff
     heads = d + 2 * d * (model.n_kv_heads or model.n_heads) // model.n_heads  # q, k and v
-    norms = 24 * d if model.scan_layers else 2 * c * d  # the compiler keeps float32 copies from layer to layer
-    block = norms + c * (2 * d + (heads + d + f) // tensor)  # the inputs of qkv and up, and what lies between
+    block = c * (4 * d + (heads + d + f) // tensor)  # the inputs of norms, qkv and up, and what lies between
     tokens = training.batch_size * config.data.max_length
     recomputed = {"full": c * d, "dots": c * (2 * d + (heads + model.d_ff) // tensor)}[model.remat_policy]
     kept = recomputed * model.n_layers + block if model.gradient_checkpointing else block * model.n_layers
@@ -189,8 +188,8 @@ def _approximate_temporaries(resolved: Resolved) -> int:
     live = elements if stage < 3 else shard + 2 * elements // model.n_layers
     held = (shard if stage >= 2 else elements) if training.gradient_accumulation_steps > 1 else 0
     weights = 0 if c == 4 or stage == 3 else c * elements
-    logits = min(logits_chunk_bytes(training, "gpu"), 4 * tokens * model.vocab_size)
-    return tokens * kept + 4 * (live + held) + weights + 2 * logits // tensor
+    logits = min(logits_chunk_bytes(training, "gpu"), c * tokens * model.vocab_size)
+    return tokens * kept + 4 * (live + held) + weights + logits // tensor
 
 
 def parameters(resolved: Resolved) -> int:

@@ -53,7 +53,7 @@ def _made_of(assembly: Assembly, options: Mapping[str, Any]) -> dict[str, Any]:
 @contextmanager
 def out_of_no_cache() -> Iterator[None]:
     """JAX compiles anew: what it takes from its persistent cache lacks functions once it is saved (0.10 and 0.11)."""
-    before = jax.config.read("jax_enable_compilation_cache")
+    before: bool = jax.config.jax_enable_compilation_cache  # type: ignore[attr-defined]
     jax.config.update("jax_enable_compilation_cache", False)
     compilation_cache.reset_cache()  # which has noted whether there is one
     try:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from jaxlm.ops.matmul import einsum, transpose_product
 from jaxlm.ops.reductions import CPU_CHUNK, is_target, softmax_statistics
@@ -24,10 +25,10 @@ class _Tokens(NamedTuple):
     weights: jax.Array
 
 
-def _in_chunks(tokens: _Tokens, vocabulary: int, chunk_bytes: int) -> _Tokens:
-    """Chunks whose float32 logits fit `chunk_bytes`; T is padded with weight 0."""
+def _in_chunks(tokens: _Tokens, vocabulary: int, chunk_bytes: int, dtype: DTypeLike = jnp.float32) -> _Tokens:
+    """Chunks whose logits, kept as `dtype`, fit `chunk_bytes`; T is padded with weight 0."""
     b, t = tokens.targets.shape
-    fit = max(1, chunk_bytes // (4 * b * vocabulary))
+    fit = max(1, chunk_bytes // (jnp.dtype(dtype).itemsize * b * vocabulary))
     n = -(-t // fit)
     c = -(-t // n)
 
@@ -49,8 +50,23 @@ class _Softmax(NamedTuple):
     slope_BCV: jax.Array | None  # d logits / d raw logits, where they are capped
 
 
-def _softmax(hidden_BCD: jax.Array, w_VD: jax.Array, targets_BC: jax.Array, softcap: float | None) -> _Softmax:
-    logits_BCV = einsum("bcd,vd->bcv", hidden_BCD, w_VD, jnp.float32)
+def _logits(hidden_BCD: jax.Array, w_VD: jax.Array, targets_BC: jax.Array, kept_as: DTypeLike) -> jax.Array:
+    """float32 logits that are kept in memory as `kept_as`, but for the targets'."""
+    logits_BCV = einsum("bcd,vd->bcv", hidden_BCD, w_VD, kept_as)
+    if logits_BCV.dtype == jnp.float32:
+        return logits_BCV
+    of_target_BC = einsum("bcd,bcd->bc", hidden_BCD, w_VD[targets_BC], jnp.float32)
+    return jnp.where(is_target(logits_BCV, targets_BC), of_target_BC[..., None], logits_BCV.astype(jnp.float32))
+
+
+def _softmax(
+    hidden_BCD: jax.Array,
+    w_VD: jax.Array,
+    targets_BC: jax.Array,
+    softcap: float | None,
+    kept_as: DTypeLike = jnp.float32,
+) -> _Softmax:
+    logits_BCV = _logits(hidden_BCD, w_VD, targets_BC, kept_as)
     slope_BCV = None
     if softcap is not None:
         tanh_BCV = jnp.tanh(logits_BCV / softcap)
@@ -80,6 +96,7 @@ def loss_sums(
     softcap: float | None = None,
     z_loss: float = 0.0,
     chunk_bytes: int = CPU_CHUNK,
+    kept_as: DTypeLike = jnp.float32,
 ) -> Sums:
     """Sums over tokens of weight * (cross entropy + z_loss * log(Z)^2) and of weight * cross entropy, float32 scalars.
 
@@ -95,13 +112,18 @@ def loss_sums(
       weights_BT: float32, 0 for padding.
       softcap: logits become softcap * tanh(logits / softcap); None: they stay.
       z_loss: weight of log(Z)^2.
-      chunk_bytes: of float32 logits at a time.
+      chunk_bytes: of logits at a time.
+      kept_as: where there is a gradient, the dtype in which logits are in memory; those of the targets, and everything
+        that is made of logits, are float32. In float16 a logit beyond 65504 is infinite, and so is the loss.
     """
-    return _sums(_Tokens(hidden_BTD, targets_BT, weights_BT), w_VD, softcap, z_loss, chunk_bytes)
+    options = softcap, z_loss, chunk_bytes, jnp.dtype(kept_as)
+    return _sums(_Tokens(hidden_BTD, targets_BT, weights_BT), w_VD, *options)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
-def _sums(tokens: _Tokens, w_VD: jax.Array, softcap: float | None, z_loss: float, chunk_bytes: int) -> Sums:
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5))
+def _sums(
+    tokens: _Tokens, w_VD: jax.Array, softcap: float | None, z_loss: float, chunk_bytes: int, kept_as: DTypeLike
+) -> Sums:
     w = w_VD.astype(tokens.hidden.dtype)
 
     def add_chunk(sums: Sums, chunk: _Tokens) -> tuple[Sums, None]:
@@ -111,14 +133,14 @@ def _sums(tokens: _Tokens, w_VD: jax.Array, softcap: float | None, z_loss: float
 
 
 def _forward(
-    tokens: _Tokens, w_VD: jax.Array, softcap: float | None, z_loss: float, chunk_bytes: int
+    tokens: _Tokens, w_VD: jax.Array, softcap: float | None, z_loss: float, chunk_bytes: int, kept_as: DTypeLike
 ) -> tuple[Sums, Gradients]:
     """The sums, and the gradients of the first of them."""
     w = w_VD.astype(tokens.hidden.dtype)
 
     def add_chunk(carry: tuple[Sums, jax.Array], chunk: _Tokens) -> tuple[tuple[Sums, jax.Array], jax.Array]:
         sums, dw_DV = carry
-        softmax = _softmax(chunk.hidden, w, chunk.targets, softcap)
+        softmax = _softmax(chunk.hidden, w, chunk.targets, softcap, kept_as)
         scale_BC1 = chunk.weights[..., None] / softmax.total_BC1
         if z_loss:
             scale_BC1 = scale_BC1 * (1 + 2 * z_loss * softmax.log_total_BC[..., None])
@@ -132,13 +154,13 @@ def _forward(
         return (_add(sums, softmax, chunk.weights, z_loss), dw_DV), dhidden
 
     start = _zeros(), jnp.zeros(w_VD.shape[::-1], jnp.float32)
-    (sums, dw_DV), dhidden = jax.lax.scan(add_chunk, start, _in_chunks(tokens, len(w), chunk_bytes))
+    (sums, dw_DV), dhidden = jax.lax.scan(add_chunk, start, _in_chunks(tokens, len(w), chunk_bytes, kept_as))
     b, t, d = tokens.hidden.shape
     return sums, (jnp.moveaxis(dhidden, 0, 1).reshape(b, -1, d)[:, :t], transpose_product(dw_DV))
 
 
 def _backward(
-    softcap: float | None, z_loss: float, chunk_bytes: int, gradients: Gradients, g: Sums
+    softcap: float | None, z_loss: float, chunk_bytes: int, kept_as: DTypeLike, gradients: Gradients, g: Sums
 ) -> tuple[_Tokens, jax.Array]:
     dhidden_BTD, dw_VD = gradients
     return _Tokens._make((dhidden_BTD * g[0].astype(dhidden_BTD.dtype), None, None)), dw_VD * g[0]

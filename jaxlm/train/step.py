@@ -19,7 +19,7 @@ from jax.typing import ArrayLike
 
 from jaxlm.config import Config
 from jaxlm.model.dropout import row_keys
-from jaxlm.ops.reductions import logits_chunk_bytes
+from jaxlm.ops.reductions import logits_chunk_bytes, logits_dtype
 from jaxlm.ops.scheduling import sum_over_rows
 from jaxlm.parallel.layout import Layout
 from jaxlm.parallel.mesh import EVAL_BATCH, EVERYWHERE, ROWS, TRAIN_BATCH
@@ -70,6 +70,7 @@ def make_loss(graphdef: nnx.GraphDef, config: Config, layout: Layout) -> Callabl
     """
     model, training = config.model, config.training
     dtype, chunk_bytes = compute_dtype(training), logits_chunk_bytes(training, layout.platform)
+    kept_as = logits_dtype(training, layout.platform)
     uses_dropout = model.dropout > 0 or model.attention_dropout > 0
 
     def loss(held: Params, batch: Batch, key: jax.Array | None = None, factor: ArrayLike = 1.0) -> Sums:
@@ -81,7 +82,7 @@ def make_loss(graphdef: nnx.GraphDef, config: Config, layout: Layout) -> Callabl
             segments = rows["segments"] if config.data.pack_sequences else None  # causality hides padding at the end
             hidden = network(rows["tokens"], segments, rows["positions"], keys, fetch)
             weights = jnp.where(rows["segments"] > 0, jnp.asarray(factor, jnp.float32), 0.0)
-            options = model.logit_softcap, training.z_loss, chunk_bytes
+            options = model.logit_softcap, training.z_loss, chunk_bytes, kept_as
             return loss_sums(hidden, network.output_matrix(), rows["targets"], weights, *options)
 
         return sum_over_rows(of_rows, params, batch, layout.platform, layout.mesh.size)
