@@ -2,7 +2,7 @@
 
     python scripts/train.py --config configs/llama_125m.py
 
-124,766,976 parameters; predicted for one H100 (jaxlm plan): 7.7 GiB, 474,000 tokens/s.
+124,766,976 parameters; predicted for one H100 (jaxlm plan): 7.4 GiB, 492,000 tokens/s.
 No GPU figure has been measured: neither speed (so no time either), nor memory, nor loss.
 """
 

@@ -2,7 +2,7 @@
 
     python scripts/train.py --config configs/medium.py
 
-124,242,432 parameters; predicted for one H100 (jaxlm plan): 3.0 GiB, 345,000 tokens/s.
+124,242,432 parameters; predicted for one H100 (jaxlm plan): 2.9 GiB, 384,000 tokens/s.
 Not yet run to its end: no time and no loss can be promised here.
 """
 

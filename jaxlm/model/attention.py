@@ -62,17 +62,25 @@ class Attention(nnx.Module):
     def __call__(
         self, x_BTD: jax.Array, segments_BT: jax.Array | None, positions_BT: jax.Array, key_B2: jax.Array | None
     ) -> tuple[jax.Array, Cache]:
-        rate, implementation = self.config.attention_dropout, self.implementation
-        if implementation == "pallas" and self.reads_product:
-            product_BT3D, bias_3D = self.qkv.parts(x_BTD)
-            split = lambda x: x.reshape(*x.shape[:-1], self.config.n_heads, -1)  # noqa: E731
-            bias_3HK = None if bias_3D is None else split(bias_3D)
-            y_BTHK = flash_attention_of_product(split(product_BT3D), bias_3HK, segments_BT, key_B2, rate)
-            biased = split(product_BT3D if bias_3D is None else product_BT3D + bias_3D[None, None])
-            return self.out(y_BTHK.reshape(x_BTD.shape)), (biased[:, :, 1], biased[:, :, 2])
-        q, k, v = self.heads(x_BTD, positions_BT)
-        y_BTHK = causal_attention(q, k, v, segments_BT, key_B2, rate, implementation=implementation)
-        return self.out(y_BTHK.reshape(x_BTD.shape)), (k, v)
+        if self.implementation == "pallas" and self.reads_product:
+            y_BTHK, cache = self._of_product(x_BTD, segments_BT, key_B2)
+        else:
+            q, k, v = self.heads(x_BTD, positions_BT)
+            rate, implementation = self.config.attention_dropout, self.implementation
+            y_BTHK, cache = causal_attention(q, k, v, segments_BT, key_B2, rate, implementation=implementation), (k, v)
+        return self.out(y_BTHK.reshape(x_BTD.shape)), cache
+
+    def _of_product(
+        self, x_BTD: jax.Array, segments_BT: jax.Array | None, key_B2: jax.Array | None
+    ) -> tuple[jax.Array, Cache]:
+        """The output [B, T, H, K] of kernels that add the biases themselves; keys and values, dropped in training."""
+        product_BT3D, bias_3D = self.qkv.parts(x_BTD)
+        by_head = lambda x: x.reshape(*x.shape[:-1], self.config.n_heads, -1)  # noqa: E731
+        bias_3HK = None if bias_3D is None else by_head(bias_3D)
+        rate = self.config.attention_dropout
+        y_BTHK = flash_attention_of_product(by_head(product_BT3D), bias_3HK, segments_BT, key_B2, rate)
+        biased = by_head(product_BT3D if bias_3D is None else product_BT3D + bias_3D[None, None])
+        return y_BTHK, (biased[:, :, 1], biased[:, :, 2])
 
     def decode(self, x_B1D: jax.Array, position_B: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
         """One position a row, at index `position_B`, with the keys and values before it; returns the cache with it."""

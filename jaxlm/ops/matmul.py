@@ -82,12 +82,18 @@ def add_bias(x_BTO: jax.Array, bias_O: jax.Array) -> jax.Array:
 
 
 def _add_bias_backward(_: None, g_BTO: jax.Array) -> tuple[jax.Array, jax.Array]:
-    g_BTO = as_stored(g_BTO)
     o = "no"[2 - g_BTO.ndim :]
-    # XLA sums over rows slowly on a CPU. On a GPU it would merge such products of all layers into one, of a copy.
-    by_product = lambda g: _einsum_on_cpu(f"bt,bt{o}->{o}", jnp.ones(g.shape[:2], g.dtype), g)  # noqa: E731
-    by_sum = lambda g: g.sum((0, 1), dtype=jnp.float32).astype(g.dtype)  # noqa: E731
-    return g_BTO, jax.lax.platform_dependent(g_BTO, cpu=by_product, default=by_sum)
+
+    def on_cpu(g: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """By a product with ones, since XLA sums over rows slowly."""
+        return g, _einsum_on_cpu(f"bt,bt{o}->{o}", jnp.ones(g.shape[:2], g.dtype), g)
+
+    def on_gpu(g: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Such products of all layers would be merged into one, of all their gradients."""
+        g = as_stored(g)
+        return g, g.sum((0, 1), dtype=jnp.float32).astype(g.dtype)
+
+    return jax.lax.platform_dependent(g_BTO, cpu=on_cpu, default=on_gpu)
 
 
 add_bias.defvjp(lambda x, bias: (add_bias(x, bias), None), _add_bias_backward)
