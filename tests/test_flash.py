@@ -236,6 +236,8 @@ def test_the_update_lowers_for_cuda_without_a_square_array(corpus, tmp_path, as_
     text = lowered_for_cuda(mesh, step, assembly.abstract_state, assembly.abstract_batch, assembly.abstract_numbers)
     assert text.count("xla.gpu.triton") == 3  # forward and two backward kernels, in functions that all layers share
     assert "290x290" not in text and "384x384" not in text
+    logits = f"x{config.model.vocab_size}xf16>"  # kept so; bfloat16 would be too coarse (test_model.py)
+    assert logits in text
 
 
 H100, A100, T4 = 9.0, 8.0, 7.5
