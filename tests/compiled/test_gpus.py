@@ -55,6 +55,14 @@ def test_several_hosts_and_the_cache(capsys: pytest.CaptureFixture[str]) -> None
     assert plan(config, "H100", 16, 2) == found and "compiling" not in capsys.readouterr().err
 
 
+def test_tensor_parallel_heads_have_fused_kernels() -> None:
+    """For each device's own heads, with hardly anything gathered for them."""
+    alone, split = plan(small(), "H100"), plan(small(training__tensor_parallel=2), "H100", 2)
+    assert split.attention == "pallas"
+    assert split.parts["attention"].flops * 2 == alone.parts["attention"].flops > 0
+    assert split.collectives.get("all-gather", 0) < 1e5 and "all-to-all" not in split.collectives
+
+
 def test_what_lies_beside_the_program() -> None:
     """Optimizer state in host memory is counted, and so are whole parameters for samples."""
     config = small(training__offload_optimizer=True)
