@@ -21,6 +21,7 @@ from jaxlm.monitor.sinks import open_lines
 from jaxlm.ops import compiler
 from jaxlm.ops.attention_kernels import why_not_fused
 from jaxlm.ops.platform import cpu_has_bfloat16
+from jaxlm.ops.reductions import logits_dtype
 from jaxlm.parallel.mesh import show_row_shards
 from jaxlm.train.assemble import Assembly, Resolved
 from jaxlm.train.precision import compute_dtype, scales_loss
@@ -69,7 +70,8 @@ class StartReport:
         in_float32 = " (multiplied in float32: this CPU has no bfloat16)" if widened else ""
         scaled = f", loss scale from {float(self.state.loss_scale.scale):g}" if scales_loss(training) else ""
         yield f"precision: float32 parameters, {dtype} compute{in_float32}{scaled}"
-        yield f"kernels: {self.assembly.attention} attention, chunked cross entropy"
+        in_16_bits = ", float16 logits" if logits_dtype(training, layout.platform) == "float16" else ""
+        yield f"kernels: {self.assembly.attention} attention, chunked cross entropy{in_16_bits}"
         if not_fused := why_not_fused(config, self.resolved.capability):
             yield f"attention is not fused: {not_fused}"
         if self._compiler is not None:

@@ -7,7 +7,6 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jax.typing import DTypeLike
 
 from jaxlm.config import TrainingConfig
 
@@ -23,13 +22,13 @@ def logits_chunk_bytes(training: TrainingConfig, platform: str) -> int:
     return CPU_CHUNK if platform == "cpu" else GPU_CHUNK
 
 
-def logits_dtype(training: TrainingConfig, platform: str) -> DTypeLike:
+def logits_dtype(training: TrainingConfig, platform: str) -> jnp.dtype:
     """The dtype in which the logits of a training step are in memory; `platform` as above.
 
     A GPU takes as long for a pass over them as it takes to move them. With use_amp they are float16 there, even where
     all else is bfloat16: bfloat16's rounding of logits of 32 moves the loss by 5e-4, float16's by 1e-5.
     """
-    return jnp.float32 if platform == "cpu" or not training.use_amp else jnp.float16
+    return jnp.dtype("float32" if platform == "cpu" or not training.use_amp else "float16")
 
 
 def per_token(f: Callable[[jax.Array], jax.Array], x_BTD: jax.Array) -> jax.Array:
