@@ -9,7 +9,7 @@ from conftest import make_config
 from jaxlm import Trainer
 from jaxlm.config import Config, replace_fields
 from jaxlm.errors import UserError
-from jaxlm.run.compiled import MADE_OF, PROGRAM, load_program, out_of_no_cache, save_program
+from jaxlm.run.compiled import MADE_OF, PROGRAM, load_program, save_program, without_cache
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +23,7 @@ def saved(config: Config) -> Path:
     trainer = Trainer(config)
     trainer.train()
     folder = Path(config.training.checkpoint_dir).parent / "program"
-    with out_of_no_cache():
+    with without_cache():
         compiled = trainer.assembly.lower_step().compile(compiler_options=trainer.assembly.options)
     save_program(trainer.assembly, compiled, "CPU", folder)
     return folder

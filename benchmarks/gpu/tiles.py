@@ -63,7 +63,8 @@ def program(kernel: str, size: int, tile: Tile, case: Case) -> tuple[Callable[..
     q, k, v, g, segments, key, row = arrays(case)
     tiles = TILES[size]._replace(**{KERNELS[kernel]: tile})
     constants = Constants(size**-0.5, RATE if case.dropout else 0.0, tiles)
-    x = Inputs(q, k, v, None, segments if case.segments else None, key if case.dropout else None)
+    segments, key = segments if case.segments else None, flash.kernel_key(key) if case.dropout else None
+    x = Inputs(q, k, v, segments=segments, key=key)
     if kernel == "forward":
         return lambda x: flash.forward(x, constants)[1][-3:], (x,)
     x = x._replace(g=g, lse=row)

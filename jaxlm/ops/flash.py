@@ -33,6 +33,11 @@ def padded_head_size(head_size: int) -> int:
     return max(16, pl.next_power_of_2(head_size))
 
 
+def kernel_key(key_B2: jax.Array, first_head: jax.Array | int = 0) -> jax.Array:
+    """uint32 [B, 3]: dropout keys, with the number that the first head of the arrays has among all heads."""
+    return jnp.pad(key_B2, ((0, 0), (0, 1))).at[:, 2].set(jnp.asarray(first_head, jnp.uint32))
+
+
 def flash_attention(
     q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None, key: jax.Array | None, rate: float
 ) -> jax.Array:
@@ -81,9 +86,7 @@ def _attend_here(x: Inputs, rate: float, first_head: jax.Array | int = 0) -> jax
     missing = -t % constants.tiles.longest
     q, k, v, bias = pad(x.q, missing), pad(x.k, missing), pad(x.v, missing), pad(x.bias, 0)
     segments = None if x.segments is None else jnp.pad(x.segments, ((0, 0), (0, missing)))
-    key = None
-    if constants.rate:
-        key = jnp.pad(x.key, ((0, 0), (0, 1))).at[:, 2].set(jnp.asarray(first_head, jnp.uint32))
+    key = kernel_key(x.key, first_head) if constants.rate else None
     return _flash(Inputs(q, k, v, bias, segments, key), constants)[:, :t, :, :size]
 
 
@@ -109,6 +112,7 @@ def _limits(segments_BT: jax.Array | None, tile: Tile, of_keys: bool = False) ->
 def _specs(x: Inputs, q: pl.BlockSpec, keys: pl.BlockSpec, g: pl.BlockSpec, rows: pl.BlockSpec) -> Inputs:
     """The specs of all inputs from those of q, of k and v, of g and the output, and of [B, H, T]."""
     length, width = x.q.shape[1], x.q.shape[-1]
+    assert x.key is None or x.key.shape[1] == 3, "kernel_key makes it; a kernel would read beyond a shorter one"
     if x.k is None:
         q = pl.BlockSpec((None, length, 3, None, width), lambda block, b, head: (b, 0, 0, head, 0))
     bias = pl.BlockSpec((3, None, width), lambda block, b, head: (0, head, 0))

@@ -75,7 +75,7 @@ class Inputs(NamedTuple):
     v: Any = None
     bias: Any = None  # of the product, [3, H, K]
     segments: Any = None  # int32 [B, T]
-    key: Any = None  # of dropout, uint32 [B, 3], with the number of the first head
+    key: Any = None  # of dropout, uint32 [B, 3], of `flash.kernel_key`
     limits: Any = None  # int32 [B, blocks], of `flash._limits`
     g: Any = None  # the output's gradient, [B, T, H, K]
     out: Any = None  # the output, [B, T, H, K]

@@ -16,7 +16,7 @@ from jaxlm.errors import UserError
 from jaxlm.ops.compiler import REPEATABLE, compiler_options
 from jaxlm.parallel.processes import say
 from jaxlm.plan.targets import TARGETS, plugin, topology
-from jaxlm.run.compiled import UNTUNED, out_of_no_cache, save_program, source_hash
+from jaxlm.run.compiled import UNTUNED, save_program, source_hash, without_cache
 from jaxlm.run.setup import resolve
 from jaxlm.train.assemble import Assembly, Resolved, assemble
 
@@ -74,7 +74,7 @@ def compile_update(resolved: Resolved, gpu: str, hosts: int, save: Path | None =
     if save is None and (known := _read(kept)):
         return known
     say(f"compiling the update for {len(resolved.devices)} x {gpu}: this takes about a minute")
-    with out_of_no_cache():
+    with without_cache():
         found = _compile(resolved, gpu, save)
     folder.mkdir(parents=True, exist_ok=True)
     with atomic_path(kept) as part:

@@ -51,7 +51,7 @@ def _made_of(assembly: Assembly, options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @contextmanager
-def out_of_no_cache() -> Iterator[None]:
+def without_cache() -> Iterator[None]:
     """JAX compiles anew: what it takes from its persistent cache lacks functions once it is saved (0.10 and 0.11)."""
     before: bool = jax.config.jax_enable_compilation_cache  # type: ignore[attr-defined]
     jax.config.update("jax_enable_compilation_cache", False)
@@ -64,7 +64,7 @@ def out_of_no_cache() -> Iterator[None]:
 
 
 def save_program(assembly: Assembly, compiled: jax.stages.Compiled, gpu: str, folder: Path) -> None:
-    """Writes the update of `assembly`, `compiled` under `out_of_no_cache`, into `folder`, which is made.
+    """Writes the update of `assembly`, `compiled` under `without_cache`, into `folder`, which is made.
 
     Raises:
       UserError: it can't be written.
