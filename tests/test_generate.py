@@ -44,6 +44,7 @@ MODERN: dict[str, Any] = {
     "rope_original_length": 8,
     "qk_norm": True,
     "logit_softcap": 3.0,
+    "value_embedding": True,
 }
 PROMPT = [1, 17, 4, 33, 8]
 PROMPTS = [PROMPT, [7], list(range(3, 3 + WINDOW)), [5, 9] * 9, PROMPT, [44, 2, 31]]  # short, long, twice the same

@@ -33,7 +33,17 @@ MODERN: dict[str, Any] = {  # all that newer models do otherwise than GPT-2
     "rope_original_length": 16,
     "qk_norm": True,
     "logit_softcap": 3.0,
+    "value_embedding": True,
     "tie_embeddings": False,
+}
+SPEEDRUN: dict[str, Any] = {  # what configs/speedrun.py does otherwise again
+    "norm": "rmsnorm",
+    "activation": "relu2",
+    "use_bias": False,
+    "norm_scale": False,
+    "positions": "rotary",
+    "qk_norm": True,
+    "zero_init_outputs": True,
 }
 
 
@@ -187,8 +197,9 @@ def of_one_batch(config, start):
 def plain_norm(x, p, kind, epsilon):
     if kind == "layernorm":
         x = x - x.mean(-1, keepdims=True)
-    scale = p["scale"].reshape((1,) * (x.ndim - 1) + (-1,))
-    y = x / jnp.sqrt((x * x).mean(-1, keepdims=True) + epsilon) * scale
+    y = x / jnp.sqrt((x * x).mean(-1, keepdims=True) + epsilon)
+    if "scale" in p:
+        y = y * p["scale"].reshape((1,) * (x.ndim - 1) + (-1,))
     return y + p["bias"][None, None] if "bias" in p else y
 
 
@@ -222,27 +233,30 @@ def plain_rotation(x, config):
     return jnp.concatenate([turned.real, turned.imag], -1)
 
 
-def plain_block(x, p, config, segments):
+def plain_block(x, p, config, segments, values):
     """A pre-norm block with the whole T x T matrix, head by head of keys and values."""
     b, t, d = x.shape
     h, g, eps = config.n_heads, config.kv_heads, config.norm_epsilon
-    y, attention = plain_norm(x, p["norm1"], config.norm, eps), p["attention"]
+    y, attention = plain_norm(x, p.get("norm1", {}), config.norm, eps), p["attention"]
     if g == h:
         q, k, v = jnp.moveaxis(plain_linear(y, attention["qkv"]), 2, 0)
     else:
         q, (k, v) = plain_linear(y, attention["q"]), jnp.moveaxis(plain_linear(y, attention["kv"]), 2, 0)
     q, k, v = q.reshape(b, t, h, -1), k.reshape(b, t, g, -1), v.reshape(b, t, g, -1)
     if config.qk_norm:
-        q, k = (plain_norm(z, attention[n], "rmsnorm", eps) for z, n in ((q, "q_norm"), (k, "k_norm")))
+        q, k = (plain_norm(z, attention.get(n, {}), "rmsnorm", eps) for z, n in ((q, "q_norm"), (k, "k_norm")))
     if config.positions == "rotary":
         q, k = plain_rotation(q, config), plain_rotation(k, config)
+    if values is not None:
+        v = v + attention["value_scale"].reshape(1, 1, g, 1) * values.reshape(b, t, g, -1)
     each = [dense_attention(q[:, :, [i]], k[:, :, [i * g // h]], v[:, :, [i * g // h]], segments) for i in range(h)]
     x = x + plain_linear(jnp.concatenate(each, 2).reshape(b, t, d), attention["out"])
-    y = plain_linear(plain_norm(x, p["norm2"], config.norm, eps), p["mlp"]["up"])
+    y = plain_linear(plain_norm(x, p.get("norm2", {}), config.norm, eps), p["mlp"]["up"])
     tanh_gelu = lambda z: 0.5 * z * (1 + jnp.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))  # noqa: E731
     y = {
         "gelu": lambda: tanh_gelu(y),
         "gelu_exact": lambda: 0.5 * y * (1 + jax.lax.erf(y / math.sqrt(2))),
+        "relu2": lambda: jnp.maximum(y, 0) ** 2,
         "swiglu": lambda: y[:, :, 0] / (1 + jnp.exp(-y[:, :, 0])) * y[:, :, 1],
         "geglu": lambda: tanh_gelu(y[:, :, 0]) * y[:, :, 1],
     }[config.activation]()
@@ -256,8 +270,10 @@ def plain_loss(params, config, data, z_loss):
     if config.positions == "learned":
         x = x + params["position_embedding"][None, : tokens.shape[1]]
     for layer in range(config.n_layers):
-        x = plain_block(x, jax.tree.map(lambda p, n=layer: p[n], params["blocks"]), config, segments)
-    x = plain_norm(x, params["final_norm"], config.norm, config.norm_epsilon)
+        p = jax.tree.map(lambda p, n=layer: p[n], params["blocks"])
+        values = params["value_embedding"][tokens] if config.value_embedding else None
+        x = plain_block(x, p, config, segments, values)
+    x = plain_norm(x, params.get("final_norm", {}), config.norm, config.norm_epsilon)
     logits = x @ params["token_embedding" if config.tie_embeddings else "output_embedding"].T
     if config.logit_softcap:
         logits = config.logit_softcap * jnp.tanh(logits / config.logit_softcap)
@@ -276,9 +292,10 @@ def plain_loss(params, config, data, z_loss):
             0.0,
         ),
         ({"positions": "rotary", "rope_scaling": "linear", "rope_scaling_factor": 3.0, "logit_softcap": 2.0}, 1e-2),
+        (SPEEDRUN, 0.0),
         (MODERN, 1e-2),
     ],
-    ids=["rmsnorm", "no_bias", "llama3", "linear", "all"],
+    ids=["rmsnorm", "no_bias", "llama3", "linear", "speedrun", "all"],
 )
 def test_modern_blocks_equal_a_plain_model(options, z_loss):
     """Losses and every gradient, of a model of random biases and scales, written out without any of our functions."""
@@ -371,6 +388,10 @@ def test_initialisation_is_gpt2s():
     assert float(blocks["attention"]["out"]["kernel"].std()) == pytest.approx(0.02 / 16**0.5, rel=0.02)
     assert float(blocks["mlp"]["down"]["kernel"].std()) == pytest.approx(0.02 / 16**0.5, rel=0.02)
     assert not blocks["mlp"]["up"]["bias"].any()
+    _, from_zero = model_and_params(dataclasses.replace(SMALL, zero_init_outputs=True))
+    of_zero = {path[-3].key + "/" + path[-2].key for path, x in jax.tree_util.tree_leaves_with_path(from_zero)
+               if path[-1].key == "kernel" and not x.any()}  # fmt: skip
+    assert of_zero == {"attention/out", "mlp/down"}
     assert not np.array_equal(blocks["mlp"]["up"]["kernel"][0], blocks["mlp"]["up"]["kernel"][1])
 
 
@@ -435,16 +456,21 @@ def test_logits_in_sixteen_bits_change_less_than_the_compute_dtype(dtype, offset
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("kind", ["layernorm", "layernorm without bias", "rmsnorm"])
+@pytest.mark.parametrize(
+    "kind",
+    ["layernorm", "layernorm without bias", "rmsnorm", "rmsnorm and no scale", "layernorm without bias and no scale"],
+)
 def test_norms_and_their_gradients_are_those_of_flax(kind, dtype):
     rng = np.random.default_rng(0)
     x, g = (jnp.asarray(3 + rng.normal(size=(5, 7, 24)), dtype) for _ in range(2))
-    config = dataclasses.replace(SMALL, use_bias="without" not in kind, norm_epsilon=1e-3)
+    scale = "no scale" not in kind
+    config = dataclasses.replace(SMALL, use_bias="without" not in kind, norm_scale=scale, norm_epsilon=1e-3)
     ours = Norm(24, config, kind=kind.split()[0])
-    if kind == "rmsnorm":
-        flax = nnx.RMSNorm(24, epsilon=1e-3, dtype=jnp.float32, rngs=nnx.Rngs(0))
+    options = {"epsilon": 1e-3, "dtype": jnp.float32, "use_scale": scale, "rngs": nnx.Rngs(0)}
+    if kind.startswith("rmsnorm"):
+        flax = nnx.RMSNorm(24, **options)
     else:
-        flax = nnx.LayerNorm(24, epsilon=1e-3, dtype=jnp.float32, use_bias=config.use_bias, rngs=nnx.Rngs(0))
+        flax = nnx.LayerNorm(24, use_bias=config.use_bias, **options)
 
     def run(norm, x, g):
         graphdef, params = nnx.split(norm)

@@ -30,6 +30,7 @@ MODERN = dataclasses.replace(
     positions="rotary",
     qk_norm=True,
     logit_softcap=5.0,
+    value_embedding=True,
     tie_embeddings=False,
 )
 # 4 divides none; adafactor factors from 128 on, and would enlarge what rounding makes of the keys' biases' gradient, 0.
@@ -67,7 +68,7 @@ def test_layouts_do_not_change_the_update(model, layout):
 @pytest.mark.parametrize(
     ("optimizer", "model", "layout"),
     [
-        ("muon", MODERN, ((1, 2, 2), 3)),
+        ("normuon", MODERN, ((1, 2, 2), 3)),
         ("adafactor", WIDE, ((1, 4, 1), 1)),
     ],
 )

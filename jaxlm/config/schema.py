@@ -48,11 +48,12 @@ class ModelConfig(Section):
     attention_dropout: float = option(Unset(0.1), "dropout of the attention weights", low=0, below=1)
     activation: str = option(
         "gelu",
-        "feed-forward activation; gelu is GPT-2's tanh form, gelu_exact the one with erf; swiglu and geglu (tanh form) "
-        "are gated: a third matrix, all of width d_ff",
-        choices=("gelu", "gelu_exact", "relu", "swish", "swiglu", "geglu"),
+        "feed-forward activation; gelu is GPT-2's tanh form, gelu_exact the one with erf, relu2 the square of relu; "
+        "swiglu and geglu (tanh form) are gated: a third matrix, all of width d_ff",
+        choices=("gelu", "gelu_exact", "relu", "relu2", "swish", "swiglu", "geglu"),
     )
     norm: str = option("layernorm", "normalisation of the residual stream", choices=("layernorm", "rmsnorm"))
+    norm_scale: bool = option(True, "factors to learn in norms, one a channel")
     norm_epsilon: float = option(1e-5, "term that keeps a norm's denominator off zero", above=0)
     use_bias: bool = option(True, "biases in linear layers and in layernorm (rmsnorm never has one)")
     pre_norm: bool = option(True, "normalise before each sub-layer (false: after, as in the 2017 Transformer)")
@@ -83,11 +84,17 @@ class ModelConfig(Section):
     rope_high_freq_factor: float = option(
         4.0, "llama3: frequencies that turn more times than this in the original length stay", above=0
     )
-    qk_norm: bool = option(False, "rmsnorm with a learned scale over each head's queries and keys (as in Qwen3)")
+    qk_norm: bool = option(False, "rmsnorm over each head's queries and keys (as in Qwen3)")
+    value_embedding: bool = option(
+        False, "a second embedding of the tokens, added to every layer's values times a factor a head"
+    )
     logit_softcap: float | None = option(
         None, "squash output logits to this: cap * tanh(logits / cap) (as in Gemma 2); none: as they are", above=0
     )
     tie_embeddings: bool = option(True, "use the token embedding as the output projection too")
+    zero_init_outputs: bool = option(
+        False, "start the last matrices of attention and feed-forward at zero, so that each block adds nothing"
+    )
     scan_layers: bool | None = option(
         None,
         "loop over one compiled block: compiles faster, runs slower; none: with gradient_checkpointing or stage 3, "
@@ -133,16 +140,36 @@ class TrainingConfig(Section):
     )
     optimizer: str = option(
         "adamw",
-        "update rule; muon: for the blocks' matrices, adam for the rest; adafactor: without momentum, steps are "
+        "update rule; muon: for the blocks' matrices, adam for the rest; normuon: muon with steps of equal size for "
+        "each output of a matrix (averaged with beta2); adafactor: without momentum, steps are "
         "learning_rate times the parameter's size, so try 0.01; optax.NAME: optax's own of that name, built with "
         "beta1, beta2, eps and weight_decay where it takes them",
-        choices=("adamw", "adam", "sgd", "lion", "lamb", "muon", "adafactor", *(f"optax.{n}" for n in FROM_OPTAX)),
+        choices=(
+            "adamw",
+            "adam",
+            "sgd",
+            "lion",
+            "lamb",
+            "muon",
+            "normuon",
+            "adafactor",
+            *(f"optax.{n}" for n in FROM_OPTAX),
+        ),
     )
     beta1: float = option(0.9, "first-moment decay (sgd: momentum; adafactor: unused)", low=0, below=1)
     beta2: float = option(0.999, "second-moment decay (lion: momentum decay; adafactor: unused)", low=0, below=1)
     eps: float = option(1e-8, "term that keeps adam's denominator off zero", above=0)
     muon_momentum: float = option(0.95, "muon: decay of the momentum of the blocks' matrices", low=0, below=1)
+    muon_coefficients: str = option(
+        "jordan",
+        "muon: polynomials that make a matrix orthogonal; polar_express: nearer to it after as many",
+        choices=("jordan", "polar_express"),
+    )
+    embedding_lr_ratio: float | None = option(
+        None, "the embeddings' learning rate, as a multiple of all others'; none: the same", above=0
+    )
     weight_decay: float = option(0.01, "decoupled weight decay (adam, sgd: L2); biases and norms are left out", low=0)
+    cautious_decay: bool = option(False, "apply weight_decay only to weights that the update makes smaller, too")
     decay_embeddings: bool = option(True, "apply weight_decay to the embeddings too")
     z_loss: float = option(
         0.0,

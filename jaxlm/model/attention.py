@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxlm.config import ModelConfig
-from jaxlm.model.layers import Linear, Norm
+from jaxlm.model.layers import Linear, Norm, residual_std
 from jaxlm.model.positions import rotate
 from jaxlm.ops.attention_kernels import causal_attention
 from jaxlm.ops.flash import flash_attention_of_product
@@ -37,14 +37,19 @@ class Attention(nnx.Module):
         else:
             self.q = Linear(d, (d,), 0.02, dtype, rngs, use_bias=bias)
             self.kv = Linear(d, (2, config.kv_heads * head_size), 0.02, dtype, rngs, use_bias=bias)
-        self.out = Linear(d, (d,), 0.02 / (2 * config.n_layers) ** 0.5, dtype, rngs, use_bias=bias)
+        self.out = Linear(d, (d,), residual_std(config), dtype, rngs, use_bias=bias)
         if config.qk_norm:
             self.q_norm = Norm(head_size, config, kind="rmsnorm")
             self.k_norm = Norm(head_size, config, kind="rmsnorm")
-        # Whether nothing is done to queries and keys, so that the kernels can read them where the product stands.
-        self.reads_product = config.kv_heads == config.n_heads and not config.qk_norm and config.positions != "rotary"
+        if config.value_embedding:
+            self.value_scale = nnx.Param(jnp.ones(config.kv_heads))
+        # Whether nothing is done to queries, keys and values, so that the kernels can read them where the product is.
+        changed = config.qk_norm or config.value_embedding or config.positions == "rotary"
+        self.reads_product = config.kv_heads == config.n_heads and not changed
 
-    def heads(self, x_BTD: jax.Array, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def heads(
+        self, x_BTD: jax.Array, positions_BT: jax.Array, embedded_BTGK: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Queries [B, T, H, K], keys and values [B, T, G, K]; normalised and rotated as the configuration says."""
         b, t, d = x_BTD.shape
         config = self.config
@@ -57,15 +62,22 @@ class Attention(nnx.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         if config.positions == "rotary":
             q, k = (rotate(x, positions_BT, config) for x in (q, k))
+        if embedded_BTGK is not None:
+            v = v + self.value_scale[...].astype(v.dtype)[None, None, :, None] * embedded_BTGK
         return q, k, v
 
     def __call__(
-        self, x_BTD: jax.Array, segments_BT: jax.Array | None, positions_BT: jax.Array, key_B2: jax.Array | None
+        self,
+        x_BTD: jax.Array,
+        segments_BT: jax.Array | None,
+        positions_BT: jax.Array,
+        key_B2: jax.Array | None,
+        embedded_BTGK: jax.Array | None,
     ) -> tuple[jax.Array, Cache]:
         if self.implementation == "pallas" and self.reads_product:
             y_BTHK, cache = self._of_product(x_BTD, segments_BT, key_B2)
         else:
-            q, k, v = self.heads(x_BTD, positions_BT)
+            q, k, v = self.heads(x_BTD, positions_BT, embedded_BTGK)
             rate, implementation = self.config.attention_dropout, self.implementation
             y_BTHK, cache = causal_attention(q, k, v, segments_BT, key_B2, rate, implementation=implementation), (k, v)
         return self.out(y_BTHK.reshape(x_BTD.shape)), cache
@@ -82,9 +94,11 @@ class Attention(nnx.Module):
         biased = by_head(product_BT3D if bias_3D is None else product_BT3D + bias_3D[None, None])
         return y_BTHK, (biased[:, :, 1], biased[:, :, 2])
 
-    def decode(self, x_B1D: jax.Array, position_B: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+    def decode(
+        self, x_B1D: jax.Array, position_B: jax.Array, cache: Cache, embedded_B1GK: jax.Array | None
+    ) -> tuple[jax.Array, Cache]:
         """One position a row, at index `position_B`, with the keys and values before it; returns the cache with it."""
-        q, k, v = self.heads(x_B1D, position_B[:, None])
+        q, k, v = self.heads(x_B1D, position_B[:, None], embedded_B1GK)
         write = lambda x, new: x.at[jnp.arange(len(new)), :, position_B].set(new[:, 0].astype(x.dtype))  # noqa: E731
         keys, values = write(cache[0], k), write(cache[1], v)
         y_B1HK = cached_attention(q, keys, values, position_B + 1)

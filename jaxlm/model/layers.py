@@ -20,6 +20,7 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {  # of float32 value
     "gelu": lambda x: jax.nn.gelu(x, approximate=True),
     "gelu_exact": lambda x: jax.nn.gelu(x, approximate=False),
     "relu": jax.nn.relu,
+    "relu2": lambda x: jnp.square(jax.nn.relu(x)),  # So et al. 2021, arXiv:2109.08668
     "swish": jax.nn.swish,
 }
 GATES = {"swiglu": "swish", "geglu": "gelu"}  # the activation of the gate
@@ -38,6 +39,11 @@ def activate(x: jax.Array, bias: jax.Array | None, name: str) -> jax.Array:
         return y.astype(x.dtype)
 
     return recomputed(f)(x, bias)
+
+
+def residual_std(config: ModelConfig) -> float:
+    """Of the matrices whose products are added to the residual stream: GPT-2's, or none (`zero_init_outputs`)."""
+    return 0.0 if config.zero_init_outputs else 0.02 / (2 * config.n_layers) ** 0.5
 
 
 class Linear(nnx.Module):
@@ -65,17 +71,22 @@ class Linear(nnx.Module):
 
 
 class Norm(nnx.Module):
-    """LayerNorm or RMSNorm (`kind`) of the last axis, of `size` channels, in the dtype of its input."""
+    """LayerNorm or RMSNorm (`kind`) of the last axis, of `size` channels, in the dtype of its input.
+
+    Without `norm_scale` it has no factors to learn (OLMo, arXiv:2402.00838).
+    """
 
     def __init__(self, size: int, config: ModelConfig, *, kind: str):
         self.epsilon, self.centred = config.norm_epsilon, kind == "layernorm"
-        self.scale = nnx.Param(jnp.ones(size))
-        if self.centred and config.use_bias:
+        self.use_scale, self.use_bias = config.norm_scale, self.centred and config.use_bias
+        if self.use_scale:
+            self.scale = nnx.Param(jnp.ones(size))
+        if self.use_bias:
             self.bias = nnx.Param(jnp.zeros(size))
-        self.use_bias = self.centred and config.use_bias
 
     def __call__(self, x_ND: jax.Array) -> jax.Array:
-        return normalise(x_ND, self.scale[...], self.bias[...] if self.use_bias else None, self.epsilon, self.centred)
+        scale, bias = self.scale[...] if self.use_scale else None, self.bias[...] if self.use_bias else None
+        return normalise(x_ND, scale, bias, self.epsilon, self.centred)
 
 
 class Mlp(nnx.Module):
@@ -89,7 +100,7 @@ class Mlp(nnx.Module):
         self.activation = config.activation
         d, f, bias = config.d_model, config.d_ff, config.use_bias
         self.up = Linear(d, (2, f) if config.activation in GATES else (f,), 0.02, dtype, rngs, use_bias=bias)
-        self.down = Linear(f, (d,), 0.02 / (2 * config.n_layers) ** 0.5, dtype, rngs, use_bias=bias)
+        self.down = Linear(f, (d,), residual_std(config), dtype, rngs, use_bias=bias)
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         return self.down(activate(*self.up.parts(x_BTD), self.activation))

@@ -61,16 +61,29 @@ class Block(nnx.Module):
         return x_BTD if pre else per_token(self.norm2, x_BTD), cache
 
     def __call__(
-        self, x_BTD: jax.Array, segments_BT: jax.Array | None, positions_BT: jax.Array, keys_SB2: jax.Array | None
+        self,
+        x_BTD: jax.Array,
+        segments_BT: jax.Array | None,
+        positions_BT: jax.Array,
+        keys_SB2: jax.Array | None,
+        embedded_BTGK: jax.Array | None = None,
     ) -> tuple[jax.Array, Cache]:
-        """keys_SB2: uint32 dropout keys of the three sites, or None. Returns the output, and the keys and values."""
+        """Returns the output, and the keys and values.
+
+        Args:
+          keys_SB2: uint32 dropout keys of the three sites, or None.
+          embedded_BTGK: of `value_embedding`.
+        """
         attention_key, *residual_keys = (None, None, None) if keys_SB2 is None else tuple(keys_SB2)
-        attend = lambda y: self.attention(y, segments_BT, positions_BT, attention_key)  # noqa: E731
+        attend = lambda y: self.attention(y, segments_BT, positions_BT, attention_key, embedded_BTGK)  # noqa: E731
         return self._residuals(x_BTD, attend, residual_keys)
 
-    def decode(self, x_B1D: jax.Array, position_B: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+    def decode(
+        self, x_B1D: jax.Array, position_B: jax.Array, cache: Cache, embedded_B1GK: jax.Array | None = None
+    ) -> tuple[jax.Array, Cache]:
         """One position a row, at index `position_B`, with the keys and values [B, G, T, K] before it in `cache`."""
-        return self._residuals(x_B1D, lambda y: self.attention.decode(y, position_B, cache), (None, None))
+        attend = lambda y: self.attention.decode(y, position_B, cache, embedded_B1GK)  # noqa: E731
+        return self._residuals(x_B1D, attend, (None, None))
 
 
 class Transformer(nnx.Module):
@@ -95,6 +108,9 @@ class Transformer(nnx.Module):
         self.token_embedding = nnx.Param(normal(rngs.params(), shape))
         if config.positions == "learned":
             self.position_embedding = nnx.Param(normal(rngs.params(), (config.max_seq_len, config.d_model)))
+        if config.value_embedding:
+            width = config.kv_heads * (config.d_model // config.n_heads)
+            self.value_embedding = nnx.Param(normal(rngs.params(), (config.vocab_size, width)))
         stack = nnx.vmap(lambda rngs: self.block_class(config, implementation, dtype, rngs))
         self.blocks = stack(rngs.split(config.n_layers))
         if config.pre_norm:
@@ -113,6 +129,13 @@ class Transformer(nnx.Module):
         elif self.config.positions == "sinusoidal":
             x_BTD = x_BTD * self.config.d_model**0.5 + sinusoids(positions_BT, self.config.d_model)
         return x_BTD.astype(self.dtype)
+
+    def embed_values(self, tokens_BT: jax.Array) -> jax.Array | None:
+        """What every layer adds to its values (after Zhou et al. 2024, arXiv:2410.17897), [B, T, G, K]."""
+        if not self.config.value_embedding:
+            return None
+        x_BTE = take_rows(self.value_embedding[...], tokens_BT).astype(self.dtype)
+        return x_BTE.reshape(*tokens_BT.shape, self.config.kv_heads, -1)
 
     def _finish(self, x_BTD: jax.Array) -> jax.Array:
         return per_token(self.final_norm, x_BTD) if self.config.pre_norm else x_BTD
@@ -138,7 +161,8 @@ class Transformer(nnx.Module):
             positions_BT = _count(tokens_BT)
         x_BTD = self.embed(tokens_BT, positions_BT)
         x_BTD = dropout(x_BTD, None if keys is None else keys[-1, 0], self.config.dropout)
-        run = lambda block, x_BTD, keys: (block(x_BTD, segments_BT, positions_BT, keys)[0], None)  # noqa: E731
+        values = self.embed_values(tokens_BT)
+        run = lambda block, x_BTD, keys: (block(x_BTD, segments_BT, positions_BT, keys, values)[0], None)  # noqa: E731
         return self._run_blocks(run, x_BTD, None if keys is None else keys[:-1], fetch)[0]
 
     def _run_blocks(
@@ -176,7 +200,8 @@ class Transformer(nnx.Module):
     def prefill(self, tokens_BT: jax.Array) -> tuple[jax.Array, tuple[Cache, ...]]:
         """Hidden states [B, T, D] of a prompt, and each layer's keys and values [B, G, T, K]."""
         positions_BT = _count(tokens_BT)
-        run = lambda block, x_BTD, keys: block(x_BTD, None, positions_BT, keys)  # noqa: E731
+        values = self.embed_values(tokens_BT)
+        run = lambda block, x_BTD, keys: block(x_BTD, None, positions_BT, keys, values)  # noqa: E731
         hidden_BTD, kept = self._run_blocks(run, self.embed(tokens_BT, positions_BT), None, None)
         k, v = (x_LBTGK.swapaxes(2, 3) for x_LBTGK in kept)
         return hidden_BTD, tuple(zip(k, v, strict=True))
@@ -197,8 +222,9 @@ class Transformer(nnx.Module):
 
         @jax.jit  # traced once for all layers
         def step(block: Any, x_B1D: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
-            return nnx.merge(graphdef, block).decode(x_B1D, position_B, cache)
+            return nnx.merge(graphdef, block).decode(x_B1D, position_B, cache, values)
 
+        values = self.embed_values(tokens_B1)
         x_B1D, after = self.embed(tokens_B1, position_B[:, None]), []
         for layer, cache in enumerate(caches):
             x_B1D, cache = step(jax.tree.map(lambda x: x[layer], params), x_B1D, cache)  # noqa: B023 - called at once

@@ -8,12 +8,12 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-Saved = tuple[jax.Array, jax.Array, jax.Array | None, jax.Array | None, jax.Array]
+Saved = tuple[jax.Array, jax.Array | None, jax.Array | None, jax.Array | None, jax.Array]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def normalise(
-    x_ND: jax.Array, scale_D: jax.Array, bias_D: jax.Array | None, epsilon: float, centred: bool
+    x_ND: jax.Array, scale_D: jax.Array | None, bias_D: jax.Array | None, epsilon: float, centred: bool
 ) -> jax.Array:
     """LayerNorm if `centred` (Ba et al. 2016, arXiv:1607.06450), else RMSNorm (arXiv:1910.07467), in the dtype of x.
 
@@ -23,14 +23,14 @@ def normalise(
 
 
 def _forward(
-    x_ND: jax.Array, scale_D: jax.Array, bias_D: jax.Array | None, epsilon: float, centred: bool
+    x_ND: jax.Array, scale_D: jax.Array | None, bias_D: jax.Array | None, epsilon: float, centred: bool
 ) -> tuple[jax.Array, Saved]:
     wide_ND = x_ND.astype(jnp.float32)
     mean_N1 = wide_ND.mean(-1, keepdims=True) if centred else None
     square_N1 = (wide_ND * wide_ND).mean(-1, keepdims=True)
     variance_N1 = square_N1 if mean_N1 is None else jnp.maximum(square_N1 - mean_N1 * mean_N1, 0.0)
     inverse_N1 = jax.lax.rsqrt(variance_N1 + epsilon)
-    y_ND = _unit(wide_ND, mean_N1, inverse_N1) * _row(scale_D, x_ND)
+    y_ND = _scaled(_unit(wide_ND, mean_N1, inverse_N1), scale_D)
     if bias_D is not None:
         y_ND = y_ND + _row(bias_D, x_ND)
     return y_ND.astype(x_ND.dtype), (x_ND, scale_D, bias_D, mean_N1, inverse_N1)
@@ -40,24 +40,29 @@ def _row(x_D: jax.Array, like_ND: jax.Array) -> jax.Array:
     return x_D.reshape((1,) * (like_ND.ndim - 1) + x_D.shape)
 
 
+def _scaled(x_ND: jax.Array, scale_D: jax.Array | None) -> jax.Array:
+    return x_ND if scale_D is None else x_ND * _row(scale_D, x_ND)
+
+
 def _unit(wide_ND: jax.Array, mean_N1: jax.Array | None, inverse_N1: jax.Array) -> jax.Array:
     return (wide_ND if mean_N1 is None else wide_ND - mean_N1) * inverse_N1
 
 
 def _backward(
     epsilon: float, centred: bool, saved: Saved, g_ND: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
     x_ND, scale_D, bias_D, mean_N1, inverse_N1 = saved
     x_ND, g_ND = jax.lax.optimization_barrier((x_ND, g_ND))  # or XLA finds float32 results of before and keeps them
     unit_ND = _unit(x_ND.astype(jnp.float32), mean_N1, inverse_N1)
     wide_ND = g_ND.astype(jnp.float32)
-    slope_ND = wide_ND * _row(scale_D, x_ND)
+    slope_ND = _scaled(wide_ND, scale_D)
     dx_ND = slope_ND - unit_ND * (slope_ND * unit_ND).mean(-1, keepdims=True)
     if centred:
         dx_ND = dx_ND - slope_ND.mean(-1, keepdims=True)
     vectors = tuple(range(x_ND.ndim - 1))
+    dscale_D = None if scale_D is None else (wide_ND * unit_ND).sum(vectors)
     dbias_D = None if bias_D is None else wide_ND.sum(vectors)
-    return (dx_ND * inverse_N1).astype(x_ND.dtype), (wide_ND * unit_ND).sum(vectors), dbias_D
+    return (dx_ND * inverse_N1).astype(x_ND.dtype), dscale_D, dbias_D
 
 
 normalise.defvjp(_forward, _backward)

@@ -15,15 +15,17 @@ from jaxlm.train.precision import initial_loss_scale
 Numbers = dict[str, jax.Array]
 
 # Options that are inputs, where they are neither zero nor none.
-FLOATS = ("weight_decay", "beta1", "beta2", "eps", "muon_momentum", "max_grad_norm", "min_loss_scale")
+FLOATS = (
+    "weight_decay", "beta1", "beta2", "eps", "muon_momentum", "embedding_lr_ratio", "max_grad_norm", "min_loss_scale",
+)  # fmt: skip
 INPUTS: dict[str, type[np.number]] = dict.fromkeys(FLOATS, np.float32) | dict.fromkeys(
     ("loss_scale_window", "loss_scale_hysteresis"), np.int32
 )
 # The other options of training and data that a program is made from, and all of the model's; no more is in it.
 TRAINING = (
-    "batch_size", "gradient_accumulation_steps", "optimizer", "decay_embeddings", "z_loss", "use_amp", "amp_dtype",
-    "loss_scale", "accumulator_dtype", "zero_stage", "zero_group_size", "tensor_parallel", "offload_optimizer",
-    "loss_chunk_mib",
+    "batch_size", "gradient_accumulation_steps", "optimizer", "muon_coefficients", "cautious_decay",
+    "decay_embeddings", "z_loss", "use_amp", "amp_dtype", "loss_scale", "accumulator_dtype", "zero_stage",
+    "zero_group_size", "tensor_parallel", "offload_optimizer", "loss_chunk_mib",
 )  # fmt: skip
 DATA = ("max_length", "pack_sequences")
 

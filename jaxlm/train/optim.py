@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 import optax.contrib
+from jax.typing import ArrayLike
 
 from jaxlm.config import TrainingConfig
 from jaxlm.parallel.split import STACKED, Params, Path
@@ -25,10 +26,13 @@ def _momentum(c: TrainingConfig) -> Transformation:
     return optax.trace(c.beta1) if is_input or c.beta1 else optax.identity()
 
 
-def _muon(c: TrainingConfig, decay: Transformation) -> Transformation:
+def _muon(c: TrainingConfig, decay: Transformation, by_neuron: bool = False) -> Transformation:
     """Muon (Jordan et al. 2024) for the blocks' matrices, each on its own; Adam for all else.
 
     Scaled to the size of Adam's steps (Liu et al. 2025, arXiv:2502.16982), so that one learning rate suits both.
+
+    Args:
+      by_neuron: as NorMuon does it (Li et al. 2025, arXiv:2510.05491): each output's weights take steps of equal size.
     """
 
     def axes(updates: Params) -> Params:  # of a kernel [I, O], or [I, n, O] of n matrices
@@ -37,10 +41,13 @@ def _muon(c: TrainingConfig, decay: Transformation) -> Transformation:
     def label(path: Path, _: jax.Array) -> str:
         return "muon" if path[0].key == STACKED and path[-1].key == "kernel" else "adam"
 
-    matrices = optax.chain(
-        optax.contrib.scale_by_muon(beta=c.muon_momentum, weight_dimension_numbers=axes),
-        optax.stateless(lambda updates, _: jax.tree.map(lambda u: MUON_RMS * max(u.shape) ** 0.5 * u, updates)),
+    def shaped(updates: Params, _: Params) -> Params:
+        return jax.tree.map(lambda u: MUON_RMS * max(u.shape) ** 0.5 * u, updates)
+
+    orthogonal = optax.contrib.scale_by_muon(
+        ns_coeffs=NEWTON_SCHULZ[c.muon_coefficients], beta=c.muon_momentum, weight_dimension_numbers=axes
     )
+    matrices = optax.chain(orthogonal, scale_by_neuron(c.beta2) if by_neuron else optax.stateless(shaped))
     labels = lambda params: jax.tree_util.tree_map_with_path(label, params)  # noqa: E731
     return optax.chain(optax.partition({"muon": matrices, "adam": _adam(c)}, labels), decay)
 
@@ -73,10 +80,22 @@ OPTIMIZERS: dict[str, Callable[[TrainingConfig, Transformation], Transformation]
     "lion": lambda c, decay: optax.chain(optax.scale_by_lion(c.beta1, c.beta2), decay),
     "lamb": lambda c, decay: optax.chain(_adam(c), decay, scale_by_trust_ratio()),
     "muon": _muon,
+    "normuon": partial(_muon, by_neuron=True),
     "adafactor": _adafactor,
 }
-BY_LAYER = ("muon", "adafactor")  # and those from optax: they take each array for a single parameter
+BY_LAYER = ("muon", "normuon", "adafactor")  # and those from optax: they take each array for a single parameter
 MUON_RMS = 0.2  # root mean square of Adam's usual step
+# Factors of x, x^3 and x^5 in each iteration that brings singular values to 1.
+NEWTON_SCHULZ: dict[str, Any] = {
+    "jordan": (3.4445, -4.7750, 2.0315),  # five times; values end anywhere from 0.7 to 1.2
+    "polar_express": (  # Amsel et al. 2025, arXiv:2505.16932, of polynomials for values from 0.001 on
+        (8.156554524902461, -22.48329292557795, 15.878769915207462),
+        (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+        (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+        (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+        (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+    ),
+}
 
 
 def scale_by_trust_ratio() -> optax.GradientTransformation:
@@ -97,12 +116,56 @@ def scale_by_trust_ratio() -> optax.GradientTransformation:
     return optax.GradientTransformation(lambda params: optax.EmptyState(), apply)
 
 
+def scale_by_neuron(beta2: ArrayLike) -> Transformation:
+    """NorMuon's step 6 to 8: over the root of each output's mean square, averaged over updates; then MUON_RMS in all.
+
+    Of matrices [I, O], or [I, n, O], which are n; the state is [1, O] or [1, n, O]. Its averages start at zero and are
+    not corrected for that, as the size is set in the end.
+    """
+
+    def init(params: Params) -> Params:
+        return jax.tree.map(lambda p: jnp.zeros((1, *p.shape[1:]), p.dtype), params)
+
+    def update(updates: Params, state: Params, _: Params) -> tuple[Params, Params]:
+        mean = lambda u: jnp.mean(u * u, axis=0, keepdims=True)  # noqa: E731
+        state = jax.tree.map(lambda v, u: beta2 * v + (1 - beta2) * mean(u), state, updates)
+        scaled = jax.tree.map(lambda u, v: u / (jnp.sqrt(v) + 1e-8), updates, state)
+        size = lambda u: jnp.sqrt(jnp.mean(u * u, axis=(0, -1), keepdims=True))  # noqa: E731
+        return jax.tree.map(lambda u: MUON_RMS * u / jnp.maximum(size(u), 1e-8), scaled), state
+
+    return optax.GradientTransformation(init, update)
+
+
+def cautious(decay: Transformation) -> Transformation:
+    """`decay` only where it goes the way that the update goes (Chen et al. 2025, arXiv:2510.12402)."""
+
+    def update(updates: Params, state: Any, params: Params) -> tuple[Params, Any]:
+        decayed, state = decay.update(updates, state, params)
+        choose = lambda u, d, p: jnp.where(u * p > 0, d, u)  # noqa: E731
+        return jax.tree.map(choose, updates, decayed, params), state
+
+    return optax.GradientTransformation(decay.init, update)
+
+
+def scale_embeddings(factor: ArrayLike) -> Transformation:
+    """Multiplies the embeddings' updates."""
+
+    def scaled(path: Path, update: jax.Array) -> jax.Array:
+        return update * factor if is_embedding(path) else update
+
+    return optax.stateless(lambda updates, _: jax.tree_util.tree_map_with_path(scaled, updates))
+
+
+def is_embedding(path: Path) -> bool:
+    name: str = path[-1].key
+    return name.endswith("embedding")
+
+
 def decay_mask(params: Params, decay_embeddings: bool) -> Params:
     """True for the leaves that weight decay applies to: matrices, and embeddings if asked; no biases, no norms."""
 
     def decays(path: Path, _: jax.Array) -> bool:
-        name = path[-1].key
-        return name == "kernel" or (decay_embeddings and name.endswith("embedding"))
+        return path[-1].key == "kernel" or (decay_embeddings and is_embedding(path))
 
     return jax.tree_util.tree_map_with_path(decays, params)
 
@@ -146,9 +209,10 @@ def build_optimizer(config: TrainingConfig, shapes: Params | None = None) -> opt
     """
     mask = partial(decay_mask, decay_embeddings=config.decay_embeddings)
     decay = optax.add_decayed_weights(config.weight_decay, mask=mask)
+    decay = cautious(decay) if config.cautious_decay else decay
     rule = OPTIMIZERS.get(config.optimizer, _from_optax)(config, decay)
     if config.optimizer in BY_LAYER or config.optimizer not in OPTIMIZERS:
         rule = by_layer(rule, shapes)
-    if config.max_grad_norm is None:
-        return rule
-    return optax.chain(optax.clip_by_global_norm(config.max_grad_norm), rule)
+    clip = [] if config.max_grad_norm is None else [optax.clip_by_global_norm(config.max_grad_norm)]
+    ratio = config.embedding_lr_ratio
+    return optax.chain(*clip, rule, *([] if ratio is None else [scale_embeddings(ratio)]))
