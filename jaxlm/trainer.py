@@ -25,7 +25,6 @@ from jaxlm.errors import RunFailed
 from jaxlm.generation.api import generate_one_or_many
 from jaxlm.interop.pretrained import open_pretrained
 from jaxlm.model import Transformer
-from jaxlm.monitor.histograms import HistogramWriter
 from jaxlm.monitor.metrics import MetricsTracker, Throughput, memory_gib, model_flops_utilization
 from jaxlm.monitor.profiling import Profiler
 from jaxlm.monitor.progress import Progress
@@ -40,6 +39,7 @@ from jaxlm.report import write_report_of_run
 from jaxlm.run.describe import describe_run
 from jaxlm.run.feed import BatchFeeder, batches_to_evaluate
 from jaxlm.run.judge import NumbersJudge
+from jaxlm.run.probes import Probes
 from jaxlm.run.resume import find_resume, go_on, is_finished, say_going_on
 from jaxlm.run.setup import check_same_in_processes, compile_step, keep_compiled_programs, resolve, with_vocabulary
 from jaxlm.run.text import prepare_text
@@ -168,7 +168,7 @@ class Trainer:
                     self.metrics_tracker.flush(0)
                 for batch in self.train_batches:
                     numbers = at_rate(self._numbers, self.schedule(self.current_step))
-                    self._histograms.before_update(self.current_step + 1, self.state, batch, numbers)
+                    self._probes.before_update(self.current_step + 1, self.state, batch, numbers)
                     with self._profiler.update(self.current_step + 1, self.state):
                         self.state, self.step_metrics = self.train_step(self.state, batch, numbers)
                     self.current_step += 1
@@ -211,8 +211,8 @@ class Trainer:
         opened.callback(self.checkpoints.close)  # which waits for the saves
         with self._watchdog.during("compiling the step"):
             self.train_step = compile_step(self.assembly, self.config.training.compiled_program)
-        when = self.config.training.histogram_steps, self.total_steps
-        self._histograms = HistogramWriter(self.assembly, *when, self.metrics_tracker, self._throughput, self._watchdog)
+        about = self.config, self.assembly, self.total_steps, self.metrics_tracker, self._throughput, self._watchdog
+        self._probes = Probes(*about, self._progress.line)
         self._watchdog.updated(self.current_step)
         self._judge = NumbersJudge(
             self.resolved, self.text.rows, self.state, self._progress.line, self.checkpoints.newest

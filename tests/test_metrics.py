@@ -21,14 +21,20 @@ import numpy as np
 import optax
 import pytest
 from conftest import make_config
+from jax.flatten_util import ravel_pytree
 from tensorboardX.proto.event_pb2 import Event
 
 from jaxlm import Trainer, load
 from jaxlm.config import Config, TrainingConfig, from_dict, replace_fields, to_dict, validate
+from jaxlm.data.loader import train_batches
 from jaxlm.errors import UserError
+from jaxlm.monitor.gradients import NoiseScale
 from jaxlm.monitor.histograms import count_values
-from jaxlm.monitor.metrics import MetricsTracker, flops_per_token, memory_gib, model_flops_utilization
+from jaxlm.monitor.metrics import MetricsTracker, Throughput, flops_per_token, memory_gib, model_flops_utilization
 from jaxlm.monitor.sinks import Histogram, JsonLines, TensorBoard, hyperparameters, make_sinks
+from jaxlm.monitor.watchdog import Watchdog
+from jaxlm.train.numbers import at_rate
+from jaxlm.train.step import make_loss
 
 
 def read_rows(path: Path) -> list[dict]:
@@ -370,15 +376,19 @@ def test_counts_of_values() -> None:
 
 
 class Normed(Trainer):
-    """Keeps the norm of the parameters after every update."""
+    """Keeps the norm of the parameters after every update, and that of the update."""
 
     def _log_metrics(self, loss: float):
         super()._log_metrics(loss)
-        self.norms[self.current_step] = float(optax.tree.norm(self.whole(self.state.params)))
+        before, self.params = self.params, jax.device_get(self.whole(self.state.params))
+        self.norms[self.current_step] = float(optax.tree.norm(self.params))
+        self.moved[self.current_step] = float(optax.tree.norm(jax.tree.map(np.subtract, self.params, before)))
 
     def train(self):
         self.norms: dict[int, float] = {}
+        self.moved: dict[int, float] = {}
         self.whole = jax.jit(self.assembly.layout.to_whole)
+        self.params = jax.device_get(self.whole(self.state.params))
         super().train()
 
 
@@ -391,6 +401,8 @@ def histograms(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> tuple[
         "training.gradient_accumulation_steps": 2,
         "training.max_steps": 3,
         "training.histogram_steps": 2,
+        "training.layer_norm_steps": 2,
+        "training.noise_scale_steps": 2,
     }
     sink = Everything()
     trainer = Normed(make_config(tmp_path_factory.mktemp("histograms"), corpus, **overrides), sinks=[sink])
@@ -409,6 +421,58 @@ def test_histograms_of_a_run(histograms: tuple[Normed, Everything]) -> None:
             found = [h for (name, at), h in sink.histograms.items() if name.startswith(kind) and at == step]
             assert sum(int(h.counts.sum()) for h in found) == trainer.assembly.parameters, "padding is no parameter"
             assert math.sqrt(sum(h.squares for h in found)) == pytest.approx(norm, rel=1e-5)
+
+
+def test_norms_of_layers_of_a_run(histograms: tuple[Normed, Everything]) -> None:
+    """Those of all parts make the norm of the whole: of gradients, of the update that was made, of parameters."""
+    trainer, sink = histograms
+    rows = {step: row for step, row in sink.rows if "gradients/final_norm" in row}
+    assert rows.keys() == {2, 3}
+    for step, row in rows.items():
+        assert "updates/block_01/attention" in row and "parameters/token_embedding" in row
+        of = {
+            "gradients": row["train/grad_norm"],
+            "updates": trainer.moved[step],
+            "parameters": trainer.norms[step - 1],
+        }
+        for kind, norm in of.items():
+            parts = [value for name, value in row.items() if name.startswith(f"{kind}/")]
+            assert len(parts) == 3 + 2 * 4  # two embeddings and the last norm; of each block four
+            assert math.hypot(*parts) == pytest.approx(norm, rel=1e-5)
+        assert math.isfinite(row["noise/trace"]) and row["noise/trace"] > 0
+
+
+def test_noise_scale_is_what_gradients_of_rows_say(tmp_path: Path, corpus: Path) -> None:
+    """From the gradient of each row, made one by one; and means of random rows are as noisy as it says."""
+    config = make_config(tmp_path, corpus, **{"training.batch_size": 4, "training.gradient_accumulation_steps": 8})
+    trainer = Trainer(config)
+    batch = next(iter(train_batches(trainer.text.rows, 0, 32, 8, 0)))
+    batch["segments"][1, 2, 9:] = 0  # rows of unlike length count by their targets
+    state, numbers = trainer.state, at_rate(trainer._numbers, 0.1)
+    loss_of = make_loss(trainer.assembly.graphdef, trainer.assembly.config, trainer.assembly.layout)
+    gradient = jax.jit(jax.grad(lambda params, row: loss_of(params, row)[0]))
+    rows = [{name: x[k, b : b + 1] for name, x in batch.items()} for k in range(8) for b in range(4)]
+    targets = np.array([np.count_nonzero(row["segments"]) for row in rows])
+    sums = np.stack([ravel_pytree(gradient(state.params, row))[0] for row in rows]).astype(np.float64)
+
+    def directly(rows_a_part: int) -> tuple[float, float]:
+        """tr S and |g|^2 from the variance of the gradients of parts."""
+        n, parts = (x.reshape(-1, rows_a_part, *x.shape[1:]).sum(1) for x in (targets, sums))
+        mean = parts.sum(0) / n.sum()
+        trace = (n * np.square(parts / n[:, None] - mean).sum(1)).sum() / (len(n) - 1)
+        return trace, mean @ mean - trace / n.sum()
+
+    probe = NoiseScale(trainer.assembly, 1, 9, MetricsTracker(), Throughput(), Watchdog(0))
+    probe.measure(1, state, jax.device_put(batch), numbers)
+    expected = directly(rows_a_part=4)  # one on each of 4 devices
+    found = [probe.tracker.history[f"noise/{name}"][1] for name in ("trace", "squared_gradient")]
+    assert found == pytest.approx(expected, rel=1e-3)
+    assert probe.tokens == pytest.approx(expected[0] / expected[1], rel=1e-3)
+    trace, squared = directly(rows_a_part=1)
+    assert found[0] == pytest.approx(trace, rel=0.2)
+    chosen = np.random.default_rng(0).integers(0, len(rows), (2000, 4))
+    squares = [np.square(sums[c].sum(0) / targets[c].sum()).sum() for c in chosen]
+    assert np.mean(squares) == pytest.approx(squared + trace * (1 / targets.sum() + 1 / (4 * targets.mean())), rel=0.1)
 
 
 # ---- Sinks of the user's own

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from jaxlm.config import Config, DataConfig, TrainingConfig, to_dict
+from jaxlm.config import Config, DataConfig, ModelConfig, TrainingConfig, to_dict
 from jaxlm.errors import UserError
 from jaxlm.report import write_report, write_report_of_run
 from jaxlm.report.page import smoothed, thinned
@@ -145,8 +145,8 @@ def test_page_is_whole_and_alone(run: Path) -> None:
     code = re.sub(r"/\*.*?\*/", "", "".join(page.scripts), flags=re.DOTALL)
     assert not re.search(r"//|url\(|@import|http|fetch\(|import\(|XMLHttpRequest|WebSocket|sendBeacon", code)
     assert any("default-src 'none'" in (attributes.get("content") or "") for _, attributes in page.tags)
-    assert [tag for tag, _ in page.tags].count("script") == len(page.charts()) + 2, (
-        "one to a chart, uPlot and report.js"
+    assert [tag for tag, _ in page.tags].count("script") == len(page.charts()) + 3, (
+        "one to a chart, the runs' courses, uPlot and report.js"
     )
     assert "<script>alert" not in html and "\x00" not in html
     assert "</pre></script><script>alert('x')</script> & \ufffd\ufffd[31m \ufffd <!-- ]]>" in page.text
@@ -197,7 +197,7 @@ def test_charts_are_the_rows(run: Path) -> None:
         ("spike", "\u25be", [25]),
         ("skipped", "\u2715", [12]),
     ]
-    assert [chart["log_switch"] for chart in drawn.values()].count(True) == 1 == page.text.count("logarithmic steps")
+    assert [chart["log_switch"] for chart in drawn.values()].count(True) == 1 == page.text.count("logarithmic")
 
 
 def test_events(run: Path) -> None:
@@ -217,6 +217,12 @@ def test_key_figures(run: Path) -> None:
     assert found["Tokens trained on"] == f"{30 * 8 * 32 * 0.95:,.0f}"
     assert found["Time in updates"] == "0:00:07"
     assert "Median MFU" not in found
+    course = read_run(run).course
+    assert course["tokens"][-1] == (30, pytest.approx(30 * 8 * 32 * 0.95))
+    assert course["hours"][-1][1] * 3600 == pytest.approx(30 * 8 * 32 * 0.95 / 1000, rel=0.2)
+    model = ModelConfig()
+    a_token = 6 * start()["parameters"] + 12 * model.n_layers * 32 * model.d_model
+    assert course["FLOPs"][-1][1] == pytest.approx(course["tokens"][-1][1] * a_token)
 
 
 def test_old_and_unfinished_runs(tmp_path: Path) -> None:
@@ -384,7 +390,11 @@ def test_in_a_browser(run: Path, tmp_path: Path) -> None:
         document.querySelector("input").click();
         const {x, y} = plots.at(-1).scales;
         probe.push(x.distr, document.querySelectorAll(".uplot").length, plots.length);
+        const by = document.querySelector("select");
+        by.value = "tokens";
+        by.dispatchEvent(new Event("change"));
         queueMicrotask(() => {
+          legend();
           const scales = plots.flatMap((plot) => [plot.scales.x, plot.scales.y]);
           probe.push(scales.every((scale) => scale.min < scale.max));
           probe.push(document.documentElement.scrollWidth > innerWidth, errors);
@@ -405,6 +415,6 @@ def test_in_a_browser(run: Path, tmp_path: Path) -> None:
         "step30training2.5validation3.5",
         "step30training2.5validation\N{EN DASH}",
         "step29training2.55validation\N{EN DASH}",
-        *(3, charts, charts + 1),
+        *(3, charts, charts + 1, "tokens7,296training2.5validation3.5"),
         *(True, False, []),
     ]

@@ -15,7 +15,10 @@ from jaxlm.parallel.processes import say
 from jaxlm.train.assemble import Resolved
 from jaxlm.trainer import Trainer
 
-QUIET = {"profile_steps": None, "histogram_steps": None, "eval_on_start": False, "eval_steps": LARGEST_INT}
+QUIET = dict.fromkeys(("profile_steps", "histogram_steps", "noise_scale_steps", "layer_norm_steps")) | {
+    "eval_on_start": False,
+    "eval_steps": LARGEST_INT,
+}
 
 
 class DryRun(Trainer):

@@ -234,6 +234,20 @@ class TrainingConfig(Section):
         low=1,
         resumable=True,
     )
+    noise_scale_steps: int | None = option(
+        None,
+        "updates between measurements of the gradient noise scale, which says what batch pays; each takes the time of "
+        "one to three updates; none: none",
+        low=1,
+        resumable=True,
+    )
+    layer_norm_steps: int | None = option(
+        None,
+        "updates between norms of the gradients, updates and parameters of each layer, each the time of an update or "
+        "two; none: none",
+        low=1,
+        resumable=True,
+    )
     profile_steps: str | None = option(
         None,
         "updates to trace, A:B (both included), for TensorBoard's profile page or Perfetto; none: none",

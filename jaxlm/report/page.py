@@ -31,6 +31,7 @@ CHARTS: list[tuple[str, str, dict[str, str], float]] = [
     ("Memory", "GiB, peak so far", {"train/memory_gib": "fullest device", "train/host_memory_gib": "process"}, 1),
     ("Loss scale", "float16", {"train/loss_scale": "loss scale"}, 1),
 ]
+AXES = ("tokens", "hours", "FLOPs")  # to draw by, beside steps
 NOT_DRAWN = {"train/epoch", "train/skipped_steps", "eval/perplexity"}
 NOISY = {"train/loss", "train/grad_norm", "train/tokens_per_second", "train/mfu"}
 SYMBOLS = {"resumed": "\u250a", "changed": "\u25c6", "spike": "\u25be", "skipped": "\u2715", "not finite": "\u2715"}
@@ -45,6 +46,8 @@ def page(runs: Sequence[Run]) -> str:
     html = environment.get_template("template.html").render(
         runs=runs,
         charts=list(charts(runs)),
+        courses=[courses_of(run) for run in runs],
+        axes=[name for name in AXES if all(name in run.course for run in runs)],
         differing_options=differing_options(runs),
         side_by_side=side_by_side,
         number=number,
@@ -60,7 +63,7 @@ def charts(runs: Sequence[Run]) -> Iterator[dict[str, Any]]:
     others = sorted({metric for run in runs for metric in run.series} - in_charts - NOT_DRAWN)
     columns = max(25, min(300, MOST_POINTS // (4 * sum(len(run.series) for run in runs) + 1)))
     marks = [
-        {"kind": kind, "symbol": symbol, "colour": i if len(runs) > 1 else 6, "steps": steps[:MOST_MARKS]}
+        {"kind": kind, "symbol": symbol, "colour": i if len(runs) > 1 else 6, "run": i, "steps": steps[:MOST_MARKS]}
         for i, run in enumerate(runs)
         for kind, symbol in SYMBOLS.items()
         if (steps := [event.step for event in run.events if event.kind == kind])
@@ -68,7 +71,7 @@ def charts(runs: Sequence[Run]) -> Iterator[dict[str, Any]]:
     for title, unit, metrics, factor in [*CHARTS, *((metric, "", {metric: metric}, 1.0) for metric in others)]:
         for group in [metrics] if len(runs) == 1 else [{metric: label} for metric, label in metrics.items()]:
             lines = [
-                line | {"label": label if len(runs) == 1 else run.name, "colour": i + j}
+                line | {"label": label if len(runs) == 1 else run.name, "colour": i + j, "run": j}
                 for i, (metric, label) in enumerate(group.items())
                 for j, run in enumerate(runs)
                 for line in lines_of(run, metric, factor, columns)
@@ -81,6 +84,12 @@ def charts(runs: Sequence[Run]) -> Iterator[dict[str, Any]]:
                     "marks": marks,
                     "log_switch": title == "Loss",
                 }
+
+
+def courses_of(run: Run) -> dict[str, list[list[float]]]:
+    """Some of the points of `Run.course`, by axis."""
+    courses = {axis: [points[i] for i in places(len(points), 50)] for axis, points in run.course.items()}
+    return {axis: [[step, float(f"{value:.6g}")] for step, value in points] for axis, points in courses.items()}
 
 
 def lines_of(run: Run, metric: str, factor: float, columns: int) -> Iterator[dict[str, Any]]:

@@ -18,7 +18,21 @@ function computed(colour) { /* as a canvas takes it */
   return getComputedStyle(document.body).outlineColor;
 }
 
-function draw(holder, { lines, marks, title, unit }, logSteps) {
+const courses = JSON.parse(document.getElementById("courses").textContent); /* {axis: [[step, value], ...]} a run */
+const axisChoice = document.querySelector("select");
+
+function along(axis, run, step) { /* where a run was at a step, between the two points beside it */
+  const points = courses[run][axis];
+  if (!points) return step;
+  const before = points.findLastIndex(([x]) => x <= step), i = Math.max(0, Math.min(before, points.length - 2));
+  const [[x0, y0], [x1, y1]] = points.slice(i);
+  return x1 === x0 ? y0 : y0 + (step - x0) / (x1 - x0) * (y1 - y0);
+}
+
+function draw(holder, { lines: bySteps, marks: marksBySteps, title, unit }, logSteps) {
+  const axis = axisChoice?.value ?? "step";
+  const lines = bySteps.map((line) => ({ ...line, x: line.x.map((step) => along(axis, line.run, step)) }));
+  const marks = marksBySteps.map((mark) => ({ ...mark, steps: mark.steps.map((step) => along(axis, mark.run, step)) }));
   const data = uPlot.join(lines.map((line) => [line.x, line.y]));
   const values = lines.flatMap((line) => line.y).filter((y) => y !== null).sort((a, b) => a - b);
   const logValues = values[0] > 0 && values.at(-1) > 20 * values[values.length >> 1]; /* few would flatten others */
@@ -35,7 +49,7 @@ function draw(holder, { lines, marks, title, unit }, logSteps) {
       value: (plot, value) => exact((plot.cursor.idx === null ? last : value) ?? NaN).replace("NaN", "\u2013"),
     };
   });
-  const axis = {
+  const style = {
     stroke: () => computed("var(--faint)"),
     grid: { stroke: () => computed("var(--rule)"), width: 1 },
     values: (plot, ticks) => ticks.map((tick) => (tick === null ? "" : compact(tick))),
@@ -48,12 +62,13 @@ function draw(holder, { lines, marks, title, unit }, logSteps) {
     splits: (plot, i, low, high) => mark.steps.filter((step) => step >= low && step <= high),
     values: (plot, splits) => splits.map(() => mark.symbol),
   }));
-  const range = (plot, low, high) => [logSteps ? Math.max(low, 1) : low, high];
+  const lowest = data[0].find((x) => x > 0); /* a logarithmic axis has no 0 */
+  const range = (plot, low, high) => [logSteps ? Math.max(low, lowest) : low, high];
   return new uPlot({
     ...size(holder),
     scales: { x: { time: false, distr: logSteps ? 3 : 1, range }, y: { distr: logValues ? 3 : 1 } },
-    axes: [{ ...axis, size: 30, label: "step" }, { ...axis, size: 56, label: unit || title }, ...markAxes],
-    series: [{ label: "step", value: (plot, step) => exact(step ?? data[0].at(-1)) }, ...series],
+    axes: [{ ...style, size: 30, label: axis }, { ...style, size: 56, label: unit || title }, ...markAxes],
+    series: [{ label: axis, value: (plot, step) => exact(step ?? data[0].at(-1)) }, ...series],
     legend: { markers: { stroke: (plot, i) => css(lines[i - 1]), dash: (plot, i) => BORDERS[dash(lines[i - 1])] } },
     padding: [16, null, null, null],
     cursor: { hover: { prox: 8 }, y: false },
@@ -68,7 +83,9 @@ for (const figure of document.querySelectorAll("figure")) {
   const redraw = () => { plot.setSize(size(holder)); plot.redraw(); };
   addEventListener("resize", redraw);
   for (const query of ["(prefers-color-scheme: dark)", "print"]) matchMedia(query).addEventListener("change", redraw);
-  logSteps?.addEventListener("change", () => { plot.destroy(); plot = draw(holder, chart, logSteps.checked); });
+  const anew = () => { plot.destroy(); plot = draw(holder, chart, logSteps?.checked); };
+  logSteps?.addEventListener("change", anew);
+  axisChoice?.addEventListener("change", anew);
   holder.addEventListener("keydown", ({ key }) => {
     const steps = plot.data[0], way = { ArrowLeft: -1, ArrowRight: 1 }[key];
     const at = Math.min(Math.max((plot.cursor.idx ?? steps.length - 1 - way) + way, 0), steps.length - 1);

@@ -15,6 +15,7 @@ from jaxlm.config import Config, shown
 from jaxlm.config.fields import field_values
 from jaxlm.errors import UserError
 from jaxlm.monitor.anomalies import LossSpikes
+from jaxlm.monitor.metrics import flops_per_token
 
 Points = list[tuple[int, float]]  # (step, value), by step; NaN where the value was not finite
 FOLDER_OPTIONS = ("training.checkpoint_dir", "training.resume_from_checkpoint")  # differ between any two runs
@@ -85,6 +86,30 @@ class Run:
         return rows
 
     @cached_property
+    def course(self) -> dict[str, Points]:
+        """What the updates up to a step took, at the steps with a rate: tokens without padding, hours without
+        evaluations and saves, FLOPs of the model; {} if the folder does not say.
+        """
+        start = self.starts[-1] if self.starts else {}
+        if not (start.get("train") and start.get("rows_an_update")):
+            return {}
+        tokens_a_row = start["train"]["row_length"] * start["train"]["fill"]
+        rates = {step: rate for step, rate in self.finite("train/tokens_per_second") if rate > 0}
+        tokens = {step: self._rows_taken(step) * tokens_a_row for step in sorted({0, *rates, self.last_step})}
+        course, hours = {"tokens": list(tokens.items())}, 0.0
+        if rates:
+            course["hours"] = [(0, 0.0)]
+        for before, step in pairwise(tokens):
+            if step in rates:
+                hours += (tokens[step] - tokens[before]) / rates[step] / 3600
+                course["hours"].append((step, hours))
+        n_layers, d_model = (self.config.get(f"model.{name}") for name in ("n_layers", "d_model"))
+        if "parameters" in start and n_layers and d_model:
+            a_token = flops_per_token(start["parameters"], n_layers, start["train"]["row_length"], d_model)
+            course["FLOPs"] = [(step, taken * a_token) for step, taken in tokens.items()]
+        return course
+
+    @cached_property
     def key_figures(self) -> dict[str, str]:
         """The run in numbers: {label: value}."""
         start = self.starts[-1] if self.starts else {}
@@ -102,15 +127,11 @@ class Run:
             figures["Median tokens/s"] = number(statistics.median(rate for _, rate in rates))
         if mfu := self.finite("train/mfu"):
             figures["Median MFU"] = f"{statistics.median(value for _, value in mfu):.1%}"
-        if start.get("train") and start.get("rows_an_update"):
-            tokens = start["train"]["row_length"] * start["train"]["fill"]  # a row, without padding
+        if self.course:
             figures["Rows filled"] = f"{start['train']['fill']:.1%}"
-            figures["Tokens trained on"] = number(self._rows_taken(self.last_step) * tokens)
-            moving = [(0, 0.0), *((step, rate) for step, rate in rates if rate > 0)]
-            taken = [(self._rows_taken(step) * tokens, rate) for step, rate in moving]
-            seconds = sum((done - before) / rate for (before, _), (done, rate) in pairwise(taken))
-            if seconds:  # without evaluations and saves
-                figures["Time in updates"] = str(timedelta(seconds=round(seconds)))
+            figures["Tokens trained on"] = number(self.course["tokens"][-1][1])
+            if "hours" in self.course:  # without evaluations and saves
+                figures["Time in updates"] = str(timedelta(seconds=round(3600 * self.course["hours"][-1][1])))
         if epochs := self.finite("train/epoch"):
             figures["Epochs"] = number(epochs[-1][1], 3)
         for metric, owner in (("train/memory_gib", "a device"), ("train/host_memory_gib", "the process")):
