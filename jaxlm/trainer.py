@@ -36,15 +36,15 @@ from jaxlm.ops.compiler import compiler_options
 from jaxlm.parallel.devices import start_backend
 from jaxlm.parallel.processes import StopVote, barrier, is_leader, say, text_from_any_process
 from jaxlm.report import write_report_of_run
-from jaxlm.run.describe import describe_run
-from jaxlm.run.feed import BatchFeeder, batches_to_evaluate
+from jaxlm.run.describe import describe_end, describe_run
+from jaxlm.run.feed import BatchFeeder, evaluate_state
 from jaxlm.run.judge import NumbersJudge
 from jaxlm.run.probes import Probes
 from jaxlm.run.resume import find_resume, go_on, is_finished, say_going_on
 from jaxlm.run.setup import check_same_in_processes, compile_step, keep_compiled_programs, resolve, with_vocabulary
 from jaxlm.run.text import prepare_text
 from jaxlm.train.assemble import Resolved, assemble
-from jaxlm.train.evaluate import evaluate_batches
+from jaxlm.train.evaluate import describe_evaluation
 from jaxlm.train.numbers import at_rate
 from jaxlm.train.schedules import build_schedule
 from jaxlm.train.step import TrainState
@@ -131,9 +131,8 @@ class Trainer:
     def _report_start(self, checkpoint: Path | None) -> None:
         """What will run, in a few lines."""
         training = self.config.training
-        program = self.resolved, self.assembly, self.state
-        data = self.text.rows, self.text.eval_rows, self.text.fingerprint
-        self._start = StartReport(*program, *data, self.total_steps, self.schedule, self._changed)
+        about = self.resolved, self.assembly, self.state, self.text.rows, self.text.eval_rows, self.text.fingerprint
+        self._start = StartReport(*about, self.total_steps, self.schedule, self._changed)
         for line in (*self.resolved.notes, *self._start.lines()):
             say(line)
         if self._pretrained is not None:
@@ -172,7 +171,10 @@ class Trainer:
                     with self._profiler.update(self.current_step + 1, self.state):
                         self.state, self.step_metrics = self.train_step(self.state, batch, numbers)
                     self.current_step += 1
-                    self._after_dispatch()
+                    self._profiler.stop_after(
+                        self.current_step, self.step_metrics
+                    )  # this and the next wait for nothing
+                    self._judge.note(self.current_step, self.step_metrics)
                     if self._due(training.logging_steps) or self.current_step == 1:
                         self._log_metrics(float(self.step_metrics["loss"]))
                     if self.text.eval_rows and self._due(training.eval_steps):
@@ -188,11 +190,6 @@ class Trainer:
                 if not stopping and self.current_step >= self.total_steps:
                     self._save_final_model()
         self._end(stop, stopping)
-
-    def _after_dispatch(self) -> None:
-        """What has to know of each update, without waiting for it."""
-        self._profiler.stop_after(self.current_step, self.step_metrics)
-        self._judge.note(self.current_step, self.step_metrics)
 
     def _due(self, every: int) -> bool:
         return self.current_step % every == 0 or self.current_step == self.total_steps
@@ -214,9 +211,8 @@ class Trainer:
         about = self.config, self.assembly, self.total_steps, self.metrics_tracker, self._throughput, self._watchdog
         self._probes = Probes(*about, self._progress.line)
         self._watchdog.updated(self.current_step)
-        self._judge = NumbersJudge(
-            self.resolved, self.text.rows, self.state, self._progress.line, self.checkpoints.newest
-        )
+        judged = self.resolved, self.text.rows, self.state
+        self._judge = NumbersJudge(*judged, self._progress.line, self.checkpoints.newest)
         self._stop_vote = StopVote(self.resolved.mesh, self._watchdog.alive)
         steps = range(self.current_step, self.last_step)
         self.train_batches = BatchFeeder(self.resolved, self.text.rows, steps, self._throughput, self._watchdog)
@@ -240,11 +236,7 @@ class Trainer:
             raise RunFailed(
                 f"checkpoint_{self.current_step} was not saved: {failed}; mend that, and start the same command again"
             )
-        if self.current_step < self.total_steps:
-            say(f"stopped at step {self.current_step} of {self.total_steps} as asked; saved in {self.folder}")
-        else:
-            best = self.folder / "best_model"
-            say(f"finished: {self.folder / 'final_model'}" + f", best validation loss in {best}" * best.is_dir())
+        say(describe_end(self.folder, self.current_step, self.total_steps))
 
     # ---------------------------------------------------------------- logging
 
@@ -267,22 +259,19 @@ class Trainer:
         self._throughput.restart()
 
     def _log_eval_metrics(self, metrics: dict[str, float]) -> None:
-        """Adds the evaluation to the current step's row, keeps the best model, prints a sample."""
-        names = ("loss", "perplexity", "bits_per_byte")
-        self.metrics_tracker.update({f"eval/{name}": metrics[name] for name in names}, self.current_step)
-        self._progress.line(
-            f"step {self.current_step}: validation loss {metrics['loss']:.4f}, perplexity {metrics['perplexity']:.2f}, "
-            f"{metrics['bits_per_byte']:.4f} bits per byte"
-        )
+        """Adds the evaluation to the current step's row, keeps the best model and the average, prints a sample."""
+        self.metrics_tracker.update({f"eval/{n}": x for n, x in metrics.items() if n != "tokens"}, self.current_step)
+        self._progress.line(f"step {self.current_step}: {describe_evaluation(metrics)}")
         if math.isfinite(metrics["loss"]) and (self.best_loss is None or metrics["loss"] < self.best_loss):
             self._save_best_model(metrics["loss"])
+        if self.assembly.averages:
+            self._replace_model("average_model", average=True)
         if self.config.training.sample_tokens:
             self._sample()
         self._throughput.restart()
 
     def _sample(self) -> None:
-        training = self.config.training
-        options = {"temperature": 0.7, "top_k": 40, "seed": training.seed}
+        training, options = self.config.training, {"temperature": 0.7, "top_k": 40, "seed": self.config.training.seed}
         text = self.generate_text(training.sample_prompt, max_new_tokens=training.sample_tokens, **options)
         self._progress.line("\n".join(["sample:", *("    " + line for line in text.splitlines())]))
         self.metrics_tracker.write_text("sample", text, self.current_step)
@@ -291,11 +280,17 @@ class Trainer:
 
     def _save_best_model(self, loss: float) -> None:
         before, self.best_loss = self.best_loss, loss
-        try:
-            self.save_model(self.folder / "best_model")
-        except SAVE_ERRORS as error:
+        if not self._replace_model("best_model"):
             self.best_loss = before  # the next one that is better is saved
-            self._progress.line(f"best_model was NOT saved: {reason_of(error)}; the one before it stays")
+
+    def _replace_model(self, name: str, average: bool = False) -> bool:
+        """Whether the model could be saved as `name` in the run's folder, where there may be one already."""
+        try:
+            self.save_model(self.folder / name, average=average)
+            return True
+        except SAVE_ERRORS as error:
+            self._progress.line(f"{name} was NOT saved: {reason_of(error)}; the one before it stays")
+            return False
 
     def _save_final_model(self) -> None:
         try:
@@ -328,15 +323,21 @@ class Trainer:
     # ---------------------------------------------------------------- what users call
 
     def evaluate(self) -> dict[str, float]:
-        """`loss` in nats a token, `perplexity`, `bits_per_byte` and `tokens` over all of the validation text."""
-        with self._watchdog.during("evaluating"):
-            batches = batches_to_evaluate(self.resolved, self.text.eval_rows, self._watchdog)
-            return evaluate_batches(self.assembly.eval_step, self.state.params, batches, self.text.eval_bytes)
+        """`loss` in nats a token, `perplexity`, `bits_per_byte` and `tokens` over all of the validation text.
 
-    def save_model(self, path: str | os.PathLike[str]) -> None:
-        """Writes a self-contained model folder that `load`, evaluate.py and generate.py open."""
+        With ema_decay also `average_loss`, `average_perplexity` and `average_bits_per_byte`, of the average.
+        """
+        with self._watchdog.during("evaluating"):
+            return evaluate_state(self.assembly, self.state, self.resolved, self.text, self._watchdog)
+
+    def save_model(self, path: str | os.PathLike[str], *, average: bool = False) -> None:
+        """Writes a self-contained model folder that `load`, evaluate.py and generate.py open.
+
+        `average`: the average of the parameters (ema_decay), not themselves.
+        """
+        params = self.assembly.average(self.state) if average else self.state.params
         with self._watchdog.during("saving a model"):
-            save_model(Path(path), self.state.params, self.config, self.tokenizer, self._saved_progress())
+            save_model(Path(path), params, self.config, self.tokenizer, self._saved_progress())
 
     def generate_text(self, prompt: str | Sequence[str], **options: Any) -> Any:
         """`prompt` and a continuation by the current parameters; options as in `jaxlm.generation.api.generate_text`.

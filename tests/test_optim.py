@@ -18,6 +18,7 @@ from jaxlm.config import Config, ModelConfig, TrainingConfig, validate
 from jaxlm.config.schema import FROM_OPTAX
 from jaxlm.errors import UserError
 from jaxlm.model import Transformer
+from jaxlm.train.average import next_average
 from jaxlm.train.optim import NEWTON_SCHULZ, build_optimizer, decay_mask
 from jaxlm.train.schedules import SCHEDULES, build_schedule, effective_warmup
 
@@ -232,6 +233,17 @@ def test_embeddings_have_a_learning_rate_of_their_own():
         lambda path, _: 5.0 if path[-1].key in ("token_embedding", "position_embedding") else 1.0, one
     )
     assert_close(five, jax.tree.map(operator.mul, one, factors), 1e-6)
+
+
+def test_average_of_parameters():
+    """As the published rule says, written out; a decay of its own matters once (1 + n) / (10 + n) has reached it."""
+    path = np.random.default_rng(0).normal(size=(40, 3)).astype(np.float32)
+    average, expected = {"x": jnp.asarray(path[0])}, path[0].astype(np.float64)
+    for n, moved in enumerate(path[1:]):
+        average = next_average(average, {"x": jnp.asarray(moved)}, 0.7, jnp.int32(n))
+        decay = min(0.7, (1 + n) / (10 + n))
+        expected = decay * expected + (1 - decay) * moved
+    np.testing.assert_allclose(average["x"], expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["adafactor", "optax.lars", "optax.adabelief"])

@@ -73,11 +73,13 @@ def test_layouts_do_not_change_the_update(model, layout):
     ],
 )
 def test_optimizers_of_whole_matrices_know_them_in_any_layout(optimizer, model, layout):
-    config = config_of(model, optimizer=optimizer, z_loss=1e-3)
+    config = config_of(model, optimizer=optimizer, z_loss=1e-3, ema_decay=0.9)
     expected, expected_losses, _ = run(config, BATCHES)
     state, losses, _ = run(config, on_mesh(BATCHES, layout[0]), *layout)
     np.testing.assert_allclose(losses, expected_losses, rtol=1e-5)
     assert_close(whole(state.params, *layout, config), jax.device_get(expected.params), 2e-5)
+    averages = [s.opt_state.average for s in (state, expected)]
+    assert_close(whole(averages[0], *layout, config), jax.device_get(averages[1]), 2e-5)
 
 
 @pytest.mark.parametrize(

@@ -120,6 +120,7 @@ def test_modern_blocks_resume_bit_exactly(tmp_path, corpus):
         "training.optimizer": "normuon",
         "training.embedding_lr_ratio": 2.0,
         "training.cautious_decay": True,
+        "training.ema_decay": 0.9,
         "training.lr_scheduler": "wsd",
         "training.decay_fraction": 0.5,
         "training.z_loss": 1e-3,
@@ -133,9 +134,12 @@ def test_modern_blocks_resume_bit_exactly(tmp_path, corpus):
     mine, whole = tmp_path / "run", tmp_path / "whole" / "run"
     assert_same(arrays(mine / "checkpoint_4"), arrays(whole / "checkpoint_4"))
     assert rows_of(mine) == rows_of(whole)
-    found = load(mine / "final_model")
-    result = evaluate_model(found, found.config.data, 3, lambda line: None)
-    assert result["loss"] == pytest.approx(rows_of(mine)[4]["eval/loss"], rel=1e-5)
+    last = rows_of(mine)[4]
+    for name, metric in (("final_model", "eval/loss"), ("average_model", "eval/average_loss")):
+        found = load(mine / name)
+        result = evaluate_model(found, found.config.data, 3, lambda line: None)
+        assert result["loss"] == pytest.approx(last[metric], rel=1e-5)
+    assert abs(last["eval/average_loss"] - last["eval/loss"]) > 1e-3
 
 
 def test_resume_notices_a_lost_optimizer_state(tmp_path, corpus, reference, run):

@@ -13,7 +13,7 @@ from pathlib import Path
 from jaxlm.data.atomic import sync
 
 MANIFEST = "manifest.json"
-PREFIX, MODELS = "checkpoint", ("best_model", "final_model")  # names in a run's folder
+PREFIX, MODELS = "checkpoint", ("best_model", "final_model", "average_model")  # names in a run's folder
 THREADS = 8  # hashing releases the interpreter's lock
 
 
@@ -51,7 +51,7 @@ def numbered(folder: Path) -> dict[int, Path]:
 
 
 def model_in(folder: Path) -> Path:
-    """What a run's folder stands for: its best_model, else final_model, else newest checkpoint."""
+    """What a run's folder stands for: the first that is there of MODELS, else its newest checkpoint."""
     if (folder / "params").is_dir():
         return folder
     saved = [*(folder / name for name in MODELS), *reversed(numbered(folder).values())]

@@ -37,7 +37,7 @@ class DryRun(Trainer):
     def _open_sinks(self) -> Sequence[Sink]:
         return []
 
-    def _nothing(self, path: Any = None) -> None:
+    def _nothing(self, path: Any = None, *, average: bool = False) -> None:
         """Of all that a run writes."""
 
     save_checkpoint = save_model = _write_report = _nothing

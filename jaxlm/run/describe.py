@@ -22,3 +22,11 @@ def describe_run(folder: Path, config: Config, tokenizer: Tokenizer, start: Star
     tokenizer.save(folder / "tokenizer")
     atomic_write(folder / "config.json", json.dumps(to_dict(config), indent=2) + "\n")
     start.append_to(folder)
+
+
+def describe_end(folder: Path, step: int, total_steps: int) -> str:
+    """Where a run that has stopped as it should has left what."""
+    if step < total_steps:
+        return f"stopped at step {step} of {total_steps} as asked; saved in {folder}"
+    best = folder / "best_model"
+    return f"finished: {folder / 'final_model'}" + f", best validation loss in {best}" * best.is_dir()

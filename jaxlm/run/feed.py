@@ -1,4 +1,4 @@
-"""Batches on the devices, a few ahead of the update that is computed."""
+"""Batches on the devices, a few ahead of the update that is computed; those of the held-out text, evaluated."""
 
 from collections.abc import Iterator
 
@@ -10,8 +10,12 @@ from jaxlm.errors import UserError
 from jaxlm.monitor.metrics import Throughput
 from jaxlm.monitor.watchdog import Watchdog
 from jaxlm.parallel.mesh import EVAL_BATCH, TRAIN_BATCH, put_batch, row_shards, rows_of_process
+from jaxlm.parallel.split import Params
+from jaxlm.run.text import Text
 from jaxlm.train.accumulate import Batch
-from jaxlm.train.assemble import Resolved
+from jaxlm.train.assemble import Assembly, Resolved
+from jaxlm.train.evaluate import evaluate_batches
+from jaxlm.train.step import TrainState
 
 STEPS_AHEAD = 2  # updates dispatched before the oldest is waited for: the host stays ahead, a stop signal is not late
 
@@ -51,8 +55,28 @@ class BatchFeeder:
             self.watchdog.updated(done)
 
 
-def batches_to_evaluate(resolved: Resolved, rows: Rows | None, watchdog: Watchdog) -> Iterator[Batch]:
-    """Every row once, on the devices; UserError if no text was held out."""
+def evaluate_state(
+    assembly: Assembly, state: TrainState, resolved: Resolved, text: Text, watchdog: Watchdog
+) -> dict[str, float]:
+    """`evaluate_batches` of the held-out text, and the same under `average_...` of the average, if there is one.
+
+    Raises:
+      UserError: no text was held out.
+    """
+
+    def evaluate(params: Params) -> dict[str, float]:
+        batches = _batches_to_evaluate(resolved, text.eval_rows, watchdog)
+        return evaluate_batches(assembly.eval_step, params, batches, text.eval_bytes)
+
+    metrics = evaluate(state.params)
+    if not assembly.averages:
+        return metrics
+    of_average = evaluate(assembly.average(state))
+    return metrics | {f"average_{name}": value for name, value in of_average.items() if name != "tokens"}
+
+
+def _batches_to_evaluate(resolved: Resolved, rows: Rows | None, watchdog: Watchdog) -> Iterator[Batch]:
+    """Every row once, on the devices; UserError if there is none."""
     if rows is None:
         raise UserError("data.validation_fraction (0): no text is held out that could be evaluated")
     batch_size = resolved.config.training.batch_size * row_shards(resolved.mesh)

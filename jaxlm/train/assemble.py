@@ -164,6 +164,17 @@ class Assembly:
         """`make_eval_step`, compiled when it is first called."""
         return jax.jit(make_eval_step(self.graphdef, self.config, self.layout), compiler_options=self.options)
 
+    @property
+    def averages(self) -> bool:
+        """Whether the state holds an average of the parameters."""
+        return self.config.training.ema_decay is not None
+
+    @cached_property
+    def average(self) -> Callable[[TrainState], Params]:
+        """The average of the parameters in a state, held as they are."""
+        held = lambda state: self.layout.to_held(self.layout.on_device(state.opt_state.average))  # noqa: E731
+        return jax.jit(held, out_shardings=self._shardings().params)
+
     @cached_property
     def to_whole(self) -> Callable[[Params], Params]:
         """Held parameters -> whole ones, on every device."""

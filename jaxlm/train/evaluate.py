@@ -33,3 +33,14 @@ def evaluate_batches(
         "bits_per_byte": float(nats) / math.log(2) / utf8_bytes,
         "tokens": int(tokens),
     }
+
+
+def describe_evaluation(metrics: Mapping[str, float]) -> str:
+    """What `evaluate_batches` returns in a line; with `average_...`, those of an average of the parameters, too."""
+    line = (
+        f"validation loss {metrics['loss']:.4f}, perplexity {metrics['perplexity']:.2f}, "
+        f"{metrics['bits_per_byte']:.4f} bits per byte"
+    )
+    if "average_loss" not in metrics:
+        return line
+    return f"{line}; of the average {metrics['average_loss']:.4f}, {metrics['average_bits_per_byte']:.4f}"

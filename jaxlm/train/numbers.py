@@ -16,7 +16,8 @@ Numbers = dict[str, jax.Array]
 
 # Options that are inputs, where they are neither zero nor none.
 FLOATS = (
-    "weight_decay", "beta1", "beta2", "eps", "muon_momentum", "embedding_lr_ratio", "max_grad_norm", "min_loss_scale",
+    "weight_decay", "beta1", "beta2", "eps", "muon_momentum", "embedding_lr_ratio", "ema_decay", "max_grad_norm",
+    "min_loss_scale",
 )  # fmt: skip
 INPUTS: dict[str, type[np.number]] = dict.fromkeys(FLOATS, np.float32) | dict.fromkeys(
     ("loss_scale_window", "loss_scale_hysteresis"), np.int32

@@ -25,6 +25,7 @@ from jaxlm.parallel.layout import Layout
 from jaxlm.parallel.mesh import EVAL_BATCH, EVERYWHERE, ROWS, TRAIN_BATCH
 from jaxlm.parallel.split import Params
 from jaxlm.train.accumulate import Batch, accumulate
+from jaxlm.train.average import Averaged, next_average
 from jaxlm.train.loss import Sums, loss_sums
 from jaxlm.train.numbers import Numbers, with_inputs
 from jaxlm.train.optim import build_optimizer
@@ -51,13 +52,17 @@ def first_state(params: Params, config: Config, layout: Layout, numbers: Numbers
     """The state before the first update of a model with these parameters, as the layout holds them."""
     training = with_inputs(config.training, numbers)
     optimizer = build_optimizer(training, layout.shapes)
+    shards = layout.to_shards(params)
+    opt_state = optimizer.init(shards)
+    if training.ema_decay is not None:
+        opt_state = Averaged(opt_state, jax.tree.map(jnp.copy, shards))
     zero = lambda: jnp.zeros((), jnp.int32)  # noqa: E731  (two buffers: a donated one can't be passed twice)
     return TrainState(
         step=zero(),
         skipped=zero(),
         loss_scale=first_loss_scale(training, numbers["initial_loss_scale"]),
         params=params,
-        opt_state=optimizer.init(layout.to_shards(params)),
+        opt_state=opt_state,
     )
 
 
@@ -141,8 +146,11 @@ def make_train_step(graphdef: nnx.GraphDef, config: Config, layout: Layout) -> T
 
         shards = layout.to_shards(state.params)
         old_state = layout.on_device(state.opt_state)
-        updates, new_state = optimizer.update(gradients, old_state, shards)
+        rule_state = old_state.rule if isinstance(old_state, Averaged) else old_state
+        updates, new_state = optimizer.update(gradients, rule_state, shards)
         moved = jax.tree.map(lambda p, u: p - numbers["learning_rate"] * u, shards, updates)
+        if training.ema_decay is not None:
+            new_state = Averaged(new_state, next_average(old_state.average, moved, training.ema_decay, state.step))
         choose = lambda new, old: jnp.where(finite, new, old)  # noqa: E731
         moved, new_state = jax.tree.map(choose, (moved, new_state), (shards, old_state))
         state = TrainState(
