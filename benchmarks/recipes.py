@@ -100,12 +100,10 @@ def train(recipe: str, source: Path, options: list[str], folder: Path) -> dict[s
                 evaluations.append({"step": int(found[1]), "seconds": seconds, "bits_per_byte": float(found[2])})
     if process.returncode or not evaluations:
         raise SystemExit(f"{recipe}: exit code {process.returncode}\n{''.join(lines[-20:])}")
-    rows = [json.loads(line) for line in (folder / recipe / "metrics.jsonl").read_text().splitlines()]
     started = json.loads((folder / recipe / "starts.jsonl").read_text().splitlines()[0])
-    tokens = started["train"]["rows"] * started["train"]["row_length"] * started["train"]["fill"]
-    epochs = {row["step"]: row["train/epoch"] for row in rows if "train/epoch" in row}
+    an_update = started["rows_an_update"] * started["train"]["row_length"] * started["train"]["fill"]
     for evaluation in evaluations:
-        evaluation["tokens"] = round(epochs[evaluation["step"]] * tokens)
+        evaluation["tokens"] = round(evaluation["step"] * an_update)
     return {"seconds": time.perf_counter() - start, "parameters": started["parameters"], "evaluations": evaluations}
 
 
@@ -118,19 +116,14 @@ def compared(results: list[dict[str, Any]]) -> str:
         if None in pair:
             continue
         small, fast = pair
-        target, whole = small["evaluations"][-1]["bits_per_byte"], small["seconds"]
+        target, whole = (small["evaluations"][-1][name] for name in ("bits_per_byte", "seconds"))
         reached = [e["seconds"] for e in fast["evaluations"] if e["bits_per_byte"] <= target]
         in_time = [e["bits_per_byte"] for e in fast["evaluations"] if e["seconds"] <= whole]
         first = reached[0] if reached else math.nan
-        table.append([
-            text, str(seed), f"{target:.3f}", f"{whole:.0f}", f"{first:.0f}", f"{first / whole:.2f}x",
-            f"{min(in_time):.3f}", f"{fast['seconds']:.0f}",
-        ])  # fmt: skip
-    heads = [
-        "text", ">seed", ">small.py: bits per byte", ">seconds", ">speedrun.py: the same after", ">of the time",
-        ">lowest in that time", ">all of its seconds",
-    ]  # fmt: skip
-    return markdown(heads, table)
+        cells = [text, f"{seed}", f"{target:.3f}", f"{whole:.0f}", f"{first:.0f}", f"{first / whole:.2f}x"]
+        table.append([*cells, f"{min(in_time, default=math.nan):.3f}"])
+    of_small, of_fast = [">small.py: bits per byte", ">seconds"], [">speedrun.py: seconds to that", ">of the time"]
+    return markdown(["text", ">seed", *of_small, *of_fast, ">lowest in that time"], table)
 
 
 def main(arguments: list[str]) -> None:

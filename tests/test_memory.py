@@ -230,6 +230,15 @@ def planned():
     return {(name, int(devices), int(stage)): gib for name, devices, stage, gib in rows}
 
 
+@pytest.mark.parametrize("name", ["speedrun_124m", "speedrun_350m"])
+def test_recipes_for_one_gpu_say_their_size(name):
+    path = ROOT / "configs" / f"{name}.py"
+    config, text = load_config(str(path)), path.read_text(encoding="utf-8")
+    training = config.training
+    assert training.batch_size * training.gradient_accumulation_steps * config.data.max_length == 2**19
+    assert f"configs/{name}.py" in text and f"{assemble(resolve(config, 1)).parameters:,} parameters" in text
+
+
 @pytest.mark.parametrize(
     "name", ["gpt2_124m", "gpt2_350m", "gpt2_1300m", "gpt2_6700m", "llama_125m", "large", "medium"]
 )

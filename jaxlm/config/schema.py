@@ -272,7 +272,7 @@ class DataConfig(Section):
 class Config:
     """A run: `Config(model=ModelConfig(...), training=TrainingConfig(...), data=DataConfig(...))`."""
 
-    model: ModelConfig = ModelConfig()
+    model: ModelConfig = ModelConfig()  # noqa: RUF009 - it can't be changed
     training: TrainingConfig = TrainingConfig()
     data: DataConfig = DataConfig()
 
