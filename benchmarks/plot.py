@@ -20,7 +20,12 @@ from lib.tables import CONTENDERS, QUANTITIES, by_axis, short_speed, table
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from jaxlm.config import load_config
+from jaxlm.monitor.metrics import flops_per_token
+
 INK, FAINT = "#2b2b2b", "#dddddd"
+RECIPES = {"small": "#8c857b", "speedrun": "#2f6db5"}  # their colours
+LINES = "-", "--", ":"  # a style a text
 STYLE = {
     "font.size": 10,
     "text.color": INK,
@@ -143,6 +148,30 @@ def growth_lines(axes: Axes, results: list[dict[str, Any]]) -> None:
     axes.tick_params(axis="x", labelrotation=45)
 
 
+def plot_recipes(report: dict[str, Any]) -> Figure:
+    """Bits per byte of the held-out text, by minutes since the command, by tokens and by FLOPs; a line a run."""
+    model, t = load_config("small").model, load_config("small").data.max_length
+    figure, panels = plt.subplots(1, 3, figsize=(11, 3.9), layout="constrained", sharey=True)
+    texts = list(dict.fromkeys(result["text"] for result in report["results"]))
+    for result in report["results"]:
+        done = result["evaluations"]
+        a_token = flops_per_token(result["parameters"], model.n_layers, t, model.d_model)
+        look = {"color": RECIPES[result["recipe"]], "linestyle": LINES[texts.index(result["text"])]}
+        label, bits = f"{result['recipe']}.py, {result['text']}", [e["bits_per_byte"] for e in done]
+        tokens = [e["tokens"] for e in done]
+        xs = [e["seconds"] / 60 for e in done], [n / 1e6 for n in tokens], [n * a_token / 1e12 for n in tokens]
+        for axes, x in zip(panels, xs, strict=True):
+            axes.plot(x, bits, label=label, marker="o", markersize=3, **look)
+    for axes, label in zip(panels, ("minutes since the command", "million tokens", "TFLOP"), strict=True):
+        axes.set_xlabel(label)
+        axes.set_xlim(left=0)
+    panels[0].set_ylabel("bits per byte, held-out text")
+    machine = f"{report['machine']['cpu']}, {report['machine']['cores']} cores; {report['date'][:10]}"
+    heading(panels[0], "Two recipes for one model", machine)
+    figure.legend(*unique(*panels[0].get_legend_handles_labels()), loc="outside lower center", ncols=3)
+    return figure
+
+
 def unique(handles: list[Any], labels: list[str]) -> tuple[list[Any], list[str]]:
     by_label = dict(zip(labels, handles, strict=True))
     return list(by_label.values()), list(by_label)
@@ -156,7 +185,7 @@ def heading(axes: Axes, title: str, small: str) -> None:
     said.set_in_layout(False)  # it may reach over the next panel, which would be moved away
 
 
-PLOTS = {"cpu": plot_speed, "start": plot_start, "growth": plot_growth}
+PLOTS = {"cpu": plot_speed, "start": plot_start, "growth": plot_growth, "recipes": plot_recipes}
 
 
 def save(figure: Figure, path: Path) -> None:

@@ -7,7 +7,6 @@ A run that is in the result file already is not made again (--go_on), so that th
 
 import argparse
 import json
-import math
 import os
 import random
 import re
@@ -21,10 +20,11 @@ from pathlib import Path
 from typing import Any
 
 from lib.machine import ROOT, own_versions, say
-from lib.report import RESULTS, Report, markdown
+from lib.report import RESULTS, Report
+from lib.tables import table
 from start import environment
 
-RECIPES = ("small", "speedrun")
+RECIPES = ("small", "speedrun")  # in this order
 EVALUATED = re.compile(r"step (\d+): validation loss [\d.]+, perplexity [\d.]+, ([\d.]+) bits per byte")
 NAMES = [
     "Ada",
@@ -107,25 +107,6 @@ def train(recipe: str, source: Path, options: list[str], folder: Path) -> dict[s
     return {"seconds": time.perf_counter() - start, "parameters": started["parameters"], "evaluations": evaluations}
 
 
-def compared(results: list[dict[str, Any]]) -> str:
-    """The table of all pairs."""
-    by_key = {(r["text"], r["seed"], r["recipe"]): r for r in results}
-    table = []
-    for text, seed in dict.fromkeys((r["text"], r["seed"]) for r in results):
-        pair = [by_key.get((text, seed, recipe)) for recipe in RECIPES]
-        if None in pair:
-            continue
-        small, fast = pair
-        target, whole = (small["evaluations"][-1][name] for name in ("bits_per_byte", "seconds"))
-        reached = [e["seconds"] for e in fast["evaluations"] if e["bits_per_byte"] <= target]
-        in_time = [e["bits_per_byte"] for e in fast["evaluations"] if e["seconds"] <= whole]
-        first = reached[0] if reached else math.nan
-        cells = [text, f"{seed}", f"{target:.3f}", f"{whole:.0f}", f"{first:.0f}", f"{first / whole:.2f}x"]
-        table.append([*cells, f"{min(in_time, default=math.nan):.3f}"])
-    of_small, of_fast = [">small.py: bits per byte", ">seconds"], [">speedrun.py: seconds to that", ">of the time"]
-    return markdown(["text", ">seed", *of_small, *of_fast, ">lowest in that time"], table)
-
-
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument(
@@ -170,7 +151,7 @@ def main(arguments: list[str]) -> None:
                     say(f"    {last:.4f} bits per byte after {run['seconds']:.0f} s")
         finally:
             subprocess.run(["git", "worktree", "remove", "--force", before], cwd=ROOT, check=False)
-    print(compared(results))
+    print(table(report.content))
     report.close()
 
 

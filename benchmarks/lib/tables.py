@@ -202,12 +202,30 @@ def _power(power: float | None, limit: float | None) -> str:
     return f"**{power:.2f}, at most {limit:g}**" if power > limit + TOLERANCE else f"{power:.2f}, at most {limit:g}"
 
 
+def recipes(content: Content) -> str:
+    """Of recipes.py: how soon the second recipe is where the first ends, and how far it comes in that time."""
+    by_key = {(r["text"], r["seed"], r["recipe"]): r["evaluations"] for r in content["results"]}
+    rows = []
+    for text, seed in dict.fromkeys((text, seed) for text, seed, _ in by_key):
+        small, fast = (by_key.get((text, seed, recipe)) for recipe in ("small", "speedrun"))
+        if small is None or fast is None:
+            continue
+        target, whole = (small[-1][name] for name in ("bits_per_byte", "seconds"))
+        reached = next((e["seconds"] for e in fast if e["bits_per_byte"] <= target), math.nan)
+        lowest = min((e["bits_per_byte"] for e in fast if e["seconds"] <= whole), default=math.nan)
+        cells = [f"{target:.3f}", f"{whole:.0f}", f"{reached:.0f}", f"{reached / whole:.2f}x", f"{lowest:.3f}"]
+        rows.append([text, f"{seed}", *cells])
+    heads = [">small.py: bits per byte", ">seconds", ">speedrun.py: seconds to that", ">of the time"]
+    return markdown(["text", ">seed", *heads, ">lowest in that time"], rows)
+
+
 TABLES: dict[str, Callable[[Content], str]] = {
     "cpu": speed,
     "start": start,
     "data": data,
     "growth": growth,
     "gpu": gpu,
+    "recipes": recipes,
 }
 
 

@@ -196,6 +196,12 @@ def _conflicts(config: Config) -> Iterator[str]:
     for name, size in {"n_heads": model.n_heads, "n_kv_heads": model.kv_heads, "d_ff": model.d_ff}.items():
         if size % tensor:
             yield f"training.tensor_parallel ({tensor}) must divide model.{name} ({size})"
+    if training.cautious_decay and training.optimizer in ("adam", "sgd"):
+        other = "adamw" if training.optimizer == "adam" else "lion"
+        yield (
+            f"training.cautious_decay is for decoupled weight decay, which training.optimizer ({training.optimizer}) "
+            f"has not; use {other}, or leave it out"
+        )
     if data.max_length > model.max_seq_len:
         yield f"data.max_length ({data.max_length}) exceeds model.max_seq_len ({model.max_seq_len}); lower it"
     if model.vocab_size < 259 and data.tokenizer_path is None and training.init_from is None:

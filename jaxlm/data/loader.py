@@ -47,7 +47,7 @@ class Rows:
 
 def documents_of_step(rows: Rows, seed: int, global_batch: int, step: int, offset: int = 0) -> list[int]:
     """The documents that update `step` (from 0) learns from, numbered from 0 in the order of the text."""
-    order, plan, first = _shuffled_indices(len(rows), seed), rows.plan, offset + step * global_batch
+    order, plan, first = row_order(len(rows), seed), rows.plan, offset + step * global_batch
     of_step = [order[place] for place in range(first, first + global_batch)]
     starts = [plan.piece_start[plan.row_offsets[row] : plan.row_offsets[row + 1]] for row in of_step]
     return np.unique(np.searchsorted(rows.document_offsets, np.concatenate(starts), side="right") - 1).tolist()
@@ -83,7 +83,7 @@ def train_batches(
 
     if global_batch % accumulation:
         raise ValueError(f"accumulation ({accumulation}) must divide global_batch ({global_batch})")
-    order = _shuffled_indices(len(rows), seed)
+    order = row_order(len(rows), seed)
     numbers_KB = np.ascontiguousarray(np.arange(global_batch, dtype=np.int32).reshape(accumulation, -1)[:, own])
     shape_KB = numbers_KB.shape
 
@@ -129,7 +129,7 @@ def total_steps(num_epochs: float, rows: int, global_batch: int, max_steps: int 
     return steps
 
 
-def _shuffled_indices(rows: int, seed: int) -> Sequence[int]:
+def row_order(rows: int, seed: int) -> Sequence[int]:
     """The row at each place of the stream, which has no end: a permutation of all rows for each epoch."""
     import grain
 

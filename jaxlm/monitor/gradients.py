@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxlm.monitor.probe import Probe
-from jaxlm.parallel.mesh import row_shards
+from jaxlm.parallel.mesh import replicated, row_shards
 from jaxlm.parallel.split import STACKED, Params, path_name
 from jaxlm.train.accumulate import Batch
 from jaxlm.train.numbers import Numbers
@@ -61,7 +61,7 @@ class NoiseScale(Probe):
 
     def prepare(self) -> None:
         config, layout = self.assembly.config, self.assembly.layout
-        self._estimate = jax.jit(self._parts)
+        self._estimate = jax.jit(self._parts, out_shardings=replicated(self.assembly.mesh))
         self._gradients = make_gradients(self.assembly.graphdef, config, layout)
         self.trace = self.squared = 0.0
         self.measured = 0
@@ -120,7 +120,7 @@ class LayerNorms(Probe):
         config, layout = self.assembly.config, self.assembly.layout
         self._step = make_train_step(self.assembly.graphdef, config, layout)
         self._gradients = make_gradients(self.assembly.graphdef, config, layout)
-        self._norms = jax.jit(self._squares)
+        self._norms = jax.jit(self._squares, out_shardings=replicated(self.assembly.mesh))
 
     def _squares(self, state: TrainState, batch: Batch, numbers: Numbers) -> dict[str, jax.Array]:
         """{"KIND/path": sum of squares in each layer, float32 [L]}."""

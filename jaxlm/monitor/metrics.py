@@ -29,12 +29,18 @@ def flops_per_token(parameters: int, n_layers: int, max_length: int, d_model: in
     return 6 * parameters + 12 * n_layers * max_length * d_model
 
 
+def model_flops_per_token(config: Config, parameters: int) -> float:
+    """`flops_per_token` of a run; `parameters` are all of them, of which a value embedding is only looked up."""
+    model = config.model
+    looked_up = model.vocab_size * model.kv_heads * (model.d_model // model.n_heads) if model.value_embedding else 0
+    return flops_per_token(parameters - looked_up, model.n_layers, config.data.max_length, model.d_model)
+
+
 def model_flops_utilization(
     tokens_per_second: float, config: Config, parameters: int, devices: Sequence["jax.Device"]
 ) -> float:
     """tokens/s * FLOPs a token / (devices * peak), NaN where the device's peak is not known."""
-    model = config.model
-    flops = flops_per_token(parameters, model.n_layers, config.data.max_length, model.d_model)
+    flops = model_flops_per_token(config, parameters)
     return tokens_per_second * flops / (len(devices) * peak_flops(devices[0].device_kind))
 
 

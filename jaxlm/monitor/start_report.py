@@ -17,6 +17,7 @@ import jax
 import jaxlm
 from jaxlm.data.loader import Rows
 from jaxlm.data.packing import Plan
+from jaxlm.monitor.metrics import model_flops_per_token
 from jaxlm.monitor.sinks import open_lines
 from jaxlm.ops import compiler
 from jaxlm.ops.attention_kernels import why_not_fused
@@ -107,6 +108,7 @@ class StartReport:
             "step": int(self.state.step),
             "total_steps": self.total_steps,
             "parameters": self.assembly.parameters,
+            "flops_per_token": model_flops_per_token(self.resolved.config, self.assembly.parameters),
             "devices": self._devices,
             "processes": jax.process_count(),
             "layout": self.assembly.layout.describe(),

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 
 from jaxlm.config import Config
-from jaxlm.monitor.metrics import flops_per_token
+from jaxlm.monitor.metrics import model_flops_per_token
 from jaxlm.ops.attention_kernels import why_not_fused
 from jaxlm.parallel.gpus import GPUS
 from jaxlm.plan import hlo, memory
@@ -68,13 +68,13 @@ def plan_of(resolved: Resolved, compiled: CompiledUpdate, cluster: Cluster) -> t
     """The plan of an update that is compiled, and the prediction that it is made from."""
     config, program = resolved.config, hlo.parse(compiled.text)
     found, takes = predict(program, cluster), memory.of_program(resolved, compiled)
-    training, model = config.training, config.model
+    training = config.training
     total, whole = found.total, GPUS[cluster.gpu].memory_mib * 2**20
     usable = memory.usable(whole, training.memory_fraction)
     overhead = CUDA_BYTES + (NCCL_BYTES if cluster.devices > 1 else 0)
     tokens = resolved.global_batch * config.data.max_length
     rate = tokens / found.seconds
-    needed = flops_per_token(memory.parameters(resolved), model.n_layers, config.data.max_length, model.d_model)
+    needed = model_flops_per_token(config, memory.parameters(resolved))
     made = Plan(
         gpu=cluster.gpu,
         devices=cluster.devices,

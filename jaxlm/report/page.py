@@ -20,10 +20,12 @@ MOST_MARKS = 200  # of a kind
 SMOOTHED_FROM = 60  # points
 UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")  # HTML can't hold these
 
+AVERAGE_LOSS = {"eval/average_loss": "validation, average"}  # of the parameters, with ema_decay
+AVERAGE_BITS = {"eval/average_bits_per_byte": "average"}
 # Charts: title, unit, {metric: label}, factor. A metric that is in none of them, nor in NOT_DRAWN, gets its own.
 CHARTS: list[tuple[str, str, dict[str, str], float]] = [
-    ("Loss", "nats per token", {"train/loss": "training", "eval/loss": "validation"}, 1),
-    ("Bits per byte", "validation", {"eval/bits_per_byte": "validation"}, 1),
+    ("Loss", "nats per token", {"train/loss": "training", "eval/loss": "validation", **AVERAGE_LOSS}, 1),
+    ("Bits per byte", "validation", {"eval/bits_per_byte": "validation", **AVERAGE_BITS}, 1),
     ("Learning rate", "", {"train/learning_rate": "learning rate"}, 1),
     ("Gradient norm", "before clipping", {"train/grad_norm": "gradient norm"}, 1),
     ("Throughput", "tokens/s", {"train/tokens_per_second": "tokens/s"}, 1),
@@ -32,7 +34,7 @@ CHARTS: list[tuple[str, str, dict[str, str], float]] = [
     ("Loss scale", "float16", {"train/loss_scale": "loss scale"}, 1),
 ]
 AXES = ("tokens", "hours", "FLOPs")  # to draw by, beside steps
-NOT_DRAWN = {"train/epoch", "train/skipped_steps", "eval/perplexity"}
+NOT_DRAWN = {"train/epoch", "train/skipped_steps", "eval/perplexity", "eval/average_perplexity"}
 NOISY = {"train/loss", "train/grad_norm", "train/tokens_per_second", "train/mfu"}
 SYMBOLS = {"resumed": "\u250a", "changed": "\u25c6", "spike": "\u25be", "skipped": "\u2715", "not finite": "\u2715"}
 

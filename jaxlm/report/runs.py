@@ -15,7 +15,6 @@ from jaxlm.config import Config, shown
 from jaxlm.config.fields import field_values
 from jaxlm.errors import UserError
 from jaxlm.monitor.anomalies import LossSpikes
-from jaxlm.monitor.metrics import flops_per_token
 
 Points = list[tuple[int, float]]  # (step, value), by step; NaN where the value was not finite
 FOLDER_OPTIONS = ("training.checkpoint_dir", "training.resume_from_checkpoint")  # differ between any two runs
@@ -103,10 +102,8 @@ class Run:
             if step in rates:
                 hours += (tokens[step] - tokens[before]) / rates[step] / 3600
                 course["hours"].append((step, hours))
-        n_layers, d_model = (self.config.get(f"model.{name}") for name in ("n_layers", "d_model"))
-        if "parameters" in start and n_layers and d_model:
-            a_token = flops_per_token(start["parameters"], n_layers, start["train"]["row_length"], d_model)
-            course["FLOPs"] = [(step, taken * a_token) for step, taken in tokens.items()]
+        if "flops_per_token" in start:
+            course["FLOPs"] = [(step, taken * start["flops_per_token"]) for step, taken in tokens.items()]
         return course
 
     @cached_property

@@ -64,7 +64,7 @@ def _from_optax(c: TrainingConfig, decay: Transformation) -> Transformation:
     takes = inspect.signature(factory).parameters
     values: dict[str, Any] = {"b1": c.beta1, "b2": c.beta2, "eps": c.eps, "weight_decay": 0.0}
     mask = next((name for name in ("mask", "weight_decay_mask") if name in takes), "")
-    if mask and "weight_decay" in takes:  # it does weight decay itself
+    if mask and "weight_decay" in takes and not c.cautious_decay:  # it does weight decay itself
         values |= {"weight_decay": c.weight_decay, mask: partial(decay_mask, decay_embeddings=c.decay_embeddings)}
         decay = optax.identity()
     rule = factory(1.0, **{name: value for name, value in values.items() if name in takes})
@@ -117,10 +117,10 @@ def scale_by_trust_ratio() -> optax.GradientTransformation:
 
 
 def scale_by_neuron(beta2: ArrayLike) -> Transformation:
-    """NorMuon's step 6 to 8: over the root of each output's mean square, averaged over updates; then MUON_RMS in all.
+    """NorMuon's scaling: by the root of each output's mean square, averaged over updates; then to MUON_RMS in all.
 
-    Of matrices [I, O], or [I, n, O], which are n; the state is [1, O] or [1, n, O]. Its averages start at zero and are
-    not corrected for that, as the size is set in the end.
+    Of matrices [I, O], or [I, n, O], which are n; the state is [1, O] or [1, n, O]. The averages start at zero and are
+    not corrected for that: the size of the whole is set in the end.
     """
 
     def init(params: Params) -> Params:

@@ -1,0 +1,66 @@
+"""Shows what a model will see: the first packed rows of a run, decoded, with the borders of their documents.
+
+Nothing is trained; text, tokenizer and rows are prepared as the run would, and kept in its caches.
+"""
+
+import argparse
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from jaxlm.commands.parser import Parser, add_config_file, add_config_options, config_from
+from jaxlm.data.files import check_names
+from jaxlm.errors import UserError
+
+if TYPE_CHECKING:
+    from jaxlm.data.loader import Rows
+    from jaxlm.data.tokenizer import Tokenizer
+
+
+def add_options(parser: Parser) -> None:
+    add_config_file(parser)
+    parser.add_argument("--rows", type=int, default=3, metavar="N", help="rows to show (default: 3)")
+    parser.add_argument("--first", type=int, default=0, metavar="N", help="rows of the run before them (default: 0)")
+    text = "characters of a piece's text to show; the rest of a longer one is counted (default: 400)"
+    parser.add_argument("--characters", type=int, default=400, metavar="N", help=text)
+    add_config_options(parser, ("model", "training", "data"))
+
+
+def run(arguments: argparse.Namespace) -> None:
+    for name, low in (("rows", 1), ("first", 0), ("characters", 1)):
+        if (value := getattr(arguments, name)) < low:
+            raise UserError(f"--{name} ({value}) must be at least {low}")
+    config = config_from(arguments)
+    check_names(config.data)
+
+    from jaxlm.data.loader import row_order
+    from jaxlm.interop.pretrained import open_pretrained
+    from jaxlm.run.setup import resolve
+    from jaxlm.run.text import prepare_text
+
+    config = resolve(config, devices=1).config
+    pretrained = open_pretrained(config)
+    text = prepare_text(config, None if pretrained is None else pretrained.tokenizer)
+    order = row_order(len(text.rows), config.training.seed)
+    for place in range(arguments.first, arguments.first + arguments.rows):
+        print("\n".join(describe_row(text.rows, order[place], text.tokenizer, place, arguments.characters)))
+
+
+def describe_row(rows: "Rows", index: int, tokenizer: "Tokenizer", place: int, characters: int) -> Iterator[str]:
+    """The lines about row `index`, which is at `place` in the run, from 0; texts are cut to `characters`."""
+    plan, borders = rows.plan, rows.document_offsets
+    pieces = range(plan.row_offsets[index], plan.row_offsets[index + 1])
+    pairs = int(plan.piece_length[pieces.start : pieces.stop].sum())
+    yield (
+        f"row {place:,} of the run: {pairs} targets in {plan.max_length} places, "
+        f"{len(pieces)} piece{'s' * (len(pieces) != 1)}"
+    )
+    for piece in pieces:
+        start, end = int(plan.piece_start[piece]), int(plan.piece_start[piece] + plan.piece_length[piece]) + 1
+        document = int(borders.searchsorted(start, side="right")) - 1
+        low, high = int(borders[document]), int(borders[document + 1])
+        part = "all" if (start, end) == (low, high) else f"tokens {start - low:,} to {end - low - 1:,}"
+        yield f"  document {document:,}, {part} of its {high - low:,} tokens:"
+        text = tokenizer.decode(rows.tokens[start:end])
+        begins, ends = (f"<{name}>" * there for name, there in (("begins", start == low), ("ends", end == high)))
+        shown = text[:characters] + f" ... {len(text) - characters:,} characters more" * (len(text) > characters)
+        yield from ("    " + line for line in f"{begins}{shown}{ends}".splitlines())
