@@ -330,7 +330,7 @@ class Measured(Trainer):
         peaks.append(peak_bytes())
 
 sizes = {"model.d_model": 128, "model.d_ff": 512, "model.n_layers": 2, "training.gradient_accumulation_steps": 1}
-updates = {"training.max_steps": 10, "training.logging_steps": 10, "training.sample_tokens": 0}
+updates = {"training.max_steps": 4, "training.logging_steps": 4, "training.sample_tokens": 0}
 files = {"training.checkpoint_dir": sys.argv[1], "data.train_files": (sys.argv[2],), "data.cache_dir": sys.argv[3]}
 trainer = Measured(replace_fields(load_config("small"), sizes | updates | files))
 trainer.train()

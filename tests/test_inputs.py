@@ -13,9 +13,11 @@ from jaxlm.train.numbers import INPUTS
 
 OTHER = {
     "weight_decay": 0.3, "beta1": 0.5, "beta2": 0.7, "eps": 0.1, "muon_momentum": 0.5, "max_grad_norm": 0.01,
-    "min_loss_scale": 2.0**31, "loss_scale_window": 1, "loss_scale_hysteresis": 1, "seed": 7,
+    "embedding_lr_ratio": 3.0, "ema_decay": 0.05, "min_loss_scale": 2.0**31,
+    "loss_scale_window": 1, "loss_scale_hysteresis": 1, "seed": 7,
 }  # fmt: skip
 BASE = config_of(dataclasses.replace(MODEL, n_layers=1, dropout=0.1), optimizer="muon", weight_decay=0.1)
+BASE = replace_fields(BASE, {"training.embedding_lr_ratio": 2.0, "training.ema_decay": 0.5})
 FLOAT16 = {"training.use_amp": True, "training.amp_dtype": "float16", "training.initial_loss_scale_power": 10}
 OVERFLOWS = replace_fields(BASE, FLOAT16 | {"training.initial_loss_scale_power": 31})  # at its first update
 

@@ -18,11 +18,12 @@ from jaxlm.errors import UserError
 
 DROPOUTS = ("dropout", "attention_dropout")  # kept from the model that a run starts from, unless they are set
 # Options of a run, whatever the model that it starts from; the others are the architecture.
-_CHOSEN = (*DROPOUTS, "gradient_checkpointing", "remat_policy", "scan_layers", "attention")
+_CHOSEN = (*DROPOUTS, "gradient_checkpointing", "remat_policy", "scan_layers", "attention", "zero_init_outputs")
 ARCHITECTURE = tuple(f.name for f in dataclasses.fields(ModelConfig) if f.name not in _CHOSEN)
 
 # Activations by their name in jaxlm; the first of several names in transformers is the one that is written.
-PLAIN = {"gelu": "gelu_new gelu_pytorch_tanh gelu_fast", "gelu_exact": "gelu", "relu": "relu", "swish": "silu swish"}
+PLAIN = {"gelu": "gelu_new gelu_pytorch_tanh gelu_fast", "gelu_exact": "gelu", "swish": "silu swish"}
+PLAIN |= {name: name for name in ("relu", "relu2")}
 GATED = {"swiglu": "silu swish", "geglu": "gelu_pytorch_tanh gelu_new gelu_fast"}
 
 # For each rope_type: key of `rope_parameters` -> field of ModelConfig.
@@ -32,7 +33,7 @@ _LLAMA3 = {**_YARN, "low_freq_factor": "rope_low_freq_factor", "high_freq_factor
 ROPE_TYPES: dict[str, dict[str, str]] = {"default": {}, "linear": _LINEAR, "llama3": _LLAMA3, "yarn": _YARN}
 ROPE_FIXED = {"beta_fast": 32, "beta_slow": 1, "truncate": True, "partial_rotary_factor": 1}  # the only values known
 
-COMMON = {"pre_norm": True, "qk_norm": False, "logit_softcap": None}  # what most classes imply
+MOST_IMPLY = {"pre_norm": True, "norm_scale": True, "qk_norm": False, "value_embedding": False, "logit_softcap": None}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +71,7 @@ GPT2 = Family(
         "activation": "activation_function",
         "tie_embeddings": "tie_word_embeddings",
     },
-    implied={**COMMON, "n_kv_heads": None, "norm": "layernorm", "use_bias": True, "positions": "learned"},
+    implied={**MOST_IMPLY, "n_kv_heads": None, "norm": "layernorm", "use_bias": True, "positions": "learned"},
     activations=PLAIN,
     dropouts={"embd_pdrop": "dropout", "resid_pdrop": "dropout", "attn_pdrop": "attention_dropout"},
     required={"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False},
@@ -113,7 +114,7 @@ LLAMA = Family(
         "use_bias": "attention_bias mlp_bias",
         "tie_embeddings": "tie_word_embeddings",
     },
-    implied={**COMMON, "norm": "rmsnorm", "positions": "rotary"},
+    implied={**MOST_IMPLY, "norm": "rmsnorm", "positions": "rotary"},
     activations=GATED,
     dropouts={"attention_dropout": "attention_dropout"},
     required={},
@@ -142,7 +143,6 @@ LLAMA = Family(
     prefix="model.",
     transposed=True,
 )
-
 
 MISTRAL = dataclasses.replace(
     LLAMA,

@@ -14,6 +14,7 @@ import pytest
 from conftest import make_config
 
 import jaxlm.checkpoints.save
+import jaxlm.run.feed
 import jaxlm.run.text
 import jaxlm.train.assemble
 import jaxlm.trainer
@@ -34,7 +35,7 @@ MOMENTS = {
     "building the model": (jaxlm.train.assemble, "first_state", 75),
     "compiling": (Assembly, "lower_step", 75),
     "logging": (Trainer, "_log_metrics", 75),
-    "evaluating": (jaxlm.trainer, "evaluate_batches", 75),
+    "evaluating": (jaxlm.run.feed, "evaluate_batches", 75),
     "saving a checkpoint": (Checkpoints, "save", 75),
     "sealing a checkpoint": (jaxlm.checkpoints.save, "seal", 75),
     "saving the best model": (Trainer, "_save_best_model", 75),

@@ -34,6 +34,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "gpt2": {**SMALL, "vocab_size": 310},
     "gpt2, own output": {**SMALL, "tie_embeddings": False, "activation": "gelu_exact", "norm_epsilon": 1e-2},
     "gpt2, swish": {**SMALL, "activation": "swish"},
+    "gpt2, relu2": {**SMALL, "activation": "relu2"},
     "llama": {**LLAMA, "n_kv_heads": 2, "tie_embeddings": False, "rope_theta": 300.0, "norm_epsilon": 1e-2},
     "llama, tied, biases": {**LLAMA, "use_bias": True, "activation": "geglu"},
     "llama 3": {**LLAMA, "rope_scaling": "llama3", "rope_high_freq_factor": 8.0, **STRETCHED},
