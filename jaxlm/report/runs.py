@@ -235,8 +235,12 @@ def side_by_side(tables: Sequence[Mapping[str, Any]]) -> list[list[Any]]:
 
 
 def differing_options(runs: Sequence[Run]) -> list[list[Any]]:
-    """Rows of an option and its value in every run; a run without config.json has None, and differs nowhere."""
-    options = [{name: shown(v) for name, v in run.config.items() if name not in FOLDER_OPTIONS} for run in runs]
+    """Rows of an option and its value in every run; a run without config.json has None, and differs nowhere.
+
+    What an older version did not know yet is at its default.
+    """
+    configs = [field_values(Config()) | run.config if run.config else {} for run in runs]
+    options = [{name: shown(v) for name, v in config.items() if name not in FOLDER_OPTIONS} for config in configs]
     return [
         row for row in side_by_side(options) if len({v for v, own in zip(row[1:], options, strict=True) if own}) > 1
     ]
