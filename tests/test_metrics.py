@@ -451,6 +451,12 @@ def test_norms_of_layers_of_a_run(histograms: tuple[Normed, Everything]) -> None
         assert math.isfinite(row["noise/trace"]) and row["noise/trace"] > 0
 
 
+def test_noise_scale_needs_two_rows() -> None:
+    one = TrainingConfig(batch_size=1, gradient_accumulation_steps=1, noise_scale_steps=5)
+    with pytest.raises(UserError, match=r"^training.noise_scale_steps \(5\) compares rows of an update"):
+        validate(Config(training=one))
+
+
 def test_noise_scale_is_what_gradients_of_rows_say(tmp_path: Path, corpus: Path) -> None:
     """From the gradient of each row, made one by one; and means of random rows are as noisy as it says."""
     config = make_config(tmp_path, corpus, **{"training.batch_size": 4, "training.gradient_accumulation_steps": 8})

@@ -22,7 +22,7 @@ def add_options(parser: Parser) -> None:
     parser.add_argument("--first", type=int, default=0, metavar="N", help="rows of the run before them (default: 0)")
     text = "characters of a piece's text to show; the rest of a longer one is counted (default: 400)"
     parser.add_argument("--characters", type=int, default=400, metavar="N", help=text)
-    add_config_options(parser, ("model", "training", "data"))
+    add_config_options(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -202,6 +202,11 @@ def _conflicts(config: Config) -> Iterator[str]:
             f"training.cautious_decay is for decoupled weight decay, which training.optimizer ({training.optimizer}) "
             f"has not; use {other}, or leave it out"
         )
+    if training.noise_scale_steps and training.batch_size * training.gradient_accumulation_steps < 2:
+        yield (
+            f"training.noise_scale_steps ({training.noise_scale_steps}) compares rows of an update, and a device has one; "
+            "raise training.batch_size or training.gradient_accumulation_steps, or leave it out"
+        )
     if data.max_length > model.max_seq_len:
         yield f"data.max_length ({data.max_length}) exceeds model.max_seq_len ({model.max_seq_len}); lower it"
     if model.vocab_size < 259 and data.tokenizer_path is None and training.init_from is None:
