@@ -204,8 +204,8 @@ def _conflicts(config: Config) -> Iterator[str]:
         )
     if training.noise_scale_steps and training.batch_size * training.gradient_accumulation_steps < 2:
         yield (
-            f"training.noise_scale_steps ({training.noise_scale_steps}) compares rows of an update, and a device has one; "
-            "raise training.batch_size or training.gradient_accumulation_steps, or leave it out"
+            f"training.noise_scale_steps ({training.noise_scale_steps}) compares rows of an update, and a device "
+            "has one; raise training.batch_size or training.gradient_accumulation_steps, or leave it out"
         )
     if data.max_length > model.max_seq_len:
         yield f"data.max_length ({data.max_length}) exceeds model.max_seq_len ({model.max_seq_len}); lower it"
