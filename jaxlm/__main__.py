@@ -7,6 +7,7 @@ from typing import NoReturn
 
 from jaxlm import __version__
 from jaxlm.commands import (
+    chat,
     completion,
     doctor,
     estimate_memory,
@@ -31,6 +32,7 @@ COMMANDS = {
         resume,
         evaluate,
         generate,
+        chat,
         export,
         inspect,
         report,

@@ -22,7 +22,7 @@ from jaxlm.checkpoints.save import SAVE_ERRORS, Checkpoints, reason_of, save_mod
 from jaxlm.config import Config, check_steps
 from jaxlm.data.loader import total_steps
 from jaxlm.errors import RunFailed
-from jaxlm.generation.api import generate_one_or_many
+from jaxlm.generation.api import Prompt, generate_one_or_many
 from jaxlm.interop.pretrained import open_pretrained
 from jaxlm.model import Transformer
 from jaxlm.monitor.metrics import MetricsTracker, Throughput, memory_gib, model_flops_utilization
@@ -41,8 +41,8 @@ from jaxlm.run.feed import BatchFeeder, evaluate_state
 from jaxlm.run.judge import NumbersJudge
 from jaxlm.run.probes import Probes
 from jaxlm.run.resume import find_resume, go_on, is_finished, say_going_on
-from jaxlm.run.setup import check_same_in_processes, compile_step, keep_compiled_programs, resolve, with_vocabulary
-from jaxlm.run.text import prepare_text
+from jaxlm.run.setup import check_same_in_processes, compile_step, keep_compiled_programs, resolve, with_text
+from jaxlm.run.text import describe_sample, prepare_text
 from jaxlm.train.assemble import Resolved, assemble
 from jaxlm.train.evaluate import describe_evaluation
 from jaxlm.train.numbers import at_rate
@@ -94,7 +94,7 @@ class Trainer:
         given = None if self._pretrained is None else self._pretrained.tokenizer
         self.text = prepare_text(self.config, given if checkpoint is None else read_tokenizer(checkpoint))
         self.tokenizer = self.text.tokenizer
-        self.resolved = with_vocabulary(self.resolved, self.tokenizer)
+        self.resolved = with_text(self.resolved, self.text)
         own = self.asked_vocab_size, self.text.fingerprint, self.model_class.__name__
         self.resolved, self._changed = go_on(self.resolved, checkpoint, *own)
         check_same_in_processes(self.config, self.text.fingerprint)
@@ -272,7 +272,8 @@ class Trainer:
 
     def _sample(self) -> None:
         training, options = self.config.training, {"temperature": 0.7, "top_k": 40, "seed": self.config.training.seed}
-        text = self.generate_text(training.sample_prompt, max_new_tokens=training.sample_tokens, **options)
+        text = self.generate_text(self.text.sample_prompt, max_new_tokens=training.sample_tokens, **options)
+        text = describe_sample(self.text.sample_prompt, text)
         self._progress.line("\n".join(["sample:", *("    " + line for line in text.splitlines())]))
         self.metrics_tracker.write_text("sample", text, self.current_step)
 
@@ -339,12 +340,8 @@ class Trainer:
         with self._watchdog.during("saving a model"):
             save_model(Path(path), params, self.config, self.tokenizer, self._saved_progress())
 
-    def generate_text(self, prompt: str | Sequence[str], **options: Any) -> Any:
-        """`prompt` and a continuation by the current parameters; options as in `jaxlm.generation.api.generate_text`.
-
-        Returns:
-          A str; a list of str for a list of prompts, or for several samples of one.
-        """
+    def generate_text(self, prompt: Prompt | Sequence[Prompt], **options: Any) -> Any:
+        """`jaxlm.generation.api.generate_text` by the current parameters; a str where one prompt gets one text."""
         with self._watchdog.during("generating text"):
             model = nnx.merge(self.assembly.graphdef, self.assembly.to_whole(self.state.params))
             return generate_one_or_many(model, self.tokenizer, prompt, **options)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding
-from test_step import MODEL, STILL, assembled, assert_close, config_of, make_batch, regroup, run, start
+from test_step import MODEL, STILL, assembled, assert_close, config_of, make_batch, masked, regroup, run, start
 
 from jaxlm.parallel.layout import HOST_MEMORY, Layout
 from jaxlm.parallel.mesh import TRAIN_BATCH, abstract_mesh, make_mesh, replicated
@@ -62,6 +62,15 @@ def test_layouts_do_not_change_the_update(model, layout):
     state, losses, metrics = run(config, on_mesh(BATCHES, layout[0]), *layout)
     np.testing.assert_allclose(losses, expected_losses, rtol=1e-5)
     assert float(metrics["grad_norm"]) == pytest.approx(float(expected_metrics["grad_norm"]), rel=1e-3)
+    assert_close(whole(state.params, *layout[:2], config), jax.device_get(expected.params), 1e-5)
+
+
+def test_what_is_learned_is_the_same_in_any_layout():
+    config, layout = config_of(MODEL), ((1, 2, 2), 3)
+    batches = [regroup(masked(make_batch(seed=s), s), 2) for s in range(2)]
+    expected, expected_losses, _ = run(config, batches)
+    state, losses, _ = run(config, on_mesh(batches, layout[0]), *layout)
+    np.testing.assert_allclose(losses, expected_losses, rtol=1e-5)
     assert_close(whole(state.params, *layout[:2], config), jax.device_get(expected.params), 1e-5)
 
 

@@ -113,8 +113,8 @@ def test_few_documents_hold_out_the_end_of_the_text(fraction: float) -> None:
 
 def test_cut_falls_into_the_right_one_of_few_documents() -> None:
     split = held_out(["a" * 500, "", "b " * 100, "c" * 20], 0.1)
-    assert list(split.train()) == [("a" * 500, "0"), ("b " * 74, "2")]
-    assert list(split.validation()) == [("b " * 26, "2"), ("c" * 20, "3")]
+    assert list(split.train()) == [Document("a" * 500, "0"), Document("b " * 74, "2")]
+    assert list(split.validation()) == [Document("b " * 26, "2"), Document("c" * 20, "3")]
 
 
 def test_short_documents_are_not_held_out() -> None:
@@ -123,7 +123,7 @@ def test_short_documents_are_not_held_out() -> None:
 
     def passed_over(short: set[str]) -> tuple[bool, list[str]]:
         split = held_out(LINES, 0.1)
-        changed = split.pass_over_short(10, lambda found: (1 if text in short else 10 for text, _ in found))
+        changed = split.pass_over_short(10, lambda found: (1 if text in short else 10 for text, *_ in found))
         assert sorted(texts(split.train()) + texts(split.validation())) == sorted(LINES)
         return changed, sorted(texts(split.validation()), key=by_hash.index)
 

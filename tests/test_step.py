@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
 from jaxlm.config import Config, DataConfig, ModelConfig, TrainingConfig
 from jaxlm.model.transformer import Block
@@ -100,6 +101,64 @@ def test_accumulation_equals_one_large_batch(optimizer, k):
     assert float(metrics["grad_norm"]) == pytest.approx(float(whole_metrics["grad_norm"]), rel=1e-3)
     assert_close(parts.params, whole.params, 1e-5)
     assert jax.tree.structure(parts) == jax.tree.structure(whole)  # a checkpoint of one continues with the other
+
+
+def masked(batch, seed=0):
+    """Some of the targets of each row are learned; of the first three rows of every four, none."""
+    mask = np.random.default_rng(seed).random(batch["targets"].shape) < 0.5
+    mask[:, np.arange(mask.shape[1]) % 4 < 3] = False
+    return batch | {"loss_mask": mask}
+
+
+def test_what_is_not_learned_weighs_as_padding():
+    """In one batch, and in micro-batches of which three of four have no target; where rows are learned whole or not."""
+    config = config_of(STILL)
+    batches = [masked(make_batch(seed=s), s) for s in range(3)]
+    whole, whole_losses, _ = run(config, batches)
+    parts, losses, _ = run(config, [regroup({n: x[:, order(x)] for n, x in b.items()}, 4) for b in batches])
+    np.testing.assert_allclose(losses, whole_losses, rtol=1e-5)
+    assert_close(parts.params, whole.params, 1e-5)
+    batch = make_batch()
+    half = np.zeros_like(batch["targets"], bool)
+    half[:, ::2] = True
+    padded = batch | {"segments": np.where(half, batch["segments"], 0)}
+    assert_close(run(config, [batch | {"loss_mask": half}])[0].params, run(config, [padded])[0].params, 1e-6)
+
+
+def order(x):
+    """Rows so that those of each kind of `masked` come together: the last micro-batch of four has all the targets."""
+    return np.argsort(np.arange(x.shape[1]) % 4, kind="stable")
+
+
+def test_each_target_counts_for_itself():
+    """Losses of single targets add up to that of all; the sum over the vocabulary is as in the plainest formula."""
+    assembly = assembled(config_of(STILL))
+    params = assembly.init(run_numbers(TRAINING)).params
+    batch = {name: x[0] for name, x in make_batch().items()}
+    evaluate = lambda mask: assembly.eval_step(params, batch | {"loss_mask": mask})  # noqa: E731
+    mask = np.zeros(batch["targets"].shape, bool)
+    mask[2, 5] = True
+    nats, count = evaluate(mask)
+    rest, others = evaluate(~mask)
+    everything, targets = assembly.eval_step(params, batch)
+    present = bool(batch["segments"][2, 5])
+    assert (int(count), int(others)) == (present, int(targets) - present)
+    assert float(nats) + float(rest) == pytest.approx(float(everything), rel=1e-5)
+    network = nnx.merge(assembly.graphdef, assembly.to_whole(params))
+    hidden = network(batch["tokens"], batch["segments"], batch["positions"])
+    logits = hidden[2, 5].astype(jnp.float32) @ network.output_matrix().T.astype(jnp.float32)
+    expected = jax.nn.logsumexp(logits) - logits[batch["targets"][2, 5]]
+    assert float(nats) == pytest.approx(float(expected) * present, rel=1e-4)
+
+
+def test_an_update_without_a_target_changes_nothing():
+    config = config_of(STILL, weight_decay=0.1)
+    step, state = start(config)
+    state, _ = step(state, masked(make_batch()))  # so that there is momentum
+    after, metrics = step(state, make_batch() | {"loss_mask": np.zeros((1, ROWS, T), bool)})
+    assert np.isnan(float(metrics["loss"]))
+    assert (int(after.skipped), int(after.step)) == (1, 2)
+    assert_equal((after.params, after.opt_state), (state.params, state.opt_state))
 
 
 def test_unweighted_accumulation_would_be_noticed():

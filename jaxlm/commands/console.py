@@ -10,17 +10,18 @@ from collections.abc import Iterator, Sequence
 from types import FrameType
 
 from jaxlm.checkpoints.load import LoadedModel
+from jaxlm.commands.parser import convert
 from jaxlm.errors import UserError
-from jaxlm.generation.api import GeneratedText, Piece, TextGenerator
+from jaxlm.generation.api import GeneratedText, Piece, Prompt, TextGenerator
 from jaxlm.generation.decode import CHUNK, STREAM_CHUNK, Clock
-from jaxlm.generation.options import GenerationOptions
+from jaxlm.generation.options import GenerationOptions, make_options
 
 SEPARATOR = "-" * 40  # a line between texts
 INTERACTIVE_CACHE = 1024  # positions; one cache for all lines, so that everything is compiled before the first one
 
 
 def show_texts(
-    loaded: LoadedModel, prompts: Sequence[str], options: GenerationOptions, *, stream: bool | None, as_json: bool
+    loaded: LoadedModel, prompts: Sequence[Prompt], options: GenerationOptions, *, stream: bool | None, as_json: bool
 ) -> None:
     """Prints a text for each prompt and sample, in order; then, on standard error, how fast they came.
 
@@ -43,13 +44,17 @@ def show_texts(
     _show_speed(generator)
 
 
-def _show_pieces(prompt: str, pieces: Iterator[Piece], interrupt: "_Interrupt | None" = None) -> None:
-    print(prompt, end="", flush=True)
+def _show_pieces(prompt: Prompt, pieces: Iterator[Piece], interrupt: "_Interrupt | None" = None) -> str:
+    """Prints a text as it comes, behind its prompt if that is text; returns it without the prompt."""
+    text = ""
+    print(prompt if isinstance(prompt, str) else "", end="", flush=True)
     for piece in pieces:
         print(piece.text, end="", flush=True)
+        text += piece.text
         if interrupt and interrupt.requested:
             break
     print(flush=True)
+    return text
 
 
 def _as_json(text: GeneratedText) -> str:
@@ -83,8 +88,45 @@ class _Interrupt:
             self.typing, self.requested = False, False
 
 
-def converse(loaded: LoadedModel, options: GenerationOptions) -> None:
+class Chat:
+    """A conversation, and the commands that its lines may be."""
+
+    HELP = "/reset begins anew, /system TEXT sets what it is to be, /temp X the temperature, /exit ends, /help is this"
+
+    def __init__(self, system: str | None = None) -> None:
+        self.system, self.turns = system, list[dict[str, str]]()
+
+    def asked(self, line: str) -> list[dict[str, str]]:
+        """The messages so far, with what was typed as the last."""
+        first = [] if self.system is None else [{"role": "system", "content": self.system}]
+        return [*first, *self.turns, {"role": "user", "content": line}]
+
+    def answered(self, line: str, answer: str) -> None:
+        """Takes a turn of both into the history."""
+        self.turns += [{"role": "user", "content": line}, {"role": "assistant", "content": answer}]
+
+    def command(self, line: str, generator: TextGenerator) -> str:
+        """Does what `line`, which begins with a slash, says; returns a line about it. EOFError: it ends the chat."""
+        name, _, value = line.partition(" ")
+        value = value.strip()
+        if name == "/exit":
+            raise EOFError
+        if name in ("/reset", "/system"):
+            self.turns = []
+            self.system = value or None if name == "/system" else self.system
+            return "a new conversation" + f", system: {self.system}" * (self.system is not None)
+        if name == "/temp":
+            temperature = convert("/temp", value, float)
+            given = dataclasses.asdict(generator.options) | {"temperature": temperature}
+            generator.options = make_options(**given)
+            return f"temperature {temperature:g}"
+        return self.HELP if name == "/help" else f"{name}: unknown command; {self.HELP}"
+
+
+def converse(loaded: LoadedModel, options: GenerationOptions, chat: Chat | None = None) -> None:
     """Continues each line that is typed, as it comes, until the end of the input; lines know nothing of each other.
+
+    With a chat, it answers them instead, and each knows those before it.
 
     Raises:
       UserError: options that ask for more than one text a line.
@@ -99,7 +141,8 @@ def converse(loaded: LoadedModel, options: GenerationOptions) -> None:
     if sys.stdin.isatty():  # else the lines come from a file
         with contextlib.suppress(ImportError):  # not every system has it
             import readline  # noqa: F401 - gives `input` a history and line editing
-        print("a line to continue; Ctrl-C stops a text, Ctrl-D ends", file=sys.stderr)
+        what = "a line to continue" if chat is None else "say something, or /help"
+        print(f"{what}; Ctrl-C stops a text, Ctrl-D ends", file=sys.stderr)
         question = "> "
     interrupt = _Interrupt()
     previous = signal.signal(signal.SIGINT, interrupt.on_signal)
@@ -107,7 +150,13 @@ def converse(loaded: LoadedModel, options: GenerationOptions) -> None:
         while True:
             try:
                 line = interrupt.read_line(question)
-                _show_pieces(line, generator.stream([line], first=number), interrupt)
+                if chat is not None and line.startswith("/"):
+                    print(chat.command(line, generator), file=sys.stderr)
+                    continue
+                prompt: Prompt = line if chat is None else chat.asked(line)
+                text = _show_pieces(prompt, generator.stream([prompt], first=number), interrupt)
+                if chat is not None:
+                    chat.answered(line, text)
             except KeyboardInterrupt:
                 print(file=sys.stderr)
                 continue

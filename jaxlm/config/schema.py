@@ -241,7 +241,30 @@ class DataConfig(Section):
     validation_fraction: float = option(
         0.05, "share of the text held out where there is no validation split; 0: none", low=0, below=1
     )
+    format: str = option(
+        "auto",
+        "what rows hold: text, messages (of roles), or prompt_completion; auto: text where text_column is, else what "
+        "the first row has",
+        choices=("auto", "text", "messages", "prompt_completion"),
+    )
     text_column: str = option("text", "column or key that holds the text")
+    loss_on: str = option(
+        "completions",
+        "what is learned of messages, and of prompts with completions: completions (the assistant's turns), all, or "
+        "last_turn (the assistant's last)",
+        choices=("completions", "all", "last_turn"),
+    )
+    chat_template: str | None = option(
+        None,
+        "what makes text of messages: a file of Jinja, or plain; none: the tokenizer's own, plain for a new one",
+        path=True,
+    )
+    too_long: str = option(
+        "cut",
+        "what becomes of documents longer than a row: cut (text into pieces, conversations at the row's end), drop, or "
+        "error",
+        choices=("cut", "drop", "error"),
+    )
     document_separator: str | None = option(
         None,
         "line that ends a document within a text, such as ***; in brackets, such as [SEP], anywhere; none: nothing",

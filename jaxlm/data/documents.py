@@ -1,11 +1,15 @@
 """A document of text with its place, and the count of documents that a pass over the text leaves out."""
 
 import re
-from collections.abc import Callable, Iterable, Iterator
-from typing import NamedTuple
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from jaxlm.config import DataConfig, nearest
+from jaxlm.config import DataConfig
 from jaxlm.errors import UserError
+
+if TYPE_CHECKING:
+    from jaxlm.data.chat import ChatTemplate
 
 SHOWN = 3  # bad documents that are named, of those left out
 
@@ -15,10 +19,34 @@ class Document(NamedTuple):
 
     text: str
     place: str
+    learned: tuple[tuple[int, int], ...] | None = None  # [start, end) of its characters; none: all, and where it ends
+    complete: bool = False  # whether its own text says where it begins and ends: nothing is put around it
 
 
 Documents = Callable[[], Iterator[Document]]  # each call starts a new pass over the text
 Found = Iterator[Document | UserError]  # an error stands for a bad document, and says its place and what is wrong
+
+
+class RowFormat(Protocol):
+    """How the documents of rows are made.
+
+    Attributes:
+      kind: the value of data.format that asks for it.
+      template: what makes text of messages; None: the rows hold none.
+      fingerprint: of what the documents of equal rows may differ in, beside the template.
+    """
+
+    kind: str
+    template: "ChatTemplate | None"
+    fingerprint: str
+
+    def columns(self, names: Collection[str], where: str) -> list[str]:
+        """Those of a table's columns `names` that are needed; UserError if one is missing `where`."""
+        ...
+
+    def document(self, row: Mapping[str, Any], place: str) -> Document | UserError:
+        """The document of a row, or what is wrong with it."""
+        ...
 
 
 class LeftOut:
@@ -30,6 +58,8 @@ class LeftOut:
         self._skip, self._separator = data.on_bad_document == "skip", data.document_separator
         self.empty, self.bad, self.first = 0, 0, list[str]()  # first: descriptions of the first bad ones
         self.parts = 0  # that documents were split into
+        self._passed_over: dict[str, list[str]] = {}  # {reason: places of the first}
+        self._reasons = Counter[str]()
 
     def good(self, read: Callable[[], Found], where: str) -> Iterator[Document]:
         """A new pass over `read`, without what is left out; UserError, which `where` begins, if nothing is left."""
@@ -67,32 +97,31 @@ class LeftOut:
         if self.bad <= SHOWN:
             self.first.append(str(fault))
 
+    def pass_over(self, document: Document, reason: str) -> None:
+        """Counts a document that is left out though it is not bad."""
+        self._reasons[reason] += 1
+        if self._reasons[reason] <= SHOWN:
+            self._passed_over.setdefault(reason, []).append(document.place)
+
     def lines(self, part: str) -> list[str]:
         """The lines of the report about what was left out of `part`."""
         empty = [f"{self.empty:,} empty document(s) left out"] if self.empty else []
         unused = self._separator is not None and not self.parts
         separator = [f"data.document_separator ({self._separator}) is not in it: nothing was split"] if unused else []
-        return [f"{part}: {line}" for line in empty + self._bad_ones() + separator]
+        passed_over = [
+            f"{self._reasons[reason]:,} document(s) left out, {reason}: {_first(places, self._reasons[reason])}"
+            for reason, places in self._passed_over.items()
+        ]
+        return [f"{part}: {line}" for line in empty + self._bad_ones() + passed_over + separator]
 
     def _bad_ones(self) -> list[str]:
-        more = [f"and {self.bad - SHOWN:,} more"] if self.bad > SHOWN else []
-        return [f"{self.bad:,} bad document(s) left out: {'; '.join(self.first + more)}"] if self.bad else []
+        return [f"{self.bad:,} bad document(s) left out: {_first(self.first, self.bad)}"] if self.bad else []
 
 
-def checked(value: object, column: str, place: str) -> Document | UserError:
-    """The document of a table's cell, or the error for a value that is no text."""
-    if not isinstance(value, str):
-        return UserError(f"data.text_column ({column}): {place} holds {type(value).__name__}, not text")
-    return encoding_fault(value, place) or Document(value, place)
-
-
-def missing_column(column: str, columns: Iterable[str], where: str) -> UserError:
-    """The error for a data.text_column that is not one of `columns`."""
-    names = list(columns)
-    listed = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
-    return UserError(
-        f"data.text_column ({column}): not in {where}{nearest(column, names)}; there is: {listed or 'nothing'}"
-    )
+def _first(named: list[str], count: int) -> str:
+    """The first of `count` things, those that are named."""
+    more = [f"and {count - SHOWN:,} more"] if count > SHOWN else []
+    return "; ".join(named[:SHOWN] + more)
 
 
 def encoding_fault(text: str, place: str) -> UserError | None:

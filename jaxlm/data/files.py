@@ -14,15 +14,15 @@ import lzma
 import os
 import sys
 import zlib
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import IO, Any, TextIO
+from typing import IO, Any, NamedTuple, TextIO
 
 from jaxlm.config import DataConfig
-from jaxlm.data.documents import Document, Found, checked, encoding_fault, missing_column
+from jaxlm.data.documents import Document, Found, RowFormat, encoding_fault
 from jaxlm.errors import UserError, one_line
 
 # Extensions of files that are one document each; none at all stands for names such as enwik8 and LICENSE.
@@ -102,12 +102,45 @@ def hash_files(paths: Iterable[Path], field: str) -> tuple[str, dict[bytes, Path
     return digest.hexdigest(), files
 
 
-def read_files(paths: list[Path], column: str, field: str) -> Found:
-    """The documents of all `paths`, whose text is in the key or column `column`, except in files of plain text.
+def read_files(paths: Iterable[Path], format_: RowFormat, field: str) -> Found:
+    """The documents of all `paths`: those of rows as `format_` makes them, and files of plain text.
 
     Raises:
-      UserError: it begins with `field`, the option; a file cannot be read, or has no such column.
+      UserError: it begins with `field`, the option; a file cannot be read, or lacks a column.
     """
+    for row in _rows(paths, format_.columns, field):
+        if isinstance(row, UserError):
+            yield row
+        elif not isinstance(row.values, str):
+            yield format_.document(row.values, row.place)
+        elif format_.kind == "text":
+            yield Document(row.values, row.place)
+        else:
+            yield UserError(f"data.format ({format_.kind}): {row.place} is plain text")
+
+
+def first_row(paths: Iterable[Path], field: str) -> Mapping[str, Any] | None:
+    """What the first good row of `paths` holds; None where the first good thing in them is plain text, or nothing."""
+    rows = _rows(paths, lambda names, where: list(names), field)
+    try:
+        values = next((row.values for row in rows if not isinstance(row, UserError)), None)
+    finally:
+        rows.close()
+    return None if isinstance(values, str) else values
+
+
+class Row(NamedTuple):
+    """What a row or a file of plain text holds, and its place."""
+
+    values: Mapping[str, Any] | str
+    place: str
+
+
+Rows = Generator[Row | UserError]
+Columns = Callable[[Collection[str], str], list[str]]  # of a table's columns (and where it is): those that are needed
+
+
+def _rows(paths: Iterable[Path], columns: Columns, field: str) -> Rows:
     for path in paths:
         where = f"{field} ({path})"
         with reading(where):
@@ -115,7 +148,7 @@ def read_files(paths: list[Path], column: str, field: str) -> Found:
                 yield UserError(f"{where} is empty")
                 continue
             try:
-                yield from READERS[_kind(path)](path, column, where)
+                yield from READERS[_kind(path)](path, columns, where)
             except (EOFError, OSError, zlib.error, lzma.LZMAError) as error:
                 if isinstance(error, OSError) and error.errno is not None:  # the disk's fault, not the content's
                     raise
@@ -134,22 +167,22 @@ def reading(where: str) -> Iterator[None]:
 # ---- One reader a format ---------------------------------------------------------------------------------------------
 
 
-def read_txt(path: Path, column: str, where: str) -> Found:
+def read_txt(path: Path, columns: Columns, where: str) -> Rows:
     with _open(path) as file:
         content = file.read()
     try:
-        yield Document(content.decode().removeprefix("\ufeff"), where)
+        yield Row(content.decode().removeprefix("\ufeff"), where)
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         yield UserError(f"{where}: line {line} is not UTF-8 (byte {content[error.start]:#x} at offset {error.start})")
 
 
-def _read_jsonl(path: Path, column: str, where: str) -> Found:
+def _read_jsonl(path: Path, columns: Columns, where: str) -> Rows:
     with _open_text(path) as file:
         for number, line in enumerate(file, 1):
             if not line.isspace():
                 place = f"{where}: line {number}"
-                yield encoding_fault(line, place) or _row_document(_json_value(line, place), column, place)
+                yield encoding_fault(line, place) or _row(_json_value(line, place), place)
 
 
 def _json_value(text: str, place: str) -> Any:
@@ -162,28 +195,26 @@ def _json_value(text: str, place: str) -> Any:
         return UserError(f"{place}: JSON out of bounds: {one_line(error)}")
 
 
-def _row_document(row: Any, column: str, place: str) -> Document | UserError:
-    if isinstance(row, UserError):
-        return row
-    if not isinstance(row, dict):
-        return UserError(f"{place} is not a JSON object")
-    return checked(row[column], column, place) if column in row else missing_column(column, row, place)
+def _row(value: Any, place: str) -> Row | UserError:
+    if isinstance(value, UserError):
+        return value
+    return Row(value, place) if isinstance(value, dict) else UserError(f"{place} is not a JSON object")
 
 
-def _read_json(path: Path, column: str, where: str) -> Found:
+def _read_json(path: Path, columns: Columns, where: str) -> Rows:
     """A list of objects, one object, or an object a line."""
     with _open_text(path) as file:
         rows = _json_value(file.read(), where)
     if not isinstance(rows, UserError):
         rows = rows if isinstance(rows, list) else [rows]
-        yield from (_row_document(row, column, f"{where}: item {number}") for number, row in enumerate(rows, 1))
+        yield from (_row(row, f"{where}: item {number}") for number, row in enumerate(rows, 1))
     elif ": Extra data" in str(rows):
-        yield from _read_jsonl(path, column, where)
+        yield from _read_jsonl(path, columns, where)
     else:
         yield rows
 
 
-def _read_csv(path: Path, column: str, where: str, delimiter: str = ",") -> Found:
+def _read_csv(path: Path, columns: Columns, where: str, delimiter: str = ",") -> Rows:
     csv.field_size_limit(sys.maxsize)  # of the process; the default, 128 kB, is less than many documents
     with _open_text(path) as file:
         rows = csv.reader(file, strict=True, delimiter=delimiter)
@@ -193,9 +224,7 @@ def _read_csv(path: Path, column: str, where: str, delimiter: str = ",") -> Foun
             raise UserError(f"{where}: line 1: bad CSV: {error}") from error
         if fault := encoding_fault("".join(header), f"{where}: line 1"):
             raise fault
-        if column not in header:
-            raise missing_column(column, header, f"line 1 of {where}")
-        index = header.index(column)
+        wanted = [(name, header.index(name)) for name in columns(header, f"line 1 of {where}")]
         while True:
             first_line = rows.line_num + 1
             place = f"{where}: line {first_line}"
@@ -212,24 +241,24 @@ def _read_csv(path: Path, column: str, where: str, delimiter: str = ",") -> Foun
             if len(row) > len(header):
                 yield UserError(f"{place} has more fields than the header; quote those with a {delimiter!r} inside")
             elif row:
-                yield checked(row[index] if index < len(row) else None, column, place)
+                yield Row({name: row[index] if index < len(row) else None for name, index in wanted}, place)
 
 
-def _read_parquet(path: Path, column: str, where: str) -> Found:
+def _read_parquet(path: Path, columns: Columns, where: str) -> Rows:
     import pyarrow
     from pyarrow import parquet
 
     row = 0
     try:
         with parquet.ParquetFile(path) as file:
-            if column not in file.schema_arrow.names:
-                raise missing_column(column, file.schema_arrow.names, where)
-            batches = file.iter_batches(batch_size=1024, columns=[column])
-            columns = (batch.column(batch.schema.names.index(column)) for batch in batches)  # "a.b" may be b of a, too
-            for row, value in enumerate(chain.from_iterable(columns), 1):
+            wanted = columns(file.schema_arrow.names, where)  # "a.b" may be b of a, too
+            batches = file.iter_batches(batch_size=1024, columns=wanted)
+            columns_of = lambda batch: [batch.column(batch.schema.names.index(name)) for name in wanted]  # noqa: E731
+            cells = chain.from_iterable(zip(*columns_of(batch), strict=True) for batch in batches)
+            for row, values in enumerate(cells, 1):
                 place = f"{where}: row {row}"
                 try:
-                    yield checked(value.as_py(), column, place)
+                    yield Row({name: x.as_py() for name, x in zip(wanted, values, strict=True)}, place)
                 except UnicodeDecodeError as error:
                     yield UserError(f"{place} is not UTF-8 (byte {error.object[error.start]:#x})")
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:  # the last: names of columns
@@ -239,8 +268,8 @@ def _read_parquet(path: Path, column: str, where: str) -> Found:
         yield UserError(f"{where}{rest} is not a readable Parquet file: {one_line(error)}")
 
 
-# (file, data.text_column, the beginning of places and messages) -> documents
-READERS: dict[str, Callable[[Path, str, str], Found]] = {
+# (file, the columns needed, the beginning of places and messages) -> rows
+READERS: dict[str, Callable[[Path, Columns, str], Rows]] = {
     **dict.fromkeys(["", *PLAIN.split()], read_txt),
     ".jsonl": _read_jsonl,
     ".ndjson": _read_jsonl,

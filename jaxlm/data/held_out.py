@@ -21,18 +21,19 @@ class HeldOut:
 
     Of n documents, round(n * fraction) are held out: those whose text has the smallest SHA-256, short ones passed over.
     If n * fraction is less than one, the end of the text is held out instead: `fraction` of its characters, from a line
-    end or other white space near that point if there is one.
+    end or other white space near that point if there is one; but one document, where they are not to be cut.
     """
 
-    def __init__(self, documents: Documents, fraction: float, where: str) -> None:
+    def __init__(self, documents: Documents, fraction: float, where: str, may_cut: bool = True) -> None:
         """`documents` are not empty; `where` begins the message of the UserError for text too short to be split."""
-        self._documents, self._fraction, self._where = documents, fraction, where
+        self._documents, self._fraction, self._where, self._may_cut = documents, fraction, where, may_cut
 
     def train(self) -> Iterator[Document]:
-        return (Document(text[:cut], place) for text, place, cut in self._with_cuts() if cut)
+        return (document._replace(text=document.text[:cut]) for document, cut in self._with_cuts() if cut)
 
     def validation(self) -> Iterator[Document]:
-        return (Document(text[cut:], place) for text, place, cut in self._with_cuts() if cut < len(text))
+        cuts = self._with_cuts()
+        return (document._replace(text=document.text[cut:]) for document, cut in cuts if cut < len(document.text))
 
     def pass_over_short(self, least: int, lengths: Callable[[Iterator[Document]], Iterator[int]]) -> bool:
         """Holds out documents of `least` tokens or more only, others in place of shorter ones; whether any changed.
@@ -57,27 +58,27 @@ class HeldOut:
     def _changed(self) -> UserError:
         return UserError(f"{self._where}: the text changed while it was read; start again when it is complete")
 
-    def _with_cuts(self) -> Iterator[tuple[str, str, int]]:
+    def _with_cuts(self) -> Iterator[tuple[Document, int]]:
         cuts, cut_document, reach = self._cuts()
         for i, (document, cut) in enumerate(zip_longest(self._documents(), cuts.tolist())):
             if document is None or cut is None or cut > len(document.text):
                 raise self._changed()
-            yield *document, _break_near(document.text, cut, reach) if i == cut_document else cut
+            yield document, _break_near(document.text, cut, reach) if i == cut_document else cut
 
     @cached_property
     def _measured(self) -> tuple[np.ndarray, np.ndarray]:
         """int64 [documents] each: their characters; their numbers, in the order of their SHA-256."""
         hashes, sizes = array("Q"), array("q")
-        for text, _ in self._documents():
-            hashes.append(int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big"))
-            sizes.append(len(text))
+        for document in self._documents():
+            hashes.append(int.from_bytes(hashlib.sha256(document.text.encode()).digest()[:8], "big"))
+            sizes.append(len(document.text))
         return np.array(sizes, np.int64), np.argsort(np.array(hashes, np.uint64), kind="stable")
 
     @cached_property
     def _held_out(self) -> np.ndarray:
         """int64 [held out]: the numbers of the documents; none if the end of the text is held out."""
         share = len(self._measured[1]) * self._fraction
-        return self._measured[1][: math.floor(share + 0.5) if share >= 1 else 0]
+        return self._measured[1][: math.floor(share + 0.5) if share >= 1 else not self._may_cut]
 
     def _cuts(self) -> tuple[np.ndarray, int, int]:
         """int64 [documents]: how many characters of each are training text, the rest is held out; and the number of the

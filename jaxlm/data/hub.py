@@ -9,7 +9,7 @@ from itertools import chain
 from typing import TYPE_CHECKING
 
 from jaxlm.config import nearest
-from jaxlm.data.documents import Found, checked, missing_column
+from jaxlm.data.documents import Found, RowFormat
 from jaxlm.errors import UserError, one_line
 
 if TYPE_CHECKING:
@@ -101,20 +101,19 @@ def why_unreachable(request: Callable[["huggingface_hub.HfApi"], object]) -> str
     return reason
 
 
-def load_split(builder: "datasets.DatasetBuilder", split: str, column: str, field: str) -> "datasets.Dataset":
-    """A split that has the column `column`; UserError, naming the option `field`, if there is none."""
+def load_split(builder: "datasets.DatasetBuilder", split: str, field: str) -> "datasets.Dataset":
+    """A split; UserError, naming the option `field`, if there is none."""
     try:
-        dataset = builder.as_dataset(split=split)
+        return builder.as_dataset(split=split)
     except ValueError as error:
         hint = "; none: hold out data.validation_fraction" if field == "data.validation_split" else ""
         raise UserError(f"{field} ({split}): {one_line(error).rstrip('.')}{hint}") from error
-    if column not in dataset.column_names:
-        raise missing_column(column, dataset.column_names, f"split {split}")
-    return dataset
 
 
-def read_split(dataset: "datasets.Dataset", column: str, where: str) -> Found:
-    """The documents of a split; `where` begins their places."""
-    batches = dataset.select_columns([column]).iter(batch_size=1024)
-    values = chain.from_iterable(batch[column] for batch in batches)
-    return (checked(value, column, f"{where}: row {row}") for row, value in enumerate(values, 1))
+def read_split(dataset: "datasets.Dataset", split: str, format_: RowFormat, where: str) -> Found:
+    """The documents of a split; `where` begins their places. Raises UserError where a column is missing."""
+    columns = format_.columns(dataset.column_names, f"split {split}")
+    batches = dataset.select_columns(columns).iter(batch_size=1024)
+    rows = chain.from_iterable(zip(*(batch[column] for column in columns), strict=True) for batch in batches)
+    for number, values in enumerate(rows, 1):
+        yield format_.document(dict(zip(columns, values, strict=True)), f"{where}: row {number}")

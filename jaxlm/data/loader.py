@@ -24,6 +24,7 @@ class Rows:
 
     def __init__(self, documents: TokenDocuments, plan: Plan) -> None:
         self.tokens, self.document_offsets, self.plan = np.asarray(documents.tokens), documents.offsets, plan
+        self.learned = None if documents.learned is None else np.asarray(documents.learned)
 
     def __len__(self) -> int:
         return len(self.plan)
@@ -31,7 +32,8 @@ class Rows:
     def __getitem__(self, index: int) -> Batch:
         """int32 [T] each: `tokens`; `targets`; `segments`, 1, 2, ... for its pieces; `positions`, from 0 in each piece.
 
-        In padding all are 0; `segments` is 0 there only.
+        In padding all are 0; `segments` is 0 there only. `loss_mask`, bool [T], where not all is learned: the targets
+        that are.
         """
         low, high = self.plan.row_offsets[index : index + 2]
         start, length = self.plan.piece_start[low:high], self.plan.piece_length[low:high]
@@ -42,7 +44,11 @@ class Rows:
         source_T = positions_T[:pairs] + np.repeat(start, length)
         tokens_T[:pairs] = self.tokens[source_T]
         targets_T[:pairs] = self.tokens[source_T + 1]
-        return {"tokens": tokens_T, "targets": targets_T, "segments": segments_T, "positions": positions_T}
+        row = {"tokens": tokens_T, "targets": targets_T, "segments": segments_T, "positions": positions_T}
+        if self.learned is not None:
+            row["loss_mask"] = np.zeros(self.plan.max_length, bool)
+            row["loss_mask"][:pairs] = self.learned[source_T + 1]
+        return row
 
 
 def documents_of_step(rows: Rows, seed: int, global_batch: int, step: int, offset: int = 0) -> list[int]:
@@ -76,7 +82,7 @@ def train_batches(
       offset: other than 0 in a run whose G has changed (`Resolved.position`).
 
     Yields:
-      int32 [K, B, T]: `tokens`, `targets`, `segments`, `positions` as in `Rows`, B as many as `own` selects; and
+      [K, B, T]: the arrays of `Rows`, B as many as `own` selects; and
       int32 [K, B]: `rows`, each row's number in the global batch, which does not depend on K or `own`.
     """
     import grain
@@ -100,7 +106,7 @@ def train_batches(
 
 
 def eval_batches(rows: Rows, batch: int, own: slice = slice(None)) -> Iterator[Batch]:
-    """Every row once, in order: the arrays of `Rows` as int32 [B, T], the last batch filled up with rows of padding.
+    """Every row once, in order: the arrays of `Rows` as [B, T], the last batch filled up with rows of padding.
 
     Args:
       batch: rows of a batch, of all processes.

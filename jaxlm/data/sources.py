@@ -6,18 +6,19 @@ Nothing here keeps the text in memory: a source is read again, from the start, e
 import hashlib
 import platform
 import sysconfig
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from jaxlm.config import DataConfig
 from jaxlm.config.schema import STDLIB
 from jaxlm.data import files, hub
-from jaxlm.data.documents import Documents, Found, LeftOut
+from jaxlm.data.documents import Document, Documents, Found, LeftOut, RowFormat
+from jaxlm.data.formats import choose_format, first_question
 from jaxlm.data.held_out import HeldOut
+from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.errors import UserError
 
 _NOT_STDLIB = {"site-packages", "dist-packages", "test", "tests", "idlelib", "__pycache__"}
@@ -33,6 +34,8 @@ class Source:
       parts: of "train" and "validation" those that there are; each call starts a new pass over the part.
       split: what held the one out of the other; None: they are texts of their own.
       left_out: {part of the text: the counts of what the latest pass over it left out}.
+      format: what its rows are.
+      question: the messages before the first answer; None: there are none.
     """
 
     name: str
@@ -40,23 +43,26 @@ class Source:
     parts: dict[str, Documents]
     split: HeldOut | None
     left_out: dict[str, LeftOut]
+    format: RowFormat
+    question: list[dict[str, Any]] | None
 
 
-def open_source(data: DataConfig, evaluating: bool = False) -> Source:
+def open_source(data: DataConfig, evaluating: bool = False, tokenizer: Tokenizer | None = None) -> Source:
     """The text that `data` names. Local files are looked up and hashed here; their content is checked while it is read.
 
     Args:
       evaluating: only "validation" is wanted: where nothing is held out, all of the text; where a data set has no split
         of the default name, the one to train on.
+      tokenizer: whose chat template conversations have; None: one will be trained.
 
     Raises:
       UserError: the text cannot be had, or (while it is read, too) is not what it should be.
     """
     if data.train_files:
-        return _own_files(data, evaluating)
+        return _own_files(data, tokenizer, evaluating)
     if data.dataset_name == STDLIB:
-        return _standard_library(data, evaluating)
-    return _hub(data, evaluating)
+        return _standard_library(data, tokenizer, evaluating)
+    return _hub(data, tokenizer, evaluating)
 
 
 class _Part(NamedTuple):
@@ -64,55 +70,70 @@ class _Part(NamedTuple):
 
     where: str  # begins messages
     fingerprint: str  # changes with the content
-    read: Callable[[], Found]
+    first: Callable[[], Mapping[str, Any] | None]  # the first row; None: it is plain text
+    read: Callable[[RowFormat], Found]
 
 
-def _source(data: DataConfig, name: str, train: _Part | None, validation: _Part | None, evaluating: bool) -> Source:
+def _source(
+    data: DataConfig,
+    tokenizer: Tokenizer | None,
+    name: str,
+    train: _Part | None,
+    validation: _Part | None,
+    evaluating: bool,
+) -> Source:
     """`train` and `validation` without what is left out; without `validation`, a part of `train` is held out."""
     splits = train is not None and validation is None and data.validation_fraction > 0
     if evaluating and validation is None and not splits:
         train, validation = None, train
     given = {"train": train, "validation": validation}
     parts = {part: found for part, found in given.items() if found is not None}
+    main = next(iter(parts.values()))
+    first = main.first()
+    format_ = choose_format(data, first, main.where, tokenizer)
     labels = {"train": "text" if splits else "training text", "validation": "held-out text"}
     left_out = {labels[part]: LeftOut(data) for part in parts}
-    documents = {part: partial(left_out[labels[part]].good, found.read, found.where) for part, found in parts.items()}
+    documents = {
+        part: partial(left_out[labels[part]].good, partial(found.read, format_), found.where)
+        for part, found in parts.items()
+    }
+    about = left_out, format_, first_question(format_, first)
     fingerprint = "-".join(found.fingerprint for found in parts.values())
     if not splits:
-        return Source(name, fingerprint, {**documents}, None, left_out)
-    split = HeldOut(documents["train"], data.validation_fraction, parts["train"].where)
+        return Source(name, fingerprint, {**documents}, None, *about)
+    split = HeldOut(documents["train"], data.validation_fraction, parts["train"].where, format_.kind == "text")
     name += f", {data.validation_fraction:g} of it held out"
-    return Source(name, fingerprint, {"train": split.train, "validation": split.validation}, split, left_out)
+    return Source(name, fingerprint, {"train": split.train, "validation": split.validation}, split, *about)
 
 
-def _own_files(data: DataConfig, evaluating: bool) -> Source:
+def _own_files(data: DataConfig, tokenizer: Tokenizer | None, evaluating: bool) -> Source:
     def part(patterns: tuple[str, ...], field: str) -> tuple[str, dict[bytes, Path], _Part]:
         paths, name = files.find_files(patterns, field)
         fingerprint, digests = files.hash_files(paths, field)
-        read = partial(files.read_files, paths, data.text_column, field)
-        return name, digests, _Part(f"{field} ({name})", fingerprint, read)
+        first, read = partial(files.first_row, paths, field), partial(files.read_files, paths, field=field)
+        return name, digests, _Part(f"{field} ({name})", fingerprint, first, read)
 
     if not data.validation_files:
         name, _, train = part(data.train_files, "data.train_files")
-        return _source(data, name, train, None, evaluating)
+        return _source(data, tokenizer, name, train, None, evaluating)
     held_out, validated, validation = part(data.validation_files, "data.validation_files")
     if evaluating:
-        return _source(data, held_out, None, validation, evaluating)
+        return _source(data, tokenizer, held_out, None, validation, evaluating)
     name, trained, train = part(data.train_files, "data.train_files")
     if both := validated.keys() & trained.keys():
         file, same = validated[min(both)], trained[min(both)]
         also = "" if file == same else f", as {same}"
         raise UserError(f"data.validation_files ({file}): is in data.train_files, too{also}; leave it out of one")
-    return _source(data, f"{name}, held out: {held_out}", train, validation, evaluating)
+    return _source(data, tokenizer, f"{name}, held out: {held_out}", train, validation, evaluating)
 
 
-def _hub(data: DataConfig, evaluating: bool) -> Source:
+def _hub(data: DataConfig, tokenizer: Tokenizer | None, evaluating: bool) -> Source:
     where = f"data.dataset_name ({data.dataset_name})"
 
     def part(split: str, field: str) -> _Part:
-        rows = hub.load_split(builder, split, data.text_column, field)
-        read = partial(hub.read_split, rows, data.text_column, f"{where} {split}")
-        return _Part(f"{where} {split}", rows._fingerprint, read)
+        rows = hub.load_split(builder, split, field)
+        first, read = partial(next, iter(rows), {}), partial(hub.read_split, rows, split, where=f"{where} {split}")
+        return _Part(f"{where} {split}", rows._fingerprint, first, read)
 
     name, builder = hub.prepare(data.dataset_name, data.dataset_config, where)
     held_out = data.validation_split
@@ -122,10 +143,10 @@ def _hub(data: DataConfig, evaluating: bool) -> Source:
     train = None if evaluating and validation else part(data.dataset_split, "data.dataset_split")
     if evaluating:
         name += f" {held_out or data.dataset_split}"
-    return _source(data, name, train, validation, evaluating)
+    return _source(data, tokenizer, name, train, validation, evaluating)
 
 
-def _standard_library(data: DataConfig, evaluating: bool) -> Source:
+def _standard_library(data: DataConfig, tokenizer: Tokenizer | None, evaluating: bool) -> Source:
     where, root = f"data.dataset_name ({STDLIB})", Path(sysconfig.get_path("stdlib"))
     paths, digest = [path for path in files.below(root, _NOT_STDLIB) if path.suffix == ".py"], hashlib.sha256()
     if not paths:
@@ -135,8 +156,11 @@ def _standard_library(data: DataConfig, evaluating: bool) -> Source:
             content = path.read_bytes()
         digest.update(len(content).to_bytes(8, "big") + content)
 
-    def read() -> Found:
-        return chain.from_iterable(files.read_txt(path, "", f"{where}: {path}") for path in paths)
+    def read(format_: RowFormat) -> Found:
+        for path in paths:
+            for row in files.read_txt(path, format_.columns, f"{where}: {path}"):
+                yield row if isinstance(row, UserError) else Document(str(row.values), row.place)
 
     name = f"{STDLIB} {platform.python_version()} ({len(paths)} files)"
-    return _source(data, name, _Part(where, digest.hexdigest(), read), None, evaluating)
+    train = _Part(where, digest.hexdigest(), lambda: None, read)
+    return _source(data, tokenizer, name, train, None, evaluating)

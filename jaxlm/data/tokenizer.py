@@ -101,6 +101,11 @@ class Tokenizer:
         backend.train_from_iterator(parts, trainer)
         return cls(backend)
 
+    @staticmethod
+    def outside_markers(text: str) -> str:
+        """`text` without the special tokens of a tokenizer trained here, which are not to be learned as characters."""
+        return re.sub("|".join([PAD, BOS, EOS]), "", text)
+
     @classmethod
     def from_json(cls, text: str, where: str = "tokenizer", said: Mapping[str, Any] | None = None) -> "Tokenizer":
         """The tokenizer whose `to_json` gave `text`. Raises UserError, which `where` begins, for anything else."""
@@ -219,6 +224,30 @@ class Tokenizer:
                 raise UserError("cannot be tokenized: the tokenizer has no token for anything in it")
             documents.append(np.array([self.bos_id, *ids, self.eos_id], self.dtype))
         return documents
+
+    def encode_with_places(self, texts: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """For each text its ids, `dtype` [tokens], and the characters of each, int64 [tokens, 2]: [start, end).
+
+        Raises:
+          UserError: one of them cannot be tokenized; the message has the reason, not the text.
+        """
+        with _LibraryErrors("cannot be tokenized"):
+            encodings = self._backend.encode_batch([*texts], add_special_tokens=False)
+        return [
+            (np.array(encoding.ids, self.dtype), np.array(encoding.offsets, np.int64).reshape(-1, 2))
+            for encoding in encodings
+        ]
+
+    def without_special(self, text: str) -> str:
+        """`text` without what is read as special tokens in it."""
+        if not self.special_in_text:
+            return text
+        names = sorted(map(re.escape, self.special_in_text - {""}), key=len, reverse=True)
+        return re.sub("|".join(names), "", text)
+
+    def saying(self, said: Mapping[str, Any]) -> "Tokenizer":
+        """The same tokenizer with more said of it, see `said`."""
+        return Tokenizer.from_json(self.to_json(), said={**self.said, **said})
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`, special tokens left out; bytes that are not UTF-8 become U+FFFD."""

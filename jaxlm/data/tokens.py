@@ -3,7 +3,8 @@
     <cache>/tokenizers/<key>/tokenizer.json    BPE trained on this text
     <cache>/tokens/<key>/<split>.tokens        all documents end to end, each <bos> text <eos>; uint16 or uint32
     <cache>/tokens/<key>/<split>.offsets.npy   int64 [documents + 1], where in it each document begins
-    <cache>/tokens/<key>/<split>.bytes.npy     int64 [documents], the length of each document's text in UTF-8
+    <cache>/tokens/<key>/<split>.bytes.npy     int64 [documents], the length in UTF-8 of what is learned of each
+    <cache>/tokens/<key>/<split>.learned       bool, one for each token: whether it is; where not all are
     <cache>/tokens/<key>/<split>.plan-*.npz    packing plans (packing.py)
     <cache>/tokens/<key>/notes.json            {"lines": of the report about the documents, "choices": see `Prepared`}
 
@@ -16,13 +17,11 @@ import os
 import tempfile
 import time
 from array import array
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
@@ -30,15 +29,15 @@ import numpy as np
 
 from jaxlm.config import DataConfig
 from jaxlm.data.atomic import atomic_path
+from jaxlm.data.chat_tokens import with_template
 from jaxlm.data.documents import SHOWN, Document, LeftOut
+from jaxlm.data.encoding import encoded, fitted, learned_bytes
 from jaxlm.data.sources import Source, open_source
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.errors import UserError
 
 FORMAT = 3  # raise it when what is stored, or how text becomes tokens, changes
-BATCH_CHARACTERS = 2**20  # text tokenized in one call: enough for every thread, little enough for memory
 CACHED = "cached"
-CALLS = 2  # of the tokenizers library at a time, so that its threads have work while the ids of one call are written
 
 Report = Callable[[str], None]  # takes a line of the report
 
@@ -63,8 +62,14 @@ class TokenDocuments:
 
     @cached_property
     def document_bytes(self) -> np.ndarray:
-        """int64 [documents]: UTF-8 bytes of each document's text."""
+        """int64 [documents]: UTF-8 bytes of what is learned of each document's text."""
         return np.load(self.folder / f"{self.split}.bytes.npy")
+
+    @cached_property
+    def learned(self) -> np.memmap | None:
+        """bool [tokens]: which are learned; None: all."""
+        path = self.folder / f"{self.split}.learned"
+        return np.memmap(path, bool, "r") if path.exists() else None
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -87,6 +92,7 @@ class Prepared:
     validation: TokenDocuments | None
     source_name: str
     source_fingerprint: str
+    question: list[dict[str, Any]] | None = None  # the messages before the first answer, in conversations
 
 
 def cache_root(data: DataConfig) -> Path:
@@ -120,24 +126,46 @@ def prepare(
     os.environ["RAYON_NUM_THREADS"] = str(min(data.preprocessing_num_workers, os.cpu_count() or 1))
     os.environ["TOKENIZERS_PARALLELISM"] = "true"  # else it warns in processes that fork later; ours do not
     root = cache_root(data)
-    source = open_source(data, evaluating)
+    if tokenizer is None and data.tokenizer_path is not None:
+        tokenizer = Tokenizer.load(data.tokenizer_path, data=data)
+    source = open_source(data, evaluating, tokenizer)
     report(f"text: {source.name}")
     fraction, least = (None, None) if source.split is None else (data.validation_fraction, data.min_length)
     settings = [data.text_column, data.on_bad_document, data.document_separator, fraction]
-    if tokenizer is None and data.tokenizer_path is not None:
-        tokenizer = Tokenizer.load(data.tokenizer_path, data=data)
-    elif tokenizer is None:
+    if source.format.kind != "text":
+        template = source.format.template
+        settings += [source.format.fingerprint, None if template is None else template.fingerprint]
+    if tokenizer is None:
         folder = root / "tokenizers" / _key(source.fingerprint, settings, vocab_size)
         tokenizer = _trained_tokenizer(folder, source, vocab_size, report)
-    report(f"documents: {tokenizer.token(tokenizer.bos_id)} text {tokenizer.token(tokenizer.eos_id)}")
-    folder = root / "tokens" / _key(source.fingerprint, settings, least, [*source.parts], tokenizer.fingerprint)
+    if source.format.template is not None:
+        tokenizer = with_template(tokenizer, source.format.template)
+    fit = [data.too_long, data.max_length] if source.format.kind != "text" or data.too_long != "cut" else []
+    key = _key(source.fingerprint, settings + fit, least, [*source.parts], tokenizer.fingerprint)
+    report(_shape_of_documents(tokenizer, source))
+    folder = root / "tokens" / key
     took = made_once(folder, lambda part: _tokenize(part, source, tokenizer, data))
     report(f"tokenized text: {took} ({folder})")
     parts, notes = _open_parts(folder, source.parts, tokenizer.dtype)
-    for line in notes["lines"]:
+    for line in (*notes["lines"], *_shares_learned(parts, data)):
         report(line)
     fingerprint = "+".join([source.fingerprint, *notes["choices"]])
-    return Prepared(tokenizer, parts.get("train"), parts.get("validation"), source.name, fingerprint)
+    return Prepared(tokenizer, parts.get("train"), parts.get("validation"), source.name, fingerprint, source.question)
+
+
+def _shape_of_documents(tokenizer: Tokenizer, source: Source) -> str:
+    """A line about what stands around the text of a document."""
+    ends = f"{tokenizer.token(tokenizer.bos_id)} text {tokenizer.token(tokenizer.eos_id)}"
+    template = source.format.template
+    return f"documents: {ends}" if template is None else f"documents: conversations by {template.where}"
+
+
+def _shares_learned(parts: Mapping[str, TokenDocuments], data: DataConfig) -> Iterator[str]:
+    """Lines about how many tokens are learned where not all are."""
+    for name, documents in parts.items():
+        if documents.learned is not None:
+            learned, tokens = np.count_nonzero(documents.learned), len(documents.tokens)
+            yield f"{name}: {learned:,} of {tokens:,} tokens are learned (data.loss_on {data.loss_on})"
 
 
 def made_once(path: Path, fill: Callable[[Path], None]) -> str:
@@ -175,7 +203,9 @@ def _trained_tokenizer(folder: Path, source: Source, vocab_size: int, report: Re
     """The BPE trained on the training text, from the cache if it is there."""
 
     def train(part: Path) -> None:
-        texts = (document.text for document in _with_progress(source.parts["train"](), "training BPE"))
+        documents = _with_progress(source.parts["train"](), "training BPE")
+        without = Tokenizer.outside_markers
+        texts = (without(document.text) if document.complete else document.text for document in documents)
         Tokenizer.train(texts, vocab_size).save(part)
 
     took = made_once(folder, train)
@@ -192,67 +222,50 @@ def _tokenize(folder: Path, source: Source, tokenizer: Tokenizer, data: DataConf
     left_out, markers, choices = dict(source.left_out), Counter[str](), []
 
     def lengths(documents: Iterator[Document]) -> Iterator[int]:
-        return (0 if isinstance(ids, UserError) else len(ids) for _, ids in _encoded(tokenizer, documents))
+        return (0 if isinstance(found, UserError) else len(found.ids) for _, found in encoded(tokenizer, documents))
 
     if source.split is not None and source.split.pass_over_short(data.min_length, lengths):
         choices.append("long")
     for name, read in source.parts.items():
-        untokenizable = left_out[f"tokenizing {name}"] = LeftOut(data)
+        untrained = left_out[f"tokenizing {name}"] = LeftOut(data)
         offsets, document_bytes = array("q", [0]), array("q")
-        with (folder / f"{name}.tokens").open("wb") as file:
-            for document, ids in _encoded(tokenizer, _with_progress(read(), f"tokenizing {name}")):
-                if isinstance(ids, UserError):
-                    untokenizable.add(UserError(f"{document.place} {ids}"))
+        with ExitStack() as opened:
+            file = opened.enter_context((folder / f"{name}.tokens").open("wb"))
+            learned_file = None
+            for document, found in encoded(tokenizer, _with_progress(read(), f"tokenizing {name}")):
+                if isinstance(found, UserError):
+                    untrained.add(UserError(f"{document.place} {found}"))
                     continue
-                ids.tofile(file)
-                offsets.append(offsets[-1] + len(ids))
-                document_bytes.append(len(document.text.encode()))
+                fits = fitted(document, found, data, untrained)
+                if fits is None:
+                    continue
+                fits.ids.tofile(file)
+                if fits.learned is not None:
+                    learned_file = learned_file or opened.enter_context((folder / f"{name}.learned").open("wb"))
+                    fits.learned.tofile(learned_file)
+                offsets.append(offsets[-1] + len(fits.ids))
+                document_bytes.append(learned_bytes(tokenizer, document, fits))
                 markers.update(tokenizer.markers.findall(document.text))
         if not document_bytes:
-            raise UserError(f"no document of the {name} text can be tokenized: {untokenizable.first[0]}")
+            if untrained.first:
+                raise UserError(f"no document of the {name} text can be tokenized: {untrained.first[0]}")
+            raise UserError(f"no document of the {name} text can be learned; {'; '.join(untrained.lines(name))}")
         np.save(folder / f"{name}.offsets.npy", np.array(offsets, np.int64))
         np.save(folder / f"{name}.bytes.npy", np.array(document_bytes, np.int64))
     lines = [line for part, counts in left_out.items() for line in counts.lines(part)]
+    lines += [] if source.format.kind != "text" else _about_markers(tokenizer, markers)
+    choices += ["special"] * any(marker in tokenizer.special_in_text for marker in markers)
+    (folder / "notes.json").write_text(json.dumps({"lines": lines, "choices": choices}))
+
+
+def _about_markers(tokenizer: Tokenizer, markers: Counter[str]) -> Iterator[str]:
+    """Lines about special tokens that stand in plain text."""
     tokens = Counter({marker: count for marker, count in markers.items() if marker in tokenizer.special_in_text})
     for found, what in ((tokens, "each read as that token"), (markers - tokens, "read as characters, not as tokens")):
         if found:
             most = ", ".join(f"{marker} ({count:,})" for marker, count in found.most_common(SHOWN))
             cure = "data.document_separator splits documents at one"
-            lines.append(f"{found.total():,} markers stand in the text: {most}; {what} ({cure})")
-    choices += ["special"] * bool(tokens)
-    (folder / "notes.json").write_text(json.dumps({"lines": lines, "choices": choices}))
-
-
-Ids = np.ndarray | UserError  # of a document, or the reason why it has none
-
-
-def _encoded(tokenizer: Tokenizer, documents: Iterable[Document]) -> Iterator[tuple[Document, Ids]]:
-    """Each document, in order, with its ids; tokenized CALLS batches ahead of where the reader is."""
-    with ThreadPoolExecutor(CALLS) as pool:
-        calls = ((batch, pool.submit(_encode, tokenizer, batch)) for batch in _batches(documents))
-        begun = deque(islice(calls, CALLS))
-        while begun:
-            batch, ids = begun.popleft()
-            begun.extend(islice(calls, 1))
-            yield from zip(batch, ids.result(), strict=True)
-
-
-def _encode(tokenizer: Tokenizer, batch: list[Document]) -> list[Ids]:
-    try:
-        return [*tokenizer.encode_documents([document.text for document in batch])]
-    except UserError as error:  # of some document in the batch: find out which
-        return [error] if len(batch) == 1 else [_encode(tokenizer, [document])[0] for document in batch]
-
-
-def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    characters = 0
-
-    def number(document: Document) -> int:
-        nonlocal characters
-        characters += len(document.text) + 16  # so that a batch of tiny texts ends too
-        return characters // BATCH_CHARACTERS
-
-    return (list(batch) for _, batch in groupby(documents, number))
+            yield f"{found.total():,} markers stand in the text: {most}; {what} ({cure})"
 
 
 def _with_progress(documents: Iterable[Document], description: str) -> Iterable[Document]:
@@ -267,8 +280,10 @@ def _open_parts(folder: Path, names: Iterable[str], dtype: np.dtype) -> tuple[di
     parts = {name: TokenDocuments(folder, name, dtype) for name in names}
     try:
         notes = json.loads((folder / "notes.json").read_text())
-        if not all(len(d.tokens) == d.offsets[-1] and len(d.document_bytes) == len(d) for d in parts.values()):
-            raise ValueError("files of different lengths")
+        for part in parts.values():
+            sizes = {part.offsets[-1], len(part.tokens), *(() if part.learned is None else [len(part.learned)])}
+            if len(sizes) > 1 or len(part.document_bytes) != len(part):
+                raise ValueError("files of different lengths")
     except (OSError, EOFError, ValueError) as error:
         raise UserError(f"cached tokens ({folder}) are damaged ({error}); delete that folder") from error
     return parts, notes

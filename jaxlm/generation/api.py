@@ -2,9 +2,11 @@
 
 import dataclasses
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from jaxlm.data.chat import check_messages
+from jaxlm.data.chat_tokens import template_of
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.errors import UserError
 from jaxlm.generation.beams import beam_search
@@ -13,13 +15,16 @@ from jaxlm.generation.options import GenerationOptions, Ids, make_options
 from jaxlm.generation.text import TextStream
 from jaxlm.model.transformer import Transformer
 
+# A text to continue; or what is to be answered: the messages of a conversation, {"role": ..., "content": ...} each.
+Prompt = str | Sequence[Mapping[str, Any]]
+
 
 @dataclasses.dataclass(frozen=True)
 class GeneratedText:
     """A finished text.
 
     Attributes:
-      prompt: the text that it continues.
+      prompt: the text that it continues; "" where it answers a conversation.
       text: the continuation, without the prompt, <eos> and the stop string.
       tokens: its new ids, without <eos>, but with those of a stop string that ended it.
       finish_reason: "eos", "stop" or "length".
@@ -43,18 +48,46 @@ class Piece:
     finished: GeneratedText | None = None
 
 
-def encode_prompts(tokenizer: Tokenizer, prompts: Sequence[str], window: int, name: str = "prompt") -> list[list[int]]:
-    """The prompts' ids, <bos> first.
+def encode_prompts(
+    tokenizer: Tokenizer, prompts: Sequence[Prompt], window: int, name: str = "prompt"
+) -> list[list[int]]:
+    """The prompts' ids: of a text <bos> first, of a conversation those of the chat template.
 
     Raises:
-      UserError: one is no valid Unicode, or longer than a `window` of tokens; its message begins with `name`.
+      UserError: one is no valid Unicode, no conversation, or longer than a `window` of tokens; its message begins with
+        `name`. There is no chat template.
     """
-    encoded = [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in prompts]
+    encoded = [_encode_prompt(tokenizer, prompt, name) for prompt in prompts]
     for number, ids in enumerate(encoded, 1):
         if (size := len(ids)) > window:
             which = f"{name} {number}" if len(encoded) > 1 else name
             raise UserError(f"{which} ({size:,} tokens with <bos>) exceeds model.max_seq_len ({window:,}); shorten it")
     return encoded
+
+
+def _encode_prompt(tokenizer: Tokenizer, prompt: Prompt, name: str) -> list[int]:
+    if isinstance(prompt, str):
+        return [tokenizer.bos_id, *tokenizer.encode(prompt)]
+    template = template_of(tokenizer)
+    try:
+        text = template.render(check_messages(list(prompt)), prompt=True).text
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from error
+    return tokenizer.encode(text)
+
+
+def _shown(prompt: Prompt) -> str:
+    return prompt if isinstance(prompt, str) else ""
+
+
+def _several(prompt: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """The prompts in what may be a single one."""
+    several: Any = [prompt] if _is_single(prompt) else prompt
+    return list(several)
+
+
+def _is_single(prompt: Prompt | Sequence[Prompt]) -> bool:
+    return isinstance(prompt, str) or (len(prompt) > 0 and isinstance(prompt[0], Mapping))
 
 
 @dataclasses.dataclass
@@ -68,7 +101,7 @@ class TextGenerator:
     shortest_cache: int = 1
     clock: Clock = dataclasses.field(default_factory=Clock)
 
-    def stream(self, prompts: Sequence[str], first: int = 0) -> Iterator[Piece]:
+    def stream(self, prompts: Sequence[Prompt], first: int = 0) -> Iterator[Piece]:
         """The texts of all prompts, piece by piece; those of different texts alternate.
 
         Args:
@@ -82,7 +115,7 @@ class TextGenerator:
             return iter(())
         return self._beams(prompts, encoded) if self.options.num_beams > 1 else self._samples(prompts, encoded, first)
 
-    def generate(self, prompts: Sequence[str]) -> Iterator[GeneratedText]:
+    def generate(self, prompts: Sequence[Prompt]) -> Iterator[GeneratedText]:
         """The finished texts in the order of prompts and samples, as soon as that allows. Raises as `stream`."""
         early: dict[int, GeneratedText] = {}
         index = 0
@@ -93,7 +126,7 @@ class TextGenerator:
                 yield early.pop(index)
                 index += 1
 
-    def _samples(self, prompts: Sequence[str], encoded: list[list[int]], first: int) -> Iterator[Piece]:
+    def _samples(self, prompts: Sequence[Prompt], encoded: list[list[int]], first: int) -> Iterator[Piece]:
         options, decode = self.options, self.tokenizer.decode
         decoder = Decoder(self.model, self._ids, options, self.clock, self.chunk, self.shortest_cache)
         streams = [TextStream(decode, options.stop, ids) for ids in encoded for _ in range(options.num_samples)]
@@ -106,17 +139,17 @@ class TextGenerator:
             if reason is not None:
                 logprob = sum(request.logprobs[: len(stream.tokens)])
                 prompt = prompts[index // options.num_samples]
-                finished = GeneratedText(prompt, stream.text, stream.tokens, reason, logprob)
+                finished = GeneratedText(_shown(prompt), stream.text, stream.tokens, reason, logprob)
             if piece or finished:
                 yield Piece(index, piece, finished)
 
-    def _beams(self, prompts: Sequence[str], encoded: list[list[int]]) -> Iterator[Piece]:
+    def _beams(self, prompts: Sequence[Prompt], encoded: list[list[int]]) -> Iterator[Piece]:
         options, decode = self.options, self.tokenizer.decode
         searches = (beam_search(self.model, ids, self._ids, options, self.clock) for ids in encoded)
         for index, beam in enumerate(itertools.chain.from_iterable(searches)):
             number = index // options.num_samples
             text = TextStream(decode, (), encoded[number]).extend(beam.tokens, is_last=True)
-            finished = GeneratedText(prompts[number], text, beam.tokens, beam.finish_reason, beam.logprob)
+            finished = GeneratedText(_shown(prompts[number]), text, beam.tokens, beam.finish_reason, beam.logprob)
             yield Piece(index, text, finished)
 
     @property
@@ -147,8 +180,12 @@ def generate_tokens(
     return made
 
 
-def generate_text(model: Transformer, tokenizer: Tokenizer, prompt: str | Sequence[str], **options: Any) -> list[str]:
+def generate_text(
+    model: Transformer, tokenizer: Tokenizer, prompt: Prompt | Sequence[Prompt], **options: Any
+) -> list[str]:
     """Continuations, each with its prompt in front: all samples of the first prompt, then those of the next.
+
+    Of a conversation, [{"role": "user", "content": "..."}, ...], the answer alone.
 
     Args:
       prompt: one, or several, which are worked on together. Each text is what its prompt alone would give: greedy text
@@ -156,22 +193,23 @@ def generate_text(model: Transformer, tokenizer: Tokenizer, prompt: str | Sequen
       options: fields of `GenerationOptions`, such as max_new_tokens=50, temperature=0.
 
     Raises:
-      UserError: an option is unknown or out of bounds, or a prompt is longer than the model's window.
+      UserError: an option is unknown or out of bounds, or a prompt is longer than the model's window; there is no chat
+        template.
     """
-    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    prompts = _several(prompt)
     generator = TextGenerator(model, tokenizer, make_options(**options))
     return [finished.prompt + finished.text for finished in generator.generate(prompts)]
 
 
 def generate_one_or_many(
-    model: Transformer, tokenizer: Tokenizer, prompt: str | Sequence[str], **options: Any
+    model: Transformer, tokenizer: Tokenizer, prompt: Prompt | Sequence[Prompt], **options: Any
 ) -> str | list[str]:
     """`generate_text`, but a str where one prompt gets one text."""
     texts = generate_text(model, tokenizer, prompt, **options)
-    return texts[0] if isinstance(prompt, str) and len(texts) == 1 else texts
+    return texts[0] if _is_single(prompt) and len(texts) == 1 else texts
 
 
-def stream_text(model: Transformer, tokenizer: Tokenizer, prompt: str, **options: Any) -> Iterator[str]:
+def stream_text(model: Transformer, tokenizer: Tokenizer, prompt: Prompt, **options: Any) -> Iterator[str]:
     """The continuation of one prompt, without it, in pieces as they are decoded; joined, they are `generate_text`'s.
 
     Raises:

@@ -4,12 +4,14 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
+from jaxlm.data.chat import check_messages
 from jaxlm.data.documents import encoding_fault
 from jaxlm.errors import UserError, one_line
 
 REPLACEMENT = "\ufffd"  # stands for bytes that are not (yet) a character
-JSON_KEY = "text"  # of a line of a .jsonl file
+JSON_KEY, MESSAGES = "text", "messages"  # one of them is in a line of a .jsonl file
 
 
 class TextStream:
@@ -73,10 +75,11 @@ class TextStream:
         self.text += text[:end]
 
 
-def read_prompts(prompts: Sequence[str], file: str | None) -> list[str]:
+def read_prompts(prompts: Sequence[str], file: str | None) -> list[Any]:
     """The prompts given as texts, then those in `file` ("-": standard input); "" alone where neither is given.
 
-    A file holds one prompt a line, blank lines left out; in a .jsonl file a line is an object with a key "text".
+    A file holds one prompt a line, blank lines left out; in a .jsonl file a line is an object with a key "text", or
+    with "messages" that are to be answered.
 
     Raises:
       UserError: the file is missing, unreadable, not UTF-8, not such JSON, or holds no prompt; one text is not Unicode.
@@ -108,11 +111,16 @@ def read_prompts(prompts: Sequence[str], file: str | None) -> list[str]:
     return [*prompts, *found]
 
 
-def _from_json(where: str, line: str) -> str:
+def _from_json(where: str, line: str) -> Any:
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where}: bad JSON: {one_line(error)}") from error
+    if isinstance(row, dict) and MESSAGES in row and JSON_KEY not in row:
+        try:
+            return check_messages(row[MESSAGES])
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from error
     text = row.get(JSON_KEY) if isinstance(row, dict) else None
     if not isinstance(text, str):
         raise UserError(f'{where}: must be an object such as {{"{JSON_KEY}": "a prompt"}}')

@@ -16,6 +16,7 @@ from jaxlm.monitor.probe import Probe
 from jaxlm.parallel.mesh import replicated, row_shards
 from jaxlm.parallel.split import STACKED, Params, path_name
 from jaxlm.train.accumulate import Batch
+from jaxlm.train.loss import learned
 from jaxlm.train.numbers import Numbers
 from jaxlm.train.step import TrainState, make_gradients, make_train_step, step_key
 
@@ -24,7 +25,7 @@ Gradients = Callable[..., tuple[jax.Array, Params]]  # of `make_gradients`
 
 def targets_of(batch: Batch) -> jax.Array:
     """Number of targets of each of the K micro-batches, float32 [K]."""
-    return (batch["segments"] > 0).sum((1, 2)).astype(jnp.float32)
+    return learned(batch).sum((1, 2)).astype(jnp.float32)
 
 
 def mean_gradients(gradients_of: Gradients, state: TrainState, batch: Batch, numbers: Numbers) -> Params:

@@ -1,5 +1,6 @@
 """From a configuration as it was asked for to one that is complete, on the devices that it is for."""
 
+import dataclasses
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -21,7 +22,7 @@ from jaxlm.interop import deepspeed, pretrained
 if TYPE_CHECKING:  # a mistake in a configuration shows before JAX is imported, which takes seconds
     import jax
 
-    from jaxlm.data.tokenizer import Tokenizer
+    from jaxlm.run.text import Text
     from jaxlm.train.assemble import Assembly, Resolved
 
 CACHE_HIT = "/jax/compilation_cache/cache_hits"  # JAX's event for a program that was not compiled
@@ -57,17 +58,19 @@ def resolve(config: Config, devices: Devices, fresh: bool = False) -> "Resolved"
         check_platform(config, devices[0].platform)
         mesh = make_mesh(list(devices), mesh_shape(config, len(devices)))
     config, notes = deepspeed.apply(asked, world=row_shards(mesh))
-    return Resolved(with_derived(config), mesh, tuple(notes))
+    masked = config.data.format not in ("auto", "text") and config.data.loss_on != "all"
+    return Resolved(with_derived(config), mesh, tuple(notes), masked=masked)
 
 
-def with_vocabulary(resolved: "Resolved", tokenizer: "Tokenizer") -> "Resolved":
-    """`resolved` with the vocabulary size that the tokenizer reached.
+def with_text(resolved: "Resolved", text: "Text") -> "Resolved":
+    """`resolved` with what the text has shown: the vocabulary size, and whether all of it is learned.
 
     A model that was trained elsewhere may have more rows than there are tokens; it keeps them.
     """
+    resolved = dataclasses.replace(resolved, masked=text.rows.learned is not None)
     if resolved.config.training.init_from is not None:
         return resolved
-    return resolved.with_fields({"model.vocab_size": tokenizer.vocab_size})
+    return resolved.with_fields({"model.vocab_size": text.tokenizer.vocab_size})
 
 
 def check_same_in_processes(config: Config, fingerprint: str) -> None:

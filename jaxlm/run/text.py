@@ -7,8 +7,9 @@ from jaxlm.config import Config
 from jaxlm.data.loader import Rows
 from jaxlm.data.packing import plan_cached
 from jaxlm.data.tokenizer import Tokenizer
-from jaxlm.data.tokens import prepare
-from jaxlm.generation.api import encode_prompts
+from jaxlm.data.tokens import Prepared, prepare
+from jaxlm.errors import UserError
+from jaxlm.generation.api import Prompt, encode_prompts
 from jaxlm.parallel.processes import say
 
 
@@ -21,6 +22,7 @@ class Text:
     rows: Rows
     eval_rows: Rows | None
     eval_bytes: int  # UTF-8 bytes of the evaluated text
+    sample_prompt: Prompt  # what samples go on from, or answer
 
 
 def prepare_text(config: Config, tokenizer: Tokenizer | None) -> Text:
@@ -34,9 +36,7 @@ def prepare_text(config: Config, tokenizer: Tokenizer | None) -> Text:
     """
     data = config.data
     prepared = prepare(data, config.model.vocab_size, tokenizer, say)
-    if config.training.sample_tokens:
-        prompt, window = config.training.sample_prompt, config.model.max_seq_len
-        encode_prompts(prepared.tokenizer, [prompt], window, "training.sample_prompt")
+    prompt = _sample_prompt(config, prepared) if config.training.sample_tokens else ""
     train, held_out = prepared.train, prepared.validation
     if train is None:
         raise ValueError("only evaluation has no training text")
@@ -45,7 +45,32 @@ def prepare_text(config: Config, tokenizer: Tokenizer | None) -> Text:
         say(line)
     eval_rows = None if held_out is None else Rows(held_out, plan_cached(held_out, data, say))
     eval_bytes = 0 if held_out is None else held_out.kept_bytes(data.min_length)
-    return Text(prepared.tokenizer, prepared.source_fingerprint, rows, eval_rows, eval_bytes)
+    return Text(prepared.tokenizer, prepared.source_fingerprint, rows, eval_rows, eval_bytes, prompt)
+
+
+def _sample_prompt(config: Config, prepared: Prepared) -> Prompt:
+    """training.sample_prompt; where conversations are learned it is a question, and without it the data's first one.
+
+    Raises:
+      UserError: training.sample_prompt is not usable.
+    """
+    tokenizer, window, asked = prepared.tokenizer, config.model.max_seq_len, config.training.sample_prompt
+    if prepared.question is not None and not asked:
+        try:
+            encode_prompts(tokenizer, [prepared.question], window)
+            return prepared.question
+        except UserError:  # it is too long to be answered, or the template wants more
+            return ""
+    prompt: Prompt = asked if prepared.question is None else [{"role": "user", "content": asked}]
+    encode_prompts(tokenizer, [prompt], window, "training.sample_prompt")
+    return prompt
+
+
+def describe_sample(prompt: Prompt, text: str) -> str:
+    """A sample as it is shown: `text` has its prompt in it; of a conversation it is the answer."""
+    if isinstance(prompt, str):
+        return text
+    return "\n".join(f"{turn['role']}: {turn['content']}" for turn in [*prompt, {"role": "assistant", "content": text}])
 
 
 def untrained_positions(config: Config, trained: int, wanted: int) -> Iterator[str]:

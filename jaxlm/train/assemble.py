@@ -36,6 +36,7 @@ class Resolved:
     mesh: AnyMesh
     notes: tuple[str, ...] = ()  # lines for the start-up report: what a DeepSpeed file says that is left to XLA
     offset: int = 0  # see `position`; not 0 where the rows an update have changed on the way
+    masked: bool = False  # whether batches have a loss_mask
 
     def with_fields(self, values: Mapping[str, Any]) -> "Resolved":
         """A copy with the configuration's fields named in `values` ("section.field") set."""
@@ -79,6 +80,7 @@ class Assembly:
       config: of the program.
       attention: the kernel.
       options: of XLA, in pairs.
+      masked: whether batches have a loss_mask.
     """
 
     def __init__(
@@ -88,7 +90,9 @@ class Assembly:
         model_class: type[Transformer],
         attention: str,
         options: tuple[tuple[str, str | bool], ...],
+        masked: bool,
     ) -> None:
+        self.masked = masked
         self.config, self.mesh, self.model_class, self.attention = config, mesh, model_class, attention
         self.options: Options = dict(options)
         self.graphdef, abstract = nnx.split(abstract_model(config, attention, model_class))
@@ -120,8 +124,10 @@ class Assembly:
         """Shapes, dtypes and shardings of an update's batch."""
         training, placement = self.config.training, NamedSharding(self.mesh, TRAIN_BATCH)
         rows = training.gradient_accumulation_steps, training.batch_size * row_shards(self.mesh)
-        array = lambda *shape: jax.ShapeDtypeStruct(shape, np.int32, sharding=placement)  # noqa: E731
-        return dict.fromkeys(BATCH_ARRAYS, array(*rows, self.config.data.max_length)) | {"rows": array(*rows)}
+        array = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype, sharding=placement)  # noqa: E731
+        mask = {"loss_mask": array(np.bool_, *rows, self.config.data.max_length)} if self.masked else {}
+        arrays = dict.fromkeys(BATCH_ARRAYS, array(np.int32, *rows, self.config.data.max_length))
+        return arrays | {"rows": array(np.int32, *rows)} | mask
 
     @property
     def parameters(self) -> int:
@@ -201,4 +207,5 @@ def assemble(
     """
     attention = attention or choose_attention(resolved.config, resolved.capability)
     in_pairs = tuple(sorted((options or {}).items()))
-    return _assembled(program_config(resolved.config), resolved.mesh, model_class, attention, in_pairs)
+    made_from = program_config(resolved.config), resolved.mesh, model_class, attention, in_pairs, resolved.masked
+    return _assembled(*made_from)

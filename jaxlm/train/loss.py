@@ -3,6 +3,7 @@
 Shapes: B rows, T positions, C positions of a chunk, D model width, V vocabulary.
 """
 
+from collections.abc import Mapping
 from functools import partial
 from typing import NamedTuple
 
@@ -15,6 +16,12 @@ from jaxlm.ops.reductions import CPU_CHUNK, is_target, softmax_statistics
 
 Sums = tuple[jax.Array, jax.Array]  # the objective and the cross entropy, float32 scalars
 Gradients = tuple[jax.Array, jax.Array]  # of the hidden states and of the output matrix
+
+
+def learned(batch: Mapping[str, jax.Array]) -> jax.Array:
+    """bool, as `segments`: the targets that count: all but padding, or those in `loss_mask` where the data has one."""
+    tokens = batch["segments"] > 0
+    return tokens & batch["loss_mask"] if "loss_mask" in batch else tokens
 
 
 class _Tokens(NamedTuple):

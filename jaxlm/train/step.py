@@ -2,7 +2,8 @@
 
 Shapes: K micro-batches, B rows of a micro-batch (over all devices), T positions.
 A batch is a dict of int32 arrays `tokens`, `targets`, `segments`, `positions` [K, B, T] and `rows` [K, B], each row's
-index in the global batch; an evaluation batch has the first four, as [B, T]. Segment 0 is padding.
+index in the global batch; an evaluation batch has the first four, as [B, T]. Segment 0 is padding. Data of which some
+tokens are not learned add `loss_mask`, bool [K, B, T] or [B, T].
 
 Losses and gradients are computed by each device on its own rows (`jax.shard_map`), with the communication between them
 written out in `parallel.Layout`; the optimizer then runs on arrays that are laid out by it, and the compiler follows.
@@ -26,7 +27,7 @@ from jaxlm.parallel.mesh import EVAL_BATCH, EVERYWHERE, ROWS, TRAIN_BATCH
 from jaxlm.parallel.split import Params
 from jaxlm.train.accumulate import Batch, accumulate
 from jaxlm.train.average import Averaged, next_average
-from jaxlm.train.loss import Sums, loss_sums
+from jaxlm.train.loss import Sums, learned, loss_sums
 from jaxlm.train.numbers import Numbers, with_inputs
 from jaxlm.train.optim import build_optimizer
 from jaxlm.train.precision import LossScale, compute_dtype, first_loss_scale, next_loss_scale
@@ -86,7 +87,7 @@ def make_loss(graphdef: nnx.GraphDef, config: Config, layout: Layout) -> Callabl
             network = nnx.merge(graphdef, params)
             segments = rows["segments"] if config.data.pack_sequences else None  # causality hides padding at the end
             hidden = network(rows["tokens"], segments, rows["positions"], keys, fetch)
-            weights = jnp.where(rows["segments"] > 0, jnp.asarray(factor, jnp.float32), 0.0)
+            weights = jnp.where(learned(rows), jnp.asarray(factor, jnp.float32), 0.0)
             options = model.logit_softcap, training.z_loss, chunk_bytes, kept_as
             return loss_sums(hidden, network.output_matrix(), rows["targets"], weights, *options)
 
@@ -130,7 +131,8 @@ def make_train_step(graphdef: nnx.GraphDef, config: Config, layout: Layout) -> T
     Metrics are float32 scalars: `loss` (cross entropy, nats a target; z_loss left out), `grad_norm` (before clipping),
     `skipped`, `loss_scale`, `scale_exhausted` (overflows at the lowest loss scale).
     The loss of every micro-batch is divided by the targets of all of them, so that K micro-batches equal one batch K
-    times as large. An update whose loss or gradient is not finite changes nothing but the counters.
+    times as large. An update whose loss or gradient is not finite, or that has no target, changes nothing but the
+    counters.
     """
     gradients_of = make_gradients(graphdef, config, layout)
 
@@ -138,11 +140,14 @@ def make_train_step(graphdef: nnx.GraphDef, config: Config, layout: Layout) -> T
         training = with_inputs(config.training, numbers)
         optimizer = build_optimizer(training, layout.shapes)
         scale = state.loss_scale.scale
-        n_targets = (batch["segments"] > 0).sum().astype(jnp.float32)
+        n_targets = learned(batch).sum().astype(jnp.float32)
         loss, gradients = gradients_of(state.params, batch, step_key(state, numbers), scale / n_targets)
         loss, gradients = jax.tree.map(lambda x: x / scale, (loss, gradients))
         norm = optax.tree.norm(gradients)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+        applied = finite
+        if "loss_mask" in batch:  # where nothing is learned there is no loss, and nothing to apply
+            applied, loss = finite & (n_targets > 0), jnp.where(n_targets > 0, loss, jnp.nan)
 
         shards = layout.to_shards(state.params)
         old_state = layout.on_device(state.opt_state)
@@ -151,11 +156,11 @@ def make_train_step(graphdef: nnx.GraphDef, config: Config, layout: Layout) -> T
         moved = jax.tree.map(lambda p, u: p - numbers["learning_rate"] * u, shards, updates)
         if training.ema_decay is not None:
             new_state = Averaged(new_state, next_average(old_state.average, moved, training.ema_decay, state.step))
-        choose = lambda new, old: jnp.where(finite, new, old)  # noqa: E731
+        choose = lambda new, old: jnp.where(applied, new, old)  # noqa: E731
         moved, new_state = jax.tree.map(choose, (moved, new_state), (shards, old_state))
         state = TrainState(
             step=state.step + 1,
-            skipped=state.skipped + jnp.where(finite, 0, 1),
+            skipped=state.skipped + jnp.where(applied, 0, 1),
             loss_scale=next_loss_scale(state.loss_scale, finite, training),
             params=layout.to_held(moved),
             opt_state=new_state,
@@ -178,6 +183,6 @@ def make_eval_step(graphdef: nnx.GraphDef, config: Config, layout: Layout) -> Ev
 
     def on_device(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
         _, nats = loss_of(params, batch)
-        return layout.sum_over(ROWS, (nats, (batch["segments"] > 0).sum()))
+        return layout.sum_over(ROWS, (nats, learned(batch).sum()))
 
     return layout.on_each_device(on_device, (layout.held_specs(), EVAL_BATCH), EVERYWHERE)

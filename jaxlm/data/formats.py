@@ -1,0 +1,138 @@
+"""What a row of a table or a JSON file says: a text, a conversation, or a prompt with its completion."""
+
+from collections.abc import Collection, Mapping
+from itertools import takewhile
+from typing import Any
+
+from jaxlm.config import DataConfig, nearest
+from jaxlm.data.chat import ChatTemplate, check_messages
+from jaxlm.data.chat_tokens import chat_template
+from jaxlm.data.documents import Document, RowFormat, encoding_fault
+from jaxlm.data.tokenizer import Tokenizer
+from jaxlm.errors import UserError
+
+MESSAGES, PROMPT, COMPLETION, TOOLS = "messages", "prompt", "completion", "tools"
+
+
+def _missing(kind: str, column: str, names: Collection[str], where: str) -> UserError:
+    option = f"data.text_column ({column})" if kind == "text" else f"data.format ({kind}): {column}"
+    listed = ", ".join([*names][:20]) + (", ..." if len(names) > 20 else "")
+    return UserError(f"{option}: not in {where}{nearest(column, names)}; there is: {listed or 'nothing'}")
+
+
+def _with_all(kind: str, columns: Collection[str], names: Collection[str], where: str) -> list[str]:
+    for column in columns:
+        if column not in names:
+            raise _missing(kind, column, names, where)
+    return [*columns]
+
+
+class TextRows:
+    """A text in the column `column`."""
+
+    kind, fingerprint = "text", ""
+    template: ChatTemplate | None = None
+
+    def __init__(self, column: str) -> None:
+        self.column = column
+
+    def columns(self, names: Collection[str], where: str) -> list[str]:
+        return _with_all(self.kind, [self.column], names, where)
+
+    def document(self, row: Mapping[str, Any], place: str) -> Document | UserError:
+        if self.column not in row:
+            return _missing(self.kind, self.column, row, place)
+        value = row[self.column]
+        if not isinstance(value, str):
+            return UserError(f"data.text_column ({self.column}): {place} holds {type(value).__name__}, not text")
+        return encoding_fault(value, place) or Document(value, place)
+
+
+class ConversationRows:
+    """`messages`, of which the assistant's are answers; or a prompt and a completion, of text or of messages.
+
+    Args:
+      loss_on: data.loss_on.
+    """
+
+    def __init__(self, kind: str, template: ChatTemplate | None, loss_on: str) -> None:
+        self.kind, self.template, self._loss_on = kind, template, loss_on
+        self._needed = [MESSAGES] if kind == "messages" else [PROMPT, COMPLETION]
+        self.fingerprint = f"{kind} {loss_on}"
+
+    def columns(self, names: Collection[str], where: str) -> list[str]:
+        return _with_all(self.kind, self._needed, names, where) + [TOOLS] * (TOOLS in names)
+
+    def document(self, row: Mapping[str, Any], place: str) -> Document | UserError:
+        for column in self._needed:
+            if column not in row:
+                return _missing(self.kind, column, row, place)
+        try:
+            document = self._conversation(row, place)
+        except UserError as fault:
+            return UserError(f"{place}: {fault}")
+        if self._loss_on == "all":
+            document = document._replace(learned=None)
+        return encoding_fault(document.text, place) or document
+
+    def _conversation(self, row: Mapping[str, Any], place: str) -> Document:
+        tools, values = row.get(TOOLS), [row[column] for column in self._needed]
+        wanted, called = (str, "text") if self.template is None else (list, "lists of messages")
+        if not all(isinstance(value, wanted) for value in values):
+            found = ", ".join(f"{column}: {type(row[column]).__name__}" for column in self._needed)
+            raise UserError(f"holds {found}; the first row of the text holds {called}")
+        if self.template is None:
+            prompt, completion = values
+            answer = len(prompt), len(prompt + completion)
+            return Document(prompt + completion, place, (answer,) if completion else ())
+        if self.kind == "messages":
+            rendered = self.template.answers(check_messages(values[0]), self._loss_on == "last_turn", tools)
+        else:
+            rendered = self.template.completion(check_messages(values[0]), check_messages(values[1]), tools)
+        return Document(rendered.text, place, rendered.answers, complete=True)
+
+
+def choose_format(
+    data: DataConfig,
+    first: Mapping[str, Any] | None,
+    where: str,
+    tokenizer: Tokenizer | None,
+) -> RowFormat:
+    """What data.format asks for, or, where it is auto, what a text's first row says.
+
+    Args:
+      first: the first row; None: it is plain text without rows.
+      where: begins messages.
+      tokenizer: whose chat template it may be; None: one will be trained.
+
+    Raises:
+      UserError: an option does not fit the text, or there is no chat template.
+    """
+    kind, names = data.format, {*(first or ())}
+    if kind == "auto":
+        kind = "text"
+        if data.text_column not in names:
+            kind = MESSAGES if MESSAGES in names else "prompt_completion" if {PROMPT, COMPLETION} <= names else kind
+    if kind == "text":
+        if data.loss_on == "last_turn":
+            raise UserError(f"data.loss_on (last_turn): {where} holds no conversations; set it to completions")
+        return TextRows(data.text_column)
+    if first is None:
+        raise UserError(f"data.format ({kind}): {where} is plain text; conversations are rows of .jsonl or .parquet")
+    if data.document_separator is not None:
+        raise UserError(f"data.document_separator ({data.document_separator}) splits no conversations; unset it")
+    if data.pack_sequences and data.packing_strategy == "concat":
+        raise UserError("data.packing_strategy (concat) would cut conversations anywhere; set it to best_fit")
+    conversational = kind == MESSAGES or isinstance(first.get(PROMPT), list)
+    return ConversationRows(kind, chat_template(data, tokenizer) if conversational else None, data.loss_on)
+
+
+def first_question(format_: RowFormat, first: Mapping[str, Any] | None) -> list[dict[str, Any]] | None:
+    """The messages of the first row that stand before an answer; None where it holds none."""
+    if format_.template is None or first is None:
+        return None
+    try:
+        messages = check_messages(first.get(MESSAGES, first.get(PROMPT)))
+    except UserError:
+        return None
+    return [*takewhile(lambda message: message["role"] != "assistant", messages)] or None

@@ -1,0 +1,377 @@
+"""Conversations: the text that a chat template makes of them, what of it is learned, and that nothing else is."""
+
+import json
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import make_config
+
+from jaxlm import Trainer, load
+from jaxlm.config import DataConfig
+from jaxlm.data.chat import PLAIN, ChatTemplate, check_messages
+from jaxlm.data.chat_tokens import chat_template, turn_end, with_template
+from jaxlm.data.loader import Rows
+from jaxlm.data.packing import plan_cached
+from jaxlm.data.tokenizer import Tokenizer
+from jaxlm.data.tokens import Prepared, prepare
+from jaxlm.errors import UserError
+from jaxlm.generation.api import encode_prompts, generate_text
+
+TOKENS = {"bos_token": "<bos>", "eos_token": "<eos>"}
+# A common form, whose answers are not marked; and one that drops what earlier answers thought.
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+FORGETFUL = CHATML.replace("{{ m.content }}", "{{ m.content if loop.last else m.content.split('=')[-1] }}")
+TURNS = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "What is 2 + 3?"},
+    {"role": "assistant", "content": "2 + 3 = 5"},
+    {"role": "user", "content": "And 5 + 4?"},
+    {"role": "assistant", "content": "5 + 4 = 9"},
+]
+
+
+def template(source: str) -> ChatTemplate:
+    return ChatTemplate(source, TOKENS, "template")
+
+
+def answers_of(source: str, messages: Sequence[Any] = TURNS, last: bool = False) -> list[str]:
+    text, answers = template(source).answers(messages, last)
+    return [text[start:end] for start, end in answers]
+
+
+def test_text_and_answers_of_the_plain_template() -> None:
+    text = "<bos><|user|>\nHi<eos>\n<|assistant|>\nHello!<eos>\n"
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]
+    assert template(PLAIN).answers(messages, False).text == text
+    assert answers_of(PLAIN) == ["2 + 3 = 5<eos>", "5 + 4 = 9<eos>"]
+    assert answers_of(PLAIN, last=True) == ["5 + 4 = 9<eos>"]
+    prompt = template(PLAIN).render(messages[:1], prompt=True)
+    assert prompt.text == "<bos><|user|>\nHi<eos>\n<|assistant|>\n"
+    assert text.startswith(prompt.text)
+
+
+def test_answers_are_found_where_a_template_does_not_mark_them() -> None:
+    assert answers_of(CHATML) == ["2 + 3 = 5<|im_end|>\n", "5 + 4 = 9<|im_end|>\n"]
+    assert answers_of(CHATML, TURNS[:4]) == ["2 + 3 = 5<|im_end|>\n"]
+    text, answers = template(CHATML).completion(TURNS[:2], TURNS[2:])
+    assert [text[start:end] for start, end in answers] == [text[text.index("2 + 3 = 5") :]]
+
+
+def test_an_answer_that_a_template_changes_later_is_refused() -> None:
+    with pytest.raises(UserError, match=r"turn 3, the assistant's, can't be found.*data\.loss_on last_turn"):
+        template(FORGETFUL).answers(TURNS, False)
+    assert answers_of(FORGETFUL, last=True) == ["5 + 4 = 9<|im_end|>\n"]
+
+
+def test_what_templates_are_given() -> None:
+    written = template("{{ tools | tojson }}{{ strftime_now('%d %b %Y') }}{% for x in [1, 2] %}{% break %}{% endfor %}")
+    assert written.render([], tools=[{"name": "é<"}]).text == '[{"name": "é<"}]26 Jul 2024'
+    assert template("  {% if true %}\n  a\n  {% endif %}\nb").render([]).text == "  a\nb"
+    with pytest.raises(UserError, match="template raises: no such role"):
+        template("{{ raise_exception('no such role') }}").render(TURNS)
+    with pytest.raises(UserError, match="template raises"):
+        template("{{ messages[0].content + 1 }}").render(TURNS)
+    with pytest.raises(UserError, match="line 2"):
+        template("\n{% if %}")
+    with pytest.raises(UserError, match="U\\+FDD0"):
+        template(PLAIN).render([{"role": "assistant", "content": "\ufdd0"}])
+
+
+@pytest.mark.parametrize(
+    ("messages", "problem"),
+    [
+        ([], "no list of messages"),
+        ("Hi", "no list of messages"),
+        ([{"content": "Hi"}], "turn 1 has no role"),
+        ([{"role": "user", "content": "Hi"}, {"role": "bot", "content": "Hi"}], r"turn 2 has an unknown role \(bot\)"),
+        ([{"role": "user"}], "turn 1 has no content"),
+        ([{"role": "user", "content": 3}], "turn 1: its content is int"),
+    ],
+)
+def test_bad_messages(messages: Any, problem: str) -> None:
+    with pytest.raises(UserError, match=problem):
+        check_messages(messages)
+
+
+def test_keys_that_hold_nothing_are_left_out() -> None:
+    turn = {"role": "assistant", "content": None, "tool_calls": [{"name": "f"}], "name": None}
+    assert check_messages([turn]) == [{"role": "assistant", "content": None, "tool_calls": [{"name": "f"}]}]
+
+
+# ---- From files to rows ----------------------------------------------------------------------------------------------
+
+
+def conversations(count: int) -> list[list[dict[str, str]]]:
+    """Sums of two numbers, one or two of them each."""
+    numbers = random.Random(0)
+    made = []
+    for _ in range(count):
+        turns = []
+        for _ in range(numbers.choice((1, 1, 2))):
+            a, b = numbers.randrange(100), numbers.randrange(100)
+            turns += [{"role": "user", "content": f"{a}+{b}?"}, {"role": "assistant", "content": f"It is {a + b}."}]
+        made.append(turns)
+    return made
+
+
+def write(path: Path, rows: Sequence[Any]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+@pytest.fixture
+def talks(tmp_path: Path) -> str:
+    return write(tmp_path / "talks.jsonl", [{"messages": turns} for turns in conversations(60)])
+
+
+def prepared(tmp_path: Path, file: str, **options: Any) -> tuple[Prepared, list[str]]:
+    data = DataConfig(train_files=(file,), cache_dir=str(tmp_path / "cache"), **{"max_length": 64} | options)
+    lines: list[str] = []
+    return prepare(data, 330, None, lines.append), lines
+
+
+def rows_of(found: Prepared, **options: Any) -> Rows:
+    assert found.train is not None
+    data = DataConfig(min_length=0, **{"max_length": 64, "packing_strategy": "best_fit"} | options)
+    return Rows(found.train, plan_cached(found.train, data, lambda _: None))
+
+
+def learned_texts(found: Prepared, rows: Rows) -> list[str]:
+    """The targets that are learned, in pieces that were adjacent, as they are written."""
+    pieces = []
+    for row in (rows[i] for i in range(len(rows))):
+        for segment in range(1, row["segments"].max() + 1):
+            own = row["segments"] == segment
+            breaks = np.flatnonzero(np.diff(np.concatenate([[0], row["loss_mask"][own].astype(int), [0]])))
+            for start, end in breaks.reshape(-1, 2):
+                pieces.append("".join(map(found.tokenizer.token, row["targets"][own][start:end])).replace("Ġ", " "))
+    return pieces
+
+
+def test_the_answers_and_nothing_else_are_learned(tmp_path: Path, talks: str) -> None:
+    found, lines = prepared(tmp_path, talks, validation_fraction=0)
+    wanted = [turn["content"] + "<eos>" for turns in conversations(60) for turn in turns if turn["role"] == "assistant"]
+    assert sorted(learned_texts(found, rows_of(found))) == sorted(wanted)
+    assert found.train is not None
+    assert found.train.document_bytes.sum() == sum(len(text) - len("<eos>") for text in wanted)
+    learned = sum(len(found.tokenizer.encode(text)) for text in wanted)
+    assert any(line.startswith(f"train: {learned:,} of ") for line in lines), lines
+    assert "documents: conversations by data.chat_template (plain)" in lines
+    row = rows_of(found)[0]
+    assert not (row["loss_mask"] & (row["segments"] == 0)).any()
+
+
+def test_tokens_are_those_of_the_template(tmp_path: Path, talks: str) -> None:
+    found, _ = prepared(tmp_path, talks, validation_fraction=0)
+    assert found.train is not None
+    own = chat_template(DataConfig(), found.tokenizer)
+    for number, turns in enumerate(conversations(60)):
+        low, high = found.train.offsets[number : number + 2]
+        assert found.train.tokens[low:high].tolist() == found.tokenizer.encode(own.render(turns).text)
+    assert found.tokenizer.encode("<bos>") == [found.tokenizer.bos_id]
+    assert all("<" not in token[1:] for token in map(found.tokenizer.token, range(259, found.tokenizer.vocab_size)))
+
+
+def test_what_is_learned_can_be_chosen(tmp_path: Path, talks: str) -> None:
+    found, _ = prepared(tmp_path, talks, validation_fraction=0, loss_on="last_turn")
+    wanted = [turns[-1]["content"] + "<eos>" for turns in conversations(60)]
+    assert sorted(learned_texts(found, rows_of(found))) == sorted(wanted)
+    found, _ = prepared(tmp_path, talks, validation_fraction=0, loss_on="all")
+    assert found.train is not None
+    assert found.train.learned is None
+    assert "loss_mask" not in rows_of(found)[0]
+
+
+def test_prompts_with_completions(tmp_path: Path) -> None:
+    rows = [{"prompt": f"{i} plus one is", "completion": f" {i + 1}"} for i in range(40)] + [
+        {"prompt": "nothing", "completion": ""}
+    ]
+    found, lines = prepared(tmp_path, write(tmp_path / "p.jsonl", rows), validation_fraction=0)
+    texts = learned_texts(found, rows_of(found))
+    assert sorted(texts) == sorted(f" {i + 1}<eos>" for i in range(40))
+    assert any("1 document(s) left out, with nothing to learn: " in line and "line 41" in line for line in lines)
+    assert "chat_template" not in found.tokenizer.said
+    assert found.train is not None
+    assert found.tokenizer.bos_id in found.train.tokens[:1]
+    turns = [{"prompt": talk[:1], "completion": talk[1:2]} for talk in conversations(40)]
+    found, _ = prepared(tmp_path, write(tmp_path / "m.jsonl", turns), validation_fraction=0)
+    wanted = [talk[1]["content"] + "<eos>\n" for talk in conversations(40)]
+    assert sorted(text.replace("Ċ", "\n") for text in learned_texts(found, rows_of(found))) == sorted(wanted)
+
+
+def test_parquet_and_json_say_the_same(tmp_path: Path, talks: str) -> None:
+    from pyarrow import Table, parquet
+
+    table = Table.from_pylist([{"id": i, "messages": turns} for i, turns in enumerate(conversations(60))])
+    parquet.write_table(table, tmp_path / "talks.parquet")
+    found = [prepared(tmp_path, file, validation_fraction=0)[0] for file in (talks, str(tmp_path / "talks.parquet"))]
+    first, second = (each.train for each in found)
+    assert first is not None
+    assert second is not None
+    assert first.folder != second.folder
+    assert (first.tokens == second.tokens).all()
+    assert (first.learned == second.learned).all()
+
+
+def test_conversations_are_held_out_whole(tmp_path: Path) -> None:
+    few = write(tmp_path / "few.jsonl", [{"messages": turns} for turns in conversations(4)])
+    found, _ = prepared(tmp_path, few, min_length=0)
+    assert found.train is not None
+    assert found.validation is not None
+    assert (len(found.train), len(found.validation)) == (3, 1)
+
+
+LONG = [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "2 " * 200}]
+FAR = [{"role": "user", "content": "1+1? " * 50}, {"role": "assistant", "content": "2"}]
+
+
+def test_conversations_longer_than_a_row(tmp_path: Path) -> None:
+    rows = [{"messages": turns} for turns in [LONG, *conversations(30), FAR]]
+    file = write(tmp_path / "long.jsonl", rows)
+    found, lines = prepared(tmp_path, file, validation_fraction=0)
+    assert found.train is not None
+    assert (len(found.train), np.diff(found.train.offsets)[0]) == (31, 65)
+    assert any("1 document(s) left out, with nothing to learn in the first 65 tokens" in line for line in lines)
+    assert any("line 32" in line for line in lines)
+    found, lines = prepared(tmp_path, file, validation_fraction=0, too_long="drop")
+    assert found.train is not None
+    assert len(found.train) == 30
+    assert any("2 document(s) left out, of more than 65 tokens (data.too_long drop)" in line for line in lines)
+    with pytest.raises(UserError, match=r"line 1 has \d+ tokens, and a row sees 65.*data\.too_long"):
+        prepared(tmp_path, file, validation_fraction=0, too_long="error")
+
+
+def test_texts_longer_than_a_row_can_be_dropped(tmp_path: Path) -> None:
+    file = write(tmp_path / "text.jsonl", [{"text": "long " * 200}] + [{"text": f"short {i}"} for i in range(20)])
+    found, lines = prepared(tmp_path, file, validation_fraction=0, too_long="drop")
+    assert found.train is not None
+    assert len(found.train) == 20
+    assert any("1 document(s) left out, of more than 65 tokens" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("rows", "options", "problem"),
+    [
+        ([{"messages": TURNS}, {"text": "x"}], {}, r"data\.format \(messages\): messages: not in .*line 2"),
+        ([{"messages": TURNS}, {"messages": "x"}], {}, "line 2: holds messages: str; the first row"),
+        ([{"prompt": "a", "completion": "b"}, {"prompt": TURNS[:1], "completion": TURNS[2:3]}], {}, "line 2: holds"),
+        ([{"messages": [{"role": "robot", "content": "x"}]}], {}, r"line 1: turn 1 has an unknown role \(robot\)"),
+        ([{"messages": TURNS}], {"document_separator": "***"}, "data.document_separator"),
+        ([{"messages": TURNS}], {"packing_strategy": "concat"}, "data.packing_strategy"),
+        ([{"text": "x"}], {"loss_on": "last_turn"}, r"data\.loss_on \(last_turn\)"),
+        ([{"text": "x"}], {"format": "messages"}, r"data\.format \(messages\): messages: not in"),
+        ([{"words": "x"}], {}, r"data\.text_column \(text\)"),
+        ([{"messages": TURNS}], {"chat_template": "nowhere.jinja"}, "no such file"),
+        ([{"messages": TURNS[:2]}], {}, "can be learned.*with nothing to learn"),
+    ],
+)
+def test_bad_rows(tmp_path: Path, rows: list[Any], options: dict[str, Any], problem: str) -> None:
+    with pytest.raises(UserError, match=problem):
+        prepared(tmp_path, write(tmp_path / "bad.jsonl", rows), **{"validation_fraction": 0} | options)
+
+
+def test_plain_text_holds_no_conversations(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("text")
+    with pytest.raises(UserError, match=r"data\.format \(messages\): .* is plain text"):
+        prepared(tmp_path, str(tmp_path / "a.txt"), format="messages")
+
+
+def test_bad_rows_can_be_skipped(tmp_path: Path) -> None:
+    rows = [{"messages": turns} for turns in conversations(20)] + [{"messages": [{"role": "robot", "content": "x"}]}]
+    file = write(tmp_path / "some.jsonl", rows)
+    found, lines = prepared(tmp_path, file, validation_fraction=0, on_bad_document="skip")
+    assert found.train is not None
+    assert len(found.train) == 20
+    assert any("1 bad document(s) left out" in line and "line 21: turn 1" in line for line in lines)
+
+
+# ---- Templates of tokenizers -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def chatml(tmp_path: Path) -> Tokenizer:
+    """A tokenizer with markers of turns, as a folder for transformers has it; its <eos> is another token."""
+    Tokenizer.train(["What is 2 + 3? It is 5."] * 9, 280).save(tmp_path / "folder")
+    file = tmp_path / "folder" / "tokenizer.json"
+    content = json.loads(file.read_text())
+    for token in ("<|im_start|>", "<|im_end|>"):
+        content["added_tokens"].append(
+            {"id": len(content["model"]["vocab"]) + 1, "content": token, "special": True}
+            | dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+        )
+        content["model"]["vocab"][token] = content["added_tokens"][-1]["id"] = len(content["model"]["vocab"])
+    file.write_text(json.dumps(content))
+    (tmp_path / "folder" / "chat_template.jinja").write_text(CHATML)
+    (tmp_path / "folder" / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<eos>"}))
+    return Tokenizer.load(tmp_path / "folder")
+
+
+def test_the_token_that_ends_an_answer_ends_texts(chatml: Tokenizer, tmp_path: Path) -> None:
+    own = chat_template(DataConfig(), chatml)
+    end = turn_end(own, chatml)
+    assert end is not None
+    assert chatml.token(end) == "<|im_end|>"
+    assert end not in chatml.end_ids
+    carried = with_template(chatml, own)
+    assert carried.end_ids == (chatml.eos_id, end)
+    carried.save(tmp_path / "saved")
+    again = Tokenizer.load(tmp_path / "saved")
+    assert (again.end_ids, again.fingerprint) == (carried.end_ids, carried.fingerprint)
+    assert with_template(again, chat_template(DataConfig(), again)).fingerprint == carried.fingerprint
+    (ids,) = encode_prompts(again, [TURNS[1:2]], 64)
+    assert ids[0] == ids[0] == again.encode("<|im_start|>")[0]
+    assert again.bos_id not in ids
+
+
+def test_a_tokenizer_without_a_template_needs_one(tmp_path: Path, talks: str) -> None:
+    Tokenizer.train(["What is 2 + 3? It is 5."] * 9, 280).save(tmp_path / "own")
+    with pytest.raises(UserError, match=r"data\.chat_template \(none\): the tokenizer has no chat template"):
+        prepared(tmp_path, talks, tokenizer_path=str(tmp_path / "own"))
+    found, _ = prepared(tmp_path, talks, tokenizer_path=str(tmp_path / "own"), chat_template="plain")
+    assert found.tokenizer.said["chat_template"] == PLAIN
+    (tmp_path / "other.jinja").write_text(CHATML)
+    found, _ = prepared(
+        tmp_path, talks, tokenizer_path=str(tmp_path / "own"), chat_template=str(tmp_path / "other.jinja")
+    )
+    assert found.tokenizer.said["chat_template"] == CHATML
+    plain = Tokenizer.load(tmp_path / "own")
+    with pytest.raises(UserError, match="no chat template"):
+        encode_prompts(plain, [TURNS[:2]], 64)
+
+
+# ---- Runs ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_resumes_bit_exactly_and_answers(tmp_path: Path, corpus: Path, talks: str) -> None:
+    options = {
+        "data.train_files": (talks,),
+        "data.validation_files": (),
+        "data.min_length": 0,
+        "training.gradient_accumulation_steps": 2,
+        "training.zero_stage": 2,
+        "model.vocab_size": 330,
+        "training.sample_tokens": 5,
+    }
+    whole = Trainer(make_config(tmp_path / "whole", corpus, **options))
+    assert whole.assembly.masked
+    whole.train()
+    Trainer(make_config(tmp_path, corpus, **options, **{"training.stop_at_step": 2})).train()
+    Trainer(make_config(tmp_path, corpus, **options)).train()
+    for row, again in zip(
+        *((folder / "run" / "metrics.jsonl").read_text().splitlines() for folder in (tmp_path / "whole", tmp_path)),
+        strict=True,
+    ):
+        first, second = json.loads(row), json.loads(again)
+        assert first["train/loss"] == second["train/loss"]
+        assert first.get("eval/bits_per_byte") == second.get("eval/bits_per_byte")
+    loaded = load(tmp_path / "run")
+    (answer,) = generate_text(loaded.model, loaded.tokenizer, TURNS[1:2], max_new_tokens=5)
+    assert "2 + 3" not in answer
+    assert loaded.tokenizer.said["chat_template"] == PLAIN
