@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,10 @@ import pytest
 from conftest import make_config
 
 from jaxlm import Trainer, load
+from jaxlm.commands.inspect import describe_row
 from jaxlm.config import DataConfig
 from jaxlm.data.chat import PLAIN, ChatTemplate, check_messages
-from jaxlm.data.chat_tokens import chat_template, turn_end, with_template
+from jaxlm.data.chat_tokens import chat_template, turn_end, why_it_will_not_stop, with_template
 from jaxlm.data.loader import Rows
 from jaxlm.data.packing import plan_cached
 from jaxlm.data.tokenizer import Tokenizer
@@ -328,6 +330,26 @@ def test_the_token_that_ends_an_answer_ends_texts(chatml: Tokenizer, tmp_path: P
     (ids,) = encode_prompts(again, [TURNS[1:2]], 64)
     assert ids[0] == ids[0] == again.encode("<|im_start|>")[0]
     assert again.bos_id not in ids
+
+
+def test_a_template_that_leaves_out_the_end_of_an_answer_is_doubted(chatml: Tokenizer) -> None:
+    content = "{{ m.content }}<|im_end|>"
+    marked = "{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}"
+    assert why_it_will_not_stop(template(CHATML.replace(content, marked)), chatml) is None
+    assert why_it_will_not_stop(template(CHATML), chatml) is None
+    doubt = why_it_will_not_stop(template(CHATML.replace("{{ m.content }}", marked.replace("<|im_end|>", ""))), chatml)
+    assert doubt is not None
+    assert "<|im_end|> ends an answer" in doubt
+
+
+def test_inspect_shows_what_is_learned(tmp_path: Path, talks: str) -> None:
+    found, _ = prepared(tmp_path, talks, validation_fraction=0)
+    rows = rows_of(found)
+    shown = "\n".join(describe_row(rows, 0, found.tokenizer, 0, 10_000))
+    answers = re.findall(r"\[\[(.*?)\]\]", shown)
+    assert answers
+    assert all(re.fullmatch(r"It is \d+\.", answer) for answer in answers)
+    assert f"({rows[0]['loss_mask'].sum()} learned)" in shown
 
 
 def test_a_tokenizer_without_a_template_needs_one(tmp_path: Path, talks: str) -> None:

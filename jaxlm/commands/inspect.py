@@ -1,10 +1,13 @@
 """Shows what a model will see: the first packed rows of a run, decoded, with the borders of their documents.
 
+Where not all is learned, [[ and ]] stand around what is.
+
 Nothing is trained; text, tokenizer and rows are prepared as the run would, and kept in its caches.
 """
 
 import argparse
 from collections.abc import Iterator
+from itertools import groupby
 from typing import TYPE_CHECKING
 
 from jaxlm.commands.parser import Parser, add_config_file, add_config_options, config_from
@@ -45,13 +48,23 @@ def run(arguments: argparse.Namespace) -> None:
         print("\n".join(describe_row(text.rows, order[place], text.tokenizer, place, arguments.characters)))
 
 
+def _decoded(rows: "Rows", start: int, end: int, tokenizer: "Tokenizer") -> str:
+    """The text of a piece's tokens; where not all are learned, [[ and ]] stand around what is."""
+    if (is_learned := rows.learned) is None:
+        return tokenizer.decode(rows.tokens[start:end])
+    runs = [(learned, [*places]) for learned, places in groupby(range(start, end), lambda place: is_learned[place])]
+    texts = [(learned, tokenizer.decode(rows.tokens[places])) for learned, places in runs]
+    return "".join(f"[[{text}]]" if learned else text for learned, text in texts)
+
+
 def describe_row(rows: "Rows", index: int, tokenizer: "Tokenizer", place: int, characters: int) -> Iterator[str]:
     """The lines about row `index`, which is at `place` in the run, from 0; texts are cut to `characters`."""
     plan, borders = rows.plan, rows.document_offsets
     pieces = range(plan.row_offsets[index], plan.row_offsets[index + 1])
     pairs = int(plan.piece_length[pieces.start : pieces.stop].sum())
+    of_which = "" if rows.learned is None else f" ({int(rows[index]['loss_mask'].sum())} learned)"
     yield (
-        f"row {place:,} of the run: {pairs} targets in {plan.max_length} places, "
+        f"row {place:,} of the run: {pairs} targets{of_which} in {plan.max_length} places, "
         f"{len(pieces)} piece{'s' * (len(pieces) != 1)}"
     )
     for piece in pieces:
@@ -60,7 +73,7 @@ def describe_row(rows: "Rows", index: int, tokenizer: "Tokenizer", place: int, c
         low, high = int(borders[document]), int(borders[document + 1])
         part = "all" if (start, end) == (low, high) else f"tokens {start - low:,} to {end - low - 1:,}"
         yield f"  document {document:,}, {part} of its {high - low:,} tokens:"
-        text = tokenizer.decode(rows.tokens[start:end])
+        text = _decoded(rows, start, end, tokenizer)
         begins, ends = (f"<{name}>" * there for name, there in (("begins", start == low), ("ends", end == high)))
         shown = text[:characters] + f" ... {len(text) - characters:,} characters more" * (len(text) > characters)
         yield from ("    " + line for line in f"{begins}{shown}{ends}".splitlines())

@@ -77,3 +77,15 @@ def turn_end(template: ChatTemplate, tokenizer: Tokenizer) -> int | None:
         return None
     found = tokenizer.encode(text[text.rfind("b") + 1 :])
     return next((token for token in found if tokenizer.token(token) in tokenizer.special_in_text), None)
+
+
+def why_it_will_not_stop(template: ChatTemplate, tokenizer: Tokenizer) -> str | None:
+    """A line where what the template marks as an answer leaves out the token that ends it; None: all is well."""
+    end = turn_end(template, tokenizer)
+    if end is None or not template.marks_answers:
+        return None
+    text, answers = template.render(PROBE)
+    if answers and tokenizer.token(end) in text[answers[-1][0] : answers[-1][1]]:
+        return None
+    token = tokenizer.token(end)
+    return f"{template.where}: {token} ends an answer and is not in {{% generation %}}: the model won't learn to stop"

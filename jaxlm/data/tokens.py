@@ -29,7 +29,7 @@ import numpy as np
 
 from jaxlm.config import DataConfig
 from jaxlm.data.atomic import atomic_path
-from jaxlm.data.chat_tokens import with_template
+from jaxlm.data.chat_tokens import why_it_will_not_stop, with_template
 from jaxlm.data.documents import SHOWN, Document, LeftOut
 from jaxlm.data.encoding import encoded, fitted, learned_bytes
 from jaxlm.data.sources import Source, open_source
@@ -140,6 +140,8 @@ def prepare(
         tokenizer = _trained_tokenizer(folder, source, vocab_size, report)
     if source.format.template is not None:
         tokenizer = with_template(tokenizer, source.format.template)
+        if doubt := why_it_will_not_stop(source.format.template, tokenizer):
+            report(f"warning: {doubt}")
     fit = [data.too_long, data.max_length] if source.format.kind != "text" or data.too_long != "cut" else []
     key = _key(source.fingerprint, settings + fit, least, [*source.parts], tokenizer.fingerprint)
     report(_shape_of_documents(tokenizer, source))
