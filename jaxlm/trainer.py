@@ -89,7 +89,7 @@ class Trainer:
         """Text, tokenizer and rows; fixes the vocabulary size and the micro-batches in the configuration."""
         self._pretrained = open_pretrained(self.config) if checkpoint is None else None
         if self._pretrained is not None:
-            self._pretrained.check(assemble(self.resolved, self.model_class).layout.shapes)
+            self._pretrained.check(assemble(self.resolved, self.model_class).base[0])
         self.asked_vocab_size = self.config.model.vocab_size
         given = None if self._pretrained is None else self._pretrained.tokenizer
         self.text = prepare_text(self.config, given if checkpoint is None else read_tokenizer(checkpoint))
@@ -122,7 +122,7 @@ class Trainer:
             self.state: TrainState = restore_state(checkpoint, assembly.abstract_state, layout.shards)
             self.best_loss = read_progress(checkpoint).best_loss
         elif self._pretrained is not None:
-            params = self._pretrained.params(layout.shapes, assembly.abstract_state.params, layout.shards)
+            params = self._pretrained.params(*assembly.base, layout.shards)
             self.state = assembly.state_with(params, self._numbers)
         else:
             self.state = assembly.init(self._numbers)

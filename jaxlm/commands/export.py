@@ -1,4 +1,4 @@
-"""Writes a saved model as a folder that transformers opens, without code of ours."""
+"""Writes a saved model as a folder that transformers opens, without code of ours; adapters are merged into it."""
 
 import argparse
 import sys
@@ -18,6 +18,7 @@ def add_options(parser: Parser) -> None:
     parser.add_argument(
         "--dtype", default="float32", metavar="TYPE", help="float32, bfloat16 or float16 (default: float32)"
     )
+    parser.add_argument("--adapter", action="store_true", help="the adapters alone, as a folder for PEFT")
     parser.add_argument("--repo_id", metavar="NAME", help="name on the Hub, for the model card (default: that of --to)")
     parser.add_argument("--license", metavar="ID", help="of the model card, such as mit (default: the base model's)")
     parser.add_argument("--language", metavar="CODES", help="of the model card: en,de (default: the base model's)")
@@ -26,7 +27,7 @@ def add_options(parser: Parser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     source, to = Path(arguments.model), Path(arguments.to)
 
-    from jaxlm.interop.export import DTYPES, HUB_NAME, check_target, export
+    from jaxlm.interop.export import DTYPES, HUB_NAME, check_target, export, export_adapter
     from jaxlm.parallel.devices import find_devices
     from jaxlm.run.load import load
 
@@ -39,5 +40,9 @@ def run(arguments: argparse.Namespace) -> None:
     card = {"repo_id": arguments.repo_id or to.name, "license": arguments.license, "language": languages}
     find_devices()
     loaded, options = load(source), {"max_shard_size": max_shard_size, "dtype": arguments.dtype}
+    if arguments.adapter:
+        export_adapter(loaded, loaded.folder or source, to)
+        print(f"{to}: written for PEFT", file=sys.stderr)
+        return
     kind = export(loaded, loaded.folder or source, to, **options, **card)
     print(f"{to}: written for transformers as {kind}", file=sys.stderr)

@@ -142,6 +142,20 @@ class TrainingConfig(Section):
         "are the model's own unless they are set",
         path=True,
     )
+    lora_rank: int | None = option(
+        None, "rank of the adapters that are trained instead of the model of init_from (LoRA); none: no adapters", low=1
+    )
+    lora_alpha: float | None = option(
+        None, "what adapters add is multiplied by this, divided by their rank; none: twice the rank", above=0
+    )
+    lora_dropout: float = option(0.0, "dropout on what adapters read", low=0, below=1)
+    lora_targets: tuple[str, ...] = option(
+        ("attention/*", "mlp/*"),
+        "linear layers of a block that get adapters: names such as attention/qkv, attention/out, mlp/up, or patterns",
+    )
+    freeze: tuple[str, ...] = option(
+        (), "parameters that are not trained: names such as token_embedding, blocks/mlp, or patterns (blocks/*/bias)"
+    )
     report_to: tuple[Any, ...] = option(
         ("tensorboard",),
         "where metrics go beside metrics.jsonl; also module:Class, a sink of your own (jaxlm/monitor/sinks.py)",

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxlm.config.fields import accepts, check_choice, excerpt, field_values, nearest, shown, type_name, without_use
-from jaxlm.config.schema import FIELDS, Config, ModelConfig
+from jaxlm.config.schema import FIELDS, Config, ModelConfig, TrainingConfig
 from jaxlm.errors import UserError, one_line
 
 SINK_PACKAGES = ("wandb", "trackio")  # names in training.report_to that need a package of that name
@@ -188,6 +188,20 @@ def check_together(config: Config) -> None:
     _check_report_to(config.training.report_to)
 
 
+def _lora_conflicts(training: TrainingConfig) -> Iterator[str]:
+    if training.lora_rank is None:
+        for name in ("lora_alpha", "lora_dropout", "lora_targets"):
+            value, default = getattr(training, name), FIELDS[f"training.{name}"].default
+            if value != default:
+                yield f"training.{name} ({shown(value)}) has no use without training.lora_rank; set that"
+        return
+    if training.init_from is None:
+        yield f"training.lora_rank ({training.lora_rank}) adapts a model; name it with training.init_from"
+    if training.freeze:
+        rank, freeze = training.lora_rank, shown(training.freeze)
+        yield f"training.freeze ({freeze}) has no use beside training.lora_rank ({rank}), which trains adapters alone"
+
+
 def _conflicts(config: Config) -> Iterator[str]:
     """What does not fit together."""
     model, training, data = config.model, config.training, config.data
@@ -207,6 +221,7 @@ def _conflicts(config: Config) -> Iterator[str]:
             f"training.noise_scale_steps ({training.noise_scale_steps}) compares rows of an update, and a device "
             "has one; raise training.batch_size or training.gradient_accumulation_steps, or leave it out"
         )
+    yield from _lora_conflicts(training)
     if data.max_length > model.max_seq_len:
         yield f"data.max_length ({data.max_length}) exceeds model.max_seq_len ({model.max_seq_len}); lower it"
     if model.vocab_size < 259 and data.tokenizer_path is None and training.init_from is None:

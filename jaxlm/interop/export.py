@@ -26,6 +26,7 @@ from tokenizers.processors import TemplateProcessing
 import jaxlm
 from jaxlm.checkpoints.items import Progress
 from jaxlm.checkpoints.load import LoadedModel
+from jaxlm.checkpoints.manifest import model_in
 from jaxlm.checkpoints.save import reason_of
 from jaxlm.config import Config, replace_fields, to_dict
 from jaxlm.data.atomic import atomic_path
@@ -34,8 +35,10 @@ from jaxlm.data.special_tokens import ROLES
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.errors import UserError
 from jaxlm.interop.families import family_for, to_config, to_tensors
+from jaxlm.interop.peft import write_adapter
 from jaxlm.interop.pretrained import HUB_NAME
 from jaxlm.report.runs import read_run
+from jaxlm.train.trainable import alpha, merged
 
 DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 # These have no part in the training, and may say more of a machine than a model card should.
@@ -71,7 +74,7 @@ def export(loaded: LoadedModel, source: Path, to: Path, *, max_shard_size: int, 
     family = family_for(loaded.config.model, f"--model ({source})")
     check_target(to)
     to = Path(os.path.abspath(to))
-    params = flatten_dict(nnx.to_pure_dict(nnx.state(loaded.model)), sep="/")
+    params = flatten_dict(merged(nnx.to_pure_dict(nnx.state(loaded.model)), loaded.config.training), sep="/")
     tensors = dict(to_tensors({path: np.asarray(x) for path, x in params.items()}, family))
     said, ends = loaded.tokenizer.said, list(loaded.tokenizer.end_ids)
     ids = {f"{role}_token_id": getattr(loaded.tokenizer, f"{role}_id") for role in ROLES}
@@ -95,6 +98,31 @@ def export(loaded: LoadedModel, source: Path, to: Path, *, max_shard_size: int, 
     except (OSError, SafetensorError) as error:
         raise UserError(f"--to ({to}): cannot be written ({reason_of(error)}); name another folder") from error
     return family.architecture
+
+
+def export_adapter(loaded: LoadedModel, source: Path, to: Path) -> None:
+    """Writes the adapters alone, as PEFT has them, into the folder `to`, whole or not at all.
+
+    Raises:
+      UserError: the model has none, its base is none of transformers', or `to` can't be written.
+    """
+    training, base = loaded.config.training, loaded.config.training.init_from
+    if training.lora_rank is None or base is None:
+        raise UserError(f"--adapter: the model of --model ({source}) was trained without adapters; leave it out")
+    if os.path.isdir(model_in(Path(base).expanduser()) / "params"):
+        raise UserError(
+            f"--adapter: its base ({base}) is no model of transformers; leave it out, and the two are merged"
+        )
+    family = family_for(loaded.config.model, f"--model ({source})")
+    check_target(to)
+    params = {
+        path: np.asarray(x) for path, x in flatten_dict(nnx.to_pure_dict(nnx.state(loaded.model)), sep="/").items()
+    }
+    numbers = training.lora_rank, alpha(training), training.lora_dropout
+    try:
+        write_adapter(params, family, Path(os.path.abspath(to)), base, *numbers)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"--to ({to}): cannot be written ({reason_of(error)}); name another folder") from error
 
 
 def _json(value: Any) -> str:

@@ -26,13 +26,19 @@ from jaxlm.errors import UserError, one_line
 from jaxlm.interop.families import ARCHITECTURE, DROPOUTS, from_config, from_tensors, tensor_names, to_tensors
 
 INDEX, SINGLE_FILE = "model.safetensors.index.json", "model.safetensors"
-FETCHED = (*FILES, INDEX, "*.safetensors", "README.md")  # from the Hub
+FETCHED = (*FILES, INDEX, "*.safetensors", "adapter_config.json", "README.md")  # from the Hub
 HUB_NAME = re.compile(r"([\w.-]+/)?[\w.-]+")
 FLOATS = ("F32", "F16", "BF16", "F64")
 OUTPUT = "lm_head.weight"
 BUFFERS = (".attn.bias", ".attn.masked_bias", "rotary_emb.inv_freq")  # old versions saved these beside the parameters
 
+ADAPTER = "adapter"  # as in jaxlm.model.adapters
+
 Params = Any  # nested dict of arrays, or of their shapes
+
+
+def _has(tree: Params, name: str) -> bool:
+    return isinstance(tree, dict) and (name in tree or any(_has(inside, name) for inside in tree.values()))
 
 
 class OwnFolder:
@@ -53,8 +59,14 @@ class OwnFolder:
             raise UserError(f"{where}: {error}") from error
 
     def check(self, whole: Params) -> None:
-        """Raises UserError if the files of the parameters are damaged. Arguments as in `HuggingFaceFolder`."""
+        """Raises UserError if the files of the parameters are damaged, or hold adapters that `whole` has not.
+
+        Arguments as in `HuggingFaceFolder`.
+        """
         self._refuse_damage(["params"])
+        if self.config.training.lora_rank is not None and not _has(whole, ADAPTER):
+            how = f"jaxlm export --model {self.folder} --to DIR adds them to the model's matrices; start from DIR"
+            raise UserError(f"{self.where}: holds adapters beside its model (training.lora_rank); {how}")
 
     def _refuse_damage(self, items: Iterable[str]) -> None:
         if wrong := damage(self.folder, items):
@@ -276,6 +288,8 @@ def open_model(name: str, where: str, data: DataConfig) -> Pretrained:
         folder = _fetched(name, where)
     if os.path.isdir(model_in(folder) / "params"):
         return OwnFolder(folder, where, data)
+    if os.path.isfile(folder / "adapter_config.json"):
+        return _with_adapter(folder, where, data)
     saved = read_object(folder / "config.json", where)
     if not saved or "training" in saved:  # nothing, or a run's folder
         raise UserError(
@@ -283,6 +297,21 @@ def open_model(name: str, where: str, data: DataConfig) -> Pretrained:
             "that transformers has saved"
         )
     return HuggingFaceFolder(folder, saved, where, data)
+
+
+def _with_adapter(folder: Path, where: str, data: DataConfig) -> Pretrained:
+    """The model that an adapter of PEFT belongs to, with the adapter added; UserError if that can't be had."""
+    from jaxlm.interop.peft import PeftFolder
+
+    name = read_object(folder / "adapter_config.json", where).get("base_model_name_or_path")
+    if not isinstance(name, str):
+        raise UserError(f"{where}: adapter_config.json has no base_model_name_or_path")
+    base = open_model(name, f"{where}: its base ({name})", data)
+    if not isinstance(base, HuggingFaceFolder):
+        raise UserError(
+            f"{where}: its base ({name}) is of jaxlm; an adapter of PEFT belongs to a model of transformers"
+        )
+    return PeftFolder(folder, base, where, data)
 
 
 def _fetched(name: str, where: str) -> Path:

@@ -48,15 +48,24 @@ class Attention(nnx.Module):
         self.reads_product = config.kv_heads == config.n_heads and not changed
 
     def heads(
-        self, x_BTD: jax.Array, positions_BT: jax.Array, embedded_BTGK: jax.Array | None
+        self,
+        x_BTD: jax.Array,
+        positions_BT: jax.Array,
+        embedded_BTGK: jax.Array | None,
+        key_B2: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Queries [B, T, H, K], keys and values [B, T, G, K]; normalised and rotated as the configuration says."""
+        """Queries [B, T, H, K], keys and values [B, T, G, K]; normalised and rotated as the configuration says.
+
+        `key_B2` is for the dropout of adapters.
+        """
         b, t, d = x_BTD.shape
         config = self.config
         if config.kv_heads == config.n_heads:
-            flat = jax.lax.split(self.qkv(x_BTD), (1, 1, 1), axis=2)  # its gradient is a concatenation, not sums
+            flat = jax.lax.split(
+                self.qkv(x_BTD, key_B2), (1, 1, 1), axis=2
+            )  # its gradient is a concatenation, not sums
         else:
-            flat = [self.q(x_BTD), *jax.lax.split(self.kv(x_BTD), (1, 1), axis=2)]
+            flat = [self.q(x_BTD, key_B2), *jax.lax.split(self.kv(x_BTD, key_B2), (1, 1), axis=2)]
         q, k, v = (x.reshape(b, t, -1, d // config.n_heads) for x in flat)
         if config.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
@@ -77,16 +86,16 @@ class Attention(nnx.Module):
         if self.implementation == "pallas" and self.reads_product:
             y_BTHK, cache = self._of_product(x_BTD, segments_BT, key_B2)
         else:
-            q, k, v = self.heads(x_BTD, positions_BT, embedded_BTGK)
+            q, k, v = self.heads(x_BTD, positions_BT, embedded_BTGK, key_B2)
             rate, implementation = self.config.attention_dropout, self.implementation
             y_BTHK, cache = causal_attention(q, k, v, segments_BT, key_B2, rate, implementation=implementation), (k, v)
-        return self.out(y_BTHK.reshape(x_BTD.shape)), cache
+        return self.out(y_BTHK.reshape(x_BTD.shape), key_B2), cache
 
     def _of_product(
         self, x_BTD: jax.Array, segments_BT: jax.Array | None, key_B2: jax.Array | None
     ) -> tuple[jax.Array, Cache]:
         """The output [B, T, H, K] of kernels that add the biases themselves; keys and values, dropped in training."""
-        product_BT3D, bias_3D = self.qkv.parts(x_BTD)
+        product_BT3D, bias_3D = self.qkv.parts(x_BTD, key_B2)
         by_head = lambda x: x.reshape(*x.shape[:-1], self.config.n_heads, -1)  # noqa: E731
         bias_3HK = None if bias_3D is None else by_head(bias_3D)
         rate = self.config.attention_dropout

@@ -24,6 +24,12 @@ def row_keys(seed_key: jax.Array, rows_B: jax.Array, n_layers: int) -> jax.Array
     return jax.random.key_data(keys_LSB).reshape(n_layers + 1, len(SITES), -1, 2)
 
 
+def derived_key(key_B2: jax.Array, number: int) -> jax.Array:
+    """uint32 [B, 2]: the keys of another place of the same site."""
+    fold = jax.vmap(lambda key: jax.random.key_data(jax.random.fold_in(jax.random.wrap_key_data(key), number)))
+    return fold(key_B2)
+
+
 def dropout(x_BTD: jax.Array, key_B2: jax.Array | None, rate: float) -> jax.Array:
     """Zeroes elements with probability `rate` and scales the rest by 1 / (1 - rate); no key: returns `x_BTD`."""
     if key_B2 is None or rate == 0.0:

@@ -52,21 +52,28 @@ class Linear(nnx.Module):
     Parameters are float32, computation is in `dtype`. `d_out` may have two axes: the kernel is then several matrices.
     """
 
+    adapter: Callable[[jax.Array, jax.Array | None], jax.Array]  # where there is one
+
     def __init__(
         self, d_in: int, d_out: tuple[int, ...], std: float, dtype: Any, rngs: nnx.Rngs, *, use_bias: bool = True
     ):
-        self.dtype, self.use_bias = dtype, use_bias
+        self.dtype, self.use_bias, self.use_adapter = dtype, use_bias, False
         self.kernel = nnx.Param(nnx.initializers.normal(std)(rngs.params(), (d_in, *d_out)))
         if use_bias:
             self.bias = nnx.Param(jnp.zeros(d_out))
 
-    def parts(self, x_BTI: jax.Array) -> tuple[jax.Array, jax.Array | None]:
-        """x @ kernel, and the bias, for those who can add it as they read the product."""
+    def parts(self, x_BTI: jax.Array, key_B2: jax.Array | None = None) -> tuple[jax.Array, jax.Array | None]:
+        """x @ kernel, and the bias, for those who can add it as they read the product.
+
+        The product has what an adapter adds to it (`adapters.add_adapters`); `key_B2` is for that one's dropout.
+        """
         y_BTO = matmul(x_BTI.astype(self.dtype), self.kernel[...].astype(self.dtype))
+        if self.use_adapter:
+            y_BTO = y_BTO + self.adapter(x_BTI, key_B2)
         return checkpoint_name(y_BTO, PRODUCT), self.bias[...].astype(self.dtype) if self.use_bias else None
 
-    def __call__(self, x_BTI: jax.Array) -> jax.Array:
-        y_BTO, bias_O = self.parts(x_BTI)
+    def __call__(self, x_BTI: jax.Array, key_B2: jax.Array | None = None) -> jax.Array:
+        y_BTO, bias_O = self.parts(x_BTI, key_B2)
         return y_BTO if bias_O is None else add_bias(y_BTO, bias_O)
 
 
@@ -102,5 +109,5 @@ class Mlp(nnx.Module):
         self.up = Linear(d, (2, f) if config.activation in GATES else (f,), 0.02, dtype, rngs, use_bias=bias)
         self.down = Linear(f, (d,), residual_std(config), dtype, rngs, use_bias=bias)
 
-    def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        return self.down(activate(*self.up.parts(x_BTD), self.activation))
+    def __call__(self, x_BTD: jax.Array, key_B2: jax.Array | None = None) -> jax.Array:
+        return self.down(activate(*self.up.parts(x_BTD, key_B2), self.activation), key_B2)

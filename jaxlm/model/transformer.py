@@ -56,7 +56,7 @@ class Block(nnx.Module):
         y, cache = attend(per_token(self.norm1, x_BTD) if pre else x_BTD)
         x_BTD = x_BTD + dropout(y, keys[0], rate)
         x_BTD = x_BTD if pre else per_token(self.norm1, x_BTD)
-        y = self.mlp(per_token(self.norm2, x_BTD) if pre else x_BTD)
+        y = self.mlp(per_token(self.norm2, x_BTD) if pre else x_BTD, keys[1])
         x_BTD = x_BTD + dropout(y, keys[1], rate)
         return x_BTD if pre else per_token(self.norm2, x_BTD), cache
 

@@ -48,19 +48,28 @@ class Layout:
       stage: of ZeRO, 0 to 3.
       params: abstract whole parameters.
       offload: keep the optimizer state in host memory.
+      trained: those of `params` that have gradients and optimizer state; None: all.
     """
 
-    def __init__(self, mesh: AnyMesh, stage: int, params: Params, offload: bool = False) -> None:
+    def __init__(
+        self, mesh: AnyMesh, stage: int, params: Params, offload: bool = False, trained: Params | None = None
+    ) -> None:
         self.mesh, self.stage, self.offload = mesh, stage, offload
         shards, tensor = mesh.shape[DATA], mesh.shape[TENSOR]
         self.splits: Params = jax.tree_util.tree_map_with_path(
             lambda path, x: split_parameter(path, x.shape, shards, tensor), params
         )
+        self.trained: Params = self.splits if trained is None else like(self.splits, trained)
 
     @property
     def shapes(self) -> Params:
         """Each parameter's own shape, without padding."""
-        return jax.tree.map(lambda split: jax.ShapeDtypeStruct(split.shape, jnp.float32), self.splits)
+        return _shapes(self.splits)
+
+    @property
+    def trained_shapes(self) -> Params:
+        """`shapes` of what is trained."""
+        return _shapes(self.trained)
 
     @property
     def shards(self) -> int:
@@ -82,11 +91,12 @@ class Layout:
 
     def bytes_of_state(self, abstract_state: Any) -> int:
         """Bytes a device of the placed state, and of gradients as they are kept between micro-batches."""
-        gradients = jax.tree.map(lambda split: split.placed(self.mesh, sharded=self.stage >= 2), self.splits)
+        gradients = jax.tree.map(lambda split: split.placed(self.mesh, sharded=self.stage >= 2), self.trained)
         return bytes_a_device(abstract_state) + bytes_a_device(gradients)
 
     def _map(self, function: Callable[..., Any], tree: Params) -> Params:
-        return jax.tree.map(function, self.splits, tree)
+        """`function` of each parameter's split and leaf, for all parameters or for some (`like`)."""
+        return jax.tree.map(function, like(self.splits, tree), tree)
 
     def _constrain(self, tree: Params, sharded: bool) -> Params:
         constrain = jax.lax.with_sharding_constraint
@@ -154,7 +164,7 @@ class Layout:
 
     def gradient_specs(self) -> Params:
         """out_specs of the reduced gradients."""
-        return jax.tree.map(lambda s: s.shard_rows_spec if self.stage else EVERYWHERE, self.splits)
+        return jax.tree.map(lambda s: s.shard_rows_spec if self.stage else EVERYWHERE, self.trained)
 
     def gather(self, held: Params, dtype: DTypeLike) -> tuple[Params, GatherBlock | None]:
         """Parameters to run the model with, and how each block makes its own whole (below stage 3: None).
@@ -192,6 +202,15 @@ class Layout:
         """The sum over the devices along `axes`, on each of them."""
         axes = tuple(axis for axis in axes if self.mesh.shape[axis] > 1)  # the partitioner fails on sums over none
         return jax.lax.psum(tree, axes) if axes else tree
+
+
+def _shapes(splits: Params) -> Params:
+    return jax.tree.map(lambda split: jax.ShapeDtypeStruct(split.shape, jnp.float32), splits)
+
+
+def like(splits: Params, tree: Params) -> Params:
+    """The part of `splits` whose leaves `tree` has."""
+    return {name: like(splits[name], x) if isinstance(x, dict) else splits[name] for name, x in tree.items()}
 
 
 def bytes_a_device(abstract: Any) -> int:

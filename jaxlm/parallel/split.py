@@ -18,6 +18,12 @@ TENSOR_AXES = {
     "out/kernel": -2,
     "up/kernel": -1,
     "down/kernel": -2,
+    "qkv/adapter/b": -1,
+    "attention/q/adapter/b": -1,
+    "attention/kv/adapter/b": -1,
+    "out/adapter/a": -2,
+    "up/adapter/b": -1,
+    "down/adapter/a": -2,
     "token_embedding": -2,
     "output_embedding": -2,
 }

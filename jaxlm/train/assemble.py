@@ -20,10 +20,11 @@ from jaxlm.ops.attention_kernels import FUSED_FROM, choose_attention, compute_ca
 from jaxlm.ops.compiler import Options
 from jaxlm.parallel.layout import Layout
 from jaxlm.parallel.mesh import TRAIN_BATCH, AnyMesh, replicated, row_shards
-from jaxlm.parallel.split import Params
+from jaxlm.parallel.split import Params, path_name
 from jaxlm.train.numbers import Numbers, abstract_numbers, program_config, run_numbers
 from jaxlm.train.precision import compute_dtype
 from jaxlm.train.step import EvalStep, TrainState, first_state, make_eval_step, make_train_step
+from jaxlm.train.trainable import check_trains, divided, is_adapter, joined, part, trains, with_adapters
 
 BATCH_ARRAYS = ("tokens", "targets", "segments", "positions")
 
@@ -70,7 +71,8 @@ def abstract_model(config: Config, attention: str, model_class: type[Transformer
 
 def _new_model(config: Config, attention: str, model_class: type[Transformer], key: jax.Array) -> Transformer:
     dtype = compute_dtype(config.training)
-    return model_class(config.model, implementation=attention, dtype=dtype, rngs=nnx.Rngs(key))
+    model = model_class(config.model, implementation=attention, dtype=dtype, rngs=nnx.Rngs(key))
+    return with_adapters(model, config.training, jax.random.fold_in(key, 1))
 
 
 class Assembly:
@@ -96,16 +98,28 @@ class Assembly:
         self.config, self.mesh, self.model_class, self.attention = config, mesh, model_class, attention
         self.options: Options = dict(options)
         self.graphdef, abstract = nnx.split(abstract_model(config, attention, model_class))
-        stage, offload = config.training.zero_stage or 0, config.training.offload_optimizer
-        self.layout = Layout(mesh, stage, nnx.to_pure_dict(abstract), offload)
+        training, params = config.training, nnx.to_pure_dict(abstract)
+        check_trains(training, [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)])
+        trained, _ = divided(params, training)
+        self.layout = Layout(mesh, training.zero_stage or 0, params, training.offload_optimizer, trained)
 
-    def _state_with(self, params: Params, numbers: Numbers) -> TrainState:
-        return first_state(params, self.config, self.layout, numbers)
-
-    def _init(self, numbers: Numbers) -> TrainState:
+    def _fresh(self, numbers: Numbers) -> Params:
         key = jax.random.wrap_key_data(numbers["key"])
         model = _new_model(self.config, self.attention, self.model_class, key)
-        return self._state_with(self.layout.from_whole(nnx.to_pure_dict(nnx.state(model))), numbers)
+        return self.layout.from_whole(nnx.to_pure_dict(nnx.state(model)))
+
+    def _state_with(self, base: Params, numbers: Numbers) -> TrainState:
+        adapters = part(self._fresh(numbers), is_adapter)
+        return first_state(joined(base, adapters), self.config, self.layout, numbers)
+
+    def _init(self, numbers: Numbers) -> TrainState:
+        return first_state(self._fresh(numbers), self.config, self.layout, numbers)
+
+    @property
+    def base(self) -> tuple[Params, Params]:
+        """Shapes of the parameters that a model without adapters has, whole, and as they are held in the state."""
+        is_base = lambda name: not is_adapter(name)  # noqa: E731
+        return part(self.layout.shapes, is_base), part(self.abstract_state.params, is_base)
 
     @cached_property
     def abstract_state(self) -> TrainState:
@@ -148,8 +162,9 @@ class Assembly:
 
     @cached_property
     def state_with(self) -> Callable[[Params, Numbers], TrainState]:
-        """The state before the first update with parameters as the layout holds them, which are donated."""
-        return jax.jit(self._state_with, out_shardings=self._shardings(), donate_argnums=0)
+        """The state before the first update with `base` parameters as the layout holds them; they are donated."""
+        donated = 0 if trains(self.config.training) is None else ()  # frozen ones are held otherwise
+        return jax.jit(self._state_with, out_shardings=self._shardings(), donate_argnums=donated)
 
     def jit_step(self, donate: bool = True) -> jax.stages.Wrapped:
         """The update of `make_train_step`; `donate` lets the new state take the place of the one that is passed in."""
@@ -178,7 +193,11 @@ class Assembly:
     @cached_property
     def average(self) -> Callable[[TrainState], Params]:
         """The average of the parameters in a state, held as they are."""
-        held = lambda state: self.layout.to_held(self.layout.on_device(state.opt_state.average))  # noqa: E731
+
+        def held(state: TrainState) -> Params:
+            average = self.layout.to_held(self.layout.on_device(state.opt_state.average))
+            return joined(average, divided(state.params, self.config.training)[1])
+
         return jax.jit(held, out_shardings=self._shardings().params)
 
     @cached_property

@@ -26,7 +26,8 @@ INPUTS: dict[str, type[np.number]] = dict.fromkeys(FLOATS, np.float32) | dict.fr
 TRAINING = (
     "batch_size", "gradient_accumulation_steps", "optimizer", "muon_coefficients", "cautious_decay",
     "decay_embeddings", "z_loss", "use_amp", "amp_dtype", "loss_scale", "accumulator_dtype", "zero_stage",
-    "zero_group_size", "tensor_parallel", "offload_optimizer", "loss_chunk_mib",
+    "zero_group_size", "tensor_parallel", "offload_optimizer", "loss_chunk_mib", "lora_rank", "lora_alpha",
+    "lora_dropout", "lora_targets", "freeze",
 )  # fmt: skip
 DATA = ("max_length", "pack_sequences")
 

@@ -165,7 +165,8 @@ def decay_mask(params: Params, decay_embeddings: bool) -> Params:
     """True for the leaves that weight decay applies to: matrices, and embeddings if asked; no biases, no norms."""
 
     def decays(path: Path, _: jax.Array) -> bool:
-        return path[-1].key == "kernel" or (decay_embeddings and is_embedding(path))
+        matrix = path[-1].key == "kernel" or any(entry.key == "adapter" for entry in path[:-1])
+        return matrix or (decay_embeddings and is_embedding(path))
 
     return jax.tree_util.tree_map_with_path(decays, params)
 
@@ -180,15 +181,18 @@ def by_layer(rule: Transformation, shapes: Params | None) -> Transformation:
     def layers_and_rest(tree: Params) -> tuple[Params, Params]:
         if shapes is not None:
             tree = jax.tree.map(lambda x, own: x[tuple(slice(n) for n in own.shape)], tree, shapes)
-        return {STACKED: tree[STACKED]}, {name: leaf for name, leaf in tree.items() if name != STACKED}
+        layers = {name: leaf for name, leaf in tree.items() if name == STACKED}  # none where no block is trained
+        return layers, {name: leaf for name, leaf in tree.items() if name != STACKED}
 
     def init(params: Params) -> dict[str, Any]:
         layers, rest = layers_and_rest(params)
-        return {"layers": jax.vmap(rule.init)(layers), "rest": rule.init(rest)}
+        return {"layers": jax.vmap(rule.init)(layers) if layers else (), "rest": rule.init(rest)}
 
     def update(updates: Params, state: dict[str, Any], params: Params) -> tuple[Params, dict[str, Any]]:
         (layers, rest), (layer_params, rest_params) = layers_and_rest(updates), layers_and_rest(params)
-        layers, layers_state = jax.vmap(rule.update)(layers, state["layers"], layer_params)
+        layers_state = state["layers"]
+        if layers:
+            layers, layers_state = jax.vmap(rule.update)(layers, layers_state, layer_params)
         rest, rest_state = rule.update(rest, state["rest"], rest_params)
 
         def pad(u: jax.Array, p: jax.Array) -> jax.Array:

@@ -31,6 +31,7 @@ from jaxlm.train.loss import Sums, learned, loss_sums
 from jaxlm.train.numbers import Numbers, with_inputs
 from jaxlm.train.optim import build_optimizer
 from jaxlm.train.precision import LossScale, compute_dtype, first_loss_scale, next_loss_scale
+from jaxlm.train.trainable import divided, joined, narrow
 
 Metrics = dict[str, jax.Array]
 TrainStep = Callable[["TrainState", Batch, Numbers], tuple["TrainState", Metrics]]
@@ -45,15 +46,16 @@ class TrainState:
     step: jax.Array  # int32, optimizer updates done (skipped ones count)
     skipped: jax.Array  # int32, updates skipped because the loss or the gradient was not finite
     loss_scale: LossScale
-    params: Params  # as the layout holds them
-    opt_state: optax.OptState  # of the parameters as the layout shards them
+    params: Params  # as the layout holds them; float32, but for matrices that are not trained
+    opt_state: optax.OptState  # of the trained parameters as the layout shards them
 
 
 def first_state(params: Params, config: Config, layout: Layout, numbers: Numbers) -> TrainState:
     """The state before the first update of a model with these parameters, as the layout holds them."""
     training = with_inputs(config.training, numbers)
-    optimizer = build_optimizer(training, layout.shapes)
-    shards = layout.to_shards(params)
+    optimizer = build_optimizer(training, layout.trained_shapes)
+    trained, frozen = divided(params, config.training)
+    shards = layout.to_shards(trained)
     opt_state = optimizer.init(shards)
     if training.ema_decay is not None:
         opt_state = Averaged(opt_state, jax.tree.map(jnp.copy, shards))
@@ -62,7 +64,7 @@ def first_state(params: Params, config: Config, layout: Layout, numbers: Numbers
         step=zero(),
         skipped=zero(),
         loss_scale=first_loss_scale(training, numbers["initial_loss_scale"]),
-        params=params,
+        params=joined(trained, narrow(frozen, compute_dtype(config.training))),
         opt_state=opt_state,
     )
 
@@ -77,7 +79,7 @@ def make_loss(graphdef: nnx.GraphDef, config: Config, layout: Layout) -> Callabl
     model, training = config.model, config.training
     dtype, chunk_bytes = compute_dtype(training), logits_chunk_bytes(training, layout.platform)
     kept_as = logits_dtype(training, layout.platform)
-    uses_dropout = model.dropout > 0 or model.attention_dropout > 0
+    uses_dropout = model.dropout > 0 or model.attention_dropout > 0 or training.lora_dropout > 0
 
     def loss(held: Params, batch: Batch, key: jax.Array | None = None, factor: ArrayLike = 1.0) -> Sums:
         params, fetch = layout.gather(held, dtype)
@@ -104,9 +106,9 @@ def step_key(state: TrainState, numbers: Numbers) -> jax.Array:
 def make_gradients(graphdef: nnx.GraphDef, config: Config, layout: Layout) -> Callable[..., tuple[jax.Array, Params]]:
     """(params, batch, key, factor) -> the cross entropy times `factor`, and the gradients of what is minimised.
 
-    Both are sums over all rows and micro-batches. Each device computes the gradients of its own rows, micro-batch by
-    micro-batch, summed in accumulator_dtype; then one sum over the devices. A gradient that is not finite leaves a sum
-    that is not finite. `key` has the seed and the step in it.
+    Gradients are of the parameters that are trained. Both are sums over all rows and micro-batches: of those of each
+    device's own rows, micro-batch by micro-batch, in accumulator_dtype; then one sum over the devices. A gradient that
+    is not finite leaves a sum that is not finite. `key` has the seed and the step in it.
     """
     training, loss_of = config.training, make_loss(graphdef, config, layout)
 
@@ -114,8 +116,8 @@ def make_gradients(graphdef: nnx.GraphDef, config: Config, layout: Layout) -> Ca
         @jax.jit  # traced once, though its shapes are asked for, too
         def of_micro_batch(micro_batch: Batch) -> tuple[jax.Array, Params]:
             held, micro_batch = jax.lax.optimization_barrier((params, micro_batch))  # no gathering ahead of the loop
-            differentiated = jax.value_and_grad(loss_of, has_aux=True)
-            (_, loss), gradients = differentiated(held, micro_batch, key, factor)
+            of_both = lambda trained, frozen: loss_of(joined(trained, frozen), micro_batch, key, factor)  # noqa: E731
+            (_, loss), gradients = jax.value_and_grad(of_both, has_aux=True)(*divided(held, training))
             return loss, layout.reduce_micro_batch(gradients)
 
         loss, gradients = accumulate(of_micro_batch, batch, training.accumulator_dtype)
@@ -138,7 +140,8 @@ def make_train_step(graphdef: nnx.GraphDef, config: Config, layout: Layout) -> T
 
     def train_step(state: TrainState, batch: Batch, numbers: Numbers) -> tuple[TrainState, Metrics]:
         training = with_inputs(config.training, numbers)
-        optimizer = build_optimizer(training, layout.shapes)
+        optimizer = build_optimizer(training, layout.trained_shapes)
+        trained, frozen = divided(state.params, config.training)
         scale = state.loss_scale.scale
         n_targets = learned(batch).sum().astype(jnp.float32)
         loss, gradients = gradients_of(state.params, batch, step_key(state, numbers), scale / n_targets)
@@ -149,7 +152,7 @@ def make_train_step(graphdef: nnx.GraphDef, config: Config, layout: Layout) -> T
         if "loss_mask" in batch:  # where nothing is learned there is no loss, and nothing to apply
             applied, loss = finite & (n_targets > 0), jnp.where(n_targets > 0, loss, jnp.nan)
 
-        shards = layout.to_shards(state.params)
+        shards = layout.to_shards(trained)
         old_state = layout.on_device(state.opt_state)
         rule_state = old_state.rule if isinstance(old_state, Averaged) else old_state
         updates, new_state = optimizer.update(gradients, rule_state, shards)
@@ -162,7 +165,7 @@ def make_train_step(graphdef: nnx.GraphDef, config: Config, layout: Layout) -> T
             step=state.step + 1,
             skipped=state.skipped + jnp.where(applied, 0, 1),
             loss_scale=next_loss_scale(state.loss_scale, finite, training),
-            params=layout.to_held(moved),
+            params=joined(layout.to_held(moved), frozen),
             opt_state=new_state,
         )
         metrics = {
