@@ -249,7 +249,7 @@ class Trainer:
             "train/learning_rate": self.schedule(self.current_step - 1),
             "train/grad_norm": values["grad_norm"],
             "train/tokens_per_second": rate,
-            "train/mfu": model_flops_utilization(rate, self.config, self.assembly.parameters, self.resolved.devices),
+            "train/mfu": model_flops_utilization(rate, self._start.flops_per_token, self.resolved.devices),
             "train/epoch": self.resolved.position(self.current_step) / len(self.text.rows),
             "train/skipped_steps": values["skipped"],
             "train/loss_scale": values["loss_scale"],

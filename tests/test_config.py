@@ -212,8 +212,15 @@ def test_bounds_are_enforced(dotted: str) -> None:
 @pytest.mark.parametrize("dotted", [d for d, (field, annotation) in FIELDS.items() if inside(field, annotation)])
 def test_values_at_the_bounds_are_valid(dotted: str) -> None:
     for value in inside(*FIELDS[dotted]):
-        held_out = {"data.validation_split": None} if dotted == "data.validation_fraction" else {}  # else of no use
-        validate(replace_fields(set_to(dotted, value), held_out))
+        validate(replace_fields(set_to(dotted, value), {} if value is None else of_use(dotted)))
+
+
+def of_use(dotted: str) -> dict[str, Any]:
+    """What has to be set beside a field, or it would be of no use."""
+    if dotted.startswith("training.lora_"):
+        adapted = {"training.init_from": "there", "training.lora_rank": 4}
+        return {name: value for name, value in adapted.items() if name != dotted}
+    return {"data.validation_split": None} if dotted == "data.validation_fraction" else {}
 
 
 @pytest.mark.parametrize(

@@ -272,6 +272,7 @@ def test_model_flops_utilization() -> None:
     )
     with_table = replace_fields(config, {"model.value_embedding": True, "model.vocab_size": 1000})
     assert model_flops_per_token(with_table, parameters + 768_000) == flops, "what is only looked up takes none"
+    assert model_flops_per_token(config, parameters, frozen=100_000_000) == flops - 2 * 100e6
     for name, peak in {
         "NVIDIA H100 80GB HBM3": 989e12,
         "NVIDIA H100 PCIe": 756e12,
@@ -281,10 +282,10 @@ def test_model_flops_utilization() -> None:
         "NVIDIA L40S": 362e12,
         "Tesla T4": 65e12,
     }.items():
-        assert model_flops_utilization(peak / flops, config, parameters, [Device(name)]) == pytest.approx(1)
-        assert model_flops_utilization(peak / flops, config, parameters, [Device(name)] * 4) == pytest.approx(0.25)
+        assert model_flops_utilization(peak / flops, flops, [Device(name)]) == pytest.approx(1)
+        assert model_flops_utilization(peak / flops, flops, [Device(name)] * 4) == pytest.approx(0.25)
     for unknown in ("cpu", "NVIDIA L40", "NVIDIA RTX A4000", "NVIDIA A10G"):
-        assert math.isnan(model_flops_utilization(1.0, config, parameters, [Device(unknown)])), unknown
+        assert math.isnan(model_flops_utilization(1.0, flops, [Device(unknown)])), unknown
 
 
 # ---- A user's own metrics, through a whole run

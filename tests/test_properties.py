@@ -38,7 +38,7 @@ def examples(count: int) -> settings:
 def make_rows(tokens: list[int], max_length: int, min_length: int, strategy: str, pack: bool) -> Rows:
     """The rows of documents of so many tokens; every token's id is its place in the text, from 1."""
     offsets = np.append(0, np.cumsum(tokens)).astype(np.int64)
-    documents: Any = SimpleNamespace(tokens=np.arange(1, offsets[-1] + 1), offsets=offsets)
+    documents: Any = SimpleNamespace(tokens=np.arange(1, offsets[-1] + 1), offsets=offsets, learned=None)
     return Rows(documents, plan(offsets, max_length, min_length, strategy, pack))
 
 

@@ -17,8 +17,7 @@ from jaxlm.data.atomic import atomic_path
 from jaxlm.data.special_tokens import read_object
 from jaxlm.errors import UserError, one_line
 from jaxlm.interop.families import Family, tensor_names
-from jaxlm.interop.pretrained import HuggingFaceFolder
-from jaxlm.model.adapters import ADAPTER
+from jaxlm.interop.folders import ADAPTER, HuggingFaceFolder
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."

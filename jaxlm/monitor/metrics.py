@@ -29,18 +29,18 @@ def flops_per_token(parameters: int, n_layers: int, max_length: int, d_model: in
     return 6 * parameters + 12 * n_layers * max_length * d_model
 
 
-def model_flops_per_token(config: Config, parameters: int) -> float:
-    """`flops_per_token` of a run; `parameters` are all of them, of which a value embedding is only looked up."""
+def model_flops_per_token(config: Config, parameters: int, frozen: int = 0) -> float:
+    """`flops_per_token` of a run; of all `parameters`, a value embedding is only looked up, and frozen ones have no
+    gradients, which are 2 of the 6 N.
+    """
     model = config.model
     looked_up = model.vocab_size * model.kv_heads * (model.d_model // model.n_heads) if model.value_embedding else 0
-    return flops_per_token(parameters - looked_up, model.n_layers, config.data.max_length, model.d_model)
+    all_trained = flops_per_token(parameters - looked_up, model.n_layers, config.data.max_length, model.d_model)
+    return all_trained - 2 * frozen
 
 
-def model_flops_utilization(
-    tokens_per_second: float, config: Config, parameters: int, devices: Sequence["jax.Device"]
-) -> float:
-    """tokens/s * FLOPs a token / (devices * peak), NaN where the device's peak is not known."""
-    flops = model_flops_per_token(config, parameters)
+def model_flops_utilization(tokens_per_second: float, flops: float, devices: Sequence["jax.Device"]) -> float:
+    """tokens/s * `flops` a token / (devices * peak), NaN where the device's peak is not known."""
     return tokens_per_second * flops / (len(devices) * peak_flops(devices[0].device_kind))
 
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,11 @@ class StartReport:
         first = self.resolved.devices[0]
         return f"{len(self.resolved.devices)} x {first.device_kind} ({first.platform})"
 
+    @cached_property
+    def flops_per_token(self) -> float:
+        """Of the training."""
+        return model_flops_per_token(self.resolved.config, self.assembly.parameters, self.assembly.frozen)
+
     @property
     def _compiler(self) -> str | None:
         on_gpu = self.assembly.layout.platform == "gpu"
@@ -61,6 +67,10 @@ class StartReport:
         config, layout, steps = self.resolved.config, self.assembly.layout, self.total_steps
         model, training, global_batch = config.model, config.training, self.resolved.global_batch
         yield f"model: {self.assembly.parameters:,} parameters, vocabulary {model.vocab_size:,}"
+        if self.assembly.frozen:
+            adapters = f"adapters of rank {training.lora_rank} on {', '.join(training.lora_targets)}"
+            what = f"all but {', '.join(training.freeze)}" if training.lora_rank is None else adapters
+            yield f"trained: {self.assembly.parameters - self.assembly.frozen:,} of them, {what}"
         activations = f"recomputed ({model.remat_policy})" if model.gradient_checkpointing else "kept"
         yield f"layers: {'scanned' if model.scan_layers else 'unrolled'}, activations {activations}"
         processes = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
@@ -108,7 +118,7 @@ class StartReport:
             "step": int(self.state.step),
             "total_steps": self.total_steps,
             "parameters": self.assembly.parameters,
-            "flops_per_token": model_flops_per_token(self.resolved.config, self.assembly.parameters),
+            "flops_per_token": self.flops_per_token,
             "devices": self._devices,
             "processes": jax.process_count(),
             "layout": self.assembly.layout.describe(),

@@ -41,7 +41,7 @@ def _part(made_of: str) -> Any:
 class Memory:
     """Bytes a device."""
 
-    parameters: int = _part("float32, as the ZeRO stage holds them")
+    parameters: int = _part("float32 (frozen matrices in 16 bits), as the ZeRO stage holds them")
     optimizer: int = _part("the optimizer's moments")
     batch: int = _part("tokens, targets, segments, positions of the updates in flight")
     temporaries: int = _part("activations, gradients, 16-bit and gathered weights, the loss")
@@ -192,6 +192,6 @@ def _approximate_temporaries(resolved: Resolved) -> int:
     return tokens * kept + 4 * (live + held) + weights + logits // tensor
 
 
-def parameters(resolved: Resolved) -> int:
-    """How many numbers the model has."""
-    return _abstract(resolved).parameters
+def parameters(resolved: Resolved) -> tuple[int, int]:
+    """How many numbers the model has, and how many of them are frozen."""
+    return _abstract(resolved).parameters, _abstract(resolved).frozen

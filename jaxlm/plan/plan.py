@@ -74,7 +74,7 @@ def plan_of(resolved: Resolved, compiled: CompiledUpdate, cluster: Cluster) -> t
     overhead = CUDA_BYTES + (NCCL_BYTES if cluster.devices > 1 else 0)
     tokens = resolved.global_batch * config.data.max_length
     rate = tokens / found.seconds
-    needed = model_flops_per_token(config, memory.parameters(resolved))
+    needed = model_flops_per_token(config, *memory.parameters(resolved))
     made = Plan(
         gpu=cluster.gpu,
         devices=cluster.devices,

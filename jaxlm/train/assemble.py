@@ -148,6 +148,11 @@ class Assembly:
         """How many numbers the model has."""
         return sum(math.prod(x.shape) for x in jax.tree.leaves(self.layout.shapes))
 
+    @property
+    def frozen(self) -> int:
+        """How many of them are not trained."""
+        return self.parameters - sum(math.prod(x.shape) for x in jax.tree.leaves(self.layout.trained_shapes))
+
     def _shardings(self) -> TrainState:
         return jax.tree.map(lambda x: x.sharding, self.abstract_state)
 

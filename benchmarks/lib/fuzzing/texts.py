@@ -119,7 +119,7 @@ def text(rng: random.Random, folder: Path) -> None:
     source = open_source(data)
     if source.split is not None:
         encode = prepared.tokenizer.encode_documents
-        source.split.pass_over_short(data.min_length, lambda found: (len(encode([text])[0]) for text, _ in found))
+        source.split.pass_over_short(data.min_length, lambda found: (len(encode([text])[0]) for text, *_ in found))
     documents = list(source.parts["train"]())
     check_nothing_is_lost(data, documents, source.left_out)
     check_tokens(prepared, documents)
