@@ -8,6 +8,7 @@ import math
 import textwrap
 import typing
 from pathlib import Path
+from typing import Any
 
 import pytest
 
