@@ -8,9 +8,11 @@ which nothing runs. A command that nothing here knows fails.
 import ast
 import contextlib
 import dataclasses
+import io
 import itertools
 import json
 import re
+import runpy
 import shlex
 import shutil
 import sys
@@ -32,6 +34,7 @@ from jaxlm.errors import UserError
 from jaxlm.trainer import Trainer
 
 ROOT = Path(__file__).parents[1]
+SUMS = ROOT / "examples" / "sums.py"
 PAGES = [
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",
@@ -260,7 +263,7 @@ class Reader:
                 cut["training.profile_steps"] = "2:2"  # of as few updates as there are
         elif name == "evaluate":
             cut = {"data.cache_dir": str(self.corpus / "cache")}
-        elif name == "generate":
+        elif name in ("generate", "chat"):
             cut = {"max_new_tokens": 2}
         return [f"--{dotted}={shown(value)}" for dotted, value in cut.items()]
 
@@ -275,6 +278,7 @@ class Reader:
         """(exit code, what it printed) of one of our commands, in this process."""
         self.monkeypatch.setattr(sys, "argv", [f"{name}.py", *given])
         self.monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # which `main` replaces
+        self.monkeypatch.setattr(sys, "stdin", io.StringIO("What is 1 + 2?\n"))  # what is said to a model
         self.capsys.readouterr()
         with pytest.raises(SystemExit) as end:
             main(name)
@@ -305,6 +309,8 @@ def reader(tmp_path: Path, corpus: Path, trained: Path, capsys: Any, monkeypatch
     (tmp_path / "my_texts").mkdir()
     for name in ("a.txt", "b.txt"):
         shutil.copy(corpus / "book.txt", tmp_path / "my_texts" / name)
+    made = [json.dumps({"messages": turns}) for turns in runpy.run_path(str(SUMS))["conversations"](60, 9)]
+    (tmp_path / "sums.jsonl").write_text("\n".join(made))
     monkeypatch.chdir(tmp_path)
     return Reader(tmp_path, corpus, trained, capsys, monkeypatch)
 

@@ -4,6 +4,7 @@
 """
 
 import json
+import re
 import runpy
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,13 @@ def left_by_sweep(folder: Path) -> None:
     assert all(f">{run.name}<" in report for run in runs)
 
 
+def left_by_sums(folder: Path) -> None:
+    first, *_ = talks = [json.loads(line)["messages"] for line in (folder / "sums.jsonl").read_text().splitlines()]
+    assert len(talks) == 4000
+    a, b, total = map(int, re.findall(r"\d+", first[0]["content"] + first[1]["content"]))
+    assert a + b == total
+
+
 def left_by_fine_tune(folder: Path) -> None:
     first, exported, second = (folder / "runs/fine_tune" / name for name in ("first", "exported", "second"))
     assert json.loads((exported / "config.json").read_text())["model_type"] == "gpt2"
@@ -66,6 +74,7 @@ def test_example(example: Path, tmp_path: Path, corpus: Path, monkeypatch: pytes
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("jaxlm.trainer.Trainer", Shrunk)
     monkeypatch.setattr(Shrunk, "changes", TINY | data_of(corpus), raising=False)
+    monkeypatch.setattr("sys.argv", [example.name])
     runpy.run_path(str(example), run_name="__main__")
     LEFT[example.stem](tmp_path)
 

@@ -20,6 +20,7 @@ from jaxlm.config import DataConfig
 from jaxlm.data.chat import PLAIN
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.data.tokens import TokenDocuments, prepare
+from jaxlm.errors import UserError
 from jaxlm.generation.api import encode_prompts
 from jaxlm.run.evaluate import evaluate_model
 
@@ -171,3 +172,49 @@ def test_answers_that_no_template_marks(folder: Path) -> None:
     for turns, own in zip(TALKS, labels, strict=True):
         learned = tokenizer.decode([label for label in own if label != -100])
         assert learned == "".join(f" {turn['content'].strip()}<eos>" for turn in turns[1::2])
+
+
+# ---- What TRL 1.16 and transformers 5.24 do otherwise: the table of docs/finetuning.md -------------------------------
+
+
+@pytest.mark.parametrize("folder", ["plain"], indirect=True)
+def test_theirs_learn_all_of_messages_and_an_empty_completion(folder: Path) -> None:
+    ids, labels = of_trl(folder, [{"messages": TALKS[0]}])
+    assert labels == ids
+    rows = [{"prompt": "What is 2", "completion": ""}, {"prompt": "What is", "completion": " 2"}]
+    ids, labels = of_trl(folder, rows)
+    assert [[label for label in each if label != -100] for each in labels] == [[2], [ids[1][-2], 2]]
+    own_ids, own_labels = of_jaxlm(folder, rows)
+    assert own_ids == [[1, *ids[1]]], "theirs have no <bos>"
+    assert own_labels == [[-100, *labels[1]]]
+
+
+@pytest.mark.parametrize("folder", ["chatml"], indirect=True)
+def test_theirs_go_on_where_a_prompt_is_not_where_the_whole_begins(folder: Path) -> None:
+    (folder / "chat_template.jinja").write_text(CHATML.replace("assistant\n{% endif", "assistant:\n{% endif"))
+    rows = [{"prompt": TALKS[0][:1], "completion": TALKS[0][1:]}]
+    _, labels = of_trl(folder, rows)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    assert tokenizer.decode([label for label in labels[0] if label != -100]) == "\nIt is 5.<|im_end|>\n"
+    with pytest.raises(UserError, match="line 1: .*the text of the prompt is not where the whole text begins"):
+        of_jaxlm(folder, rows)
+
+
+@pytest.mark.parametrize("folder", ["plain"], indirect=True)
+def test_theirs_leave_the_spaces_at_the_end_of_an_answer_out(folder: Path) -> None:
+    """With GPT-2's kind of tokenizer, whose places of tokens leave spaces out; after them a template must end."""
+    file = folder / "tokenizer.json"
+    trimming = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"post_processor": trimming}))
+    unended = PLAIN.replace("{{ eos_token }}{% endgeneration %}", "{% endgeneration %}")
+    (folder / "chat_template.jinja").write_text(unended)
+    row = {"messages": talk("a", "It is 5.  ")}
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    theirs = tokenizer.apply_chat_template(
+        row["messages"], tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+    )
+    _, labels = of_jaxlm(folder, [row])
+    text = tokenizer.decode([label for label in labels[0] if label != -100])
+    assert text == "It is 5.  "
+    learned = [token for token, kept in zip(theirs["input_ids"], theirs["assistant_masks"], strict=True) if kept]
+    assert tokenizer.decode(learned) == "It is 5. "
