@@ -371,6 +371,17 @@ def test_a_tokenizer_without_a_template_needs_one(tmp_path: Path, talks: str) ->
 # ---- Runs ------------------------------------------------------------------------------------------------------------
 
 
+def test_a_run_keeps_its_template(tmp_path: Path, corpus: Path, talks: str) -> None:
+    file = tmp_path / "own.jinja"
+    file.write_text(CHATML)
+    options = {"data.train_files": (talks,), "data.validation_files": (), "data.min_length": 0}
+    options |= {"data.chat_template": str(file), "model.vocab_size": 330}
+    Trainer(make_config(tmp_path, corpus, **options, **{"training.stop_at_step": 2})).train()
+    file.write_text(CHATML.replace("<|im_end|>", "<|eot|>"))
+    with pytest.raises(UserError, match="the text is not the one"):
+        Trainer(make_config(tmp_path, corpus, **options))
+
+
 def test_a_run_resumes_bit_exactly_and_answers(tmp_path: Path, corpus: Path, talks: str) -> None:
     options = {
         "data.train_files": (talks,),

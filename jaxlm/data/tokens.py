@@ -84,7 +84,7 @@ class Prepared:
     """The result of `prepare`; None where there is no such part.
 
     `source_fingerprint` is the source's, and "+" with a word for what else decides the rows: whether short documents
-    were passed over for the held-out ones, and whether a text held special tokens.
+    were passed over for the held-out ones, whether a text held special tokens, and which chat template was used.
     """
 
     tokenizer: Tokenizer
@@ -132,15 +132,15 @@ def prepare(
     report(f"text: {source.name}")
     fraction, least = (None, None) if source.split is None else (data.validation_fraction, data.min_length)
     settings = [data.text_column, data.on_bad_document, data.document_separator, fraction]
+    template = source.format.template
     if source.format.kind != "text":
-        template = source.format.template
         settings += [source.format.fingerprint, None if template is None else template.fingerprint]
     if tokenizer is None:
         folder = root / "tokenizers" / _key(source.fingerprint, settings, vocab_size)
         tokenizer = _trained_tokenizer(folder, source, vocab_size, report)
-    if source.format.template is not None:
-        tokenizer = with_template(tokenizer, source.format.template)
-        if doubt := why_it_will_not_stop(source.format.template, tokenizer):
+    if template is not None:
+        tokenizer = with_template(tokenizer, template)
+        if doubt := why_it_will_not_stop(template, tokenizer):
             report(f"warning: {doubt}")
     fit = [data.too_long, data.max_length] if source.format.kind != "text" or data.too_long != "cut" else []
     key = _key(source.fingerprint, settings + fit, least, [*source.parts], tokenizer.fingerprint)
@@ -151,7 +151,8 @@ def prepare(
     parts, notes = _open_parts(folder, source.parts, tokenizer.dtype)
     for line in (*notes["lines"], *_shares_learned(parts, data)):
         report(line)
-    fingerprint = "+".join([source.fingerprint, *notes["choices"]])
+    choices = notes["choices"] + ([] if template is None else [template.fingerprint[:16]])
+    fingerprint = "+".join([source.fingerprint, *choices])
     return Prepared(tokenizer, parts.get("train"), parts.get("validation"), source.name, fingerprint, source.question)
 
 
@@ -255,7 +256,7 @@ def _tokenize(folder: Path, source: Source, tokenizer: Tokenizer, data: DataConf
         np.save(folder / f"{name}.offsets.npy", np.array(offsets, np.int64))
         np.save(folder / f"{name}.bytes.npy", np.array(document_bytes, np.int64))
     lines = [line for part, counts in left_out.items() for line in counts.lines(part)]
-    lines += [] if source.format.kind != "text" else _about_markers(tokenizer, markers)
+    lines += [] if source.format.template is not None else _about_markers(tokenizer, markers)
     choices += ["special"] * any(marker in tokenizer.special_in_text for marker in markers)
     (folder / "notes.json").write_text(json.dumps({"lines": lines, "choices": choices}))
 
