@@ -36,7 +36,8 @@ from jaxlm.data.special_tokens import CONFIG, GENERATION, OWN
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.errors import UserError
 from jaxlm.interop import export, pretrained
-from jaxlm.interop.families import ARCHITECTURE, DROPOUTS, FAMILIES, ROPE_TYPES, family_for, from_config
+from jaxlm.interop.architectures import ARCHITECTURE, DROPOUTS, FAMILIES, ROPE_TYPES
+from jaxlm.interop.families import family_for, from_config
 from jaxlm.model import Transformer
 
 SMALL = {"vocab_size": 300, "d_model": 16, "n_heads": 4, "n_layers": 2, "d_ff": 24, "max_seq_len": 32}
@@ -51,8 +52,11 @@ SHAPES = {
     "llama, yarn": {**LLAMA, "rope_scaling": "yarn", "rope_scaling_factor": 4.0, "rope_original_length": 8},
     "llama, linear": {**LLAMA, "rope_scaling": "linear", "rope_scaling_factor": 2.5},
     "qwen3": {**LLAMA, "n_kv_heads": 1, "qk_norm": True},
+    "qwen3, wide heads": {**LLAMA, "n_kv_heads": 1, "qk_norm": True, "head_dim": 6},
+    "qwen2": {**LLAMA, "n_kv_heads": 2, "qkv_bias": True},
 }
-CLASSES = {"gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+CLASSES = {"gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM"}
+CLASSES |= {"qwen3": "Qwen3ForCausalLM", "qwen2": "Qwen2ForCausalLM"}
 
 
 @pytest.fixture(scope="module")
@@ -217,7 +221,14 @@ QWEN3_CONFIG = {**LLAMA_CONFIG, "architectures": ["Qwen3ForCausalLM"], "num_key_
         ),
         ({**MISTRAL_CONFIG, "sliding_window": None}, {"n_kv_heads": 2, "use_bias": False}),
         ({**MISTRAL_CONFIG, "sliding_window": 32}, {"qk_norm": False}),
-        ({**QWEN3_CONFIG, "sliding_window": 4, "use_sliding_window": False}, {"qk_norm": True}),
+        ({**QWEN3_CONFIG, "sliding_window": 4, "use_sliding_window": False}, {"qk_norm": True, "head_dim": None}),
+        ({**QWEN3_CONFIG, "head_dim": 6}, {"head_dim": 6}),
+        ({key: x for key, x in QWEN3_CONFIG.items() if key != "head_dim"}, {"head_dim": 128}),
+        ({**LLAMA_CONFIG, "head_dim": 8}, {"head_dim": 8}),
+        (
+            {**LLAMA_CONFIG, "architectures": ["Qwen2ForCausalLM"], "num_key_value_heads": 2},
+            {"qkv_bias": True, "use_bias": False, "n_kv_heads": 2},
+        ),
     ],
 )
 def test_configurations_as_transformers_writes_them(config: dict[str, Any], fields: dict[str, Any]) -> None:
@@ -234,7 +245,7 @@ def test_configurations_as_transformers_writes_them(config: dict[str, Any], fiel
     [
         ([], "X: config.json holds no object"),
         ({"architectures": ["BertModel"]}, "X: is a BertModel; jaxlm reads GPT2LMHeadModel, Llama"),
-        ({"architectures": ["Qwen2ForCausalLM"]}, "X: is a Qwen2ForCausalLM; jaxlm reads"),
+        ({"architectures": ["OlmoForCausalLM"]}, "X: is a OlmoForCausalLM; jaxlm reads"),
         ({"model_type": "t5"}, "X: is a model of type 't5'; jaxlm reads"),
         ({**GPT2_CONFIG, "n_embd": ...}, "X: config.json of a GPT2LMHeadModel lacks n_embd"),
         ({**GPT2_CONFIG, "n_embd": "16"}, r"X: model\.d_model \('16'\) must be int"),
@@ -246,7 +257,6 @@ def test_configurations_as_transformers_writes_them(config: dict[str, Any], fiel
         ),
         ({**GPT2_CONFIG, "quantization_config": {"bits": 4}}, "with quantized weights"),
         ({**LLAMA_CONFIG, "attention_bias": True}, "with attention_bias true and mlp_bias false"),
-        ({**LLAMA_CONFIG, "head_dim": 8}, "with head_dim 8"),
         ({**LLAMA_CONFIG, "hidden_act": "relu"}, 'with hidden_act "relu"'),
         ({**LLAMA_CONFIG, "rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "with rope_type dynamic"),
         ({**LLAMA_CONFIG, "rope_scaling": {"rope_type": ["x"]}}, r"with rope_type \['x'\]"),
@@ -259,7 +269,6 @@ def test_configurations_as_transformers_writes_them(config: dict[str, Any], fiel
         ({**LLAMA_CONFIG, "rope_scaling": {"type": "linear", "factor": "2"}}, r"X: model\.rope_scaling_factor \('2'\)"),
         (MISTRAL_CONFIG | {"max_position_embeddings": 8192}, "with sliding_window 4096"),
         ({**MISTRAL_CONFIG, "sliding_window": "x"}, 'with sliding_window "x"'),
-        ({**QWEN3_CONFIG, "head_dim": ...}, "with head_dim 128"),
         ({**QWEN3_CONFIG, "attention_bias": True}, "with attention_bias true"),
         (
             {**QWEN3_CONFIG, "use_sliding_window": True, "sliding_window": 8},

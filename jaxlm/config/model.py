@@ -13,7 +13,8 @@ class ModelConfig(Section):
         50000, "BPE vocabulary to train; the model's is the size the tokenizer reached", low=1, high=2**24
     )
     d_model: int = option(768, "width of the residual stream", low=1)
-    n_heads: int = option(12, "attention heads; must divide d_model", low=1)
+    n_heads: int = option(12, "attention heads; must divide d_model, unless head_dim is set", low=1)
+    head_dim: int | None = option(None, "channels of an attention head; none: d_model / n_heads", low=1)
     n_kv_heads: int | None = option(
         None, "heads of keys and values, each shared by n_heads / n_kv_heads query heads; none: n_heads", low=1
     )
@@ -32,6 +33,9 @@ class ModelConfig(Section):
     norm_scale: bool = option(True, "factors to learn in norms, one a channel")
     norm_epsilon: float = option(1e-5, "term that keeps a norm's denominator off zero", above=0)
     use_bias: bool = option(True, "biases in linear layers and in layernorm (rmsnorm never has one)")
+    qkv_bias: bool | None = option(
+        None, "biases of queries, keys and values, if other than use_bias (as in Qwen2); none: as use_bias"
+    )
     pre_norm: bool = option(True, "normalise before each sub-layer (false: after, as in the 2017 Transformer)")
     gradient_checkpointing: bool = option(
         False, "recompute activations in the backward pass to save memory", resumable=True
@@ -83,6 +87,11 @@ class ModelConfig(Section):
         "attention_dropout, pallas for all; auto takes the first that can of cudnn, pallas, blockwise",
         choices=("auto", "blockwise", "cudnn", "pallas"),
     )
+
+    @property
+    def head_size(self) -> int:
+        """Channels of an attention head."""
+        return self.d_model // self.n_heads if self.head_dim is None else self.head_dim
 
     @property
     def kv_heads(self) -> int:

@@ -48,13 +48,14 @@ def check_field(dotted: str, field: Any, value: Any) -> None:
 
 def _model_conflicts(model: ModelConfig) -> Iterator[str]:
     """What does not fit together in the model."""
-    if model.d_model % model.n_heads:
+    if model.head_dim is None and model.d_model % model.n_heads:
         yield f"model.n_heads ({model.n_heads}) must divide model.d_model ({model.d_model})"
     if model.n_heads % model.kv_heads:
         yield f"model.n_kv_heads ({model.n_kv_heads}) must divide model.n_heads ({model.n_heads})"
-    head_size = model.d_model // model.n_heads
-    if model.positions != "learned" and head_size % 2:
-        yield f"model.positions ({model.positions}) needs an even head size, d_model / n_heads, not {head_size}"
+    if model.positions == "rotary" and model.head_size % 2:
+        yield f"model.positions ({model.positions}) needs an even head size, d_model / n_heads, not {model.head_size}"
+    if model.positions == "sinusoidal" and model.d_model % 2:
+        yield f"model.positions ({model.positions}) needs an even model.d_model, not {model.d_model}"
     if model.rope_scaling is None:
         return
     named = f"model.rope_scaling ({model.rope_scaling})"

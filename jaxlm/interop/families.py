@@ -1,4 +1,4 @@
-"""Classes of Hugging Face's `transformers` that compute what a model of jaxlm does: one table each, read both ways.
+"""The tables of `architectures`, read both ways.
 
 `to_config` and `from_config` translate config.json, `to_tensors` and `from_tensors` the parameters, which are named by
 their paths, such as "blocks/mlp/up/kernel"; those of blocks have a leading layer axis. Needs no JAX or transformers.
@@ -15,160 +15,7 @@ import numpy as np
 
 from jaxlm.config import Config, ModelConfig, check_fields, shown
 from jaxlm.errors import UserError
-
-DROPOUTS = ("dropout", "attention_dropout")  # kept from the model that a run starts from, unless they are set
-# Options of a run, whatever the model that it starts from; the others are the architecture.
-_CHOSEN = (*DROPOUTS, "gradient_checkpointing", "remat_policy", "scan_layers", "attention", "zero_init_outputs")
-ARCHITECTURE = tuple(f.name for f in dataclasses.fields(ModelConfig) if f.name not in _CHOSEN)
-
-# Activations by their name in jaxlm; the first of several names in transformers is the one that is written.
-PLAIN = {"gelu": "gelu_new gelu_pytorch_tanh gelu_fast", "gelu_exact": "gelu", "swish": "silu swish"}
-PLAIN |= {name: name for name in ("relu", "relu2")}
-GATED = {"swiglu": "silu swish", "geglu": "gelu_pytorch_tanh gelu_new gelu_fast"}
-
-# For each rope_type: key of `rope_parameters` -> field of ModelConfig.
-_LINEAR = {"factor": "rope_scaling_factor"}
-_YARN = {**_LINEAR, "original_max_position_embeddings": "rope_original_length"}
-_LLAMA3 = {**_YARN, "low_freq_factor": "rope_low_freq_factor", "high_freq_factor": "rope_high_freq_factor"}
-ROPE_TYPES: dict[str, dict[str, str]] = {"default": {}, "linear": _LINEAR, "llama3": _LLAMA3, "yarn": _YARN}
-ROPE_FIXED = {"beta_fast": 32, "beta_slow": 1, "truncate": True, "partial_rotary_factor": 1}  # the only values known
-
-MOST_IMPLY = {"pre_norm": True, "norm_scale": True, "qk_norm": False, "value_embedding": False, "logit_softcap": None}
-
-
-@dataclasses.dataclass(frozen=True)
-class Family:
-    """A class of transformers. Several names in one string, separated by spaces, correspond to one of jaxlm's."""
-
-    architecture: str
-    model_type: str
-    keys: Mapping[str, str]  # field of ModelConfig -> key of config.json, or several keys that must agree
-    implied: Mapping[str, Any]  # field of ModelConfig -> the value that all models of the class have
-    activations: Mapping[str, str]  # PLAIN or GATED
-    dropouts: Mapping[str, str]  # key of config.json -> field of ModelConfig; one without a key is 0
-    required: Mapping[str, Any]  # key of config.json -> the only value that jaxlm can express
-    defaults: Mapping[str, Any]  # key of config.json -> what transformers takes where it is missing
-    modules: Mapping[str, str]  # jaxlm's module -> that of transformers; {} or {0} is the layer
-    prefix: str  # of all modules in transformers except lm_head
-    transposed: bool  # transformers holds matrices as [out, in], jaxlm as [in, out]
-
-    @property
-    def rotary(self) -> bool:
-        return self.implied["positions"] == "rotary"
-
-
-GPT2 = Family(
-    architecture="GPT2LMHeadModel",
-    model_type="gpt2",
-    keys={
-        "vocab_size": "vocab_size",
-        "d_model": "n_embd",
-        "n_heads": "n_head",
-        "n_layers": "n_layer",
-        "d_ff": "n_inner",
-        "max_seq_len": "n_positions",
-        "norm_epsilon": "layer_norm_epsilon",
-        "activation": "activation_function",
-        "tie_embeddings": "tie_word_embeddings",
-    },
-    implied={**MOST_IMPLY, "n_kv_heads": None, "norm": "layernorm", "use_bias": True, "positions": "learned"},
-    activations=PLAIN,
-    dropouts={"embd_pdrop": "dropout", "resid_pdrop": "dropout", "attn_pdrop": "attention_dropout"},
-    required={"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False},
-    defaults={
-        "n_inner": None,  # four times the width
-        **dict.fromkeys(("embd_pdrop", "resid_pdrop", "attn_pdrop"), 0.1),
-        "activation_function": "gelu_new",
-        "layer_norm_epsilon": 1e-5,
-        "tie_word_embeddings": True,
-    },
-    modules={
-        "token_embedding": "wte",
-        "position_embedding": "wpe",
-        "blocks/norm1": "h.{}.ln_1",
-        "blocks/attention/qkv": "h.{}.attn.c_attn",
-        "blocks/attention/out": "h.{}.attn.c_proj",
-        "blocks/norm2": "h.{}.ln_2",
-        "blocks/mlp/up": "h.{}.mlp.c_fc",
-        "blocks/mlp/down": "h.{}.mlp.c_proj",
-        "final_norm": "ln_f",
-        "output_embedding": "lm_head",
-    },
-    prefix="transformer.",
-    transposed=False,
-)
-
-LLAMA = Family(
-    architecture="LlamaForCausalLM",
-    model_type="llama",
-    keys={
-        "vocab_size": "vocab_size",
-        "d_model": "hidden_size",
-        "n_heads": "num_attention_heads",
-        "n_kv_heads": "num_key_value_heads",
-        "n_layers": "num_hidden_layers",
-        "d_ff": "intermediate_size",
-        "max_seq_len": "max_position_embeddings",
-        "norm_epsilon": "rms_norm_eps",
-        "activation": "hidden_act",
-        "use_bias": "attention_bias mlp_bias",
-        "tie_embeddings": "tie_word_embeddings",
-    },
-    implied={**MOST_IMPLY, "norm": "rmsnorm", "positions": "rotary"},
-    activations=GATED,
-    dropouts={"attention_dropout": "attention_dropout"},
-    required={},
-    defaults={
-        "num_key_value_heads": None,
-        "attention_dropout": 0.0,
-        "hidden_act": "silu",
-        "rms_norm_eps": 1e-6,
-        "attention_bias": False,
-        "mlp_bias": False,
-        "tie_word_embeddings": False,
-    },
-    modules={
-        "token_embedding": "embed_tokens",
-        "blocks/norm1": "layers.{}.input_layernorm",
-        "blocks/attention/qkv": "layers.{0}.self_attn.q_proj layers.{0}.self_attn.k_proj layers.{0}.self_attn.v_proj",
-        "blocks/attention/q": "layers.{}.self_attn.q_proj",
-        "blocks/attention/kv": "layers.{0}.self_attn.k_proj layers.{0}.self_attn.v_proj",
-        "blocks/attention/out": "layers.{}.self_attn.o_proj",
-        "blocks/norm2": "layers.{}.post_attention_layernorm",
-        "blocks/mlp/up": "layers.{0}.mlp.gate_proj layers.{0}.mlp.up_proj",
-        "blocks/mlp/down": "layers.{}.mlp.down_proj",
-        "final_norm": "norm",
-        "output_embedding": "lm_head",
-    },
-    prefix="model.",
-    transposed=True,
-)
-
-MISTRAL = dataclasses.replace(
-    LLAMA,
-    architecture="MistralForCausalLM",
-    model_type="mistral",
-    keys={field: key for field, key in LLAMA.keys.items() if field != "use_bias"},
-    implied={**LLAMA.implied, "use_bias": False},
-    defaults={**LLAMA.defaults, "num_key_value_heads": 8, "sliding_window": 4096},
-)
-
-QWEN3 = dataclasses.replace(
-    MISTRAL,
-    architecture="Qwen3ForCausalLM",
-    model_type="qwen3",
-    implied={**MISTRAL.implied, "qk_norm": True},
-    required={"attention_bias": False, "use_sliding_window": False},
-    defaults={**LLAMA.defaults, "num_key_value_heads": 32, "head_dim": 128},
-    modules={
-        **LLAMA.modules,
-        "blocks/attention/q_norm": "layers.{}.self_attn.q_norm",
-        "blocks/attention/k_norm": "layers.{}.self_attn.k_norm",
-    },
-)
-
-# In this order: a model is exported as the first that fits.
-FAMILIES = {family.architecture: family for family in (GPT2, LLAMA, MISTRAL, QWEN3)}
+from jaxlm.interop.architectures import DROPOUTS, FAMILIES, ROPE_FIXED, ROPE_TYPES, Family
 
 
 def family_for(model: ModelConfig, where: str) -> Family:
@@ -178,7 +25,7 @@ def family_for(model: ModelConfig, where: str) -> Family:
       UserError: there is none; `where` begins the message, which names the options that stand in the way.
     """
     values = dataclasses.asdict(model)
-    values["n_kv_heads"] = None if model.kv_heads == model.n_heads else model.n_kv_heads
+    values |= vars(_plainest(model))
     unlike = {}  # architecture -> the options whose values the class doesn't have
     for architecture, family in FAMILIES.items():
         expressible = {field: (value,) for field, value in family.implied.items()} | {"activation": family.activations}
@@ -212,7 +59,7 @@ def to_config(model: ModelConfig, family: Family) -> dict[str, Any]:
         "rope_parameters": {"rope_theta": model.rope_theta, **scaling},  # as transformers 5 has it
         "rope_theta": model.rope_theta,  # this and the next: as transformers 4 has it
         "rope_scaling": scaling if model.rope_scaling else None,
-        "head_dim": model.d_model // model.n_heads,
+        "head_dim": model.head_size,
     }
 
 
@@ -251,8 +98,18 @@ def from_config(config: Any, where: str) -> tuple[Family, ModelConfig]:
         refused.append(_named(family.keys["activation"], values))
     if refused:
         raise UserError(f"{where}: jaxlm has no {family.architecture} with {', '.join(refused)}")
-    n_kv_heads = None if model.n_kv_heads == model.n_heads else model.n_kv_heads
-    return family, dataclasses.replace(model, activation=activations[0], n_kv_heads=n_kv_heads)
+    return family, _plainest(dataclasses.replace(model, activation=activations[0]))
+
+
+def _plainest(model: ModelConfig) -> ModelConfig:
+    """The same model, with none where an option says what it is without it."""
+    equal: dict[str, Any] = {
+        "n_kv_heads": model.n_heads,
+        "head_dim": model.d_model // model.n_heads,
+        "qkv_bias": model.use_bias,
+    }
+    unsaid: dict[str, Any] = {name: None for name, x in equal.items() if getattr(model, name) == x}
+    return dataclasses.replace(model, **unsaid)
 
 
 def _family_of(config: dict[str, Any], where: str) -> Family:
@@ -278,9 +135,7 @@ def _refused(family: Family, values: dict[str, Any]) -> list[str]:
         refused.append("quantized weights")
     if not family.rotary:
         return refused
-    head_dim, window, layer_types = values.get("head_dim"), values.get("sliding_window"), values.get("layer_types")
-    if head_dim is not None and head_dim != values["hidden_size"] / values["num_attention_heads"]:
-        refused.append(_named("head_dim", values))
+    window, layer_types = values.get("sliding_window"), values.get("layer_types")
     slides = window is not None and values.get("use_sliding_window") is not False
     if slides and not (isinstance(window, int) and window >= values["max_position_embeddings"]):
         refused.append(_named("sliding_window", values))

@@ -16,7 +16,8 @@ from jaxlm.config import DataConfig
 from jaxlm.data.atomic import atomic_path
 from jaxlm.data.special_tokens import read_object
 from jaxlm.errors import UserError, one_line
-from jaxlm.interop.families import Family, tensor_names
+from jaxlm.interop.architectures import Family
+from jaxlm.interop.families import tensor_names
 from jaxlm.interop.folders import ADAPTER, HuggingFaceFolder
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"

@@ -17,7 +17,7 @@ from jaxlm.data.hub import SECONDS, why_unreachable
 from jaxlm.data.special_tokens import FILES, read_object
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.errors import UserError, one_line
-from jaxlm.interop.families import ARCHITECTURE, DROPOUTS
+from jaxlm.interop.architectures import ARCHITECTURE, DROPOUTS
 from jaxlm.interop.folders import INDEX, HuggingFaceFolder, OwnFolder
 from jaxlm.interop.peft import CONFIG as ADAPTER_CONFIG
 from jaxlm.interop.peft import PeftFolder

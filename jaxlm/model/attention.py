@@ -24,20 +24,20 @@ Cache = tuple[jax.Array, jax.Array]  # keys and values of one layer: [B, T, G, K
 class Attention(nnx.Module):
     """Multi-head causal self-attention with its projections.
 
-    Queries, keys and values come from one kernel [D, 3, D]; with fewer heads of keys and values than of queries
-    (grouped-query attention, Ainslie et al. 2023, arXiv:2305.13245) from two, [D, D] and [D, 2, G * K].
+    Queries, keys and values come from one kernel [D, 3, H * K]; with fewer heads of keys and values than of queries
+    (grouped-query attention, Ainslie et al. 2023, arXiv:2305.13245) from two, [D, H * K] and [D, 2, G * K].
     """
 
     def __init__(self, config: ModelConfig, implementation: str, dtype: Any, rngs: nnx.Rngs):
         self.config, self.implementation = config, implementation
-        d, bias = config.d_model, config.use_bias
-        head_size = d // config.n_heads
+        d, head_size = config.d_model, config.head_size
+        width, bias = config.n_heads * head_size, config.use_bias if config.qkv_bias is None else config.qkv_bias
         if config.kv_heads == config.n_heads:
-            self.qkv = Linear(d, (3, d), 0.02, dtype, rngs, use_bias=bias)
+            self.qkv = Linear(d, (3, width), 0.02, dtype, rngs, use_bias=bias)
         else:
-            self.q = Linear(d, (d,), 0.02, dtype, rngs, use_bias=bias)
+            self.q = Linear(d, (width,), 0.02, dtype, rngs, use_bias=bias)
             self.kv = Linear(d, (2, config.kv_heads * head_size), 0.02, dtype, rngs, use_bias=bias)
-        self.out = Linear(d, (d,), residual_std(config), dtype, rngs, use_bias=bias)
+        self.out = Linear(width, (d,), residual_std(config), dtype, rngs, use_bias=config.use_bias)
         if config.qk_norm:
             self.q_norm = Norm(head_size, config, kind="rmsnorm")
             self.k_norm = Norm(head_size, config, kind="rmsnorm")
@@ -58,7 +58,7 @@ class Attention(nnx.Module):
 
         `key_B2` is for the dropout of adapters.
         """
-        b, t, d = x_BTD.shape
+        b, t, _ = x_BTD.shape
         config = self.config
         if config.kv_heads == config.n_heads:
             flat = jax.lax.split(
@@ -66,7 +66,7 @@ class Attention(nnx.Module):
             )  # its gradient is a concatenation, not sums
         else:
             flat = [self.q(x_BTD, key_B2), *jax.lax.split(self.kv(x_BTD, key_B2), (1, 1), axis=2)]
-        q, k, v = (x.reshape(b, t, -1, d // config.n_heads) for x in flat)
+        q, k, v = (x.reshape(b, t, -1, config.head_size) for x in flat)
         if config.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         if config.positions == "rotary":
@@ -89,7 +89,7 @@ class Attention(nnx.Module):
             q, k, v = self.heads(x_BTD, positions_BT, embedded_BTGK, key_B2)
             rate, implementation = self.config.attention_dropout, self.implementation
             y_BTHK, cache = causal_attention(q, k, v, segments_BT, key_B2, rate, implementation=implementation), (k, v)
-        return self.out(y_BTHK.reshape(x_BTD.shape), key_B2), cache
+        return self.out(y_BTHK.reshape(*x_BTD.shape[:2], -1), key_B2), cache
 
     def _of_product(
         self, x_BTD: jax.Array, segments_BT: jax.Array | None, key_B2: jax.Array | None
@@ -111,7 +111,7 @@ class Attention(nnx.Module):
         write = lambda x, new: x.at[jnp.arange(len(new)), :, position_B].set(new[:, 0].astype(x.dtype))  # noqa: E731
         keys, values = write(cache[0], k), write(cache[1], v)
         y_B1HK = cached_attention(q, keys, values, position_B + 1)
-        return self.out(y_B1HK.reshape(x_B1D.shape)), (keys, values)
+        return self.out(y_B1HK.reshape(*x_B1D.shape[:2], -1)), (keys, values)
 
 
 def cached_attention(q_B1HK: jax.Array, k_BGTK: jax.Array, v_BGTK: jax.Array, length_B: jax.Array) -> jax.Array:

@@ -24,7 +24,7 @@ def sinusoids(positions_BT: jax.Array, d_model: int) -> jax.Array:
 
 def _index_of(turns: float, length: int, config: ModelConfig) -> float:
     """The (fractional) index of the frequency that makes `turns` full turns in `length` positions."""
-    half = config.d_model // config.n_heads // 2
+    half = config.head_size // 2
     return half * math.log(length / (turns * 2 * math.pi)) / math.log(config.rope_theta)
 
 
@@ -51,7 +51,7 @@ def rotary_frequencies(config: ModelConfig) -> tuple[jax.Array, float]:
     (Dubey et al. 2024, arXiv:2407.21783) and yarn (Peng et al. 2023, arXiv:2309.00071) keep high frequencies, divide
     low ones and interpolate in between.
     """
-    half = config.d_model // config.n_heads // 2
+    half = config.head_size // 2
     frequencies = config.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
     if config.rope_scaling is None:
         return frequencies, 1.0

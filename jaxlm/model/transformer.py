@@ -109,7 +109,7 @@ class Transformer(nnx.Module):
         if config.positions == "learned":
             self.position_embedding = nnx.Param(normal(rngs.params(), (config.max_seq_len, config.d_model)))
         if config.value_embedding:
-            width = config.kv_heads * (config.d_model // config.n_heads)
+            width = config.kv_heads * config.head_size
             self.value_embedding = nnx.Param(normal(rngs.params(), (config.vocab_size, width)))
         stack = nnx.vmap(lambda rngs: self.block_class(config, implementation, dtype, rngs))
         self.blocks = stack(rngs.split(config.n_layers))

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 def flops_per_token(parameters: int, n_layers: int, max_length: int, d_model: int) -> float:
     """Training FLOPs a token, 6 N + 12 L T D: forward and backward, causality and recomputation not counted.
 
-    N is all parameters (a tied embedding once). Source: Chowdhery et al. 2022 (PaLM), appendix B.
+    N is all parameters (a tied embedding once), D the width of all heads. Source: Chowdhery et al. 2022 (PaLM),
+    appendix B.
     """
     return 6 * parameters + 12 * n_layers * max_length * d_model
 
@@ -34,8 +35,9 @@ def model_flops_per_token(config: Config, parameters: int, frozen: int = 0) -> f
     gradients, which are 2 of the 6 N.
     """
     model = config.model
-    looked_up = model.vocab_size * model.kv_heads * (model.d_model // model.n_heads) if model.value_embedding else 0
-    all_trained = flops_per_token(parameters - looked_up, model.n_layers, config.data.max_length, model.d_model)
+    looked_up = model.vocab_size * model.kv_heads * model.head_size if model.value_embedding else 0
+    width = model.n_heads * model.head_size
+    all_trained = flops_per_token(parameters - looked_up, model.n_layers, config.data.max_length, width)
     return all_trained - 2 * frozen
 
 

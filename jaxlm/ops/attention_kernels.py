@@ -62,7 +62,7 @@ def why_unsupported(kernel: str, config: Config, capability: float | None) -> st
       capability: the GPU's, as `compute_capability` gives it.
     """
     model, training = config.model, config.training
-    head_size = model.d_model // model.n_heads
+    head_size = model.head_size
     if capability is None:
         return "needs an NVIDIA GPU"
     if capability < FUSED_FROM:

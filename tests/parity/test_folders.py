@@ -23,7 +23,8 @@ from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.generation.api import generate_text
 from jaxlm.interop import export, pretrained
 from jaxlm.interop import families as huggingface
-from jaxlm.interop.families import FAMILIES, Family, family_for
+from jaxlm.interop.architectures import FAMILIES, Family
+from jaxlm.interop.families import family_for
 from jaxlm.model import Transformer
 from jaxlm.parallel.split import path_name
 
@@ -41,7 +42,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "llama, yarn": {**LLAMA, "rope_scaling": "yarn", **STRETCHED},
     "llama, linear": {**LLAMA, "rope_scaling": "linear", "rope_scaling_factor": 2.5},
     "llama, square": {**LLAMA, "d_ff": LLAMA["d_model"]},
-    "qwen3": {**LLAMA, "n_kv_heads": 1, "qk_norm": True},
+    "qwen3": {**LLAMA, "n_kv_heads": 1, "qk_norm": True, "head_dim": 6},
+    "qwen2": {**LLAMA, "n_kv_heads": 1, "qkv_bias": True},
 }
 
 

@@ -26,13 +26,15 @@ from transformers import (
     MistralConfig,
     PretrainedConfig,
     PreTrainedModel,
+    Qwen2Config,
     Qwen3Config,
 )
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from jaxlm.config import Config, DataConfig, ModelConfig, TrainingConfig, replace_fields
 from jaxlm.generation.api import generate_tokens
-from jaxlm.interop.families import FAMILIES, Family, from_tensors
+from jaxlm.interop.architectures import FAMILIES, Family
+from jaxlm.interop.families import from_tensors
 from jaxlm.interop.pretrained import open_pretrained, with_architecture
 from jaxlm.model import Transformer
 from jaxlm.model.positions import rotary_frequencies
@@ -74,8 +76,18 @@ MODELS: dict[str, PretrainedConfig] = {
     "llama, yarn": LlamaConfig(**LLAMA, **rope("yarn", factor=4.0, original_max_position_embeddings=16)),
     "mistral": MistralConfig(**LLAMA, sliding_window=64),
     "qwen3": Qwen3Config(**LLAMA, head_dim=8, tie_word_embeddings=True),
+    "qwen3, wide heads": Qwen3Config(**LLAMA, head_dim=24),  # as the small ones have: 4 heads of 24 in 32
+    "qwen2": Qwen2Config(**LLAMA),
+    "llama, narrow heads": LlamaConfig(**LLAMA | {"num_key_value_heads": 4}, head_dim=4),
 }
-TRAINED = ("two layers", "three layers", "blocks of queries", "llama", "qwen3")  # the others differ in positions only
+TRAINED = (
+    "two layers",
+    "three layers",
+    "blocks of queries",
+    "llama",
+    "qwen3, wide heads",
+    "qwen2",
+)  # the others differ in positions only
 
 
 @dataclasses.dataclass
