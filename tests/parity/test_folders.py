@@ -22,8 +22,7 @@ from jaxlm.config import Config, DataConfig, ModelConfig, TrainingConfig, replac
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.generation.api import generate_text
 from jaxlm.interop import export, pretrained
-from jaxlm.interop import families as huggingface
-from jaxlm.interop.architectures import FAMILIES, Family
+from jaxlm.interop.architectures import ARCHITECTURE, FAMILIES, Family
 from jaxlm.interop.families import family_for
 from jaxlm.model import Transformer
 from jaxlm.parallel.split import path_name
@@ -190,8 +189,8 @@ def test_what_transformers_saves_again_is_read_bit_for_bit(tmp_path: Path, token
     AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path / "again")
     asked = replace_fields(Config(), {"training.init_from": str(tmp_path / "again")})
     config = pretrained.with_architecture(asked)
-    assert {f: dataclasses.asdict(config.model)[f] for f in huggingface.ARCHITECTURE} == {
-        f: dataclasses.asdict(loaded.config.model)[f] for f in huggingface.ARCHITECTURE
+    assert {f: dataclasses.asdict(config.model)[f] for f in ARCHITECTURE} == {
+        f: dataclasses.asdict(loaded.config.model)[f] for f in ARCHITECTURE
     }
     source = pretrained.open_pretrained(config)
     assert source is not None and source.kind in FAMILIES
