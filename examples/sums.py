@@ -28,7 +28,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--to", type=Path, default=Path("sums.jsonl"), help="file to write (default: sums.jsonl)")
     parser.add_argument("--count", type=int, default=4000, help="conversations (default: 4000)")
-    parser.add_argument("--largest", type=int, default=20, help="number in a question (default: 20)")
+    parser.add_argument("--largest", type=int, default=9, help="number in a question (default: 9)")
     options = parser.parse_args(arguments)
     rows = (json.dumps({"messages": turns}) + "\n" for turns in conversations(options.count, options.largest))
     options.to.write_text("".join(rows), encoding="utf-8")

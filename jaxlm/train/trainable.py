@@ -45,11 +45,15 @@ def check_trains(training: TrainingConfig, names: list[str]) -> None:
         if not any(_matches(name, pattern) for name in names):
             listed = ", ".join(sorted(names))
             raise UserError(f"training.freeze ({pattern}) matches none of the parameters: {listed}")
+    layers = {"/".join(name.split("/")[1:3]) for name in names if is_adapter(name) or name.endswith("kernel")}
+    for pattern in training.lora_targets if training.lora_rank else ():
+        if not any(fnmatch(layer, pattern) for layer in layers):
+            raise UserError(
+                f"training.lora_targets ({pattern}) matches none of the layers: {', '.join(sorted(layers))}"
+            )
     which = trains(training)
     if which is not None and not any(map(which, names)):
-        option = f"lora_targets ({','.join(training.lora_targets)})" if training.lora_rank else "freeze"
-        hint = "name such as attention/* or mlp/up" if training.lora_rank else "leave some out"
-        raise UserError(f"training.{option} leaves no parameter to train; {hint}")
+        raise UserError(f"training.freeze ({','.join(training.freeze)}) leaves no parameter to train; leave some out")
 
 
 def part(tree: Params, which: Callable[[str], bool], above: str = "") -> Params:
