@@ -29,7 +29,7 @@ nitpick_ignore_regex = [  # types of other libraries, and aliases, whose pages a
         "py:.*",
         r"(jax|jaxlib|flax|nnx|optax|orbax|ocp|np|numpy|pathlib|os|re|collections|typing|argparse|Path|Any)(\..*)?",
     ),
-    ("py:.*", r"jaxlm\.(data\.(documents\.(Document|LeftOut)|held_out\.HeldOut)|config\.schema\.DataConfig)"),
+    ("py:.*", r"jaxlm\.(data\.(documents\.(Document|LeftOut|RowFormat)|held_out\.HeldOut)|config\.schema\.DataConfig)"),
     ("py:.*", r"(UserError|RunFailed|Stopped|optional|Callable|Iterator|Mapping|Sequence|one of SAVE_ERRORS)"),
 ]
 
