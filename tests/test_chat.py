@@ -1,5 +1,6 @@
 """Conversations: the text that a chat template makes of them, what of it is learned, and that nothing else is."""
 
+import io
 import json
 import random
 import re
@@ -12,6 +13,7 @@ import pytest
 from conftest import make_config
 
 from jaxlm import Trainer, load
+from jaxlm.__main__ import run_named
 from jaxlm.commands.inspect import describe_row
 from jaxlm.config import DataConfig
 from jaxlm.data.chat import PLAIN, ChatTemplate, check_messages
@@ -382,7 +384,9 @@ def test_a_run_keeps_its_template(tmp_path: Path, corpus: Path, talks: str) -> N
         Trainer(make_config(tmp_path, corpus, **options))
 
 
-def test_a_run_resumes_bit_exactly_and_answers(tmp_path: Path, corpus: Path, talks: str) -> None:
+def test_a_run_resumes_bit_exactly_and_answers(
+    tmp_path: Path, corpus: Path, talks: str, patch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     options = {
         "data.train_files": (talks,),
         "data.validation_files": (),
@@ -407,4 +411,11 @@ def test_a_run_resumes_bit_exactly_and_answers(tmp_path: Path, corpus: Path, tal
     loaded = load(tmp_path / "run")
     (answer,) = generate_text(loaded.model, loaded.tokenizer, TURNS[1:2], max_new_tokens=5)
     assert "2 + 3" not in answer
+    patch.setattr("sys.stdin", io.StringIO("Hi\n/temp 0\n/system Be brief.\n/nothing\n/temp hot\nHi\n/exit\nHi\n"))
+    capsys.readouterr()
+    run_named(["chat", "--model", str(tmp_path / "run"), "--max_new_tokens", "3"])
+    shown = capsys.readouterr()
+    for line in ("temperature 0", "a new conversation, system: Be brief.", "/nothing: unknown command", "/temp (hot)"):
+        assert line in shown.err
+    assert "generated 6 tokens" in shown.err
     assert loaded.tokenizer.said["chat_template"] == PLAIN

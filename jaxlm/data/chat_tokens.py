@@ -38,7 +38,8 @@ def chat_template(data: DataConfig, tokenizer: Tokenizer | None) -> ChatTemplate
             return ChatTemplate(path.read_text(encoding="utf-8"), names, where)
     source = _default(said.get("chat_template"))
     if source is None:
-        raise UserError("data.chat_template (none): the tokenizer has no chat template; name a file of one, or plain")
+        how = "name a file of one, or plain (chatting: --chat_template)"
+        raise UserError(f"data.chat_template (none): the tokenizer has no chat template; {how}")
     return ChatTemplate(source, names, "the tokenizer's chat template")
 
 

@@ -19,8 +19,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from jaxlm.checkpoints.items import Progress
 from jaxlm.checkpoints.load import LoadedModel
 from jaxlm.config import Config, DataConfig, ModelConfig, TrainingConfig, replace_fields
+from jaxlm.data.chat_tokens import chat_template, with_template
 from jaxlm.data.tokenizer import Tokenizer
-from jaxlm.generation.api import generate_text
+from jaxlm.generation.api import encode_prompts, generate_text
 from jaxlm.interop import export, pretrained
 from jaxlm.interop.architectures import ARCHITECTURE, FAMILIES, Family
 from jaxlm.interop.families import family_for
@@ -211,3 +212,12 @@ def test_16_bits(tmp_path: Path, tokenizer: Tokenizer, dtype: str) -> None:
         theirs = wide(input_ids=torch.tensor(tokens)).logits.numpy()
     ours = np.asarray(loaded.model.logits(loaded.model(tokens)))
     assert np.corrcoef(ours.ravel(), theirs.ravel())[0, 1] > 0.999
+
+
+def test_a_chat_template_is_carried(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    """A model that was tuned here is asked the same there, special tokens that a user writes out included."""
+    own = with_template(tokenizer, chat_template(DataConfig(chat_template="plain"), tokenizer))
+    theirs = AutoTokenizer.from_pretrained(exported(tmp_path, loaded_model(SMALL, own)))
+    turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "  x = 1 # <eos> é\n"}]
+    found = theirs.apply_chat_template(turns, tokenize=True, add_generation_prompt=True, return_dict=True)
+    assert encode_prompts(own, [turns], 10**6) == [found["input_ids"]]
