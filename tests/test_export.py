@@ -220,7 +220,8 @@ QWEN3_CONFIG = {**LLAMA_CONFIG, "architectures": ["Qwen3ForCausalLM"], "num_key_
             {"rope_scaling": "yarn", "rope_original_length": 32},
         ),
         ({**MISTRAL_CONFIG, "sliding_window": None}, {"n_kv_heads": 2, "use_bias": False}),
-        ({**MISTRAL_CONFIG, "sliding_window": 32}, {"qk_norm": False}),
+        ({**MISTRAL_CONFIG, "sliding_window": 32}, {"qk_norm": False, "max_seq_len": 32}),
+        (MISTRAL_CONFIG | {"max_position_embeddings": 8192}, {"max_seq_len": 4096}),  # the window, by default
         ({**QWEN3_CONFIG, "sliding_window": 4, "use_sliding_window": False}, {"qk_norm": True, "head_dim": None}),
         ({**QWEN3_CONFIG, "head_dim": 6}, {"head_dim": 6}),
         ({key: x for key, x in QWEN3_CONFIG.items() if key != "head_dim"}, {"head_dim": 128}),
@@ -267,12 +268,11 @@ def test_configurations_as_transformers_writes_them(config: dict[str, Any], fiel
             "with beta_fast 16 of rope_type yarn, mscale 1.0 of rope_type yarn",
         ),
         ({**LLAMA_CONFIG, "rope_scaling": {"type": "linear", "factor": "2"}}, r"X: model\.rope_scaling_factor \('2'\)"),
-        (MISTRAL_CONFIG | {"max_position_embeddings": 8192}, "with sliding_window 4096"),
         ({**MISTRAL_CONFIG, "sliding_window": "x"}, 'with sliding_window "x"'),
         ({**QWEN3_CONFIG, "attention_bias": True}, "with attention_bias true"),
         (
             {**QWEN3_CONFIG, "use_sliding_window": True, "sliding_window": 8},
-            "use_sliding_window true, sliding_window 8",
+            "with use_sliding_window true",
         ),
         ({**QWEN3_CONFIG, "layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
     ],

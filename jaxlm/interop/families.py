@@ -85,6 +85,9 @@ def from_config(config: Any, where: str) -> tuple[Family, ModelConfig]:
     activations = [ours for ours, names in family.activations.items() if theirs in names.split()]
     if fields["d_ff"] is None and isinstance(fields["d_model"], int):
         fields["d_ff"] = 4 * fields["d_model"]
+    window = _window(family, values)
+    if isinstance(window, int) and isinstance(fields["max_seq_len"], int):
+        fields["max_seq_len"] = min(fields["max_seq_len"], window)  # within it, attention is to all before
     rope, refused = _from_rope(values) if family.rotary else ({}, [])
     rates = {of: [values[key] for key, field in family.dropouts.items() if field == of] or [0.0] for of in DROPOUTS}
     agreed = {field: found[0] for field, found in rates.items() if found == found[:1] * len(found)}
@@ -135,13 +138,17 @@ def _refused(family: Family, values: dict[str, Any]) -> list[str]:
         refused.append("quantized weights")
     if not family.rotary:
         return refused
-    window, layer_types = values.get("sliding_window"), values.get("layer_types")
-    slides = window is not None and values.get("use_sliding_window") is not False
-    if slides and not (isinstance(window, int) and window >= values["max_position_embeddings"]):
+    window, layer_types = _window(family, values), values.get("layer_types")
+    if window is not None and not isinstance(window, int):
         refused.append(_named("sliding_window", values))
     if layer_types is not None and layer_types != ["full_attention"] * values["num_hidden_layers"]:
         refused.append(_named("layer_types", values))
     return refused
+
+
+def _window(family: Family, values: dict[str, Any]) -> Any:
+    """How far back attention looks; None: to the first token."""
+    return values.get("sliding_window") if family.rotary and values.get("use_sliding_window") is not False else None
 
 
 def _from_rope(values: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:

@@ -74,7 +74,7 @@ MODELS: dict[str, PretrainedConfig] = {
     "llama 3": LlamaConfig(**LLAMA, hidden_act="gelu_pytorch_tanh", **rope("llama3", factor=4.0, **LLAMA3)),
     "llama, linear": LlamaConfig(**LLAMA, **rope("linear", factor=3.0)),
     "llama, yarn": LlamaConfig(**LLAMA, **rope("yarn", factor=4.0, original_max_position_embeddings=16)),
-    "mistral": MistralConfig(**LLAMA, sliding_window=64),
+    "mistral": MistralConfig(**LLAMA, sliding_window=40),
     "qwen3": Qwen3Config(**LLAMA, head_dim=8, tie_word_embeddings=True),
     "qwen3, wide heads": Qwen3Config(**LLAMA, head_dim=24),  # as the small ones have: 4 heads of 24 in 32
     "qwen2": Qwen2Config(**LLAMA),
