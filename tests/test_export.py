@@ -388,6 +388,22 @@ def test_a_model_with_parameters_that_the_class_does_not_have(folder: Path) -> N
         source.check(whole | {"extra": {"gate": whole["token_embedding"]}})
 
 
+def test_a_longer_context_is_chosen_at_the_start(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    folder = exported(tmp_path, random_model(ModelConfig(**LLAMA), tokenizer))
+    config, params = read_back(folder, **{"model.rope_scaling": "yarn", "model.rope_scaling_factor": 4.0})
+    model = config.model
+    assert (model.rope_scaling, model.rope_original_length, model.max_seq_len) == ("yarn", 32, 128)
+    again = pretrained.with_architecture(config)
+    assert again.model == model
+    plain, same = read_back(folder)
+    assert (plain.model.rope_scaling, plain.model.max_seq_len) == (None, 32)
+    assert all((params[path] == same[path]).all() for path in same)
+    longer = {"model.rope_scaling": "linear", "model.rope_scaling_factor": 2.0, "model.max_seq_len": 48}
+    assert read_back(folder, **longer)[0].model.max_seq_len == 48
+    with pytest.raises(UserError, match=r"model\.max_seq_len is 48, there 32"):
+        read_back(folder, **{"model.max_seq_len": 48})
+
+
 def test_tensors_that_are_left_out_of_account(folder: Path, small: Path) -> None:
     """Old versions saved masks, base models have names without a prefix, tied outputs may be there twice."""
 

@@ -9,6 +9,7 @@ import dataclasses
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 from jaxlm.checkpoints.manifest import model_in
 from jaxlm.config import Config, DataConfig, ModelConfig, from_dict, shown
@@ -23,6 +24,10 @@ from jaxlm.interop.peft import CONFIG as ADAPTER_CONFIG
 from jaxlm.interop.peft import PeftFolder
 
 FETCHED = (*FILES, INDEX, "*.safetensors", ADAPTER_CONFIG, "README.md")  # from the Hub
+STRETCH = (
+    "max_seq_len", "rope_theta", "rope_scaling", "rope_scaling_factor", "rope_original_length", "rope_low_freq_factor",
+    "rope_high_freq_factor",
+)  # fmt: skip
 HUB_NAME = re.compile(r"([\w.-]+/)?[\w.-]+")
 
 Pretrained = OwnFolder | HuggingFaceFolder
@@ -84,8 +89,12 @@ def _model_of_the_run(config: Config) -> ModelConfig | None:
 
 
 def _adopt(config: Config, model: ModelConfig) -> Config:
-    """`config` with the architecture of `model`; UserError if an option was set to something else."""
+    """`config` with the architecture of `model`; UserError if an option was set to something else.
+
+    But a model with rotary positions may be stretched to a longer context: model.rope_scaling, and what goes with it.
+    """
     asked, defaults, found = (dataclasses.asdict(each) for each in (config.model, ModelConfig(), model))
+    found |= _stretched(asked, defaults, found)
     other = [name for name in ARCHITECTURE if asked[name] not in (defaults[name], found[name])]
     if other:
         listed = "; ".join(f"model.{name} is {shown(asked[name])}, there {shown(found[name])}" for name in other)
@@ -101,6 +110,18 @@ def _adopt(config: Config, model: ModelConfig) -> Config:
     if data.max_length == DataConfig().max_length > longest:  # nobody has asked for rows that long
         data = dataclasses.replace(data, max_length=longest)
     return dataclasses.replace(config, model=dataclasses.replace(config.model, **adopted), data=data)
+
+
+def _stretched(asked: dict[str, Any], defaults: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
+    """The positions that the options ask for, where model.rope_scaling is another than the model's; else none.
+
+    Without model.max_seq_len it is the model's, times the factor.
+    """
+    if found["positions"] != "rotary" or asked["rope_scaling"] in (None, found["rope_scaling"]):
+        return {}
+    before = found["rope_original_length"] or found["max_seq_len"]
+    found = found | {"rope_original_length": before, "max_seq_len": round(before * asked["rope_scaling_factor"])}
+    return {name: found[name] if asked[name] == defaults[name] else asked[name] for name in STRETCH}
 
 
 def _agreed_tokenizer(config: Config, found: Tokenizer | None) -> Tokenizer:
