@@ -18,6 +18,8 @@ from jaxlm.commands.inspect import describe_row
 from jaxlm.config import DataConfig
 from jaxlm.data.chat import PLAIN, ChatTemplate, check_messages
 from jaxlm.data.chat_tokens import chat_template, turn_end, why_it_will_not_stop, with_template
+from jaxlm.data.documents import Document
+from jaxlm.data.formats import ConversationRows
 from jaxlm.data.loader import Rows
 from jaxlm.data.packing import plan_cached
 from jaxlm.data.tokenizer import Tokenizer
@@ -224,6 +226,45 @@ def test_parquet_and_json_say_the_same(tmp_path: Path, talks: str) -> None:
     assert (first.learned == second.learned).all()
 
 
+def test_tools_may_be_json(tmp_path: Path) -> None:
+    written = template(
+        "{% for t in tools %}{{ t.name }};{% endfor %}{% for m in messages %}{{ m.content }}{% endfor %}"
+    )
+    rows = ConversationRows("messages", written, "all")
+    for tools in ([{"name": "f"}, {"name": "g"}], '[{"name": "f"}, {"name": "g"}]'):
+        document = rows.document({"messages": TURNS[:2], "tools": tools}, "line 1")
+        assert isinstance(document, Document)
+        assert document.text == "f;g;Be brief.What is 2 + 3?"
+
+
+def test_all_is_learned_whatever_a_template_does(tmp_path: Path) -> None:
+    for kind, row in (
+        ("messages", {"messages": TURNS}),
+        ("prompt_completion", {"prompt": TURNS[:3], "completion": TURNS[3:]}),
+    ):
+        document = ConversationRows(kind, template(FORGETFUL), "all").document(row, "line 1")
+        assert isinstance(document, Document)
+        assert (document.text, document.learned) == (template(FORGETFUL).render(TURNS).text, None)
+    last = ConversationRows("prompt_completion", template(PLAIN), "last_turn")
+    document = last.document({"prompt": TURNS[:1], "completion": TURNS[1:]}, "line 1")
+    assert isinstance(document, Document)
+    assert document.learned is not None
+    assert [document.text[start:end] for start, end in document.learned] == ["5 + 4 = 9<eos>"]
+
+
+def test_other_columns_are_not_looked_at(tmp_path: Path) -> None:
+    """As a date beyond what Python has, in a column that nothing needs."""
+    from pyarrow import Table, array, int64, parquet, timestamp
+
+    far = array([2**62] * 30, int64()).cast(timestamp("us"))
+    parquet.write_table(
+        Table.from_pydict({"when": far, "text": [f"text {i}" for i in range(30)]}), tmp_path / "a.parquet"
+    )
+    found, _ = prepared(tmp_path, str(tmp_path / "a.parquet"), validation_fraction=0)
+    assert found.train is not None
+    assert len(found.train) == 30
+
+
 def test_conversations_are_held_out_whole(tmp_path: Path) -> None:
     few = write(tmp_path / "few.jsonl", [{"messages": turns} for turns in conversations(4)])
     found, _ = prepared(tmp_path, few, min_length=0)
@@ -270,6 +311,15 @@ def test_texts_longer_than_a_row_can_be_dropped(tmp_path: Path) -> None:
         ([{"messages": TURNS}], {"document_separator": "***"}, "data.document_separator"),
         ([{"messages": TURNS}], {"packing_strategy": "concat"}, "data.packing_strategy"),
         ([{"text": "x"}], {"loss_on": "last_turn"}, r"data\.loss_on \(last_turn\)"),
+        (
+            [{"text": "x"}],
+            {"chat_template": "nowhere.jinja"},
+            r"data\.chat_template \(nowhere\.jinja\): .* leave it out",
+        ),
+        ([{"prompt": "a", "completion": "b"}], {"loss_on": "last_turn"}, r"data\.loss_on \(last_turn\)"),
+        ([{"messages": TURNS}], {"text_column": "body"}, r"data\.text_column \(body\): not in"),
+        ([{"messages": TURNS, "tools": "[{"}], {}, "line 1: tools: bad JSON"),
+        ([{"messages": TURNS, "tools": {"a": 1}}], {}, "line 1: tools is dict, not a list"),
         ([{"text": "x"}], {"format": "messages"}, r"data\.format \(messages\): messages: not in"),
         ([{"words": "x"}], {}, r"data\.text_column \(text\)"),
         ([{"messages": TURNS}], {"chat_template": "nowhere.jinja"}, "no such file"),
@@ -354,6 +404,17 @@ def test_inspect_shows_what_is_learned(tmp_path: Path, talks: str) -> None:
     assert f"({rows[0]['loss_mask'].sum()} learned)" in shown
 
 
+def test_a_token_that_was_not_named_stays_without_name(chatml: Tokenizer, tmp_path: Path) -> None:
+    """A template that asks for it gets nothing, in training and after it: as in transformers."""
+    (tmp_path / "asking.jinja").write_text("{{ bos_token }}" + CHATML)
+    own = chat_template(DataConfig(chat_template=str(tmp_path / "asking.jinja")), chatml)
+    carried = with_template(chatml, own)
+    carried.save(tmp_path / "saved")
+    again = chat_template(DataConfig(), Tokenizer.load(tmp_path / "saved"))
+    assert (again.fingerprint, again.tokens) == (own.fingerprint, {"eos_token": "<eos>"})
+    assert again.render(TURNS[1:2]).text == own.render(TURNS[1:2]).text == template(CHATML).render(TURNS[1:2]).text
+
+
 def test_a_tokenizer_without_a_template_needs_one(tmp_path: Path, talks: str) -> None:
     Tokenizer.train(["What is 2 + 3? It is 5."] * 9, 280).save(tmp_path / "own")
     with pytest.raises(UserError, match=r"data\.chat_template \(none\): the tokenizer has no chat template"):
@@ -415,7 +476,13 @@ def test_a_run_resumes_bit_exactly_and_answers(
     capsys.readouterr()
     run_named(["chat", "--model", str(tmp_path / "run"), "--max_new_tokens", "3"])
     shown = capsys.readouterr()
-    for line in ("temperature 0", "a new conversation, system: Be brief.", "/nothing: unknown command", "/temp (hot)"):
+    for line in (
+        "temperature 0",
+        "a new conversation, system: Be brief.",
+        "/nothing: unknown command",
+        "/temp ('hot')",
+    ):
         assert line in shown.err
-    assert "generated 6 tokens" in shown.err
+    assert "generated 3 tokens" in shown.err
+    assert "shorten it" in shown.err, "the window is full, and the chat goes on"
     assert loaded.tokenizer.said["chat_template"] == PLAIN

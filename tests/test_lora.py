@@ -216,6 +216,7 @@ def test_frozen_parameters_stay(tmp_path: Path, corpus: Path, base: str) -> None
             r"lora_targets \(mlp/gate\) matches none of the layers: attention/out, attention/qkv, mlp/down, mlp/up",
         ),
         ({"lora_rank": 4, "init_from": "X", "freeze": ("mlp",)}, r"training\.freeze \(mlp\) has no use beside"),
+        ({"lora_rank": 4, "init_from": "X", "lora_targets": ()}, r"training\.lora_targets \(\[\]\) leaves no layer"),
         ({"freeze": ("layers",)}, r"training\.freeze \(layers\) matches none of the parameters: blocks/attention"),
         ({"freeze": ("*",)}, r"training\.freeze \(\*\) leaves no parameter to train"),
     ],

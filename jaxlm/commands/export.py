@@ -41,6 +41,10 @@ def run(arguments: argparse.Namespace) -> None:
     find_devices()
     loaded, options = load(source), {"max_shard_size": max_shard_size, "dtype": arguments.dtype}
     if arguments.adapter:
+        defaults = {"dtype": "float32", "max_shard_size": "5GB", "repo_id": None, "license": None, "language": None}
+        for name, default in defaults.items():
+            if (value := getattr(arguments, name)) != default:
+                raise UserError(f"--{name} ({value}) has no use beside --adapter; leave it out")
         export_adapter(loaded, loaded.folder or source, to)
         print(f"{to}: written for PEFT", file=sys.stderr)
         return

@@ -198,6 +198,8 @@ def _lora_conflicts(training: TrainingConfig) -> Iterator[str]:
         return
     if training.init_from is None:
         yield f"training.lora_rank ({training.lora_rank}) adapts a model; name it with training.init_from"
+    if not training.lora_targets:
+        yield f"training.lora_targets ([]) leaves no layer to adapt, beside training.lora_rank ({training.lora_rank})"
     if training.freeze:
         rank, freeze = training.lora_rank, shown(training.freeze)
         yield f"training.freeze ({freeze}) has no use beside training.lora_rank ({rank}), which trains adapters alone"

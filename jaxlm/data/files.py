@@ -119,9 +119,12 @@ def read_files(paths: Iterable[Path], format_: RowFormat, field: str) -> Found:
             yield UserError(f"data.format ({format_.kind}): {row.place} is plain text")
 
 
-def first_row(paths: Iterable[Path], field: str) -> Mapping[str, Any] | None:
-    """What the first good row of `paths` holds; None where the first good thing in them is plain text, or nothing."""
-    rows = _rows(paths, lambda names, where: list(names), field)
+def first_row(paths: Iterable[Path], columns: Collection[str], field: str) -> Mapping[str, Any] | None:
+    """What the first good row of `paths` holds, of a table in `columns` and no others if it has any of these.
+
+    None where the first good thing in them is plain text, or nothing.
+    """
+    rows = _rows(paths, lambda names, _: [name for name in names if name in columns] or [*names][:1], field)
     try:
         values = next((row.values for row in rows if not isinstance(row, UserError)), None)
     finally:

@@ -1,5 +1,6 @@
 """What a row of a table or a JSON file says: a text, a conversation, or a prompt with its completion."""
 
+import json
 from collections.abc import Collection, Mapping
 from itertools import takewhile
 from typing import Any
@@ -9,7 +10,7 @@ from jaxlm.data.chat import ChatTemplate, check_messages
 from jaxlm.data.chat_tokens import chat_template
 from jaxlm.data.documents import Document, RowFormat, encoding_fault
 from jaxlm.data.tokenizer import Tokenizer
-from jaxlm.errors import UserError
+from jaxlm.errors import UserError, one_line
 
 MESSAGES, PROMPT, COMPLETION, TOOLS = "messages", "prompt", "completion", "tools"
 
@@ -76,7 +77,7 @@ class ConversationRows:
         return encoding_fault(document.text, place) or document
 
     def _conversation(self, row: Mapping[str, Any], place: str) -> Document:
-        tools, values = row.get(TOOLS), [row[column] for column in self._needed]
+        values = [row[column] for column in self._needed]
         wanted, called = (str, "text") if self.template is None else (list, "lists of messages")
         if not all(isinstance(value, wanted) for value in values):
             found = ", ".join(f"{column}: {type(row[column]).__name__}" for column in self._needed)
@@ -85,11 +86,26 @@ class ConversationRows:
             prompt, completion = values
             answer = len(prompt), len(prompt + completion)
             return Document(prompt + completion, place, (answer,) if completion else ())
-        if self.kind == "messages":
-            rendered = self.template.answers(check_messages(values[0]), self._loss_on == "last_turn", tools)
+        parts, tools = [check_messages(value) for value in values], _tools(row.get(TOOLS))
+        together = [message for messages in parts for message in messages]
+        if self._loss_on == "all":
+            rendered = self.template.render(together, tools=tools)
+        elif self.kind == MESSAGES or self._loss_on == "last_turn":
+            rendered = self.template.answers(together, self._loss_on == "last_turn", tools)
         else:
-            rendered = self.template.completion(check_messages(values[0]), check_messages(values[1]), tools)
+            rendered = self.template.completion(parts[0], parts[1], tools)
         return Document(rendered.text, place, rendered.answers, complete=True)
+
+
+def _tools(value: Any) -> list[Any] | None:
+    """The tools of a row, which may be JSON; UserError: they are no list."""
+    try:
+        tools = json.loads(value) if isinstance(value, str) and value else value or None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"tools: bad JSON: {one_line(error)}") from error
+    if not isinstance(tools, list | None):
+        raise UserError(f"tools is {type(tools).__name__}, not a list")
+    return tools
 
 
 def choose_format(
@@ -97,6 +113,7 @@ def choose_format(
     first: Mapping[str, Any] | None,
     where: str,
     tokenizer: Tokenizer | None,
+    evaluating: bool = False,
 ) -> RowFormat:
     """What data.format asks for, or, where it is auto, what a text's first row says.
 
@@ -104,6 +121,7 @@ def choose_format(
       first: the first row; None: it is plain text without rows.
       where: begins messages.
       tokenizer: whose chat template it may be; None: one will be trained.
+      evaluating: options of the training need not fit.
 
     Raises:
       UserError: an option does not fit the text, or there is no chat template.
@@ -111,11 +129,14 @@ def choose_format(
     kind, names = data.format, {*(first or ())}
     if kind == "auto":
         kind = "text"
-        if data.text_column not in names:
+        if data.text_column not in names and data.text_column == DataConfig.text_column:
             kind = MESSAGES if MESSAGES in names else "prompt_completion" if {PROMPT, COMPLETION} <= names else kind
+    conversational = kind == MESSAGES or (kind != "text" and isinstance((first or {}).get(PROMPT), list))
+    if not (conversational or evaluating):  # a model that was tuned may be evaluated on any text
+        for name, value in (("chat_template", data.chat_template), ("loss_on", data.loss_on)):
+            if value is not None and value not in ("completions", "all"):
+                raise UserError(f"data.{name} ({value}): {where} holds no conversations; leave it out")
     if kind == "text":
-        if data.loss_on == "last_turn":
-            raise UserError(f"data.loss_on (last_turn): {where} holds no conversations; set it to completions")
         return TextRows(data.text_column)
     if first is None:
         raise UserError(f"data.format ({kind}): {where} is plain text; conversations are rows of .jsonl or .parquet")
@@ -123,8 +144,12 @@ def choose_format(
         raise UserError(f"data.document_separator ({data.document_separator}) splits no conversations; unset it")
     if data.pack_sequences and data.packing_strategy == "concat":
         raise UserError("data.packing_strategy (concat) would cut conversations anywhere; set it to best_fit")
-    conversational = kind == MESSAGES or isinstance(first.get(PROMPT), list)
     return ConversationRows(kind, chat_template(data, tokenizer) if conversational else None, data.loss_on)
+
+
+def columns_that_tell(data: DataConfig) -> tuple[str, ...]:
+    """The columns that `choose_format` and `first_question` look for in a first row."""
+    return data.text_column, MESSAGES, PROMPT, COMPLETION
 
 
 def first_question(format_: RowFormat, first: Mapping[str, Any] | None) -> list[dict[str, Any]] | None:

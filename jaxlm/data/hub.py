@@ -6,7 +6,7 @@ import re
 import threading
 from collections.abc import Callable
 from itertools import chain
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from jaxlm.config import nearest
 from jaxlm.data.documents import Found, RowFormat
@@ -108,6 +108,12 @@ def load_split(builder: "datasets.DatasetBuilder", split: str, field: str) -> "d
     except ValueError as error:
         hint = "; none: hold out data.validation_fraction" if field == "data.validation_split" else ""
         raise UserError(f"{field} ({split}): {one_line(error).rstrip('.')}{hint}") from error
+
+
+def first_row(dataset: "datasets.Dataset", columns: list[str]) -> dict[str, Any]:
+    """What the first row holds in some columns; without the others, which may be costly to decode."""
+    row: dict[str, Any] = next(iter(dataset.select_columns(columns)), {}) if columns else {}
+    return row
 
 
 def read_split(dataset: "datasets.Dataset", split: str, format_: RowFormat, where: str) -> Found:

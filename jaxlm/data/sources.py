@@ -16,7 +16,7 @@ from jaxlm.config import DataConfig
 from jaxlm.config.schema import STDLIB
 from jaxlm.data import files, hub
 from jaxlm.data.documents import Document, Documents, Found, LeftOut, RowFormat
-from jaxlm.data.formats import choose_format, first_question
+from jaxlm.data.formats import choose_format, columns_that_tell, first_question
 from jaxlm.data.held_out import HeldOut
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.errors import UserError
@@ -89,8 +89,8 @@ def _source(
     given = {"train": train, "validation": validation}
     parts = {part: found for part, found in given.items() if found is not None}
     main = next(iter(parts.values()))
-    first = main.first()
-    format_ = choose_format(data, first, main.where, tokenizer)
+    first = None if data.format == "text" else main.first()
+    format_ = choose_format(data, first, main.where, tokenizer, evaluating)
     labels = {"train": "text" if splits else "training text", "validation": "held-out text"}
     left_out = {labels[part]: LeftOut(data) for part in parts}
     documents = {
@@ -110,7 +110,8 @@ def _own_files(data: DataConfig, tokenizer: Tokenizer | None, evaluating: bool) 
     def part(patterns: tuple[str, ...], field: str) -> tuple[str, dict[bytes, Path], _Part]:
         paths, name = files.find_files(patterns, field)
         fingerprint, digests = files.hash_files(paths, field)
-        first, read = partial(files.first_row, paths, field), partial(files.read_files, paths, field=field)
+        first = partial(files.first_row, paths, columns_that_tell(data), field)
+        read = partial(files.read_files, paths, field=field)
         return name, digests, _Part(f"{field} ({name})", fingerprint, first, read)
 
     if not data.validation_files:
@@ -132,7 +133,8 @@ def _hub(data: DataConfig, tokenizer: Tokenizer | None, evaluating: bool) -> Sou
 
     def part(split: str, field: str) -> _Part:
         rows = hub.load_split(builder, split, field)
-        first, read = partial(next, iter(rows), {}), partial(hub.read_split, rows, split, where=f"{where} {split}")
+        told = [name for name in columns_that_tell(data) if name in rows.column_names]
+        first, read = partial(hub.first_row, rows, told), partial(hub.read_split, rows, split, where=f"{where} {split}")
         return _Part(f"{where} {split}", rows._fingerprint, first, read)
 
     name, builder = hub.prepare(data.dataset_name, data.dataset_config, where)

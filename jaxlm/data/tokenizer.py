@@ -162,8 +162,12 @@ class Tokenizer:
         return {"tokenizer.json": self.to_json(), **said}
 
     def settings(self) -> dict[str, Any]:
-        """The content of tokenizer_config.json."""
-        named = {f"{role}_token": self.token(getattr(self, f"{role}_id")) for role in ROLES}
+        """The content of tokenizer_config.json.
+
+        A chat template is given the tokens that it names: with one, these are those that were said, as before.
+        """
+        roles = [role for role in ROLES if "chat_template" not in self.said or f"{role}_token" in self.said]
+        named = {f"{role}_token": self.token(getattr(self, f"{role}_id")) for role in roles}
         return {"tokenizer_class": "PreTrainedTokenizerFast", **self.said, **named}
 
     def to_json(self) -> str:

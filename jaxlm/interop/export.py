@@ -35,6 +35,7 @@ from jaxlm.data.special_tokens import ROLES
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.errors import UserError
 from jaxlm.interop.families import family_for, to_config, to_tensors
+from jaxlm.interop.peft import CONFIG as ADAPTER_CONFIG
 from jaxlm.interop.peft import write_adapter
 from jaxlm.interop.pretrained import HUB_NAME
 from jaxlm.report.runs import read_run
@@ -109,7 +110,8 @@ def export_adapter(loaded: LoadedModel, source: Path, to: Path) -> None:
     training, base = loaded.config.training, loaded.config.training.init_from
     if training.lora_rank is None or base is None:
         raise UserError(f"--adapter: the model of --model ({source}) was trained without adapters; leave it out")
-    if os.path.isdir(model_in(Path(base).expanduser()) / "params"):
+    own = Path(base).expanduser()
+    if os.path.isdir(model_in(own) / "params") or os.path.isfile(own / ADAPTER_CONFIG):
         raise UserError(
             f"--adapter: its base ({base}) is no model of transformers; leave it out, and the two are merged"
         )
@@ -118,9 +120,10 @@ def export_adapter(loaded: LoadedModel, source: Path, to: Path) -> None:
     params = {
         path: np.asarray(x) for path, x in flatten_dict(nnx.to_pure_dict(nnx.state(loaded.model)), sep="/").items()
     }
-    numbers = training.lora_rank, alpha(training), training.lora_dropout
+    texts = _tokenizer_files(loaded.tokenizer, loaded.config.model.max_seq_len)
+    numbers: dict[str, Any] = {"rank": training.lora_rank, "alpha": alpha(training), "dropout": training.lora_dropout}
     try:
-        write_adapter(params, family, Path(os.path.abspath(to)), base, *numbers)
+        write_adapter(params, family, Path(os.path.abspath(to)), base, texts, **numbers)
     except (OSError, SafetensorError) as error:
         raise UserError(f"--to ({to}): cannot be written ({reason_of(error)}); name another folder") from error
 

@@ -108,10 +108,10 @@ def _plainest(model: ModelConfig) -> ModelConfig:
     """The same model, with none where an option says what it is without it."""
     equal: dict[str, Any] = {
         "n_kv_heads": model.n_heads,
-        "head_dim": model.d_model // model.n_heads,
+        "head_dim": model.d_model / model.n_heads,
         "qkv_bias": model.use_bias,
     }
-    unsaid: dict[str, Any] = {name: None for name, x in equal.items() if getattr(model, name) == x}
+    unsaid: dict[str, Any] = {name: None for name, x in equal.items() if vars(model)[name] == x}
     return dataclasses.replace(model, **unsaid)
 
 

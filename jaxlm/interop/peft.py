@@ -15,6 +15,7 @@ import numpy as np
 from jaxlm.config import DataConfig
 from jaxlm.data.atomic import atomic_path
 from jaxlm.data.special_tokens import read_object
+from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.errors import UserError, one_line
 from jaxlm.interop.architectures import Family
 from jaxlm.interop.families import tensor_names
@@ -22,9 +23,18 @@ from jaxlm.interop.folders import ADAPTER, HuggingFaceFolder
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
-# What makes an adapter something else than alpha / r * B A, or r for all of it: the only values that are known here.
-PLAIN = {"peft_type": "LORA", "bias": "none", "use_dora": False, "modules_to_save": None, "layer_replication": None}
-PLAIN |= {"trainable_token_indices": None, "lora_bias": False}
+WRITTEN = {"peft_type": "LORA", "bias": "none", "use_dora": False, "modules_to_save": None}
+# What adapter_config.json may say of an adapter that is alpha / r * B A and nothing else; None: anything.
+KNOWN: dict[str, tuple[Any, ...] | None] = {"peft_type": ("LORA",), "bias": ("none",)}
+KNOWN |= {"init_lora_weights": (True, "gaussian", "orthogonal", "eva")}  # others change the base as well
+KNOWN |= dict.fromkeys(
+    (
+        "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode", "r",
+        "target_modules", "exclude_modules", "lora_alpha", "lora_dropout", "fan_in_fan_out", "use_rslora",
+        "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", "megatron_config", "megatron_core",
+        "qalora_group_size", "eva_config", "ensure_weight_tying", "runtime_config",
+    )
+)  # fmt: skip
 
 
 def to_peft(params: Mapping[str, np.ndarray], family: Family) -> Iterator[tuple[str, np.ndarray]]:
@@ -56,13 +66,22 @@ def _pairs(a: np.ndarray, b: np.ndarray, tensors: int) -> list[tuple[np.ndarray,
 
 
 def write_adapter(
-    params: Mapping[str, np.ndarray], family: Family, to: Path, base: str, rank: int, alpha: float, dropout: float
+    params: Mapping[str, np.ndarray],
+    family: Family,
+    to: Path,
+    base: str,
+    texts: Mapping[str, str],
+    *,
+    rank: int,
+    alpha: float,
+    dropout: float,
 ) -> None:
     """Writes the folder `to`, whole or not at all.
 
     Args:
       params: flattened.
       base: the folder or Hub name of the model that the adapters belong to.
+      texts: {name: content} of the tokenizer's files.
 
     Raises:
       OSError, SafetensorError: it can't be written.
@@ -72,7 +91,7 @@ def write_adapter(
     tensors = dict(to_peft(params, family))
     ranks = {_short(name): len(x) for name, x in tensors.items() if ".lora_A." in name}
     others = {name: size for name, size in ranks.items() if size != rank}
-    config = PLAIN | {
+    config = WRITTEN | {
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
         "r": rank,
@@ -87,7 +106,8 @@ def write_adapter(
     to.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(to) as folder:
         folder.mkdir()
-        (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        for name, text in {**texts, CONFIG: json.dumps(config, indent=2) + "\n"}.items():
+            (folder / name).write_text(text, encoding="utf-8")
         save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
         (folder / TENSORS).chmod((folder / CONFIG).stat().st_mode)
 
@@ -95,6 +115,14 @@ def write_adapter(
 def _short(name: str) -> str:
     """The last two parts of a module's name, such as attn.c_proj, by which PEFT finds it in all layers."""
     return ".".join(re.sub(r"\.lora_[AB]\.weight$", "", name).split(".")[-2:])
+
+
+def _is_plain(key: str, value: Any) -> bool:
+    """Whether an entry of adapter_config.json leaves the adapter what it is here."""
+    if key not in KNOWN:
+        return False
+    values = KNOWN[key]
+    return values is None or value in values
 
 
 class PeftFolder(HuggingFaceFolder):
@@ -105,7 +133,8 @@ class PeftFolder(HuggingFaceFolder):
         self.where, self._adapter = where, read_object(folder / CONFIG, where)
         self._path = folder / TENSORS
         self.kind = f"{base.kind}, with adapters of PEFT"
-        wrong = [key for key, value in PLAIN.items() if self._adapter.get(key, value) not in (value, [])]
+        self.tokenizer = Tokenizer.find(folder, where, data) or base.tokenizer
+        wrong = [key for key, value in self._adapter.items() if value and not _is_plain(key, value)]
         if wrong:
             named = ", ".join(f"{key} {json.dumps(self._adapter[key])}" for key in wrong)
             raise UserError(f"{where}: jaxlm adds no adapters with {named}")
@@ -126,14 +155,19 @@ class PeftFolder(HuggingFaceFolder):
             if match is None or f"{match[1]}.weight" not in self._tensors:
                 raise UserError(f"{self.where}: has what no {self.family.architecture} has: {name}")
             pairs.setdefault(f"{match[1]}.weight", {})[match[2]] = tensor.astype(np.float32)
-        if half := [name for name, pair in pairs.items() if len(pair) < 2]:
-            raise UserError(f"{self.where}: {half[0]} has one of lora_A and lora_B only")
+        for name, pair in pairs.items():
+            if len(pair) < 2:
+                raise UserError(f"{self.where}: {name} has one of lora_A and lora_B only")
+            a, b = pair["A"], pair["B"]
+            if not (a.ndim == b.ndim == 2 and len(a) == b.shape[1]):
+                raise UserError(f"{self.where}: lora_A {a.shape} and lora_B {b.shape} of {name} have no product")
         return {name: (pair["A"], pair["B"]) for name, pair in pairs.items()}
 
     def check(self, whole: Any) -> None:
         """As that of the base, and whether the adapters are of it."""
         super().check(whole)
         for name, (a, b) in self._added.items():
+            self._scale(name, len(a))
             opened, stored = self._tensors[name]
             shape, delta = tuple(opened.get_slice(stored).get_shape()), (len(b), a.shape[1])
             if (delta if self.family.transposed else delta[::-1]) != shape:
@@ -142,9 +176,12 @@ class PeftFolder(HuggingFaceFolder):
     def _scale(self, name: str, rank: int) -> float:
         module = name.removesuffix(".weight")
         patterns = self._adapter.get("alpha_pattern") or {}
-        of_module = (x for key, x in patterns.items() if re.match(rf"(.*\.)?({key})$", module))
-        alpha = next(of_module, self._adapter["lora_alpha"])
-        return float(alpha / (rank**0.5 if self._adapter.get("use_rslora") else rank))
+        try:
+            of_module = (x for key, x in patterns.items() if re.match(rf"(.*\.)?({key})$", module))
+            alpha: Any = next(of_module, self._adapter.get("lora_alpha"))
+            return float(alpha) / (rank**0.5 if self._adapter.get("use_rslora") else rank)
+        except (AttributeError, TypeError, ValueError, re.error) as error:
+            raise UserError(f"{self.where}: {CONFIG} has no usable lora_alpha for {module}: {error}") from error
 
     def _read(self, name: str) -> np.ndarray:
         tensor = super()._read(name)

@@ -163,11 +163,11 @@ def _with_adapter(folder: Path, where: str, data: DataConfig) -> Pretrained:
     name = read_object(folder / ADAPTER_CONFIG, where).get("base_model_name_or_path")
     if not isinstance(name, str):
         raise UserError(f"{where}: {ADAPTER_CONFIG} has no base_model_name_or_path")
-    base = open_model(name, f"{where}: its base ({name})", data)
-    if not isinstance(base, HuggingFaceFolder):
-        raise UserError(
-            f"{where}: its base ({name}) is of jaxlm; an adapter of PEFT belongs to a model of transformers"
-        )
+    adapter_too = os.path.isfile(Path(name).expanduser() / ADAPTER_CONFIG)
+    base = None if adapter_too else open_model(name, f"{where}: its base ({name})", data)
+    if not isinstance(base, HuggingFaceFolder) or isinstance(base, PeftFolder):
+        kind = "of jaxlm" if isinstance(base, OwnFolder) else "an adapter, too"
+        raise UserError(f"{where}: its base ({name}) is {kind}; an adapter of PEFT belongs to a model of transformers")
     return PeftFolder(folder, base, where, data)
 
 

@@ -132,7 +132,8 @@ class LayerNorms(Probe):
             "updates": whole(jax.tree.map(jnp.subtract, moved.params, state.params)),
             "parameters": whole(state.params),
         }
-        return {name: jnp.sum(x * x, tuple(range(1, x.ndim))) for name, x in stacked(trees).items()}
+        wide = {name: x.astype(jnp.float32) for name, x in stacked(trees).items()}  # frozen matrices have 16 bits
+        return {name: jnp.sum(x * x, tuple(range(1, x.ndim))) for name, x in wide.items()}
 
     def measure(self, step: int, state: TrainState, batch: Batch, numbers: Numbers) -> None:
         groups: dict[str, float] = {}

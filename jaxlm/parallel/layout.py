@@ -223,10 +223,11 @@ def bytes_a_device(abstract: Any) -> int:
 
 
 def put_whole(x: np.ndarray, target: jax.ShapeDtypeStruct) -> jax.Array:
-    """A whole parameter on the host, as the layout holds it: with `target`'s shape (padded by zeros) and sharding.
+    """A whole parameter on the host, as the layout holds it: with `target`'s shape (padded by zeros), dtype, sharding.
 
     Each device gets its own part only.
     """
     missing = [(0, held - size) for size, held in zip(x.shape, target.shape, strict=True)]
+    x = x.astype(target.dtype, copy=False)
     padded = np.pad(x, missing) if any(after for _, after in missing) else x
     return jax.make_array_from_callback(target.shape, target.sharding, lambda index: padded[index])

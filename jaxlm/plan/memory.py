@@ -178,14 +178,15 @@ def _approximate_temporaries(resolved: Resolved) -> int:
     model, training = config.model, config.training
     c, tensor, stage = compute_dtype(training).itemsize, training.tensor_parallel, training.zero_stage or 0
     d, f = model.d_model, (3 if model.activation in GATES else 2) * model.d_ff
-    heads = d + 2 * d * (model.n_kv_heads or model.n_heads) // model.n_heads  # q, k and v
+    heads = (model.n_heads + 2 * model.kv_heads) * model.head_size  # q, k and v
     block = c * (4 * d + (heads + d + f) // tensor)  # the inputs of norms, qkv and up, and what lies between
     tokens = training.batch_size * config.data.max_length
     recomputed = {"full": c * d, "dots": c * (2 * d + (heads + model.d_ff) // tensor)}[model.remat_policy]
     kept = recomputed * model.n_layers + block if model.gradient_checkpointing else block * model.n_layers
-    elements = sum(math.prod(split.shape) for split in jax.tree.leaves(layout.splits)) // tensor
+    count = lambda splits: sum(math.prod(split.shape) for split in jax.tree.leaves(splits)) // tensor  # noqa: E731
+    elements = count(layout.trained)
     shard = elements // layout.mesh.shape[DATA]
-    live = elements if stage < 3 else shard + 2 * elements // model.n_layers
+    live = elements if stage < 3 else shard + 2 * count(layout.splits) // model.n_layers
     held = (shard if stage >= 2 else elements) if training.gradient_accumulation_steps > 1 else 0
     weights = 0 if c == 4 or stage == 3 else c * elements
     logits = min(logits_chunk_bytes(training, "gpu"), c * tokens * model.vocab_size)

@@ -24,7 +24,7 @@ from jaxlm.parallel.split import Params, path_name
 from jaxlm.train.numbers import Numbers, abstract_numbers, program_config, run_numbers
 from jaxlm.train.precision import compute_dtype
 from jaxlm.train.step import EvalStep, TrainState, first_state, make_eval_step, make_train_step
-from jaxlm.train.trainable import check_trains, divided, is_adapter, joined, part, trains, with_adapters
+from jaxlm.train.trainable import check_trains, divided, is_adapter, joined, part, with_adapters
 
 BATCH_ARRAYS = ("tokens", "targets", "segments", "positions")
 
@@ -168,8 +168,7 @@ class Assembly:
     @cached_property
     def state_with(self) -> Callable[[Params, Numbers], TrainState]:
         """The state before the first update with `base` parameters as the layout holds them; they are donated."""
-        donated = 0 if trains(self.config.training) is None else ()  # frozen ones are held otherwise
-        return jax.jit(self._state_with, out_shardings=self._shardings(), donate_argnums=donated)
+        return jax.jit(self._state_with, out_shardings=self._shardings(), donate_argnums=0)
 
     def jit_step(self, donate: bool = True) -> jax.stages.Wrapped:
         """The update of `make_train_step`; `donate` lets the new state take the place of the one that is passed in."""

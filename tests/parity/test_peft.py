@@ -4,6 +4,8 @@ Run by name, with torch, transformers and peft beside jaxlm: `pytest tests/parit
 """
 
 import dataclasses
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -108,9 +110,31 @@ def test_what_is_no_plain_adapter_is_refused(tmp_path: Path, base: Path) -> None
     for options, named in (
         ({"use_dora": True}, "use_dora true"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"init_lora_weights": "pissa"}, 'init_lora_weights "pissa"'),
     ):
         config = peft.LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM", **options)
         model = peft.get_peft_model(transformers.AutoModelForCausalLM.from_pretrained(base), config)
-        model.save_pretrained(tmp_path / named)
+        folder = tmp_path / named.split()[0]
+        model.save_pretrained(folder)
         with pytest.raises(UserError, match=named):
-            load(tmp_path / named)
+            load(folder)
+
+
+def test_an_adapter_that_is_not_whole_is_refused_in_a_line(tmp_path: Path, tuned: Path) -> None:
+    """Or that belongs to another adapter, of which nothing would be left."""
+    export_adapter(load(tuned), tuned, tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_config.json"
+    config = json.loads(file.read_text())
+    for change, problem in (
+        ({"lora_alpha": None}, "no usable lora_alpha"),
+        ({"lora_alpha": "much"}, "no usable lora_alpha"),
+        ({"alpha_pattern": {"(": 2}}, "no usable lora_alpha"),
+        ({"base_model_name_or_path": str(tmp_path / "adapter")}, "is an adapter, too"),
+        ({"base_model_name_or_path": str(tuned)}, "is of jaxlm"),
+        ({"base_model_name_or_path": None}, "has no base_model_name_or_path"),
+    ):
+        other = tmp_path / "other"
+        shutil.copytree(tmp_path / "adapter", other, dirs_exist_ok=True)
+        (other / "adapter_config.json").write_text(json.dumps(config | change))
+        with pytest.raises(UserError, match=problem):
+            load(other)
