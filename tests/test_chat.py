@@ -367,6 +367,15 @@ def chatml(tmp_path: Path) -> Tokenizer:
     return Tokenizer.load(tmp_path / "folder")
 
 
+def test_no_token_ends_answers_that_a_template_leaves_out(chatml: Tokenizer) -> None:
+    """Or whose words stand in its own; what begins a text is never taken for what ends one."""
+    assert turn_end(template("{{ bos_token }}{{ messages[0].content }}"), chatml) is None
+    behind = template("{{ bos_token }}{% for m in messages %}{{ m.content }}<|im_end|>b{% endfor %}")
+    end = turn_end(behind, chatml)
+    assert end is not None
+    assert chatml.token(end) == "<|im_end|>"
+
+
 def test_the_token_that_ends_an_answer_ends_texts(chatml: Tokenizer, tmp_path: Path) -> None:
     own = chat_template(DataConfig(), chatml)
     end = turn_end(own, chatml)

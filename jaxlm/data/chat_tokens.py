@@ -12,7 +12,8 @@ from jaxlm.data.tokenizer import BOS, EOS, PAD, Tokenizer
 from jaxlm.errors import UserError
 
 NEW = {"bos_token": BOS, "eos_token": EOS, "pad_token": PAD}  # of a tokenizer that is trained here
-PROBE = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+ANSWER = "forty-two"  # in a conversation by which a template shows what it puts behind an answer
+PROBE = [{"role": "user", "content": "How many?"}, {"role": "assistant", "content": ANSWER}]
 
 
 def chat_template(data: DataConfig, tokenizer: Tokenizer | None) -> ChatTemplate:
@@ -76,7 +77,8 @@ def turn_end(template: ChatTemplate, tokenizer: Tokenizer) -> int | None:
         text = template.render(PROBE).text
     except UserError:
         return None
-    found = tokenizer.encode(text[text.rfind("b") + 1 :])
+    _, answered, behind = text.rpartition(ANSWER)
+    found = tokenizer.encode(behind) if answered else []
     return next((token for token in found if tokenizer.token(token) in tokenizer.special_in_text), None)
 
 

@@ -244,10 +244,11 @@ class Tokenizer:
 
     def without_special(self, text: str) -> str:
         """`text` without what is read as special tokens in it."""
-        if not self.special_in_text:
-            return text
-        names = sorted(map(re.escape, self.special_in_text - {""}), key=len, reverse=True)
-        return re.sub("|".join(names), "", text)
+        return self._special_pattern.sub("", text) if self.special_in_text else text
+
+    @cached_property
+    def _special_pattern(self) -> re.Pattern[str]:
+        return re.compile("|".join(sorted(map(re.escape, self.special_in_text - {""}), key=len, reverse=True)))
 
     def saying(self, said: Mapping[str, Any]) -> "Tokenizer":
         """The same tokenizer with more said of it, see `said`."""

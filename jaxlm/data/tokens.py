@@ -18,7 +18,7 @@ import tempfile
 import time
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -149,7 +149,7 @@ def prepare(
     took = made_once(folder, lambda part: _tokenize(part, source, tokenizer, data))
     report(f"tokenized text: {took} ({folder})")
     parts, notes = _open_parts(folder, source.parts, tokenizer.dtype)
-    for line in (*notes["lines"], *_shares_learned(parts, data)):
+    for line in notes["lines"]:
         report(line)
     choices = notes["choices"] + ([] if template is None else [template.fingerprint[:16]])
     fingerprint = "+".join([source.fingerprint, *choices])
@@ -161,14 +161,6 @@ def _shape_of_documents(tokenizer: Tokenizer, source: Source) -> str:
     ends = f"{tokenizer.token(tokenizer.bos_id)} text {tokenizer.token(tokenizer.eos_id)}"
     template = source.format.template
     return f"documents: {ends}" if template is None else f"documents: conversations by {template.where}"
-
-
-def _shares_learned(parts: Mapping[str, TokenDocuments], data: DataConfig) -> Iterator[str]:
-    """Lines about how many tokens are learned where not all are."""
-    for name, documents in parts.items():
-        if documents.learned is not None:
-            learned, tokens = np.count_nonzero(documents.learned), len(documents.tokens)
-            yield f"{name}: {learned:,} of {tokens:,} tokens are learned (data.loss_on {data.loss_on})"
 
 
 def made_once(path: Path, fill: Callable[[Path], None]) -> str:
@@ -222,7 +214,7 @@ def _trained_tokenizer(folder: Path, source: Source, vocab_size: int, report: Re
 def _tokenize(folder: Path, source: Source, tokenizer: Tokenizer, data: DataConfig) -> None:
     """Writes the tokens of all parts into `folder`, which it makes."""
     folder.mkdir()
-    left_out, markers, choices = dict(source.left_out), Counter[str](), []
+    left_out, markers, choices, shares = dict(source.left_out), Counter[str](), [], list[str]()
 
     def lengths(documents: Iterator[Document]) -> Iterator[int]:
         return (0 if isinstance(found, UserError) else len(found.ids) for _, found in encoded(tokenizer, documents))
@@ -234,7 +226,7 @@ def _tokenize(folder: Path, source: Source, tokenizer: Tokenizer, data: DataConf
         offsets, document_bytes = array("q", [0]), array("q")
         with ExitStack() as opened:
             file = opened.enter_context((folder / f"{name}.tokens").open("wb"))
-            learned_file = None
+            learned_file, learned = None, 0
             for document, found in encoded(tokenizer, _with_progress(read(), f"tokenizing {name}")):
                 if isinstance(found, UserError):
                     untrained.add(UserError(f"{document.place} {found}"))
@@ -246,6 +238,7 @@ def _tokenize(folder: Path, source: Source, tokenizer: Tokenizer, data: DataConf
                 if fits.learned is not None:
                     learned_file = learned_file or opened.enter_context((folder / f"{name}.learned").open("wb"))
                     fits.learned.tofile(learned_file)
+                    learned += int(np.count_nonzero(fits.learned))
                 offsets.append(offsets[-1] + len(fits.ids))
                 document_bytes.append(learned_bytes(tokenizer, document, fits))
                 markers.update(tokenizer.markers.findall(document.text))
@@ -253,12 +246,14 @@ def _tokenize(folder: Path, source: Source, tokenizer: Tokenizer, data: DataConf
             if untrained.first:
                 raise UserError(f"no document of the {name} text can be tokenized: {untrained.first[0]}")
             raise UserError(f"no document of the {name} text can be learned; {'; '.join(untrained.lines(name))}")
+        if learned:
+            shares.append(f"{name}: {learned:,} of {offsets[-1]:,} tokens are learned (data.loss_on {data.loss_on})")
         np.save(folder / f"{name}.offsets.npy", np.array(offsets, np.int64))
         np.save(folder / f"{name}.bytes.npy", np.array(document_bytes, np.int64))
     lines = [line for part, counts in left_out.items() for line in counts.lines(part)]
     lines += [] if source.format.template is not None else _about_markers(tokenizer, markers)
     choices += ["special"] * any(marker in tokenizer.special_in_text for marker in markers)
-    (folder / "notes.json").write_text(json.dumps({"lines": lines, "choices": choices}))
+    (folder / "notes.json").write_text(json.dumps({"lines": lines + shares, "choices": choices}))
 
 
 def _about_markers(tokenizer: Tokenizer, markers: Counter[str]) -> Iterator[str]:

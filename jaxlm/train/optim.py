@@ -12,6 +12,7 @@ import optax.contrib
 from jax.typing import ArrayLike
 
 from jaxlm.config import TrainingConfig
+from jaxlm.model.adapters import ADAPTER
 from jaxlm.parallel.split import STACKED, Params, Path, path_name
 
 Transformation: TypeAlias = optax.GradientTransformation
@@ -165,7 +166,7 @@ def decay_mask(params: Params, decay_embeddings: bool) -> Params:
     """True for the leaves that weight decay applies to: matrices, and embeddings if asked; no biases, no norms."""
 
     def decays(path: Path, _: jax.Array) -> bool:
-        matrix = path[-1].key == "kernel" or "/adapter/" in path_name(path)
+        matrix = path[-1].key == "kernel" or f"/{ADAPTER}/" in path_name(path)
         return matrix or (decay_embeddings and is_embedding(path))
 
     return jax.tree_util.tree_map_with_path(decays, params)
