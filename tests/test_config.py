@@ -235,10 +235,18 @@ def of_use(dotted: str) -> dict[str, Any]:
         ),
         ({"data.min_length": 1025}, "data.min_length (1025) exceeds data.max_length (1024)"),
         ({"model.vocab_size": 258}, "model.vocab_size (258) must be at least 259"),
-        ({"model.positions": "rotary", "model.d_model": 36}, "model.positions (rotary) needs an even head size"),
+        (
+            {"model.positions": "rotary", "model.d_model": 36},
+            "model.positions (rotary) turns pairs of channels, and model.rotary_fraction (1) of a head's 3 are 3; that",
+        ),
         (
             {"model.positions": "sinusoidal", "model.d_model": 9, "model.n_heads": 3},
             "model.positions (sinusoidal) needs",
+        ),
+        ({"model.rotary_fraction": 0.5}, "model.rotary_fraction (0.5) needs model.positions rotary, not learned"),
+        (
+            {"model.pre_norm": False, "model.sandwich_norm": True},
+            "model.sandwich_norm (true) needs model.pre_norm true",
         ),
         ({"model.n_kv_heads": 5}, "model.n_kv_heads (5) must divide model.n_heads (12)"),
         ({"model.rope_scaling": "linear"}, "model.rope_scaling (linear) needs model.positions rotary, not learned"),

@@ -36,12 +36,14 @@ from jaxlm.data.special_tokens import CONFIG, GENERATION, OWN
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.errors import UserError
 from jaxlm.interop import export, pretrained
-from jaxlm.interop.architectures import ARCHITECTURE, DROPOUTS, FAMILIES, ROPE_TYPES
+from jaxlm.interop.architectures import ARCHITECTURE, DROPOUTS, FAMILIES, PARTIAL, ROPE_TYPES
 from jaxlm.interop.families import family_for, from_config
 from jaxlm.model import Transformer
 
 SMALL = {"vocab_size": 300, "d_model": 16, "n_heads": 4, "n_layers": 2, "d_ff": 24, "max_seq_len": 32}
 LLAMA = {**SMALL, "dropout": 0.0, "norm": "rmsnorm", "use_bias": False, "activation": "swiglu", "positions": "rotary"}
+GEMMA2: dict[str, Any] = {"sandwich_norm": True, "scale_embeddings": True, "activation": "geglu"}
+GEMMA2 |= {"attention_softcap": 50.0, "logit_softcap": 30.0}
 SHAPES = {
     "gpt2": SMALL,
     "gpt2, own output, relu": {**SMALL, "tie_embeddings": False, "activation": "relu", "norm_epsilon": 1e-6},
@@ -54,9 +56,12 @@ SHAPES = {
     "qwen3": {**LLAMA, "n_kv_heads": 1, "qk_norm": True},
     "qwen3, wide heads": {**LLAMA, "n_kv_heads": 1, "qk_norm": True, "head_dim": 6},
     "qwen2": {**LLAMA, "n_kv_heads": 2, "qkv_bias": True},
+    "gemma2": {**LLAMA, **GEMMA2, "n_kv_heads": 2, "head_dim": 6},
+    "neox": {**SMALL, "positions": "rotary", "rotary_fraction": 0.5, "parallel_residual": True, "rope_theta": 500.0},
 }
 CLASSES = {"gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM"}
 CLASSES |= {"qwen3": "Qwen3ForCausalLM", "qwen2": "Qwen2ForCausalLM"}
+CLASSES |= {"gemma2": "Gemma2ForCausalLM", "neox": "GPTNeoXForCausalLM"}
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +130,8 @@ def test_what_is_exported_is_read_back_bit_for_bit(tmp_path: Path, tokenizer: To
     expected = flat(loaded.model)
     assert params.keys() == expected.keys()
     for path, x in expected.items():
-        np.testing.assert_array_equal(params[path], x, err_msg=path)
+        lost = 2**-22 if name == "gemma2" and path.endswith("/scale") else 0  # there a norm holds its factor less one
+        np.testing.assert_allclose(params[path], x, rtol=0, atol=lost, err_msg=path)
 
 
 def test_a_folder_in_several_files(tmp_path: Path, tokenizer: Tokenizer) -> None:
@@ -171,6 +177,8 @@ def test_the_mapping_says_something_about_every_option_of_the_model() -> None:
     for family in FAMILIES.values():
         rope = {"rope_theta", "rope_scaling"} | {field for keys in ROPE_TYPES.values() for field in keys.values()}
         said = {*family.keys, *family.implied, "activation"} | rope
+        assert ("rotary_fraction" in said) != (PARTIAL in family.rope)
+        said.add("rotary_fraction")
         assert said == set(ARCHITECTURE), family.architecture
 
 
@@ -199,6 +207,8 @@ GPT2_CONFIG |= {"n_positions": 32, "bos_token_id": 1}
 LLAMA_CONFIG = {"architectures": ["LlamaForCausalLM"], "vocab_size": 300, "hidden_size": 16, "num_attention_heads": 4}
 LLAMA_CONFIG |= {"num_hidden_layers": 2, "intermediate_size": 24, "max_position_embeddings": 32}
 MISTRAL_CONFIG = {**LLAMA_CONFIG, "architectures": ["MistralForCausalLM"], "num_key_value_heads": 2}
+GEMMA2_CONFIG = {**LLAMA_CONFIG, "architectures": ["Gemma2ForCausalLM"]}
+NEOX_CONFIG = {**LLAMA_CONFIG, "architectures": ["GPTNeoXForCausalLM"], "hidden_size": 32}
 QWEN3_CONFIG = {**LLAMA_CONFIG, "architectures": ["Qwen3ForCausalLM"], "num_key_value_heads": 2, "head_dim": 4}
 
 
@@ -229,6 +239,21 @@ QWEN3_CONFIG = {**LLAMA_CONFIG, "architectures": ["Qwen3ForCausalLM"], "num_key_
         (
             {**LLAMA_CONFIG, "architectures": ["Qwen2ForCausalLM"], "num_key_value_heads": 2},
             {"qkv_bias": True, "use_bias": False, "n_kv_heads": 2},
+        ),
+        (GEMMA2_CONFIG, {"attention_softcap": 50.0, "logit_softcap": 30.0, "head_dim": 256, "max_seq_len": 32}),
+        (
+            GEMMA2_CONFIG | {"sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]},
+            {"max_seq_len": 16, "activation": "geglu", "sandwich_norm": True},
+        ),
+        (
+            NEOX_CONFIG,
+            {"rotary_fraction": 0.25, "rope_theta": 1e4, "parallel_residual": True, "activation": "gelu_exact"},
+        ),
+        (NEOX_CONFIG | {"rotary_pct": 1.0, "rotary_emb_base": 300}, {"rotary_fraction": 1.0, "rope_theta": 300}),
+        (  # the newer key wins, as in transformers 5
+            NEOX_CONFIG
+            | {"rotary_pct": 1.0, "rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
+            {"rotary_fraction": 0.5, "rope_theta": 1e4},
         ),
     ],
 )
@@ -270,6 +295,9 @@ def test_configurations_as_transformers_writes_them(config: dict[str, Any], fiel
         ({**LLAMA_CONFIG, "rope_scaling": {"type": "linear", "factor": "2"}}, r"X: model\.rope_scaling_factor \('2'\)"),
         ({**MISTRAL_CONFIG, "sliding_window": "x"}, 'with sliding_window "x"'),
         ({**QWEN3_CONFIG, "attention_bias": True}, "with attention_bias true"),
+        ({**GEMMA2_CONFIG, "query_pre_attn_scalar": 144}, "with head_dim 256 and query_pre_attn_scalar 144"),
+        ({**GEMMA2_CONFIG, "use_bidirectional_attention": True}, "with use_bidirectional_attention true"),
+        ({**NEOX_CONFIG, "attention_bias": False}, "with attention_bias false"),
         (
             {**QWEN3_CONFIG, "use_sliding_window": True, "sliding_window": 8},
             "with use_sliding_window true",

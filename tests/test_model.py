@@ -36,6 +36,14 @@ MODERN: dict[str, Any] = {  # all that newer models do otherwise than GPT-2
     "value_embedding": True,
     "tie_embeddings": False,
 }
+GEMMA2: dict[str, Any] = {
+    "norm": "rmsnorm",
+    "sandwich_norm": True,
+    "scale_embeddings": True,
+    "attention_softcap": 1.5,
+    "use_bias": False,
+}
+NEOX: dict[str, Any] = {"positions": "rotary", "rotary_fraction": 0.5, "parallel_residual": True}
 SPEEDRUN: dict[str, Any] = {  # what configs/speedrun.py does otherwise again
     "norm": "rmsnorm",
     "activation": "relu2",
@@ -57,10 +65,11 @@ def packed_segments(rng, b, t):
     return jnp.asarray(np.sort(rng.integers(1, 4, (b, t)), axis=1).astype(np.int32))
 
 
-def dense_attention(q, k, v, segments, keep=None, rate=0.0):
+def dense_attention(q, k, v, segments, keep=None, rate=0.0, softcap=None):
     """[B, T, H, K] softmax attention with the whole T x T matrix."""
     t = q.shape[1]
     scores = jnp.einsum("bqhk,bshk->bhqs", q, k) * q.shape[-1] ** -0.5
+    scores = scores if softcap is None else softcap * jnp.tanh(scores / softcap)
     visible = jnp.tril(jnp.ones((t, t), bool))[None, None]
     visible = visible & (segments[:, None, :, None] == segments[:, None, None, :])
     weights = jax.nn.softmax(jnp.where(visible, scores, -jnp.inf), axis=-1)
@@ -69,11 +78,11 @@ def dense_attention(q, k, v, segments, keep=None, rate=0.0):
     return jnp.einsum("bhqs,bshk->bqhk", weights, v)
 
 
-@pytest.mark.parametrize("rate", [0.0, 0.3])
+@pytest.mark.parametrize(("rate", "softcap"), [(0.0, 1.5), (0.3, None)])
 @pytest.mark.parametrize(
     ("t", "block"), [(24, 128), (40, 16), (100, 16), (150, 8)]
 )  # one block, unrolled, padded, loop
-def test_attention_equals_dense(monkeypatch, t, block, rate):
+def test_attention_equals_dense(monkeypatch, t, block, rate, softcap):
     monkeypatch.setattr(blockwise, "BLOCK", block)
     rng = np.random.default_rng(0)
     b, h, k = 2, 3, 8
@@ -83,11 +92,12 @@ def test_attention_equals_dense(monkeypatch, t, block, rate):
     keep = blockwise.dropout_mask(key, (b, h, t, t), 0, 0, rate).swapaxes(2, 3) if rate else None
 
     def ours(q, keys, v):
-        y = causal_attention(q, keys, v, segments, implementation="blockwise", key_B2=key, rate=rate)
+        options = {"key_B2": key, "rate": rate, "softcap": softcap}
+        y = causal_attention(q, keys, v, segments, implementation="blockwise", **options)
         return (y * g).sum(), y
 
     def reference(q, keys, v):
-        y = dense_attention(q, keys, v, segments, keep, rate)
+        y = dense_attention(q, keys, v, segments, keep, rate, softcap)
         return (y * g).sum(), y
 
     close(*(jax.jit(jax.grad(f, (0, 1, 2), has_aux=True))(q, keys, v) for f in (ours, reference)))
@@ -210,6 +220,7 @@ def plain_linear(x, p):
 
 def plain_rotation(x, config):
     """[B, T, H, K] as complex numbers, each pair of channels turned by its own loop over frequencies."""
+    x, rest = jnp.split(x, [int(x.shape[-1] * config.rotary_fraction)], -1)
     half, length, factor = x.shape[-1] // 2, config.rope_original_length, config.rope_scaling_factor
     turned, size = [], 0.1 * math.log(factor) + 1 if config.rope_scaling == "yarn" else 1.0
     for i in range(half):
@@ -230,7 +241,7 @@ def plain_rotation(x, config):
         angle = jnp.arange(x.shape[1]) * frequency * (kept + (1 - kept) / factor)
         turned.append((x[..., i] + 1j * x[..., half + i]) * (size * jnp.exp(1j * angle))[None, :, None])
     turned = jnp.stack(turned, -1)
-    return jnp.concatenate([turned.real, turned.imag], -1)
+    return jnp.concatenate([turned.real, turned.imag, rest], -1)
 
 
 def plain_block(x, p, config, segments, values):
@@ -249,9 +260,12 @@ def plain_block(x, p, config, segments, values):
         q, k = plain_rotation(q, config), plain_rotation(k, config)
     if values is not None:
         v = v + attention["value_scale"].reshape(1, 1, g, 1) * values.reshape(b, t, g, -1)
-    each = [dense_attention(q[:, :, [i]], k[:, :, [i * g // h]], v[:, :, [i * g // h]], segments) for i in range(h)]
-    x = x + plain_linear(jnp.concatenate(each, 2).reshape(b, t, d), attention["out"])
-    y = plain_linear(plain_norm(x, p.get("norm2", {}), config.norm, eps), p["mlp"]["up"])
+    alone = lambda i: (q[:, :, [i]], k[:, :, [i * g // h]], v[:, :, [i * g // h]])  # noqa: E731
+    each = [dense_attention(*alone(i), segments, softcap=config.attention_softcap) for i in range(h)]
+    y = plain_linear(jnp.concatenate(each, 2).reshape(b, t, d), attention["out"])
+    before, x = x, x + (plain_norm(y, p["norm1_out"], config.norm, eps) if config.sandwich_norm else y)
+    y = plain_norm(before if config.parallel_residual else x, p.get("norm2", {}), config.norm, eps)
+    y = plain_linear(y, p["mlp"]["up"])
     tanh_gelu = lambda z: 0.5 * z * (1 + jnp.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))  # noqa: E731
     y = {
         "gelu": lambda: tanh_gelu(y),
@@ -260,13 +274,14 @@ def plain_block(x, p, config, segments, values):
         "swiglu": lambda: y[:, :, 0] / (1 + jnp.exp(-y[:, :, 0])) * y[:, :, 1],
         "geglu": lambda: tanh_gelu(y[:, :, 0]) * y[:, :, 1],
     }[config.activation]()
-    return x + plain_linear(y, p["mlp"]["down"])
+    y = plain_linear(y, p["mlp"]["down"])
+    return x + (plain_norm(y, p["norm2_out"], config.norm, eps) if config.sandwich_norm else y)
 
 
 def plain_loss(params, config, data, z_loss):
     """(what is minimised, cross entropy), with all logits at once."""
     tokens, targets, segments = data
-    x = params["token_embedding"][tokens]
+    x = params["token_embedding"][tokens] * (math.sqrt(config.d_model) if config.scale_embeddings else 1)
     if config.positions == "learned":
         x = x + params["position_embedding"][None, : tokens.shape[1]]
     for layer in range(config.n_layers):
@@ -294,8 +309,10 @@ def plain_loss(params, config, data, z_loss):
         ({"positions": "rotary", "rope_scaling": "linear", "rope_scaling_factor": 3.0, "logit_softcap": 2.0}, 1e-2),
         (SPEEDRUN, 0.0),
         (MODERN, 1e-2),
+        (GEMMA2, 0.0),
+        (NEOX, 0.0),
     ],
-    ids=["rmsnorm", "no_bias", "llama3", "linear", "speedrun", "all"],
+    ids=["rmsnorm", "no_bias", "llama3", "linear", "speedrun", "all", "gemma2", "neox"],
 )
 def test_modern_blocks_equal_a_plain_model(options, z_loss):
     """Losses and every gradient, of a model of random biases and scales, written out without any of our functions."""

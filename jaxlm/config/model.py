@@ -37,6 +37,10 @@ class ModelConfig(Section):
         None, "biases of queries, keys and values, if other than use_bias (as in Qwen2); none: as use_bias"
     )
     pre_norm: bool = option(True, "normalise before each sub-layer (false: after, as in the 2017 Transformer)")
+    sandwich_norm: bool = option(False, "with pre_norm: normalise what each sub-layer adds, too (as in Gemma 2)")
+    parallel_residual: bool = option(
+        False, "with pre_norm: attention and feed-forward read the same input, and both are added (as in GPT-NeoX)"
+    )
     gradient_checkpointing: bool = option(
         False, "recompute activations in the backward pass to save memory", resumable=True
     )
@@ -48,6 +52,11 @@ class ModelConfig(Section):
     )
     positions: str = option("learned", "how positions enter", choices=("learned", "sinusoidal", "rotary"))
     rope_theta: float = option(10000.0, "base of the rotary frequencies (positions=rotary)", above=0)
+    rotary_fraction: float = option(
+        1.0,
+        "share of each head's channels, the first, that rotary positions turn (0.25 in Pythia)",
+        high=1,
+    )
     rope_scaling: str | None = option(
         None,
         "stretch rotary positions to a longer context: linear for all frequencies, llama3 and yarn for low ones; "
@@ -67,6 +76,14 @@ class ModelConfig(Section):
     qk_norm: bool = option(False, "rmsnorm over each head's queries and keys (as in Qwen3)")
     value_embedding: bool = option(
         False, "a second embedding of the tokens, added to every layer's values times a factor a head"
+    )
+    scale_embeddings: bool = option(
+        False, "multiply token embeddings by the root of d_model (as in Gemma 2; positions=sinusoidal always does)"
+    )
+    attention_softcap: float | None = option(
+        None,
+        "squash attention scores to this, as logit_softcap does logits (Gemma 2); none: as they are",
+        above=0,
     )
     logit_softcap: float | None = option(
         None, "squash output logits to this: cap * tanh(logits / cap) (as in Gemma 2); none: as they are", above=0
@@ -92,6 +109,11 @@ class ModelConfig(Section):
     def head_size(self) -> int:
         """Channels of an attention head."""
         return self.d_model // self.n_heads if self.head_dim is None else self.head_dim
+
+    @property
+    def rotary_size(self) -> int:
+        """Channels of an attention head that rotary positions turn."""
+        return int(self.head_size * self.rotary_fraction)
 
     @property
     def kv_heads(self) -> int:

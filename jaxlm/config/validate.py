@@ -52,10 +52,18 @@ def _model_conflicts(model: ModelConfig) -> Iterator[str]:
         yield f"model.n_heads ({model.n_heads}) must divide model.d_model ({model.d_model})"
     if model.n_heads % model.kv_heads:
         yield f"model.n_kv_heads ({model.n_kv_heads}) must divide model.n_heads ({model.n_heads})"
-    if model.positions == "rotary" and model.head_size % 2:
-        yield f"model.positions ({model.positions}) needs an even head size, d_model / n_heads, not {model.head_size}"
+    if model.positions == "rotary" and (model.rotary_size % 2 or model.rotary_size < 2):
+        yield (
+            f"model.positions ({model.positions}) turns pairs of channels, and model.rotary_fraction "
+            f"({model.rotary_fraction:g}) of a head's {model.head_size} are {model.rotary_size}; that must be even"
+        )
     if model.positions == "sinusoidal" and model.d_model % 2:
         yield f"model.positions ({model.positions}) needs an even model.d_model, not {model.d_model}"
+    if model.positions != "rotary" and model.rotary_fraction != 1:
+        yield f"model.rotary_fraction ({model.rotary_fraction:g}) needs model.positions rotary, not {model.positions}"
+    for name in ("sandwich_norm", "parallel_residual"):
+        if not model.pre_norm and vars(model)[name]:
+            yield f"model.{name} (true) needs model.pre_norm true"
     if model.rope_scaling is None:
         return
     named = f"model.rope_scaling ({model.rope_scaling})"

@@ -25,9 +25,13 @@ _YARN = {**_LINEAR, "original_max_position_embeddings": "rope_original_length"}
 _LLAMA3 = {**_YARN, "low_freq_factor": "rope_low_freq_factor", "high_freq_factor": "rope_high_freq_factor"}
 ROPE_TYPES: dict[str, dict[str, str]] = {"default": {}, "linear": _LINEAR, "llama3": _LLAMA3, "yarn": _YARN}
 ROPE_FIXED = {"beta_fast": 32, "beta_slow": 1, "truncate": True, "partial_rotary_factor": 1}  # the only values known
+PARTIAL = "partial_rotary_factor"
 
-MOST_IMPLY = {"pre_norm": True, "norm_scale": True, "qk_norm": False, "value_embedding": False, "logit_softcap": None}
-MOST_IMPLY |= {"qkv_bias": None}
+MOST_IMPLY: dict[str, Any] = {"pre_norm": True, "norm_scale": True, "rotary_fraction": 1.0}
+MOST_IMPLY |= dict.fromkeys(
+    ("qk_norm", "value_embedding", "sandwich_norm", "parallel_residual", "scale_embeddings"), False
+)
+MOST_IMPLY |= dict.fromkeys(("qkv_bias", "attention_softcap", "logit_softcap"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,10 +49,9 @@ class Family:
     modules: Mapping[str, str]  # jaxlm's module -> that of transformers; {} or {0} is the layer
     prefix: str  # of all modules in transformers except lm_head
     transposed: bool  # transformers holds matrices as [out, in], jaxlm as [in, out]
-
-    @property
-    def rotary(self) -> bool:
-        return self.implied["positions"] == "rotary"
+    rope: Mapping[str, str]  # key of `rope_parameters` -> that of config.json before transformers 5; {}: not rotary
+    by_head: bool = False  # the joint matrix has each head's queries, keys and values together
+    norm_offset: float = 0.0  # what transformers adds to the factors of norms that it holds
 
 
 GPT2 = Family(
@@ -97,6 +100,7 @@ GPT2 = Family(
     },
     prefix="transformer.",
     transposed=False,
+    rope={},
 )
 
 LLAMA = Family(
@@ -126,6 +130,7 @@ LLAMA = Family(
         "attention_dropout": 0.0,
         "hidden_act": "silu",
         "rms_norm_eps": 1e-6,
+        "rope_theta": 10000.0,
         "attention_bias": False,
         "mlp_bias": False,
         "tie_word_embeddings": False,
@@ -145,6 +150,7 @@ LLAMA = Family(
     },
     prefix="model.",
     transposed=True,
+    rope={"rope_theta": "rope_theta"},
 )
 
 MISTRAL = dataclasses.replace(
@@ -180,5 +186,94 @@ QWEN2 = dataclasses.replace(
     defaults={**LLAMA.defaults, "num_key_value_heads": 32},
 )
 
+GEMMA2 = dataclasses.replace(
+    MISTRAL,
+    architecture="Gemma2ForCausalLM",
+    model_type="gemma2",
+    keys={
+        **MISTRAL.keys,
+        "head_dim": "head_dim query_pre_attn_scalar",  # scores are divided by the root of the second
+        "activation": "hidden_activation",
+        "attention_softcap": "attn_logit_softcapping",
+        "logit_softcap": "final_logit_softcapping",
+    },
+    implied={
+        **{name: x for name, x in MISTRAL.implied.items() if name not in ("attention_softcap", "logit_softcap")},
+        "sandwich_norm": True,
+        "scale_embeddings": True,
+    },
+    required={"attention_bias": False, "use_bidirectional_attention": False},
+    defaults={
+        **{key: x for key, x in MISTRAL.defaults.items() if key != "hidden_act"},
+        "num_key_value_heads": 4,
+        "head_dim": 256,
+        "query_pre_attn_scalar": 256,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "attn_logit_softcapping": 50.0,
+        "final_logit_softcapping": 30.0,
+        "tie_word_embeddings": True,
+    },
+    modules={
+        **LLAMA.modules,
+        "blocks/norm1_out": "layers.{}.post_attention_layernorm",
+        "blocks/norm2": "layers.{}.pre_feedforward_layernorm",
+        "blocks/norm2_out": "layers.{}.post_feedforward_layernorm",
+    },
+    norm_offset=1.0,
+)
+
+GPT_NEOX = Family(
+    architecture="GPTNeoXForCausalLM",
+    model_type="gpt_neox",
+    keys={
+        "vocab_size": "vocab_size",
+        "d_model": "hidden_size",
+        "n_heads": "num_attention_heads",
+        "n_layers": "num_hidden_layers",
+        "d_ff": "intermediate_size",
+        "max_seq_len": "max_position_embeddings",
+        "norm_epsilon": "layer_norm_eps",
+        "activation": "hidden_act",
+        "parallel_residual": "use_parallel_residual",
+        "tie_embeddings": "tie_word_embeddings",
+    },
+    implied={
+        **{name: x for name, x in MOST_IMPLY.items() if name not in ("parallel_residual", "rotary_fraction")},
+        "n_kv_heads": None,
+        "head_dim": None,
+        "norm": "layernorm",
+        "use_bias": True,
+        "positions": "rotary",
+    },
+    activations=PLAIN,
+    dropouts={"hidden_dropout": "dropout", "attention_dropout": "attention_dropout"},
+    required={"attention_bias": True},
+    defaults={
+        "hidden_act": "gelu",
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "layer_norm_eps": 1e-5,
+        "rotary_emb_base": 10000.0,
+        "rotary_pct": 0.25,
+        "use_parallel_residual": True,
+        "tie_word_embeddings": False,
+    },
+    modules={
+        "token_embedding": "embed_in",
+        "blocks/norm1": "layers.{}.input_layernorm",
+        "blocks/attention/qkv": "layers.{}.attention.query_key_value",
+        "blocks/attention/out": "layers.{}.attention.dense",
+        "blocks/norm2": "layers.{}.post_attention_layernorm",
+        "blocks/mlp/up": "layers.{}.mlp.dense_h_to_4h",
+        "blocks/mlp/down": "layers.{}.mlp.dense_4h_to_h",
+        "final_norm": "final_layer_norm",
+        "output_embedding": "embed_out",
+    },
+    prefix="gpt_neox.",
+    transposed=True,
+    rope={"rope_theta": "rotary_emb_base", PARTIAL: "rotary_pct"},
+    by_head=True,
+)
+
 # In this order: a model is exported as the first that fits.
-FAMILIES = {family.architecture: family for family in (GPT2, LLAMA, MISTRAL, QWEN3, QWEN2)}
+FAMILIES = {family.architecture: family for family in (GPT2, LLAMA, MISTRAL, QWEN3, QWEN2, GEMMA2, GPT_NEOX)}

@@ -76,7 +76,7 @@ def export(loaded: LoadedModel, source: Path, to: Path, *, max_shard_size: int, 
     check_target(to)
     to = Path(os.path.abspath(to))
     params = flatten_dict(merged(nnx.to_pure_dict(nnx.state(loaded.model)), loaded.config.training), sep="/")
-    tensors = dict(to_tensors({path: np.asarray(x) for path, x in params.items()}, family))
+    tensors = dict(to_tensors({path: np.asarray(x) for path, x in params.items()}, family, loaded.config.model.n_heads))
     said, ends = loaded.tokenizer.said, list(loaded.tokenizer.end_ids)
     ids = {f"{role}_token_id": getattr(loaded.tokenizer, f"{role}_id") for role in ROLES}
     several = ids | {"eos_token_id": ends} if len(ends) > 1 else ids
@@ -122,6 +122,7 @@ def export_adapter(loaded: LoadedModel, source: Path, to: Path) -> None:
     }
     texts = _tokenizer_files(loaded.tokenizer, loaded.config.model.max_seq_len)
     numbers: dict[str, Any] = {"rank": training.lora_rank, "alpha": alpha(training), "dropout": training.lora_dropout}
+    numbers["heads"] = loaded.config.model.n_heads
     try:
         write_adapter(params, family, Path(os.path.abspath(to)), base, texts, **numbers)
     except (OSError, SafetensorError) as error:

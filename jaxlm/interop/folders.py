@@ -21,8 +21,8 @@ from jaxlm.interop.families import from_config, from_tensors, tensor_names, to_t
 
 INDEX, SINGLE_FILE = "model.safetensors.index.json", "model.safetensors"
 FLOATS = ("F32", "F16", "BF16", "F64")
-OUTPUT = "lm_head.weight"
-BUFFERS = (".attn.bias", ".attn.masked_bias", "rotary_emb.inv_freq")  # old versions saved these beside the parameters
+# What old versions saved beside the parameters.
+BUFFERS = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias")
 ADAPTER = "adapter"  # as in jaxlm.model.adapters
 
 Params = Any  # nested dict of arrays, or of their shapes
@@ -92,7 +92,8 @@ class HuggingFaceFolder:
 
         empty = {path: np.empty(x.shape, np.float32) for path, x in flatten_dict(whole, sep="/").items()}
         try:
-            expected = {name: tensor.shape for name, tensor in to_tensors(empty, self.family)}  # views: takes no memory
+            shapes = to_tensors(empty, self.family, self.model.n_heads)
+            expected = {name: tensor.shape for name, tensor in shapes}
         except KeyError as error:
             raise UserError(
                 f"{self.where}: no {self.kind} has {error.args[0]}, which the model of this run has; "
@@ -113,13 +114,17 @@ class HuggingFaceFolder:
         if missing:
             raise UserError(f"{self.where}: lacks {len(missing)} tensor(s) that config.json asks for, as {missing[0]}")
         more = [name for name in self._tensors if name not in expected and not name.endswith(BUFFERS)]
-        if OUTPUT in more and self.model.tie_embeddings:
-            more.remove(OUTPUT)  # transformers ignores it, too, unless it differs
+        if self._output in more and self.model.tie_embeddings:
+            more.remove(self._output)  # transformers ignores it, too, unless it differs
             (embedding,) = tensor_names("token_embedding", self.family, None)
-            if not np.array_equal(self._read(OUTPUT), self._read(embedding)):
-                more = [f"an {OUTPUT} of its own, though tie_word_embeddings is true"]
+            if not np.array_equal(self._read(self._output), self._read(embedding)):
+                more = [f"an {self._output} of its own, though tie_word_embeddings is true"]
         if more:
             raise UserError(f"{self.where}: has what no {self.kind} has: {more[0]}")
+
+    @property
+    def _output(self) -> str:
+        return tensor_names("output_embedding", self.family, None)[0]
 
     @cached_property
     def _tensors(self) -> dict[str, tuple[Any, str]]:
@@ -133,10 +138,10 @@ class HuggingFaceFolder:
             except (OSError, SafetensorError) as error:
                 raise UserError(f"{self.where}: {file} is not readable: {one_line(error)}") from error
             for name in opened.keys():  # noqa: SIM118  (it is no dict)
-                has_prefix = name.startswith((self.family.prefix, OUTPUT))
+                has_prefix = name.startswith((self.family.prefix, self._output))
                 tensors[name if has_prefix else self.family.prefix + name] = opened, name
-        if self.model.tie_embeddings and OUTPUT in tensors:  # of two names of one tensor, some programs keep this one
-            tensors.setdefault(tensor_names("token_embedding", self.family, None)[0], tensors[OUTPUT])
+        if self.model.tie_embeddings and self._output in tensors:  # of two names of one tensor, some keep this one
+            tensors.setdefault(tensor_names("token_embedding", self.family, None)[0], tensors[self._output])
         return tensors
 
     def _files(self) -> list[str]:
@@ -172,7 +177,9 @@ class HuggingFaceFolder:
         from jaxlm.parallel.layout import put_whole
         from jaxlm.parallel.split import path_name
 
+        heads = self.model.n_heads
+
         def read(path: Any, x: Any, target: Any) -> jax.Array:
-            return put_whole(from_tensors(path_name(path), x.shape, self.family, self._read), target)
+            return put_whole(from_tensors(path_name(path), x.shape, self.family, heads, self._read), target)
 
         return jax.tree_util.tree_map_with_path(read, whole, held)

@@ -37,23 +37,23 @@ KNOWN |= dict.fromkeys(
 )  # fmt: skip
 
 
-def to_peft(params: Mapping[str, np.ndarray], family: Family) -> Iterator[tuple[str, np.ndarray]]:
+def to_peft(params: Mapping[str, np.ndarray], family: Family, heads: int) -> Iterator[tuple[str, np.ndarray]]:
     """(name, tensor) of all adapters among flattened parameters, float32.
 
     Where jaxlm has N matrices with an adapter each and transformers one tensor (GPT-2's c_attn), it is one adapter of
-    rank N * R, whose B is made of blocks.
+    rank N * R, whose B is made of blocks, in the order of that tensor's outputs.
     """
     for path in (path.removesuffix("/a") for path in params if path.endswith(f"/{ADAPTER}/a")):
         kernel = path.removesuffix(ADAPTER) + "kernel"
         for layer, (a, b) in enumerate(zip(params[f"{path}/a"], params[f"{path}/b"], strict=True)):
             names = [name.removesuffix(".weight") for name in tensor_names(kernel, family, layer)]
-            for name, (down, up) in zip(names, _pairs(a, b, len(names)), strict=True):
+            for name, (down, up) in zip(names, _pairs(a, b, len(names), heads if family.by_head else 1), strict=True):
                 yield f"{PREFIX}{name}.lora_A.weight", np.ascontiguousarray(down, np.float32)
                 yield f"{PREFIX}{name}.lora_B.weight", np.ascontiguousarray(up, np.float32)
 
 
-def _pairs(a: np.ndarray, b: np.ndarray, tensors: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """[R, I] and [O, R] of each of so many tensors."""
+def _pairs(a: np.ndarray, b: np.ndarray, tensors: int, heads: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """[R, I] and [O, R] of each of so many tensors; a joint one has the N matrices' outputs head by head."""
     if a.ndim == 2:
         return [(a.T, b.T)]
     if tensors > 1:
@@ -62,7 +62,8 @@ def _pairs(a: np.ndarray, b: np.ndarray, tensors: int) -> list[tuple[np.ndarray,
     up = np.zeros((n * outputs, n * rank), np.float32)
     for i in range(n):
         up[i * outputs : (i + 1) * outputs, i * rank : (i + 1) * rank] = b[i].T
-    return [(a.reshape(len(a), -1).T, up)]
+    order = np.arange(n * outputs).reshape(n, heads, -1).swapaxes(0, 1).ravel()
+    return [(a.reshape(len(a), -1).T, up[order])]
 
 
 def write_adapter(
@@ -72,6 +73,7 @@ def write_adapter(
     base: str,
     texts: Mapping[str, str],
     *,
+    heads: int,
     rank: int,
     alpha: float,
     dropout: float,
@@ -82,13 +84,14 @@ def write_adapter(
       params: flattened.
       base: the folder or Hub name of the model that the adapters belong to.
       texts: {name: content} of the tokenizer's files.
+      heads: the model's heads of queries.
 
     Raises:
       OSError, SafetensorError: it can't be written.
     """
     from safetensors.numpy import save_file
 
-    tensors = dict(to_peft(params, family))
+    tensors = dict(to_peft(params, family, heads))
     ranks = {_short(name): len(x) for name, x in tensors.items() if ".lora_A." in name}
     others = {name: size for name, size in ranks.items() if size != rank}
     config = WRITTEN | {

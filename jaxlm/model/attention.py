@@ -87,8 +87,9 @@ class Attention(nnx.Module):
             y_BTHK, cache = self._of_product(x_BTD, segments_BT, key_B2)
         else:
             q, k, v = self.heads(x_BTD, positions_BT, embedded_BTGK, key_B2)
-            rate, implementation = self.config.attention_dropout, self.implementation
-            y_BTHK, cache = causal_attention(q, k, v, segments_BT, key_B2, rate, implementation=implementation), (k, v)
+            options = self.config.attention_dropout, self.config.attention_softcap
+            y_BTHK = causal_attention(q, k, v, segments_BT, key_B2, *options, implementation=self.implementation)
+            cache = k, v
         return self.out(y_BTHK.reshape(*x_BTD.shape[:2], -1), key_B2), cache
 
     def _of_product(
@@ -110,11 +111,13 @@ class Attention(nnx.Module):
         q, k, v = self.heads(x_B1D, position_B[:, None], embedded_B1GK)
         write = lambda x, new: x.at[jnp.arange(len(new)), :, position_B].set(new[:, 0].astype(x.dtype))  # noqa: E731
         keys, values = write(cache[0], k), write(cache[1], v)
-        y_B1HK = cached_attention(q, keys, values, position_B + 1)
+        y_B1HK = cached_attention(q, keys, values, position_B + 1, self.config.attention_softcap)
         return self.out(y_B1HK.reshape(*x_B1D.shape[:2], -1)), (keys, values)
 
 
-def cached_attention(q_B1HK: jax.Array, k_BGTK: jax.Array, v_BGTK: jax.Array, length_B: jax.Array) -> jax.Array:
+def cached_attention(
+    q_B1HK: jax.Array, k_BGTK: jax.Array, v_BGTK: jax.Array, length_B: jax.Array, softcap: float | None = None
+) -> jax.Array:
     """Attention of one query a row to the first `length_B` entries of its cache; [B, 1, H, K] in the dtype of q.
 
     The cache has heads before positions, so that what one head reads is contiguous, and one array a layer: on CPU,
@@ -123,6 +126,8 @@ def cached_attention(q_B1HK: jax.Array, k_BGTK: jax.Array, v_BGTK: jax.Array, le
     b, _, h, k = q_B1HK.shape
     q_BGRK = q_B1HK.reshape(b, k_BGTK.shape[1], -1, k).astype(k_BGTK.dtype)
     s_BGRT = einsum("bgrk,bgtk->bgrt", q_BGRK, k_BGTK, jnp.float32) * k**-0.5
+    if softcap is not None:
+        s_BGRT = softcap * jnp.tanh(s_BGRT / softcap)
     visible_BT = jnp.arange(k_BGTK.shape[2])[None] < length_B[:, None]
     p_BGRT = jax.nn.softmax(jnp.where(visible_BT[:, None, None], s_BGRT, MASKED), axis=-1)
     y_BGRK = einsum("bgrt,bgtk->bgrk", p_BGRT.astype(v_BGTK.dtype), v_BGTK, jnp.float32)

@@ -1,6 +1,6 @@
 """Position encodings: sinusoids, added to the embedding, and rotary embeddings with the scaling of their frequencies.
 
-Shapes: B rows, T positions, D model width, H heads, K channels of a head.
+Shapes: B rows, T positions, D model width, H heads, K channels of a head, R of them that turn.
 """
 
 import math
@@ -24,7 +24,7 @@ def sinusoids(positions_BT: jax.Array, d_model: int) -> jax.Array:
 
 def _index_of(turns: float, length: int, config: ModelConfig) -> float:
     """The (fractional) index of the frequency that makes `turns` full turns in `length` positions."""
-    half = config.head_size // 2
+    half = config.rotary_size // 2
     return half * math.log(length / (turns * 2 * math.pi)) / math.log(config.rope_theta)
 
 
@@ -45,13 +45,13 @@ def _kept_share(frequencies: jax.Array, config: ModelConfig) -> jax.Array:
 
 
 def rotary_frequencies(config: ModelConfig) -> tuple[jax.Array, float]:
-    """(radians a position, float32 [K / 2]; factor on the rotated vectors, which is 1 except for yarn).
+    """(radians a position, float32 [R / 2]; factor on the rotated vectors, which is 1 except for yarn).
 
     `config.rope_scaling`: linear (Chen et al. 2023, arXiv:2306.15595) divides all frequencies by the factor; llama3
     (Dubey et al. 2024, arXiv:2407.21783) and yarn (Peng et al. 2023, arXiv:2309.00071) keep high frequencies, divide
     low ones and interpolate in between.
     """
-    half = config.head_size // 2
+    half = config.rotary_size // 2
     frequencies = config.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
     if config.rope_scaling is None:
         return frequencies, 1.0
@@ -61,11 +61,16 @@ def rotary_frequencies(config: ModelConfig) -> tuple[jax.Array, float]:
 
 
 def rotate(x_BTHK: jax.Array, positions_BT: jax.Array, config: ModelConfig) -> jax.Array:
-    """Rotary position embedding (Su et al. 2021, arXiv:2104.09864) in its split-halves form, computed in float32."""
+    """Rotary position embedding (Su et al. 2021, arXiv:2104.09864) in its split-halves form, computed in float32.
+
+    The first `config.rotary_size` channels of a head turn, the others stay.
+    """
     frequencies, scale = rotary_frequencies(config)
-    angles_BT1K = (positions_BT[..., None].astype(jnp.float32) * frequencies[None, None])[:, :, None]
-    cos, sin = jnp.cos(angles_BT1K), jnp.sin(angles_BT1K)
+    angles_BT1R = (positions_BT[..., None].astype(jnp.float32) * frequencies[None, None])[:, :, None]
+    cos, sin = jnp.cos(angles_BT1R), jnp.sin(angles_BT1R)
     if scale != 1:
         cos, sin = cos * scale, sin * scale
-    x1, x2 = jnp.split(x_BTHK.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1).astype(x_BTHK.dtype)
+    turning, rest = jnp.split(x_BTHK, [config.rotary_size], axis=-1)
+    x1, x2 = jnp.split(turning.astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1).astype(x_BTHK.dtype)
+    return jnp.concatenate([turned, rest], axis=-1) if rest.shape[-1] else turned

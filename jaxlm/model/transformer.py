@@ -42,7 +42,7 @@ def _unstack(tree: Any, n: int) -> list[Any]:
 
 
 class Block(nnx.Module):
-    """Attention and feed-forward, each with a residual, a norm (before or after) and dropout."""
+    """Attention and feed-forward, each with a residual, a norm (before, after or both) and dropout."""
 
     def __init__(self, config: ModelConfig, implementation: str, dtype: Any, rngs: nnx.Rngs):
         self.config = config
@@ -50,15 +50,22 @@ class Block(nnx.Module):
         self.mlp = Mlp(config, dtype, rngs)
         self.norm1 = Norm(config.d_model, config, kind=config.norm)
         self.norm2 = Norm(config.d_model, config, kind=config.norm)
+        if config.sandwich_norm:
+            self.norm1_out = Norm(config.d_model, config, kind=config.norm)
+            self.norm2_out = Norm(config.d_model, config, kind=config.norm)
 
     def _residuals(self, x_BTD: jax.Array, attend: Callable[[jax.Array], tuple[jax.Array, Cache]], keys: Any) -> Any:
-        pre, rate = self.config.pre_norm, self.config.dropout
-        y, cache = attend(per_token(self.norm1, x_BTD) if pre else x_BTD)
-        x_BTD = x_BTD + dropout(y, keys[0], rate)
-        x_BTD = x_BTD if pre else per_token(self.norm1, x_BTD)
-        y = self.mlp(per_token(self.norm2, x_BTD) if pre else x_BTD, keys[1])
-        x_BTD = x_BTD + dropout(y, keys[1], rate)
-        return x_BTD if pre else per_token(self.norm2, x_BTD), cache
+        config, rate = self.config, self.config.dropout
+        before = lambda norm, x: per_token(norm, x) if config.pre_norm else x  # noqa: E731
+        after = lambda norm, x: x if config.pre_norm else per_token(norm, x)  # noqa: E731
+        y, cache = attend(before(self.norm1, x_BTD))
+        if config.sandwich_norm:
+            y = per_token(self.norm1_out, y)
+        attended = after(self.norm1, x_BTD + dropout(y, keys[0], rate))
+        y = self.mlp(before(self.norm2, x_BTD if config.parallel_residual else attended), keys[1])
+        if config.sandwich_norm:
+            y = per_token(self.norm2_out, y)
+        return after(self.norm2, attended + dropout(y, keys[1], rate)), cache
 
     def __call__(
         self,
@@ -124,10 +131,12 @@ class Transformer(nnx.Module):
 
     def embed(self, tokens_BT: jax.Array, positions_BT: jax.Array) -> jax.Array:
         x_BTD = take_rows(self.token_embedding[...], tokens_BT)
+        if self.config.scale_embeddings or self.config.positions == "sinusoidal":
+            x_BTD = x_BTD * self.config.d_model**0.5
         if self.config.positions == "learned":
             x_BTD = x_BTD + take_rows(self.position_embedding[...], positions_BT)
         elif self.config.positions == "sinusoidal":
-            x_BTD = x_BTD * self.config.d_model**0.5 + sinusoids(positions_BT, self.config.d_model)
+            x_BTD = x_BTD + sinusoids(positions_BT, self.config.d_model)
         return x_BTD.astype(self.dtype)
 
     def embed_values(self, tokens_BT: jax.Array) -> jax.Array | None:

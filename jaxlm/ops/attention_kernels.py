@@ -27,6 +27,7 @@ def causal_attention(
     segments_BT: jax.Array | None,
     key_B2: jax.Array | None = None,
     rate: float = 0.0,
+    softcap: float | None = None,
     *,
     implementation: str,
 ) -> jax.Array:
@@ -38,6 +39,7 @@ def causal_attention(
       segments_BT: int32; positions of different segments don't see each other. None: one segment.
       key_B2: uint32 dropout key of each row; None: no dropout.
       rate: dropout rate of the attention weights.
+      softcap: scores become softcap * tanh(scores / softcap); None: they stay. "blockwise" alone can do it.
       implementation: "blockwise", "cudnn" (needs a GPU, 16-bit inputs, no segments, no dropout) or "pallas" (needs a
         GPU, or is interpreted; the positions of a segment lie together).
 
@@ -46,8 +48,10 @@ def causal_attention(
     """
     if implementation == "cudnn":
         return jax.nn.dot_product_attention(q_BTHK, k_BTGK, v_BTGK, is_causal=True, implementation="cudnn")
-    kernel = {"pallas": flash_attention, "blockwise": blockwise_attention}[implementation]
-    return kernel(q_BTHK, k_BTGK, v_BTGK, segments_BT, key_B2, rate)
+    if implementation == "pallas":
+        return flash_attention(q_BTHK, k_BTGK, v_BTGK, segments_BT, key_B2, rate)
+    assert implementation == "blockwise", implementation
+    return blockwise_attention(q_BTHK, k_BTGK, v_BTGK, segments_BT, key_B2, rate, softcap)
 
 
 def compute_capability(device: jax.Device) -> float | None:
@@ -69,6 +73,8 @@ def why_unsupported(kernel: str, config: Config, capability: float | None) -> st
         return f"needs a GPU of compute capability {FUSED_FROM:g} or later, not {capability:g}"
     if not training.use_amp:
         return "has no float32 (training.use_amp false)"
+    if model.attention_softcap is not None:
+        return f"can't squash scores (model.attention_softcap {model.attention_softcap:g})"
     if kernel == "pallas":
         if importlib.util.find_spec("jax.experimental.pallas.triton") is None:
             return f"is written for Triton, which Pallas of JAX {jax.__version__} does not have"

@@ -41,7 +41,13 @@ Residuals = tuple[_Inputs, jax.Array, jax.Array]  # with the output [B, H, T, K]
 
 
 def blockwise_attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None, key: jax.Array | None, rate: float
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segments: jax.Array | None,
+    key: jax.Array | None,
+    rate: float,
+    softcap: float | None = None,
 ) -> jax.Array:
     """`attention_kernels.causal_attention`, [B, T, H, K]."""
     t, shared = q.shape[1], q.shape[2] // k.shape[2]
@@ -51,7 +57,7 @@ def blockwise_attention(
     padding = (0, blocks * size - t)
     q, k, v = (jnp.pad(x, ((0, 0), padding, (0, 0), (0, 0))).transpose(0, 2, 1, 3) for x in (q, k, v))
     segments = None if segments is None else jnp.pad(segments, ((0, 0), padding))
-    out_BHTK = _attention(_Inputs(q, k, v, segments, key), size, 0.0 if key is None else rate)
+    out_BHTK = _attention(_Inputs(q, k, v, segments, key), size, 0.0 if key is None else rate, softcap)
     return out_BHTK.transpose(0, 2, 1, 3)[:, :t]
 
 
@@ -68,9 +74,13 @@ def dropout_mask(key_B2: jax.Array | None, shape: tuple[int, ...], q0: Index, k0
     return keep_mask(key_B2, (heads, queries, keys), rate)
 
 
-def _scores(q_BHQK: jax.Array, k_BHSK: jax.Array, segments: Segments, q0: Index, k0: Index) -> jax.Array:
+def _scores(
+    q_BHQK: jax.Array, k_BHSK: jax.Array, segments: Segments, q0: Index, k0: Index, softcap: float | None
+) -> jax.Array:
     """Masked, scaled float32 scores [B, H, S, Q] of queries from position q0 on and keys from k0 on."""
     s_BHSQ = einsum("bhsk,bhqk->bhsq", k_BHSK, q_BHQK, jnp.float32) * q_BHQK.shape[-1] ** -0.5
+    if softcap is not None:
+        s_BHSQ = softcap * jnp.tanh(s_BHSQ / softcap)
     k_positions = k0 + jnp.arange(k_BHSK.shape[2])[:, None]
     q_positions = q0 + jnp.arange(q_BHQK.shape[2])[None, :]
     visible = (k_positions <= q_positions)[None, None]
@@ -111,13 +121,13 @@ def _over_blocks(body: Callable[[Any, Index], tuple[Any, Any]], carry: Any, bloc
     return carry, jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=2), *outs)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _attention(x: _Inputs, size: int, rate: float) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _attention(x: _Inputs, size: int, rate: float, softcap: float | None) -> jax.Array:
     """[B, H, T, K], by blocks of `size` queries."""
-    return _forward(x, size, rate)[0]
+    return _forward(x, size, rate, softcap)[0]
 
 
-def _forward(x: _Inputs, size: int, rate: float) -> tuple[jax.Array, Residuals]:
+def _forward(x: _Inputs, size: int, rate: float, softcap: float | None) -> tuple[jax.Array, Residuals]:
     """Output [B, H, T, K], query block by query block, and what the backward pass needs."""
     b, h, t, d = x.q.shape
     v_BHKT = x.v.swapaxes(2, 3)
@@ -130,7 +140,7 @@ def _forward(x: _Inputs, size: int, rate: float) -> tuple[jax.Array, Residuals]:
             """The running maximum, sum and output, with the keys from k0 to k0 + n."""
             max_BH1Q, total_BH1Q, acc_BHKQ = carry
             segments = segments_i, _segments(x, k0, n)
-            s_BHSQ = _scores(q_i, _slice(x.k, k0, n), segments, q0, k0)
+            s_BHSQ = _scores(q_i, _slice(x.k, k0, n), segments, q0, k0, softcap)
             new_BH1Q = jnp.maximum(max_BH1Q, s_BHSQ.max(2, keepdims=True))
             p_BHSQ = jnp.exp(s_BHSQ - new_BH1Q)
             shrink = jnp.exp(max_BH1Q - new_BH1Q)
@@ -154,7 +164,7 @@ def _forward(x: _Inputs, size: int, rate: float) -> tuple[jax.Array, Residuals]:
     return out_BHTK, (x, out_BHTK, lse_BHT)
 
 
-def _backward(size: int, rate: float, saved: Residuals, g: jax.Array) -> tuple[_Inputs]:
+def _backward(size: int, rate: float, softcap: float | None, saved: Residuals, g: jax.Array) -> tuple[_Inputs]:
     """Gradients of q, k and v, key block by key block, each against the queries at or after it."""
     x, out, lse_BHT = saved
     b, h, t, d = x.q.shape
@@ -170,14 +180,17 @@ def _backward(size: int, rate: float, saved: Residuals, g: jax.Array) -> tuple[_
             """The gradients, with what the queries from q0 to q0 + n add to them."""
             dq_BHKT, dk_j, dv_j = carry
             q_i, g_i, lse_i, delta_i = (_slice(y, q0, n) for y in (x.q, g, lse_BHT, delta_BHT))
-            s_BHSQ = _scores(q_i, k_j, (_segments(x, q0, n), segments_j), q0, k0)
+            s_BHSQ = _scores(q_i, k_j, (_segments(x, q0, n), segments_j), q0, k0, softcap)
             p_BHSQ = jnp.exp(s_BHSQ - lse_i[:, :, None])
             dp_BHSQ = einsum("bhsk,bhqk->bhsq", v_j, g_i, jnp.float32)
             dropped = p_BHSQ
             if rate:
                 keep = dropout_mask(x.key, p_BHSQ.shape, q0, k0, rate)
                 dropped, dp_BHSQ = (jnp.where(keep, y * (1 / (1 - rate)), 0.0) for y in (p_BHSQ, dp_BHSQ))
-            ds_BHSQ = (p_BHSQ * (dp_BHSQ - delta_i[:, :, None]) * d**-0.5).astype(x.q.dtype)
+            ds_BHSQ = p_BHSQ * (dp_BHSQ - delta_i[:, :, None]) * d**-0.5
+            if softcap is not None:  # where a score is masked, its weight is 0 already
+                ds_BHSQ = ds_BHSQ * (1 - jnp.square(jnp.maximum(s_BHSQ, -softcap) / softcap))
+            ds_BHSQ = ds_BHSQ.astype(x.q.dtype)
             dq_BHKQ = einsum("bhks,bhsq->bhkq", k_BHKS, ds_BHSQ, jnp.float32)
             dk_j = dk_j + einsum("bhsq,bhqk->bhsk", ds_BHSQ, q_i, jnp.float32)
             dv_j = dv_j + einsum("bhsq,bhqk->bhsk", dropped.astype(g.dtype), g_i, jnp.float32)

@@ -31,6 +31,9 @@ from jaxlm.parallel.split import path_name
 SMALL = {"vocab_size": 320, "d_model": 32, "n_heads": 4, "n_layers": 2, "d_ff": 48, "max_seq_len": 40}
 LLAMA = {**SMALL, "norm": "rmsnorm", "use_bias": False, "activation": "swiglu", "positions": "rotary"}
 STRETCHED = {"rope_scaling_factor": 4.0, "rope_original_length": 16}
+GEMMA2 = {"sandwich_norm": True, "scale_embeddings": True, "activation": "geglu"}
+GEMMA2 |= {"attention_softcap": 2.0, "logit_softcap": 9.0}
+NEOX = {"positions": "rotary", "activation": "gelu_exact", "tie_embeddings": False}
 MODELS: dict[str, dict[str, Any]] = {
     "gpt2": {**SMALL, "vocab_size": 310},
     "gpt2, own output": {**SMALL, "tie_embeddings": False, "activation": "gelu_exact", "norm_epsilon": 1e-2},
@@ -44,6 +47,9 @@ MODELS: dict[str, dict[str, Any]] = {
     "llama, square": {**LLAMA, "d_ff": LLAMA["d_model"]},
     "qwen3": {**LLAMA, "n_kv_heads": 1, "qk_norm": True, "head_dim": 6},
     "qwen2": {**LLAMA, "n_kv_heads": 1, "qkv_bias": True},
+    "gemma 2": {**LLAMA, **GEMMA2, "n_kv_heads": 2, "head_dim": 12},
+    "pythia": {**SMALL, **NEOX, "rotary_fraction": 0.25, "parallel_residual": True},
+    "neox, stretched": {**SMALL, **NEOX, "rotary_fraction": 0.5, "rope_scaling": "yarn", **STRETCHED},
 }
 
 
@@ -122,7 +128,7 @@ FAULTS: dict[str, tuple[str, Callable[[Family], Family]]] = {
     ),
     "positions not stretched": (
         "llama 3",
-        lambda f: dataclasses.replace(f, implied=f.implied | {"positions": "learned"}),
+        lambda f: dataclasses.replace(f, rope={}),
     ),
 }
 
@@ -181,7 +187,7 @@ def test_the_tokenizer_gives_the_same_ids(tmp_path: Path, tokenizer: Tokenizer) 
     assert padded["input_ids"][0][-1] == 0 and padded["attention_mask"][0][-1] == 0
 
 
-@pytest.mark.parametrize("name", ["gpt2, own output", "llama", "llama 3", "qwen3"])
+@pytest.mark.parametrize("name", ["gpt2, own output", "llama", "llama 3", "qwen3", "gemma 2", "pythia"])
 def test_what_transformers_saves_again_is_read_bit_for_bit(tmp_path: Path, tokenizer: Tokenizer, name: str) -> None:
     """Ours -> theirs -> saved by theirs -> ours."""
     loaded = loaded_model(MODELS[name], tokenizer)

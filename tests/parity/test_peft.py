@@ -24,6 +24,7 @@ from jaxlm.errors import UserError
 from jaxlm.interop.export import export, export_adapter
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")
+DOWN = "down_proj|mlp.c_proj|dense_4h_to_h"
 IDS = np.random.default_rng(0).integers(3, 250, (2, 20))
 SHAPES = {
     "gpt2": transformers.GPT2Config(n_embd=32, n_head=2, n_layer=2, n_inner=64, n_positions=32, vocab_size=300),
@@ -36,6 +37,15 @@ SHAPES = {
         max_position_embeddings=32,
         vocab_size=300,
         tie_word_embeddings=False,
+    ),
+    "pythia": transformers.GPTNeoXConfig(
+        hidden_size=32,
+        num_attention_heads=4,
+        num_hidden_layers=2,
+        intermediate_size=64,
+        max_position_embeddings=32,
+        vocab_size=300,
+        rope_parameters={"rope_type": "default", "partial_rotary_factor": 0.5},
     ),
 }
 
@@ -85,7 +95,10 @@ def test_adapters_are_opened_by_peft_and_merged_by_transformers(tmp_path: Path, 
     [
         {},
         {"use_rslora": True},
-        {"rank_pattern": {"down_proj|mlp.c_proj": 2}, "alpha_pattern": {"down_proj|mlp.c_proj": 9}},
+        {
+            "rank_pattern": {"down_proj|mlp.c_proj|dense_4h_to_h": 2},
+            "alpha_pattern": {"down_proj|mlp.c_proj|dense_4h_to_h": 9},
+        },
     ],
 )
 def test_a_run_starts_from_adapters_of_peft(tmp_path: Path, corpus: Path, base: Path, options: dict[str, Any]) -> None:

@@ -21,7 +21,9 @@ import torch
 from flax import nnx
 from transformers import (
     AutoModelForCausalLM,
+    Gemma2Config,
     GPT2Config,
+    GPTNeoXConfig,
     LlamaConfig,
     MistralConfig,
     PretrainedConfig,
@@ -62,6 +64,8 @@ def rope(kind: str, theta: float = 1e4, **more: Any) -> dict[str, Any]:
     return {"rope_parameters": {"rope_type": kind, "rope_theta": theta, **more}}
 
 
+CAPS = {"attn_logit_softcapping": 1.5, "final_logit_softcapping": 3.0}  # so low that they matter
+NEOX = {key: value for key, value in LLAMA.items() if key != "num_key_value_heads"}
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
 MODELS: dict[str, PretrainedConfig] = {
     "two layers": gpt2(2, 2, 32, None, 48, 300),
@@ -79,6 +83,9 @@ MODELS: dict[str, PretrainedConfig] = {
     "qwen3, wide heads": Qwen3Config(**LLAMA, head_dim=24),  # as the small ones have: 4 heads of 24 in 32
     "qwen2": Qwen2Config(**LLAMA),
     "llama, narrow heads": LlamaConfig(**LLAMA | {"num_key_value_heads": 4}, head_dim=4),
+    "gemma 2": Gemma2Config(**LLAMA, head_dim=24, query_pre_attn_scalar=24, sliding_window=64, **CAPS),
+    "pythia": GPTNeoXConfig(**NEOX, rope_parameters={"rope_type": "default", "partial_rotary_factor": 0.5}),
+    "neox, in turn": GPTNeoXConfig(**NEOX, use_parallel_residual=False, tie_word_embeddings=True),
 }
 TRAINED = (
     "two layers",
@@ -87,6 +94,8 @@ TRAINED = (
     "llama",
     "qwen3, wide heads",
     "qwen2",
+    "gemma 2",
+    "pythia",
 )  # the others differ in positions only
 
 
@@ -116,29 +125,36 @@ class Pair:
 
         return logits(self.params, *arrays_BT)
 
+    def their_weights(self) -> Any:
+        return ours_from(weights(self.theirs), self.params, self.family, self.config.n_heads)
+
+    def their_gradients(self) -> Any:
+        grads = {name: p.grad for name, p in weights(self.theirs).items()}
+        plain = dataclasses.replace(self.family, norm_offset=0.0)  # a gradient is none of a factor less one
+        return ours_from(grads, self.params, plain, self.config.n_heads)
+
     def loss(self, params: Any) -> jax.Array:
         """Ours: nats a target over all next tokens."""
         model = nnx.merge(self.graphdef, params)
         inputs_BT, targets_BT = jnp.asarray(self.tokens_BT[:, :-1]), jnp.asarray(self.tokens_BT[:, 1:])
         weights_BT = jnp.ones(targets_BT.shape, jnp.float32)
-        return loss_sums(model(inputs_BT), model.output_matrix(), targets_BT, weights_BT)[0] / targets_BT.size
+        softcap = self.config.logit_softcap
+        return loss_sums(model(inputs_BT), model.output_matrix(), targets_BT, weights_BT, softcap)[0] / targets_BT.size
 
 
-def ours_from(tensors: Mapping[str, torch.Tensor], like: Any, family: Family) -> Any:
-    """Their tensors (weights, or gradients) as our parameter dict, in which `like` has the shapes."""
+def ours_from(tensors: Mapping[str, torch.Tensor], like: Any, family: Family, heads: int) -> Any:
+    """Their tensors as our parameter dict, in which `like` has the shapes."""
 
     def one(path: Any, x: Any) -> jax.Array:
-        return jnp.array(from_tensors(path_name(path), x.shape, family, lambda name: tensors[name].detach().numpy()))
+        read = lambda name: tensors[name].detach().numpy()  # noqa: E731
+        return jnp.array(from_tensors(path_name(path), x.shape, family, heads, read))
 
     return jax.tree_util.tree_map_with_path(one, like)
 
 
 def weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    return dict(model.named_parameters())
-
-
-def gradients(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    return {name: p.grad for name, p in weights(model).items()}
+    output = "embed_out.weight" if model.config.model_type == "gpt_neox" else "lm_head.weight"  # as in the file
+    return {name.replace("lm_head.weight", output): p for name, p in model.named_parameters()}
 
 
 def random_model(config: PretrainedConfig) -> PreTrainedModel:
@@ -148,8 +164,10 @@ def random_model(config: PretrainedConfig) -> PreTrainedModel:
         for p in model.parameters():
             p.add_(0.1 * torch.randn_like(p))
         for name, p in model.named_parameters():  # or greedy generation would repeat one token
-            if name.endswith(("wpe.weight", "o_proj.weight", "down_proj.weight")):
+            if name.endswith(tuple(f"{x}.weight" for x in ("wpe", "o_proj", "down_proj", "dense", "dense_4h_to_h"))):
                 p.mul_(5)
+            if config.model_type == "gemma2" and "post_" in name:  # of a norm behind those
+                p.add_(5)
     return model
 
 
@@ -206,7 +224,7 @@ def test_loss_and_gradients(pair: Pair) -> None:
         assert scale > 0, jax.tree_util.keystr(path)
         np.testing.assert_allclose(ours / scale, theirs / scale, rtol=0, atol=1e-4, err_msg=jax.tree_util.keystr(path))
 
-    jax.tree_util.tree_map_with_path(assert_close, grads, ours_from(gradients(pair.theirs), pair.params, pair.family))
+    jax.tree_util.tree_map_with_path(assert_close, grads, pair.their_gradients())
 
 
 def test_greedy_generation(pair: Pair) -> None:
@@ -243,13 +261,13 @@ def test_adamw_updates(pair: Pair, weight_decay: float) -> None:
         torch_optimizer.zero_grad()
         tokens = torch.tensor(row)
         (100 * pair.theirs(input_ids=tokens, labels=tokens).loss).backward()
-        grads = ours_from(gradients(pair.theirs), pair.params, pair.family)
+        grads = pair.their_gradients()
         assert optax.tree.norm(grads) > 1, "nothing to clip"
         torch.nn.utils.clip_grad_norm_(pair.theirs.parameters(), 1.0)
         torch_optimizer.step()
         updates, state = update(grads, state, params)
         params = jax.tree.map(lambda p, u: p - learning_rate * u, params, updates)
-    expected = ours_from(weights(pair.theirs), pair.params, pair.family)
+    expected = pair.their_weights()
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5), params, expected)
     moved = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), params, pair.params)
     assert min(jax.tree.leaves(moved)) > learning_rate
