@@ -1,5 +1,6 @@
 """The evaluation harness, lm-eval, on an exported folder: its figures are those of our own loss on the same text."""
 
+import dataclasses
 import json
 import math
 import os
@@ -12,9 +13,13 @@ import numpy as np
 import pytest
 from conftest import documents
 from test_folders import LLAMA, exported, loaded_model
+from transformers import AutoTokenizer
 
 from jaxlm.checkpoints.load import LoadedModel
+from jaxlm.config import DataConfig
+from jaxlm.data.chat_tokens import chat_template, with_template
 from jaxlm.data.tokenizer import Tokenizer
+from jaxlm.generation.api import encode_prompts
 from jaxlm.train.loss import loss_sums
 
 TASKS = {
@@ -45,21 +50,21 @@ metric_list:
 
 
 def nats(loaded: LoadedModel, ids: list[int], scored: int) -> float:
-    """Our cross entropy of the last `scored` tokens of <bos> + `ids`."""
-    tokens_BT = np.array([[loaded.tokenizer.bos_id, *ids]], np.int32)
+    """Our cross entropy of the last `scored` tokens of `ids`, which begin with <bos>."""
+    tokens_BT = np.array([ids], np.int32)
     targets_BT = tokens_BT[:, 1:]
     weights_BT = (np.arange(targets_BT.shape[1]) >= targets_BT.shape[1] - scored).astype(np.float32)[None]
     hidden = loaded.model(tokens_BT[:, :-1])
     return float(loss_sums(hidden, loaded.model.output_matrix(), targets_BT, weights_BT)[1])
 
 
-def harness(folder: Path, model: str, task: str, model_args: str = "") -> dict[str, Any]:
+def harness(folder: Path, model: str, task: str, model_args: str = "", *options: str) -> dict[str, Any]:
     """What the command prints about a task."""
     command = [sys.executable, "-m", "lm_eval", "run", "--model", "hf", "--tasks", task, "--device", "cpu"]
     command += ["--model_args", f"pretrained={model},dtype=float32{model_args}", "--include_path", str(folder)]
     offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(folder / "cache")}
     done = subprocess.run(
-        [*command, "--batch_size", "1", "--output_path", str(folder / "results")],
+        [*command, "--batch_size", "1", "--output_path", str(folder / "results"), *options],
         env=os.environ | offline,
         capture_output=True,
         text=True,
@@ -87,7 +92,7 @@ def test_perplexity_of_whole_texts(tmp_path: Path, case: tuple[LoadedModel, str,
     loaded, folder, texts = case
     result = harness(tmp_path, folder, "whole_text", ",add_bos_token=False")  # the harness puts <bos> there itself
     ids = [loaded.tokenizer.encode(text) for text in texts]
-    total = sum(nats(loaded, each, len(each)) for each in ids)
+    total = sum(nats(loaded, [loaded.tokenizer.bos_id, *each], len(each)) for each in ids)
     utf8_bytes = sum(len(text.encode()) for text in texts)
     assert result["bits_per_byte,none"] == pytest.approx(total / math.log(2) / utf8_bytes, rel=1e-5)
     assert result["byte_perplexity,none"] == pytest.approx(math.exp(total / utf8_bytes), rel=1e-5)
@@ -99,5 +104,25 @@ def test_likelihood_of_continuations(tmp_path: Path, case: tuple[LoadedModel, st
     result = harness(tmp_path, folder, "last_word")
     encode = loaded.tokenizer.encode
     scored = [len(encode(text)) - len(encode(text.rpartition(" ")[0])) for text in texts]
-    each = [-nats(loaded, encode(text), count) for text, count in zip(texts, scored, strict=True)]
+    whole = [[loaded.tokenizer.bos_id, *encode(text)] for text in texts]
+    each = [-nats(loaded, ids, count) for ids, count in zip(whole, scored, strict=True)]
+    assert result["perplexity,none"] == pytest.approx(math.exp(-np.mean(each)), rel=1e-5)
+
+
+def test_likelihood_of_answers(tmp_path: Path, case: tuple[LoadedModel, str, list[str]]) -> None:
+    """With the chat template that the folder carries: the context is the user's turn, the continuation the answer."""
+    loaded, _, texts = case
+    tokenizer = with_template(loaded.tokenizer, chat_template(DataConfig(chat_template="plain"), loaded.tokenizer))
+    (tmp_path / "chat").mkdir()
+    folder = exported(tmp_path / "chat", dataclasses.replace(loaded, tokenizer=tokenizer))
+    result = harness(tmp_path, folder, "last_word", "", "--apply_chat_template")
+    theirs, each = AutoTokenizer.from_pretrained(folder), []
+    for text in texts:
+        question, _, answer = text.rpartition(" ")
+        (asked,) = encode_prompts(tokenizer, [[{"role": "user", "content": question}]], 256)
+        prompt = theirs.decode(asked)
+        ids_of = lambda text: theirs(text, add_special_tokens=False)["input_ids"]  # noqa: E731
+        context, whole = ids_of(prompt.rstrip()), ids_of(f"{prompt} {answer}")
+        assert whole[: len(asked)] == asked
+        each.append(-nats(loaded, whole, len(whole) - len(context)))  # as it scores the line break before the answer
     assert result["perplexity,none"] == pytest.approx(math.exp(-np.mean(each)), rel=1e-5)
