@@ -41,7 +41,7 @@ def data(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     else:
         roles = ("user", "assistant")
         rows = [json.dumps({"messages": [{"role": r, "content": text} for r in roles]}) for text in texts]
-        more = {"too_long": "drop", "max_length": 200, "chat_template": "plain"}
+        more = {"too_long": "drop", "max_length": 100, "chat_template": "plain"}
     (folder / "train.jsonl").write_text("\n".join(rows))
     Tokenizer.train(texts, 300).save(folder / "tokenizer")
     files = {"train_files": (str(folder / "train.jsonl"),), "tokenizer_path": str(folder / "tokenizer")}
