@@ -30,12 +30,22 @@ SHARD = 1000  # characters: some ten shards
 KINDS = ("text", "conversations")
 
 
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> DataConfig:
+    """Documents with markers, some of them bad and some empty."""
+    return written("text", tmp_path_factory.mktemp("text"))
+
+
 @pytest.fixture(scope="module", params=KINDS)
-def data(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> DataConfig:
-    """Documents with markers, some of them bad and some empty, or questions with answers to learn, some too long."""
-    folder, rng = tmp_path_factory.mktemp(request.param), random.Random(1)
+def each(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> DataConfig:
+    """Those documents; and questions with answers to learn, some too long."""
+    return written(request.param, tmp_path_factory.mktemp(request.param))
+
+
+def written(kind: str, folder: Path) -> DataConfig:
+    rng = random.Random(1)
     texts = [text + "<|end|>" * (rng.random() < 0.2) for text in documents(DOCUMENTS, 2)]
-    if request.param == "text":
+    if kind == "text":
         rows = [json.dumps({"text": rng.choice([*[text] * 8, "", 3])}) for text in texts]
         more: dict[str, Any] = {"on_bad_document": "skip"}
     else:
@@ -93,12 +103,12 @@ PLACES = [
 
 @pytest.mark.parametrize("places", PLACES)
 def test_an_ended_preparation_goes_on_to_the_same_bytes(
-    data: DataConfig, tmp_path: Path, places: list[tuple[str, int]]
+    each: DataConfig, tmp_path: Path, places: list[tuple[str, int]]
 ) -> None:
-    expected = prepared(data)
+    expected = prepared(each)
     assert {"train.tokens", "train.offsets.npy", "train.bytes.npy", "validation.tokens", "notes.json"} <= set(expected)
     assert not [name for name in expected if name.endswith((".shards", ".documents"))]
-    here = replace(data, cache_dir=str(tmp_path))
+    here = replace(each, cache_dir=str(tmp_path))
     for split, at in places:
         interrupt(here, split, at)
     lines: list[str] = []
@@ -107,9 +117,9 @@ def test_an_ended_preparation_goes_on_to_the_same_bytes(
 
 
 def test_whole_shards_are_not_tokenized_again(
-    data: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    each: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    here, seen = replace(data, cache_dir=str(tmp_path)), list[str]()
+    here, seen = replace(each, cache_dir=str(tmp_path)), list[str]()
     interrupt(here, "train", 100)
     counts = json.loads((part(here) / "train.shards").read_text().splitlines()[-1])
     assert 50 < counts["read"] <= 100 and counts["characters"] >= 3 * SHARD
@@ -177,8 +187,6 @@ prepare(DataConfig(**eval(sys.argv[1])), 300, None, lambda line: None)
 
 
 def test_killed_three_times(data: DataConfig, tmp_path: Path) -> None:
-    if data.too_long == "drop":
-        return  # text is enough
     here = replace(data, cache_dir=str(tmp_path))
     for _ in range(3):
         command = [sys.executable, "-c", CHILD, repr(vars(here))]
@@ -224,6 +232,6 @@ def test_progress_is_said(data: DataConfig, tmp_path: Path, monkeypatch: pytest.
     prepared(replace(data, cache_dir=str(tmp_path)), lines)
     said = [line for line in lines if line.startswith("tokenizing train: ")]
     pattern = (
-        r"tokenizing train: [\d,]+ documents, 0 of 0 million characters, [\d.]+ million a second, about 00:0\d left"
+        r"tokenizing train: [\d,]+ documents, 0 of 0 million characters, [\d.]+ million a second, about [\d:]+ left"
     )
     assert len(said) > 10 and all(re.fullmatch(pattern, line) for line in said)

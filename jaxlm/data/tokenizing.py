@@ -12,7 +12,7 @@ from pathlib import Path
 from jaxlm.config import DataConfig
 from jaxlm.data.documents import SHOWN, Document, LeftOut
 from jaxlm.data.encoding import encoded, fitted, learned_bytes
-from jaxlm.data.shards import Shards
+from jaxlm.data.shards import Counts, Shards
 from jaxlm.data.sources import Source
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.errors import UserError
@@ -78,7 +78,7 @@ def _tokenize_part(
             f"tokenizing {name}: {counts.read:,} documents are done, by a start before this one; goes on behind them"
         )
     unread = islice(source.parts[name](), counts.read, None)
-    documents = with_progress(unread, f"tokenizing {name}", report, source.characters(name), counts.characters)
+    documents = with_progress(unread, f"tokenizing {name}", report, source.characters(name), counts)
     for document, found in encoded(tokenizer, documents):
         if isinstance(found, UserError):
             untrained.add(UserError(f"{document.place} {found}"))
@@ -114,25 +114,25 @@ def _about_markers(tokenizer: Tokenizer, markers: Counter[str]) -> Iterator[str]
 
 
 def with_progress(
-    documents: Iterable[Document], what: str, report: Report, size: int | None, done: int = 0
+    documents: Iterable[Document], what: str, report: Report, size: int | None, done: Counts
 ) -> Iterator[Document]:
     """`documents`, with a bar on stderr if that is a terminal, else with a line every SECONDS.
 
     Args:
       size: about how many characters there are in all; None: that is not known.
-      done: characters that come before those of `documents`.
+      done: what comes before `documents`.
     """
     from tqdm import tqdm
 
-    begin = last = time.monotonic()
-    with tqdm(None, what, size, initial=done, unit=" characters", unit_scale=True, disable=None, leave=False) as bar:
-        at = done
-        for number, document in enumerate(documents, 1):
+    before, at, begin = done.characters, done.characters, 0.0
+    with tqdm(None, what, size, initial=at, unit=" characters", unit_scale=True, disable=None, leave=False) as bar:
+        for number, document in enumerate(documents, done.read + 1):
+            begin = begin or (last := time.monotonic())  # what was done before has been read by now
             yield document
             bar.update(len(document.text))
             at += len(document.text)
             if bar.disable and (now := time.monotonic()) > last + SECONDS:
-                rate, last = (at - done) / (now - begin), now
+                rate, last = (at - before) / (now - begin), now
                 of, left = "", ""
                 if size is not None:
                     of = f" of {size / 1e6:,.0f}"

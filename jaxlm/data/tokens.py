@@ -29,6 +29,7 @@ import numpy as np
 from jaxlm.config import DataConfig
 from jaxlm.data.atomic import atomic_path
 from jaxlm.data.chat_tokens import why_it_will_not_stop, with_template
+from jaxlm.data.shards import Counts
 from jaxlm.data.sources import Source, open_source
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.data.tokenizing import Report, tokenize, with_progress
@@ -196,7 +197,7 @@ def _trained_tokenizer(folder: Path, source: Source, vocab_size: int, report: Re
     """The BPE trained on the training text, from the cache if it is there."""
 
     def train(part: Path) -> None:
-        documents = with_progress(source.parts["train"](), "training BPE", report, source.characters("train"))
+        documents = with_progress(source.parts["train"](), "training BPE", report, source.characters("train"), Counts())
         without = Tokenizer.outside_markers
         texts = (without(document.text) if document.complete else document.text for document in documents)
         Tokenizer.train(texts, vocab_size).save(part)
