@@ -106,6 +106,14 @@ def test_data_pipeline(tmp_path: Path, corpus: Path) -> None:
     assert shown.count("\n| ") == 2 + 2 + 4 + 1 + 1  # two of them the table's head
 
 
+def test_preparation(tmp_path: Path) -> None:
+    options = ["--kills=1", "--size=500000", "--limit=1000000000", "--vocab_size=300", "--threads=2"]
+    _, report = run(tmp_path, "prepare.py", *options)
+    killed, small = report["results"]
+    assert killed["byte_equal"] == killed["rounds"] >= 1 and killed["kills"] == 1
+    assert small["file_bytes"] > 500_000 and small["tokens"] > 100_000 and small["peak_bytes"] < small["limit_bytes"]
+
+
 def test_start(tmp_path: Path, corpus: Path) -> None:
     sizes = [option.replace("--", "--model.") for option in SMALLEST if "seq_len" not in option]
     sizes += ["--model.max_seq_len=32", "--data.max_length=32", "--training.batch_size=2"]

@@ -485,7 +485,7 @@ def test_second_start_uses_the_cache(data: DataConfig, monkeypatch: pytest.Monke
     first = prepare(data, 300, None, print)
     lines: list[str] = []
     monkeypatch.setattr(Tokenizer, "train", None)
-    monkeypatch.setattr(tokens, "_tokenize", None)
+    monkeypatch.setattr(tokens, "tokenize", None)
     again = prepare(data, 300, None, lines.append)
     assert [line for line in lines if line.startswith("tokenized text: cached")]
     assert again.tokenizer.fingerprint == first.tokenizer.fingerprint
@@ -554,21 +554,9 @@ def test_markers_in_the_text_are_said(tmp_path, foreign: bool) -> None:
         assert "+" not in prepared.source_fingerprint
 
 
-def test_killed_preparation_leaves_nothing_half_made(data: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(self, texts):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Tokenizer, "encode_documents", fail)
-        with pytest.raises(KeyboardInterrupt):
-            prepare(data, 300, None, print)
-    assert list((cache_root(data) / "tokens").iterdir()) == []
-    assert len(prepare(data, 300, None, print).train) == 38
-
-
 def test_two_at_once_both_succeed(data: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of two runs that start on the same new text, one prepares it, and the other waits and uses that."""
-    original, calls, begun = tokens._tokenize, [], threading.Event()
+    original, calls, begun = tokens.tokenize, [], threading.Event()
 
     def slow(folder, *rest):
         calls.append(folder)
@@ -576,7 +564,7 @@ def test_two_at_once_both_succeed(data: DataConfig, monkeypatch: pytest.MonkeyPa
         time.sleep(0.5)
         original(folder, *rest)
 
-    monkeypatch.setattr(tokens, "_tokenize", slow)
+    monkeypatch.setattr(tokens, "tokenize", slow)
     lines: list[str] = []
     with ThreadPoolExecutor(1) as pool:
         first = pool.submit(prepare, data, 300, None, print)
@@ -586,17 +574,6 @@ def test_two_at_once_both_succeed(data: DataConfig, monkeypatch: pytest.MonkeyPa
     assert len(calls) == 1
     assert [line for line in lines if line.startswith("tokenized text: cached")]
     assert [path.name for path in (cache_root(data) / "tokens").iterdir()] == [second.train.folder.name]
-
-
-def test_what_a_killed_preparation_left_is_removed(data: DataConfig) -> None:
-    folder = prepare(data, 300, None, print).train.folder
-    expected = {path.name: path.read_bytes() for path in folder.iterdir()}
-    folder.rename(folder.with_name(f".{folder.name}.part"))  # as complete as can be, and yet not to be trusted
-    (folder.with_name(f".{folder.name}.part") / "train.tokens").write_bytes(b"half")
-    folder.with_name(f".{folder.name}.lock").touch()
-    assert prepare(data, 300, None, print).train.folder == folder
-    assert {path.name: path.read_bytes() for path in folder.iterdir()} == expected
-    assert list(folder.parent.iterdir()) == [folder]
 
 
 def test_damaged_cache_is_named(data: DataConfig) -> None:

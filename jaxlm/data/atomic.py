@@ -8,19 +8,23 @@ from pathlib import Path
 
 from filelock import FileLock
 
+from jaxlm.errors import UserError
+
 
 @contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
+def atomic_path(path: Path, goes_on: bool = False) -> Iterator[Path]:
     """Yields `.NAME.part` beside `path`, for a file or a folder that is renamed to `path` when the block ends.
 
     It is on the disk by then, so that even a power cut leaves the old content or the new. If the block raises or writes
     nothing, `path` stays as it was. A file replaces a file, a folder only an empty one: else `OSError` is raised.
-    Of several processes that write the same path, the others wait, and the next removes what a killed one has left.
+    Of several processes that write the same path, the others wait, and the next removes what a killed one has left;
+    with `goes_on` it is given that, unless the block ended with a UserError.
     """
     part = path.with_name(f".{path.name}.part")
     os.stat(path.parent / ".")  # filelock would make a folder that is missing
     with FileLock(path.with_name(f".{path.name}.lock")) as lock:
-        _remove(part)
+        if not goes_on:
+            _remove(part)
         try:
             yield part
             if part.exists():
@@ -28,8 +32,12 @@ def atomic_path(path: Path) -> Iterator[Path]:
                     sync(written)
                 part.replace(path)
                 sync(path.parent)
-        finally:
+        except UserError:
             _remove(part)
+            raise
+        finally:
+            if not goes_on:
+                _remove(part)
             _remove(Path(lock.lock_file))  # filelock lets a process that waits for a deleted file begin again
 
 

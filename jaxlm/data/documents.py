@@ -103,6 +103,15 @@ class LeftOut:
         if self._reasons[reason] <= SHOWN:
             self._passed_over.setdefault(reason, []).append(document.place)
 
+    def counts(self) -> dict[str, Any]:
+        """What was counted, as JSON can hold it; for `go_on`."""
+        return {name: value for name, value in vars(self).items() if name not in ("_skip", "_separator")}
+
+    def go_on(self, counts: Mapping[str, Any]) -> None:
+        """Counts on from `counts`; not a pass with `good`, which begins anew."""
+        vars(self).update(counts)
+        self._reasons = Counter(self._reasons)
+
     def lines(self, part: str) -> list[str]:
         """The lines of the report about what was left out of `part`."""
         empty = [f"{self.empty:,} empty document(s) left out"] if self.empty else []

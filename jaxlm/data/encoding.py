@@ -3,14 +3,14 @@
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from itertools import groupby, islice
+from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
 
 from jaxlm.config import DataConfig
 from jaxlm.data.documents import Document, LeftOut
-from jaxlm.data.tokenizer import Tokenizer
+from jaxlm.data.tokenizer import Tokenizer, in_batches
 from jaxlm.errors import UserError
 
 BATCH_CHARACTERS = 2**20  # text tokenized in one call: enough for every thread, little enough for memory
@@ -29,7 +29,8 @@ class Encoded(NamedTuple):
 def encoded(tokenizer: Tokenizer, documents: Iterable[Document]) -> Iterator[tuple[Document, Encoded | UserError]]:
     """Each document, in order, tokenized CALLS batches ahead of where the reader is; or why it can't be."""
     with ThreadPoolExecutor(CALLS) as pool:
-        calls = ((batch, pool.submit(_encode, tokenizer, batch)) for batch in _batches(documents))
+        batches = in_batches(documents, lambda document: len(document.text), BATCH_CHARACTERS)
+        calls = ((batch, pool.submit(_encode, tokenizer, batch)) for batch in batches)
         begun = deque(islice(calls, CALLS))
         while begun:
             batch, found = begun.popleft()
@@ -104,14 +105,3 @@ def learned_bytes(tokenizer: Tokenizer, document: Document, found: Encoded) -> i
     parts = [(0, limit)] if document.learned is None else document.learned
     texts = [document.text[start : min(end, limit)] for start, end in parts if start < limit]
     return sum(len(tokenizer.without_special(text).encode()) for text in texts)
-
-
-def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    characters = 0
-
-    def number(document: Document) -> int:
-        nonlocal characters
-        characters += len(document.text) + 16  # so that a batch of tiny texts ends too
-        return characters // BATCH_CHARACTERS
-
-    return (list(batch) for _, batch in groupby(documents, number))

@@ -102,6 +102,13 @@ def hash_files(paths: Iterable[Path], field: str) -> tuple[str, dict[bytes, Path
     return digest.hexdigest(), files
 
 
+def text_size(paths: Iterable[Path]) -> int | None:
+    """The bytes of all `paths`; None where some are compressed, and have more text than that."""
+    paths = [*paths]
+    packed = any(path.suffix.lower() in COMPRESSED or _kind(path) == ".parquet" for path in paths)
+    return None if packed else sum(path.stat().st_size for path in paths)
+
+
 def read_files(paths: Iterable[Path], format_: RowFormat, field: str) -> Found:
     """The documents of all `paths`: those of rows as `format_` makes them, and files of plain text.
 

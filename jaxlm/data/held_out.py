@@ -55,6 +55,11 @@ class HeldOut:
             self._held_out = long[: min(len(before), max(1, len(long) // 2))]
         return not np.array_equal(before, self._held_out)
 
+    def characters(self, part: str) -> int:
+        """About how many "train" or "validation" has; exactly, where no document is cut in two."""
+        train = int(self._cuts()[0].sum())
+        return train if part == "train" else int(self._measured[0].sum()) - train
+
     def _changed(self) -> UserError:
         return UserError(f"{self._where}: the text changed while it was read; start again when it is complete")
 

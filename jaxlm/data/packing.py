@@ -13,7 +13,8 @@ from zipfile import BadZipFile
 import numpy as np
 
 from jaxlm.config import DataConfig
-from jaxlm.data.tokens import Report, TokenDocuments, made_once
+from jaxlm.data.tokenizing import Report
+from jaxlm.data.tokens import TokenDocuments, made_once
 from jaxlm.errors import UserError
 
 FORMAT = 1  # raise it when a strategy gives other rows

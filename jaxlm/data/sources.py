@@ -36,6 +36,7 @@ class Source:
       left_out: {part of the text: the counts of what the latest pass over it left out}.
       format: what its rows are.
       question: the messages before the first answer; None: there are none.
+      sizes: about how many characters each part has before any of it is held out; None: not known.
     """
 
     name: str
@@ -45,6 +46,11 @@ class Source:
     left_out: dict[str, LeftOut]
     format: RowFormat
     question: list[dict[str, Any]] | None
+    sizes: dict[str, int | None]
+
+    def characters(self, part: str) -> int | None:
+        """About how many characters a part has; None: that is not known. Reads the text where some is held out."""
+        return self.sizes[part] if self.split is None else self.split.characters(part)
 
 
 def open_source(data: DataConfig, evaluating: bool = False, tokenizer: Tokenizer | None = None) -> Source:
@@ -72,6 +78,7 @@ class _Part(NamedTuple):
     fingerprint: str  # changes with the content
     first: Callable[[], Mapping[str, Any] | None]  # the first row; None: it is plain text
     read: Callable[[RowFormat], Found]
+    size: int | None  # about how many characters; None: not known
 
 
 def _source(
@@ -97,7 +104,8 @@ def _source(
         part: partial(left_out[labels[part]].good, partial(found.read, format_), found.where)
         for part, found in parts.items()
     }
-    about = left_out, format_, first_question(format_, first)
+    sizes = {part: found.size for part, found in parts.items()}
+    about = left_out, format_, first_question(format_, first), sizes
     fingerprint = "-".join(found.fingerprint for found in parts.values())
     if not splits:
         return Source(name, fingerprint, {**documents}, None, *about)
@@ -112,7 +120,7 @@ def _own_files(data: DataConfig, tokenizer: Tokenizer | None, evaluating: bool) 
         fingerprint, digests = files.hash_files(paths, field)
         first = partial(files.first_row, paths, columns_that_tell(data), field)
         read = partial(files.read_files, paths, field=field)
-        return name, digests, _Part(f"{field} ({name})", fingerprint, first, read)
+        return name, digests, _Part(f"{field} ({name})", fingerprint, first, read, files.text_size(paths))
 
     if not data.validation_files:
         name, _, train = part(data.train_files, "data.train_files")
@@ -135,7 +143,7 @@ def _hub(data: DataConfig, tokenizer: Tokenizer | None, evaluating: bool) -> Sou
         rows = hub.load_split(builder, split, field)
         told = [name for name in columns_that_tell(data) if name in rows.column_names]
         first, read = partial(hub.first_row, rows, told), partial(hub.read_split, rows, split, where=f"{where} {split}")
-        return _Part(f"{where} {split}", rows._fingerprint, first, read)
+        return _Part(f"{where} {split}", rows._fingerprint, first, read, rows.data.nbytes)
 
     name, builder = hub.prepare(data.dataset_name, data.dataset_config, where)
     held_out = data.validation_split
@@ -164,5 +172,5 @@ def _standard_library(data: DataConfig, tokenizer: Tokenizer | None, evaluating:
                 yield row if isinstance(row, UserError) else Document(str(row.values), row.place)
 
     name = f"{STDLIB} {platform.python_version()} ({len(paths)} files)"
-    train = _Part(where, digest.hexdigest(), lambda: None, read)
+    train = _Part(where, digest.hexdigest(), lambda: None, read, files.text_size(paths))
     return _source(data, tokenizer, name, train, None, evaluating)

@@ -4,12 +4,12 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import cached_property
-from itertools import chain, islice, pairwise
+from itertools import groupby, pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import tokenizers
@@ -27,8 +27,11 @@ EOS_NAMES = (EOS, "</s>", "<|end_of_text|>", "<|eos|>", "[EOS]", "<|endoftext|>"
 PAD_NAMES = (PAD, "[PAD]", "<|pad|>", "<|padding|>", "<|finetune_right_pad_id|>")
 NAMES = {"bos": BOS_NAMES, "eos": EOS_NAMES, "pad": PAD_NAMES}
 
+Item = TypeVar("Item")
+
 # A text longer than this is tokenized in parts, so that a book in one file uses all threads and little memory.
-PART_CHARACTERS = 2**18
+PART_CHARACTERS = 2**16
+CALL_CHARACTERS = 2**22  # of parts in one call of the library, whose answer takes some 50 bytes a character
 # GPT-2's pattern splits the last character off a run of white space that a word follows. Where that is a line end, it
 # is a word of its own. So a cut just before such a line end leaves every word, and every id, as it was.
 _SAFE_CUT = re.compile(r"\n(?=\S)")
@@ -218,16 +221,20 @@ class Tokenizer:
         Raises:
           UserError: one of them cannot be tokenized; the message has the reason, not the text.
         """
-        parts = [split_safely(text) if self._splits_safely else [text] for text in texts]
+        split = split_safely if self._splits_safely else lambda text: iter([text])
+        parts = ((number, part) for number, text in enumerate(texts) for part in split(text))
+        begin, end = (np.array([token], self.dtype) for token in (self.bos_id, self.eos_id))
+        documents = [[begin] for _ in texts]
         with _LibraryErrors("cannot be tokenized"):
-            encodings = iter(self._backend.encode_batch_fast([*chain.from_iterable(parts)], add_special_tokens=False))
-        documents = []
-        for text, of_text in zip(texts, parts, strict=True):
-            ids = [token for encoding in islice(encodings, len(of_text)) for token in encoding.ids]
-            if not ids and text.strip():  # every word is unknown, and the vocabulary has no token for that
-                raise UserError("cannot be tokenized: the tokenizer has no token for anything in it")
-            documents.append(np.array([self.bos_id, *ids, self.eos_id], self.dtype))
-        return documents
+            for batch in in_batches(parts, lambda part: len(part[1]), CALL_CHARACTERS):
+                numbers, contents = zip(*batch, strict=True)
+                found = self._backend.encode_batch_fast(contents, add_special_tokens=False)
+                for number, encoding in zip(numbers, found, strict=True):
+                    documents[number].append(np.fromiter(encoding.ids, self.dtype, len(encoding)))
+        joined = [np.concatenate([*document, end]) for document in documents]
+        if any(len(ids) == 2 and text.strip() for ids, text in zip(joined, texts, strict=True)):  # all words unknown,
+            raise UserError("cannot be tokenized: the tokenizer has no token for anything in it")  # and no token for it
+        return joined
 
     def encode_with_places(self, texts: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
         """For each text its ids, `dtype` [tokens], and the characters of each, int64 [tokens, 2]: [start, end).
@@ -296,10 +303,22 @@ def without_long_words(text: str) -> list[str]:
     return [text[start:end] for start, end in pairwise([0, *cuts, len(text)])]
 
 
-def split_safely(text: str, size: int = PART_CHARACTERS) -> list[str]:
+def split_safely(text: str, size: int = PART_CHARACTERS) -> Iterator[str]:
     """`text` in parts of `size` characters or somewhat more, cut where no token of byte-level BPE can span the cut."""
-    parts, start = [], 0
+    start = 0
     while cut := _SAFE_CUT.search(text, start + size):
-        parts.append(text[start : cut.start()])
+        yield text[start : cut.start()]
         start = cut.start()
-    return [*parts, text[start:]]
+    yield text[start:]
+
+
+def in_batches(items: Iterable[Item], characters: Callable[[Item], int], limit: int) -> Iterator[list[Item]]:
+    """`items` in lists of about `limit` characters, more only where one item has more."""
+    total = 0
+
+    def number(item: Item) -> int:
+        nonlocal total
+        total += characters(item) + 16  # so that a batch of tiny texts ends too
+        return total // limit
+
+    return (list(batch) for _, batch in groupby(items, number))

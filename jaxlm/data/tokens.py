@@ -1,4 +1,5 @@
-"""Text to token arrays on disk, made once: a second run with the same text and settings finds them.
+"""Text to token arrays on disk, made once: a second run with the same text and settings finds them, and
+one that follows a killed one goes on (shards.py).
 
     <cache>/tokenizers/<key>/tokenizer.json    BPE trained on this text
     <cache>/tokens/<key>/<split>.tokens        all documents end to end, each <bos> text <eos>; uint16 or uint32
@@ -16,10 +17,8 @@ import json
 import os
 import tempfile
 import time
-from array import array
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -30,16 +29,14 @@ import numpy as np
 from jaxlm.config import DataConfig
 from jaxlm.data.atomic import atomic_path
 from jaxlm.data.chat_tokens import why_it_will_not_stop, with_template
-from jaxlm.data.documents import SHOWN, Document, LeftOut
-from jaxlm.data.encoding import encoded, fitted, learned_bytes
+from jaxlm.data.shards import Counts
 from jaxlm.data.sources import Source, open_source
 from jaxlm.data.tokenizer import Tokenizer
+from jaxlm.data.tokenizing import Report, tokenize, with_progress
 from jaxlm.errors import UserError
 
 FORMAT = 3  # raise it when what is stored, or how text becomes tokens, changes
 CACHED = "cached"
-
-Report = Callable[[str], None]  # takes a line of the report
 
 
 @dataclass(frozen=True)
@@ -146,7 +143,7 @@ def prepare(
     key = _key(source.fingerprint, settings + fit, least, [*source.parts], tokenizer.fingerprint)
     report(_shape_of_documents(tokenizer, source))
     folder = root / "tokens" / key
-    took = made_once(folder, lambda part: _tokenize(part, source, tokenizer, data))
+    took = made_once(folder, lambda part: tokenize(part, source, tokenizer, data, report), goes_on=True)
     report(f"tokenized text: {took} ({folder})")
     parts, notes = _open_parts(folder, source.parts, tokenizer.dtype)
     for line in notes["lines"]:
@@ -163,8 +160,10 @@ def _shape_of_documents(tokenizer: Tokenizer, source: Source) -> str:
     return f"documents: {ends}" if template is None else f"documents: conversations by {template.where}"
 
 
-def made_once(path: Path, fill: Callable[[Path], None]) -> str:
+def made_once(path: Path, fill: Callable[[Path], None], goes_on: bool = False) -> str:
     """Lets `fill` make the file or folder `path` of the cache if it is not there; how long it took, or "cached".
+
+    With `goes_on` it is given what a call that did not get to its end has left.
 
     Raises:
       UserError: it cannot be written.
@@ -174,7 +173,7 @@ def made_once(path: Path, fill: Callable[[Path], None]) -> str:
         return CACHED
     with _writing_to(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_path(path) as part:
+        with atomic_path(path, goes_on) as part:
             if path.exists():  # another process has made it meanwhile
                 return CACHED
             fill(part)
@@ -198,7 +197,7 @@ def _trained_tokenizer(folder: Path, source: Source, vocab_size: int, report: Re
     """The BPE trained on the training text, from the cache if it is there."""
 
     def train(part: Path) -> None:
-        documents = _with_progress(source.parts["train"](), "training BPE")
+        documents = with_progress(source.parts["train"](), "training BPE", report, source.characters("train"), Counts())
         without = Tokenizer.outside_markers
         texts = (without(document.text) if document.complete else document.text for document in documents)
         Tokenizer.train(texts, vocab_size).save(part)
@@ -209,68 +208,6 @@ def _trained_tokenizer(folder: Path, source: Source, vocab_size: int, report: Re
     trained = f"trained {tokenizer.vocab_size} tokens{fewer} in {took}"
     report("tokenizer: " + (f"cached ({folder})" if took == CACHED else trained))
     return tokenizer
-
-
-def _tokenize(folder: Path, source: Source, tokenizer: Tokenizer, data: DataConfig) -> None:
-    """Writes the tokens of all parts into `folder`, which it makes."""
-    folder.mkdir()
-    left_out, markers, choices, shares = dict(source.left_out), Counter[str](), [], list[str]()
-
-    def lengths(documents: Iterator[Document]) -> Iterator[int]:
-        return (0 if isinstance(found, UserError) else len(found.ids) for _, found in encoded(tokenizer, documents))
-
-    if source.split is not None and source.split.pass_over_short(data.min_length, lengths):
-        choices.append("long")
-    for name, read in source.parts.items():
-        untrained = left_out[f"tokenizing {name}"] = LeftOut(data)
-        offsets, document_bytes = array("q", [0]), array("q")
-        with ExitStack() as opened:
-            file = opened.enter_context((folder / f"{name}.tokens").open("wb"))
-            learned_file, learned = None, 0
-            for document, found in encoded(tokenizer, _with_progress(read(), f"tokenizing {name}")):
-                if isinstance(found, UserError):
-                    untrained.add(UserError(f"{document.place} {found}"))
-                    continue
-                fits = fitted(document, found, data, untrained)
-                if fits is None:
-                    continue
-                fits.ids.tofile(file)
-                if fits.learned is not None:
-                    learned_file = learned_file or opened.enter_context((folder / f"{name}.learned").open("wb"))
-                    fits.learned.tofile(learned_file)
-                    learned += int(np.count_nonzero(fits.learned))
-                offsets.append(offsets[-1] + len(fits.ids))
-                document_bytes.append(learned_bytes(tokenizer, document, fits))
-                markers.update(tokenizer.markers.findall(document.text))
-        if not document_bytes:
-            if untrained.first:
-                raise UserError(f"no document of the {name} text can be tokenized: {untrained.first[0]}")
-            raise UserError(f"no document of the {name} text can be learned; {'; '.join(untrained.lines(name))}")
-        if learned:
-            shares.append(f"{name}: {learned:,} of {offsets[-1]:,} tokens are learned (data.loss_on {data.loss_on})")
-        np.save(folder / f"{name}.offsets.npy", np.array(offsets, np.int64))
-        np.save(folder / f"{name}.bytes.npy", np.array(document_bytes, np.int64))
-    lines = [line for part, counts in left_out.items() for line in counts.lines(part)]
-    lines += [] if source.format.template is not None else _about_markers(tokenizer, markers)
-    choices += ["special"] * any(marker in tokenizer.special_in_text for marker in markers)
-    (folder / "notes.json").write_text(json.dumps({"lines": lines + shares, "choices": choices}))
-
-
-def _about_markers(tokenizer: Tokenizer, markers: Counter[str]) -> Iterator[str]:
-    """Lines about special tokens that stand in plain text."""
-    tokens = Counter({marker: count for marker, count in markers.items() if marker in tokenizer.special_in_text})
-    for found, what in ((tokens, "each read as that token"), (markers - tokens, "read as characters, not as tokens")):
-        if found:
-            most = ", ".join(f"{marker} ({count:,})" for marker, count in found.most_common(SHOWN))
-            cure = "data.document_separator splits documents at one"
-            yield f"{found.total():,} markers stand in the text: {most}; {what} ({cure})"
-
-
-def _with_progress(documents: Iterable[Document], description: str) -> Iterable[Document]:
-    """`documents`, with a bar on stderr if that is a terminal."""
-    from tqdm import tqdm
-
-    return tqdm(documents, description, unit=" documents", unit_scale=True, disable=None, leave=False)
 
 
 def _open_parts(folder: Path, names: Iterable[str], dtype: np.dtype) -> tuple[dict[str, TokenDocuments], Any]:
