@@ -16,14 +16,14 @@ from flax import nnx
 
 from jaxlm.checkpoints import folder
 from jaxlm.checkpoints.items import Progress as SavedProgress
-from jaxlm.checkpoints.items import read_progress, read_tokenizer
+from jaxlm.checkpoints.items import read_progress
 from jaxlm.checkpoints.load import restore_state
 from jaxlm.checkpoints.save import SAVE_ERRORS, Checkpoints, reason_of, save_model
 from jaxlm.config import Config, check_steps
+from jaxlm.data.handed_over import Dataset, handed_over
 from jaxlm.data.loader import total_steps
 from jaxlm.errors import RunFailed
 from jaxlm.generation.api import Prompt, generate_one_or_many
-from jaxlm.interop.pretrained import open_pretrained
 from jaxlm.model import Transformer
 from jaxlm.monitor.metrics import MetricsTracker, Throughput, memory_gib, model_flops_utilization
 from jaxlm.monitor.profiling import Profiler
@@ -36,13 +36,14 @@ from jaxlm.ops.compiler import compiler_options
 from jaxlm.parallel.devices import start_backend
 from jaxlm.parallel.processes import StopVote, barrier, is_leader, say, text_from_any_process
 from jaxlm.report import write_report_of_run
+from jaxlm.run.begin import begin, with_handed_over
 from jaxlm.run.describe import describe_end, describe_run
 from jaxlm.run.feed import BatchFeeder, evaluate_state
 from jaxlm.run.judge import NumbersJudge
 from jaxlm.run.probes import Probes
-from jaxlm.run.resume import find_resume, go_on, is_finished, say_going_on
-from jaxlm.run.setup import check_same_in_processes, compile_step, keep_compiled_programs, resolve, with_text
-from jaxlm.run.text import describe_sample, prepare_text
+from jaxlm.run.resume import find_resume, is_finished, say_going_on
+from jaxlm.run.setup import compile_step, keep_compiled_programs, resolve
+from jaxlm.run.text import describe_sample
 from jaxlm.train.assemble import Resolved, assemble
 from jaxlm.train.evaluate import describe_evaluation
 from jaxlm.train.numbers import at_rate
@@ -52,6 +53,7 @@ from jaxlm.train.step import TrainState
 
 class Trainer:
     """One run. `fresh` moves what is in the run's folder aside first; `sinks` get its rows beside those of report_to.
+    `train_dataset` and `eval_dataset` are its text (`jaxlm.data.handed_over`); without the second a part is held out.
 
     A subclass may set `model_class` to a `Transformer` of its own, and override `_log_metrics` and `_log_eval_metrics`.
 
@@ -61,10 +63,19 @@ class Trainer:
 
     model_class: type[Transformer] = Transformer
 
-    def __init__(self, config: Config | Resolved, *, fresh: bool = False, sinks: Sequence[Sink] = ()) -> None:
+    def __init__(
+        self,
+        config: Config | Resolved,
+        *,
+        fresh: bool = False,
+        sinks: Sequence[Sink] = (),
+        train_dataset: Dataset | None = None,
+        eval_dataset: Dataset | None = None,
+    ) -> None:
         if isinstance(config, Config):
             config = resolve(config, lambda config: start_backend(config.training), fresh)
-        self.resolved, self._own_sinks = config, sinks
+        self._handed_over = handed_over(config.config.data, train_dataset, eval_dataset)
+        self.resolved, self._own_sinks = with_handed_over(config, self._handed_over), sinks
         self.folder = Path(self.config.training.checkpoint_dir).expanduser()
         self._lock = folder.RunFolder(self.folder, fresh)
         with self._lock:  # a start that is refused leaves nothing behind
@@ -87,17 +98,9 @@ class Trainer:
 
     def _prepare_text(self, checkpoint: Path | None) -> None:
         """Text, tokenizer and rows; fixes the vocabulary size and the micro-batches in the configuration."""
-        self._pretrained = open_pretrained(self.config) if checkpoint is None else None
-        if self._pretrained is not None:
-            self._pretrained.check(assemble(self.resolved, self.model_class).base[0])
-        self.asked_vocab_size = self.config.model.vocab_size
-        given = None if self._pretrained is None else self._pretrained.tokenizer
-        self.text = prepare_text(self.config, given if checkpoint is None else read_tokenizer(checkpoint))
+        begun = begin(self.resolved, checkpoint, self.model_class, self._handed_over)
+        self.resolved, self.text, self._pretrained, self._changed, self.asked_vocab_size = begun
         self.tokenizer = self.text.tokenizer
-        self.resolved = with_text(self.resolved, self.text)
-        own = self.asked_vocab_size, self.text.fingerprint, self.model_class.__name__
-        self.resolved, self._changed = go_on(self.resolved, checkpoint, *own)
-        check_same_in_processes(self.config, self.text.fingerprint)
 
     def _count_steps(self) -> None:
         training, size = self.config.training, (len(self.text.rows), self.resolved.global_batch)
