@@ -47,13 +47,14 @@ from jaxlm.run.text import describe_sample
 from jaxlm.train.assemble import Resolved, assemble
 from jaxlm.train.evaluate import describe_evaluation
 from jaxlm.train.numbers import at_rate
+from jaxlm.train.own_loss import OwnLoss
 from jaxlm.train.schedules import build_schedule
 from jaxlm.train.step import TrainState
 
 
 class Trainer:
     """One run. `fresh` moves what is in the run's folder aside first; `sinks` get its rows beside those of report_to.
-    `train_dataset` and `eval_dataset` are its text (`jaxlm.data.handed_over`); without the second a part is held out.
+    `train_dataset` and `eval_dataset` are its text (`data.handed_over`), `compute_loss` its loss (`train.own_loss`).
 
     A subclass may set `model_class` to a `Transformer` of its own, and override `_log_metrics` and `_log_eval_metrics`.
 
@@ -71,10 +72,11 @@ class Trainer:
         sinks: Sequence[Sink] = (),
         train_dataset: Dataset | None = None,
         eval_dataset: Dataset | None = None,
+        compute_loss: OwnLoss | None = None,
     ) -> None:
         if isinstance(config, Config):
             config = resolve(config, lambda config: start_backend(config.training), fresh)
-        self._handed_over = handed_over(config.config.data, train_dataset, eval_dataset)
+        self._handed_over, self._own_loss = handed_over(config.config.data, train_dataset, eval_dataset), compute_loss
         self.resolved, self._own_sinks = with_handed_over(config, self._handed_over), sinks
         self.folder = Path(self.config.training.checkpoint_dir).expanduser()
         self._lock = folder.RunFolder(self.folder, fresh)
@@ -98,8 +100,8 @@ class Trainer:
 
     def _prepare_text(self, checkpoint: Path | None) -> None:
         """Text, tokenizer and rows; fixes the vocabulary size and the micro-batches in the configuration."""
-        begun = begin(self.resolved, checkpoint, self.model_class, self._handed_over)
-        self.resolved, self.text, self._pretrained, self._changed, self.asked_vocab_size = begun
+        begun = begin(self.resolved, checkpoint, self.model_class, self._own_loss, self._handed_over)
+        self.resolved, self.text, self._pretrained, self._changed, self._saved = begun
         self.tokenizer = self.text.tokenizer
 
     def _count_steps(self) -> None:
@@ -114,7 +116,7 @@ class Trainer:
     def _assemble(self) -> None:
         """The functions that will be compiled, and the numbers that they take."""
         options = compiler_options(self.config.training, self.resolved.devices[0].platform, say)
-        self.assembly = assemble(self.resolved, self.model_class, options=options)
+        self.assembly = assemble(self.resolved, self.model_class, options=options, own_loss=self._own_loss)
         self._numbers = self.assembly.numbers(self.config.training)
 
     def _make_state(self, checkpoint: Path | None) -> None:
@@ -257,6 +259,7 @@ class Trainer:
             "train/skipped_steps": values["skipped"],
             "train/loss_scale": values["loss_scale"],
         }
+        row |= {name: value for name, value in values.items() if name.startswith("train/")}  # of an own loss
         self.metrics_tracker.update(row | memory_gib(jax.local_devices()), self.current_step)
         self._judge.check(self.current_step, values)
         self._throughput.restart()
@@ -309,13 +312,10 @@ class Trainer:
             step=self.current_step,
             total_steps=self.total_steps,
             best_loss=self.best_loss,
-            requested_vocab_size=self.asked_vocab_size,
-            data_fingerprint=self.text.fingerprint,
             global_batch=self.resolved.global_batch,
             rows_taken=self.resolved.position(self.current_step),
-            model_class=self.model_class.__name__,
             shards=self.assembly.layout.shards,
-            longest_piece=self.text.rows.plan.longest,
+            **self._saved,
         )
 
     def save_checkpoint(self) -> None:

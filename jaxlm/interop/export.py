@@ -250,7 +250,8 @@ def _scores(run: Path, progress: Progress) -> dict[str, str]:
             "validation bits per byte": f"{bits:.4f}",
         }
     best = progress.best_loss
-    known = {} if best is None else {"lowest validation loss of the run so far": f"{best:.4f} nats a token"}
+    unit = "nats a token" if progress.loss is None else f"by {progress.loss}"
+    known = {} if best is None else {"lowest validation loss of the run so far": f"{best:.4f} {unit}"}
     return {**known, "validation loss": "not found: metrics.jsonl has no evaluation of this step"}
 
 

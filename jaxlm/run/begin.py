@@ -2,7 +2,7 @@
 
 import dataclasses
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from jaxlm.checkpoints.items import read_tokenizer
 from jaxlm.config import DataConfig, replace_fields, with_derived
@@ -14,6 +14,7 @@ from jaxlm.run.resume import Changes, go_on
 from jaxlm.run.setup import check_same_in_processes, with_text
 from jaxlm.run.text import Text, prepare_text
 from jaxlm.train.assemble import Resolved, assemble
+from jaxlm.train.own_loss import OwnLoss, name_of
 
 
 class Beginning(NamedTuple):
@@ -23,7 +24,7 @@ class Beginning(NamedTuple):
     text: Text
     pretrained: Pretrained | None  # what init_from names, where a run starts from it
     changed: Changes  # by the user, since the checkpoint
-    asked_vocab_size: int  # model.vocab_size as the user set it
+    saved: dict[str, Any]  # fields of `Progress` that stay the same all through the run
 
 
 def with_handed_over(resolved: Resolved, given: HandedOver | None) -> Resolved:
@@ -38,7 +39,11 @@ def with_handed_over(resolved: Resolved, given: HandedOver | None) -> Resolved:
 
 
 def begin(
-    resolved: Resolved, checkpoint: Path | None, model_class: type[Transformer], given: HandedOver | None
+    resolved: Resolved,
+    checkpoint: Path | None,
+    model_class: type[Transformer],
+    own_loss: OwnLoss | None,
+    given: HandedOver | None,
 ) -> Beginning:
     """Text, tokenizer and rows of a run that starts, or goes on from `checkpoint`.
 
@@ -52,6 +57,8 @@ def begin(
     own = None if pretrained is None else pretrained.tokenizer
     text = prepare_text(resolved.config, own if checkpoint is None else read_tokenizer(checkpoint), given)
     resolved = with_text(resolved, text)
-    resolved, changed = go_on(resolved, checkpoint, asked_vocab_size, text.fingerprint, model_class.__name__)
+    of_run = asked_vocab_size, text.fingerprint, model_class.__name__, name_of(own_loss)
+    resolved, changed = go_on(resolved, checkpoint, *of_run)
     check_same_in_processes(resolved.config, text.fingerprint)
-    return Beginning(resolved, text, pretrained, changed, asked_vocab_size)
+    saved = dict(zip(("requested_vocab_size", "data_fingerprint", "model_class", "loss"), of_run, strict=True))
+    return Beginning(resolved, text, pretrained, changed, saved | {"longest_piece": text.rows.plan.longest})
