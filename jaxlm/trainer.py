@@ -16,14 +16,14 @@ from flax import nnx
 
 from jaxlm.checkpoints import folder
 from jaxlm.checkpoints.items import Progress as SavedProgress
-from jaxlm.checkpoints.items import read_progress, read_tokenizer
+from jaxlm.checkpoints.items import read_progress
 from jaxlm.checkpoints.load import restore_state
 from jaxlm.checkpoints.save import SAVE_ERRORS, Checkpoints, reason_of, save_model
 from jaxlm.config import Config, check_steps
+from jaxlm.data.handed_over import Dataset, handed_over
 from jaxlm.data.loader import total_steps
 from jaxlm.errors import RunFailed
 from jaxlm.generation.api import Prompt, generate_one_or_many
-from jaxlm.interop.pretrained import open_pretrained
 from jaxlm.model import Transformer
 from jaxlm.monitor.metrics import MetricsTracker, Throughput, memory_gib, model_flops_utilization
 from jaxlm.monitor.profiling import Profiler
@@ -36,22 +36,25 @@ from jaxlm.ops.compiler import compiler_options
 from jaxlm.parallel.devices import start_backend
 from jaxlm.parallel.processes import StopVote, barrier, is_leader, say, text_from_any_process
 from jaxlm.report import write_report_of_run
+from jaxlm.run.begin import begin, with_handed_over
 from jaxlm.run.describe import describe_end, describe_run
 from jaxlm.run.feed import BatchFeeder, evaluate_state
 from jaxlm.run.judge import NumbersJudge
 from jaxlm.run.probes import Probes
-from jaxlm.run.resume import find_resume, go_on, is_finished, say_going_on
-from jaxlm.run.setup import check_same_in_processes, compile_step, keep_compiled_programs, resolve, with_text
-from jaxlm.run.text import describe_sample, prepare_text
+from jaxlm.run.resume import find_resume, is_finished, say_going_on
+from jaxlm.run.setup import compile_step, keep_compiled_programs, resolve
+from jaxlm.run.text import describe_sample
 from jaxlm.train.assemble import Resolved, assemble
 from jaxlm.train.evaluate import describe_evaluation
 from jaxlm.train.numbers import at_rate
+from jaxlm.train.own_loss import OwnLoss
 from jaxlm.train.schedules import build_schedule
 from jaxlm.train.step import TrainState
 
 
 class Trainer:
     """One run. `fresh` moves what is in the run's folder aside first; `sinks` get its rows beside those of report_to.
+    `train_dataset` and `eval_dataset` are its text (`data.handed_over`), `compute_loss` its loss (`train.own_loss`).
 
     A subclass may set `model_class` to a `Transformer` of its own, and override `_log_metrics` and `_log_eval_metrics`.
 
@@ -61,10 +64,20 @@ class Trainer:
 
     model_class: type[Transformer] = Transformer
 
-    def __init__(self, config: Config | Resolved, *, fresh: bool = False, sinks: Sequence[Sink] = ()) -> None:
+    def __init__(
+        self,
+        config: Config | Resolved,
+        *,
+        fresh: bool = False,
+        sinks: Sequence[Sink] = (),
+        train_dataset: Dataset | None = None,
+        eval_dataset: Dataset | None = None,
+        compute_loss: OwnLoss | None = None,
+    ) -> None:
         if isinstance(config, Config):
             config = resolve(config, lambda config: start_backend(config.training), fresh)
-        self.resolved, self._own_sinks = config, sinks
+        self._handed_over, self._own_loss = handed_over(config.config.data, train_dataset, eval_dataset), compute_loss
+        self.resolved, self._own_sinks = with_handed_over(config, self._handed_over), sinks
         self.folder = Path(self.config.training.checkpoint_dir).expanduser()
         self._lock = folder.RunFolder(self.folder, fresh)
         with self._lock:  # a start that is refused leaves nothing behind
@@ -87,17 +100,9 @@ class Trainer:
 
     def _prepare_text(self, checkpoint: Path | None) -> None:
         """Text, tokenizer and rows; fixes the vocabulary size and the micro-batches in the configuration."""
-        self._pretrained = open_pretrained(self.config) if checkpoint is None else None
-        if self._pretrained is not None:
-            self._pretrained.check(assemble(self.resolved, self.model_class).base[0])
-        self.asked_vocab_size = self.config.model.vocab_size
-        given = None if self._pretrained is None else self._pretrained.tokenizer
-        self.text = prepare_text(self.config, given if checkpoint is None else read_tokenizer(checkpoint))
+        begun = begin(self.resolved, checkpoint, self.model_class, self._own_loss, self._handed_over)
+        self.resolved, self.text, self._pretrained, self._changed, self._saved = begun
         self.tokenizer = self.text.tokenizer
-        self.resolved = with_text(self.resolved, self.text)
-        own = self.asked_vocab_size, self.text.fingerprint, self.model_class.__name__
-        self.resolved, self._changed = go_on(self.resolved, checkpoint, *own)
-        check_same_in_processes(self.config, self.text.fingerprint)
 
     def _count_steps(self) -> None:
         training, size = self.config.training, (len(self.text.rows), self.resolved.global_batch)
@@ -111,7 +116,7 @@ class Trainer:
     def _assemble(self) -> None:
         """The functions that will be compiled, and the numbers that they take."""
         options = compiler_options(self.config.training, self.resolved.devices[0].platform, say)
-        self.assembly = assemble(self.resolved, self.model_class, options=options)
+        self.assembly = assemble(self.resolved, self.model_class, options=options, own_loss=self._own_loss)
         self._numbers = self.assembly.numbers(self.config.training)
 
     def _make_state(self, checkpoint: Path | None) -> None:
@@ -254,6 +259,7 @@ class Trainer:
             "train/skipped_steps": values["skipped"],
             "train/loss_scale": values["loss_scale"],
         }
+        row |= {name: value for name, value in values.items() if name.startswith("train/")}  # of an own loss
         self.metrics_tracker.update(row | memory_gib(jax.local_devices()), self.current_step)
         self._judge.check(self.current_step, values)
         self._throughput.restart()
@@ -306,13 +312,10 @@ class Trainer:
             step=self.current_step,
             total_steps=self.total_steps,
             best_loss=self.best_loss,
-            requested_vocab_size=self.asked_vocab_size,
-            data_fingerprint=self.text.fingerprint,
             global_batch=self.resolved.global_batch,
             rows_taken=self.resolved.position(self.current_step),
-            model_class=self.model_class.__name__,
             shards=self.assembly.layout.shards,
-            longest_piece=self.text.rows.plan.longest,
+            **self._saved,
         )
 
     def save_checkpoint(self) -> None:

@@ -99,9 +99,9 @@ def patch() -> Iterator[pytest.MonkeyPatch]:
         yield patch
 
 
-def trainer_on(devices: int, config: Config) -> Trainer:
+def trainer_on(devices: int, config: Config, **more: Any) -> Trainer:
     """On the first ones of this process."""
-    return Trainer(resolve(config, jax.devices()[:devices]))
+    return Trainer(resolve(config, jax.devices()[:devices]), **more)
 
 
 def make_config(tmp_path: Path, corpus: Path, **dotted: Any) -> Config:

@@ -30,8 +30,8 @@ def left_by_custom_metric(folder: Path) -> None:
 
 
 def left_by_own_data(folder: Path) -> None:
-    assert len((folder / "runs/own_data/docstrings.jsonl").read_text().splitlines()) > 1000
-    assert (folder / "runs/own_data/run/final_model").is_dir()
+    assert json.loads((folder / "runs/own_data/starts.jsonl").read_text())["train"]["documents"] > 1000
+    assert (folder / "runs/own_data/final_model").is_dir()
 
 
 def left_by_own_block(folder: Path) -> None:

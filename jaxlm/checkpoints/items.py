@@ -31,6 +31,7 @@ class Progress:
     global_batch: int  # rows an update
     shards: int  # devices that arrays were sharded over: an axis that it does not divide was saved padded with zeros
     model_class: str = "Transformer"  # folders from before there were others don't say
+    loss: str | None = None  # name of an own one
     longest_piece: int | None = None  # tokens that a document had in a row, at most; older folders don't say
     rows_taken: int | None = None  # rows of the stream that its updates took; folders from before global_batch could
     # change don't say

@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from jaxlm.config.schema import FIELDS, SECTIONS, STDLIB, Config, DataConfig
+from jaxlm.config.schema import FIELDS, PYTHON, SECTIONS, STDLIB, Config, DataConfig
 from jaxlm.errors import UserError
 
 SHOWN = 200  # characters of a wrong value that a message repeats
@@ -126,7 +126,7 @@ def without_use(data: DataConfig) -> dict[str, str]:
     if data.train_files:
         unused = dict.fromkeys([*unused, "data.dataset_name"], "data.train_files")
         held_out = "data.validation_files" if data.validation_files else None
-    elif data.dataset_name != STDLIB:
+    elif data.dataset_name not in (STDLIB, PYTHON):
         unused, held_out = {}, None if data.validation_split is None else "data.validation_split"
     return unused | ({"data.validation_fraction": held_out} if held_out else {})
 

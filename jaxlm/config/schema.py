@@ -11,6 +11,7 @@ from jaxlm.config.model import ModelConfig
 from jaxlm.config.option import Section, option
 
 STDLIB = "python-stdlib"  # the data.dataset_name that is on every machine
+PYTHON = "python"  # the data.dataset_name of what a program hands over
 
 # Optimizers of optax whose steps need nothing but gradients and parameters, are in proportion to the learning rate, and
 # treat each parameter by itself (tests/test_optim.py tries each).
@@ -244,7 +245,9 @@ class TrainingConfig(Section):
 class DataConfig(Section):
     """The text, how it is split, tokenized and packed."""
 
-    dataset_name: str = option("wikitext", "python-stdlib (built in) or a data set on the Hugging Face Hub")
+    dataset_name: str = option(
+        "wikitext", "python-stdlib (built in), a data set on the Hugging Face Hub, or python: what a program hands over"
+    )
     dataset_config: str | None = option("wikitext-103-raw-v1", "configuration of the Hub data set")
     dataset_split: str = option("train", "split to train on")
     validation_split: str | None = option("validation", "split to evaluate on; none: hold out validation_fraction")

@@ -1,9 +1,11 @@
-"""What a row of a table or a JSON file says: a text, a conversation, or a prompt with its completion."""
+"""What a row says: a text, a conversation, a prompt with its completion, or the ids of its tokens."""
 
 import json
 from collections.abc import Collection, Mapping
 from itertools import takewhile
 from typing import Any
+
+import numpy as np
 
 from jaxlm.config import DataConfig, nearest
 from jaxlm.data.chat import ChatTemplate, check_messages
@@ -13,6 +15,7 @@ from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.errors import UserError, one_line
 
 MESSAGES, PROMPT, COMPLETION, TOOLS = "messages", "prompt", "completion", "tools"
+INPUT_IDS, NOT_PADDING, LABELS = "input_ids", "attention_mask", "labels"  # as tokenizers of transformers name them
 
 
 def _missing(kind: str, column: str, names: Collection[str], where: str) -> UserError:
@@ -97,6 +100,38 @@ class ConversationRows:
         return Document(rendered.text, place, rendered.answers, complete=True)
 
 
+class TokenRows:
+    """The ids of a document's tokens, as they stand, in the column input_ids."""
+
+    kind = fingerprint = "tokens"
+    template: ChatTemplate | None = None
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+
+    def columns(self, names: Collection[str], where: str) -> list[str]:
+        others = [column for column in (NOT_PADDING, LABELS) if column in names]
+        return _with_all(self.kind, [INPUT_IDS], names, where) + others
+
+    def document(self, row: Mapping[str, Any], place: str) -> Document | UserError:
+        if INPUT_IDS not in row:
+            return _missing(self.kind, INPUT_IDS, row, place)
+        if LABELS in row:
+            return UserError(f"{place} has {LABELS} beside {INPUT_IDS}, and all tokens would be learned; drop it")
+        try:
+            ids = np.asarray(row[INPUT_IDS])
+            if NOT_PADDING in row:
+                ids = ids[np.asarray(row[NOT_PADDING], bool)]
+        except (ValueError, TypeError, IndexError) as error:
+            return UserError(f"{place}: {INPUT_IDS}: {one_line(error)}")
+        if ids.ndim != 1 or (ids.dtype.kind not in "iu" and ids.size):
+            found = f"{ids.dtype} [{', '.join(map(str, ids.shape))}]"
+            return UserError(f"{place} holds {found}, not the token ids of a document (integers [tokens])")
+        if len(wrong := ids[(ids < 0) | (ids >= self._tokenizer.vocab_size)]):
+            return UserError(f"{place}: id {wrong[0]} is none of the tokenizer's {self._tokenizer.vocab_size:,} tokens")
+        return Document(self._tokenizer.decode(ids), place, ids=ids)
+
+
 def _tools(value: Any) -> list[Any] | None:
     """The tools of a row, which may be JSON; UserError: they are no list."""
     try:
@@ -131,7 +166,8 @@ def choose_format(
         kind = "text"
         if data.text_column not in names and data.text_column == DataConfig.text_column:
             kind = MESSAGES if MESSAGES in names else "prompt_completion" if {PROMPT, COMPLETION} <= names else kind
-    conversational = kind == MESSAGES or (kind != "text" and isinstance((first or {}).get(PROMPT), list))
+            kind = "tokens" if kind == "text" and INPUT_IDS in names else kind
+    conversational = kind == MESSAGES or (kind == "prompt_completion" and isinstance((first or {}).get(PROMPT), list))
     if not (conversational or evaluating):  # a model that was tuned may be evaluated on any text
         for name, value in (("chat_template", data.chat_template), ("loss_on", data.loss_on)):
             if value is not None and value not in ("completions", "all"):
@@ -141,7 +177,12 @@ def choose_format(
     if first is None:
         raise UserError(f"data.format ({kind}): {where} is plain text; conversations are rows of .jsonl or .parquet")
     if data.document_separator is not None:
-        raise UserError(f"data.document_separator ({data.document_separator}) splits no conversations; unset it")
+        raise UserError(f"data.document_separator ({data.document_separator}) splits text, not {kind}; unset it")
+    if kind == "tokens":
+        if tokenizer is None:
+            how = "set data.tokenizer_path, or training.init_from"
+            raise UserError(f"{where} holds {INPUT_IDS}, ids of a tokenizer that is there; {how}")
+        return TokenRows(tokenizer)
     if data.pack_sequences and data.packing_strategy == "concat":
         raise UserError("data.packing_strategy (concat) would cut conversations anywhere; set it to best_fit")
     return ConversationRows(kind, chat_template(data, tokenizer) if conversational else None, data.loss_on)
@@ -149,7 +190,12 @@ def choose_format(
 
 def columns_that_tell(data: DataConfig) -> tuple[str, ...]:
     """The columns that `choose_format` and `first_question` look for in a first row."""
-    return data.text_column, MESSAGES, PROMPT, COMPLETION
+    return data.text_column, MESSAGES, PROMPT, COMPLETION, INPUT_IDS
+
+
+def columns_read(data: DataConfig) -> tuple[str, ...]:
+    """All columns that a document may be made of."""
+    return (*columns_that_tell(data), TOOLS, NOT_PADDING, LABELS)
 
 
 def first_question(format_: RowFormat, first: Mapping[str, Any] | None) -> list[dict[str, Any]] | None:

@@ -1,4 +1,4 @@
-"""Where the text comes from: the standard library, own files, or the Hugging Face Hub.
+"""Where the text comes from: a program, the standard library, own files, or the Hugging Face Hub.
 
 Nothing here keeps the text in memory: a source is read again, from the start, each time that its text is asked for.
 """
@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxlm.config import DataConfig
-from jaxlm.config.schema import STDLIB
+from jaxlm.config.schema import PYTHON, STDLIB
 from jaxlm.data import files, hub
 from jaxlm.data.documents import Document, Documents, Found, LeftOut, RowFormat
 from jaxlm.data.formats import choose_format, columns_that_tell, first_question
+from jaxlm.data.handed_over import HandedOver, PythonRows
 from jaxlm.data.held_out import HeldOut
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.errors import UserError
@@ -53,21 +54,32 @@ class Source:
         return self.sizes[part] if self.split is None else self.split.characters(part)
 
 
-def open_source(data: DataConfig, evaluating: bool = False, tokenizer: Tokenizer | None = None) -> Source:
+def open_source(
+    data: DataConfig,
+    evaluating: bool = False,
+    tokenizer: Tokenizer | None = None,
+    given: HandedOver | None = None,
+) -> Source:
     """The text that `data` names. Local files are looked up and hashed here; their content is checked while it is read.
 
     Args:
       evaluating: only "validation" is wanted: where nothing is held out, all of the text; where a data set has no split
         of the default name, the one to train on.
       tokenizer: whose chat template conversations have; None: one will be trained.
+      given: the text itself, where data.dataset_name says that a program hands it over.
 
     Raises:
       UserError: the text cannot be had, or (while it is read, too) is not what it should be.
     """
+    if given is not None:
+        return _from_python(data, tokenizer, given)
     if data.train_files:
         return _own_files(data, tokenizer, evaluating)
     if data.dataset_name == STDLIB:
         return _standard_library(data, tokenizer, evaluating)
+    if data.dataset_name == PYTHON:
+        how = "evaluate on files (--files)" if evaluating else "go on where Trainer(config, train_dataset=...) gets it"
+        raise UserError(f"data.dataset_name ({PYTHON}): the text was handed over by a program and is not here; {how}")
     return _hub(data, tokenizer, evaluating)
 
 
@@ -112,6 +124,18 @@ def _source(
     split = HeldOut(documents["train"], data.validation_fraction, parts["train"].where, format_.kind == "text")
     name += f", {data.validation_fraction:g} of it held out"
     return Source(name, fingerprint, {"train": split.train, "validation": split.validation}, split, *about)
+
+
+def _from_python(data: DataConfig, tokenizer: Tokenizer | None, given: HandedOver) -> Source:
+    def part(rows: PythonRows) -> tuple[str, _Part]:
+        count, fingerprint = rows.measured(data)
+        return f"{count:,} rows of {rows.name}", _Part(rows.name, fingerprint, rows.first, rows.read)
+
+    rows = PythonRows(given.train, "train_dataset", data)
+    if given.validation is None:
+        return _source(data, tokenizer, *part(rows), None, evaluating=False)
+    (held_out, validation), (name, train) = part(PythonRows(given.validation, "eval_dataset", data)), part(rows)
+    return _source(data, tokenizer, f"{name}, held out: {held_out}", train, validation, evaluating=False)
 
 
 def _own_files(data: DataConfig, tokenizer: Tokenizer | None, evaluating: bool) -> Source:

@@ -29,6 +29,7 @@ import numpy as np
 from jaxlm.config import DataConfig
 from jaxlm.data.atomic import atomic_path
 from jaxlm.data.chat_tokens import why_it_will_not_stop, with_template
+from jaxlm.data.handed_over import HandedOver
 from jaxlm.data.shards import Counts
 from jaxlm.data.sources import Source, open_source
 from jaxlm.data.tokenizer import Tokenizer
@@ -104,7 +105,12 @@ def cache_root(data: DataConfig) -> Path:
 
 
 def prepare(
-    data: DataConfig, vocab_size: int, tokenizer: Tokenizer | None, report: Report, evaluating: bool = False
+    data: DataConfig,
+    vocab_size: int,
+    tokenizer: Tokenizer | None,
+    report: Report,
+    evaluating: bool = False,
+    given: HandedOver | None = None,
 ) -> Prepared:
     """Text to tokenizer and token arrays; uses the cache where it can, and says so.
 
@@ -125,7 +131,7 @@ def prepare(
     root = cache_root(data)
     if tokenizer is None and data.tokenizer_path is not None:
         tokenizer = Tokenizer.load(data.tokenizer_path, data=data)
-    source = open_source(data, evaluating, tokenizer)
+    source = open_source(data, evaluating, tokenizer, given)
     report(f"text: {source.name}")
     fraction, least = (None, None) if source.split is None else (data.validation_fraction, data.min_length)
     settings = [data.text_column, data.on_bad_document, data.document_separator, fraction]
@@ -155,6 +161,8 @@ def prepare(
 
 def _shape_of_documents(tokenizer: Tokenizer, source: Source) -> str:
     """A line about what stands around the text of a document."""
+    if source.format.kind == "tokens":
+        return "documents: token ids, as they stand"
     ends = f"{tokenizer.token(tokenizer.bos_id)} text {tokenizer.token(tokenizer.eos_id)}"
     template = source.format.template
     return f"documents: {ends}" if template is None else f"documents: conversations by {template.where}"

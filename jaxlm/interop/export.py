@@ -29,8 +29,8 @@ from jaxlm.checkpoints.load import LoadedModel
 from jaxlm.checkpoints.manifest import model_in
 from jaxlm.checkpoints.save import reason_of
 from jaxlm.config import Config, replace_fields, to_dict
+from jaxlm.config.schema import PYTHON, STDLIB
 from jaxlm.data.atomic import atomic_path
-from jaxlm.data.sources import STDLIB
 from jaxlm.data.special_tokens import ROLES
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.errors import UserError
@@ -194,7 +194,7 @@ def _metadata(config: Config, card: Mapping[str, Any]) -> str:
         library_name="transformers",
         pipeline_tag="text-generation",
         base_model=base if is_on_hub else None,
-        datasets=None if data.train_files or data.dataset_name == STDLIB else [data.dataset_name],
+        datasets=None if data.train_files or data.dataset_name in (STDLIB, PYTHON) else [data.dataset_name],
         metrics=["perplexity"],
         tags=["jaxlm"],
     ).to_yaml()
@@ -210,6 +210,8 @@ def _model_card(loaded: LoadedModel, source: Path, architecture: str, card: Mapp
         raise UserError(f"--model ({source}): is for transformers already; name a model of jaxlm's")
     data, tokens = config.data, config.data.max_length * progress.global_batch
     data_set = " ".join(filter(None, (data.dataset_name, data.dataset_config, data.dataset_split)))
+    if data.dataset_name in (STDLIB, PYTHON):
+        data_set = data.dataset_name
     table = {
         "parameters": f"{sum(x.size for x in jax.tree.leaves(nnx.state(loaded.model))):,}",
         "training text": ", ".join(data.train_files) or data_set,
@@ -249,7 +251,8 @@ def _scores(run: Path, progress: Progress) -> dict[str, str]:
             "validation bits per byte": f"{bits:.4f}",
         }
     best = progress.best_loss
-    known = {} if best is None else {"lowest validation loss of the run so far": f"{best:.4f} nats a token"}
+    unit = "nats a token" if progress.loss is None else f"by {progress.loss}"
+    known = {} if best is None else {"lowest validation loss of the run so far": f"{best:.4f} {unit}"}
     return {**known, "validation loss": "not found: metrics.jsonl has no evaluation of this step"}
 
 

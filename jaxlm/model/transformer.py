@@ -6,7 +6,7 @@ The blocks' parameters are stacked on a leading layer axis, one layout for both 
 fast) or the same scan unrolled (runs fast).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -102,9 +102,13 @@ class Transformer(nnx.Module):
       dtype: compute dtype, float32, bfloat16 or float16.
 
     A subclass may set `block_class` to a `Block` of its own.
+
+    Attributes:
+      fetch: makes a block's parameters just before it runs; None: they are stored as they are used.
     """
 
     block_class: type[Block] = Block
+    fetch: Fetch | None = None
 
     def __init__(
         self, config: ModelConfig, *, implementation: str = "blockwise", dtype: Any = jnp.float32, rngs: nnx.Rngs
@@ -155,7 +159,6 @@ class Transformer(nnx.Module):
         segments_BT: jax.Array | None = None,
         positions_BT: jax.Array | None = None,
         keys: jax.Array | None = None,
-        fetch: Fetch | None = None,
     ) -> jax.Array:
         """Hidden states [B, T, D] before the output projection.
 
@@ -164,7 +167,6 @@ class Transformer(nnx.Module):
           segments_BT: int32, documents packed into a row; None: one document a row.
           positions_BT: int32 position in the document; None: 0, 1, 2, ...
           keys: uint32 [L + 1, 3, B, 2] from `dropout.row_keys`; None: no dropout.
-          fetch: makes a block's parameters just before it runs; None: they are stored as they are used.
         """
         if positions_BT is None:
             positions_BT = _count(tokens_BT)
@@ -172,13 +174,17 @@ class Transformer(nnx.Module):
         x_BTD = dropout(x_BTD, None if keys is None else keys[-1, 0], self.config.dropout)
         values = self.embed_values(tokens_BT)
         run = lambda block, x_BTD, keys: (block(x_BTD, segments_BT, positions_BT, keys, values)[0], None)  # noqa: E731
-        return self._run_blocks(run, x_BTD, None if keys is None else keys[:-1], fetch)[0]
+        return self._run_blocks(run, x_BTD, None if keys is None else keys[:-1])[0]
+
+    def hidden_states(self, batch: Mapping[str, jax.Array], keys: jax.Array | None = None) -> jax.Array:
+        """Hidden states [B, T, D] of a batch: of its tokens, its documents packed into rows kept apart."""
+        return self(batch["tokens"], batch["segments"], batch["positions"], keys)
 
     def _run_blocks(
-        self, run: Callable[..., tuple[jax.Array, Any]], x_BTD: jax.Array, keys: jax.Array | None, fetch: Fetch | None
+        self, run: Callable[..., tuple[jax.Array, Any]], x_BTD: jax.Array, keys: jax.Array | None
     ) -> tuple[jax.Array, Any]:
         """The final hidden states, and the outputs of all layers, stacked, of `run(block, x, keys) -> (x, output)`."""
-        config = self.config
+        config, fetch = self.config, self.fetch
         graphdef, state = nnx.split(self.blocks)
 
         def body(x_BTD: jax.Array, layer: tuple[Any, jax.Array | None]) -> tuple[jax.Array, Any]:
@@ -211,7 +217,7 @@ class Transformer(nnx.Module):
         positions_BT = _count(tokens_BT)
         values = self.embed_values(tokens_BT)
         run = lambda block, x_BTD, keys: block(x_BTD, None, positions_BT, keys, values)  # noqa: E731
-        hidden_BTD, kept = self._run_blocks(run, self.embed(tokens_BT, positions_BT), None, None)
+        hidden_BTD, kept = self._run_blocks(run, self.embed(tokens_BT, positions_BT), None)
         k, v = (x_LBTGK.swapaxes(2, 3) for x_LBTGK in kept)
         return hidden_BTD, tuple(zip(k, v, strict=True))
 

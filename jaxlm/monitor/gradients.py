@@ -20,7 +20,7 @@ from jaxlm.train.loss import learned
 from jaxlm.train.numbers import Numbers
 from jaxlm.train.step import TrainState, make_gradients, make_train_step, step_key
 
-Gradients = Callable[..., tuple[jax.Array, Params]]  # of `make_gradients`
+Gradients = Callable[..., tuple[Any, Params]]  # of `make_gradients`
 
 
 def targets_of(batch: Batch) -> jax.Array:
@@ -63,7 +63,7 @@ class NoiseScale(Probe):
     def prepare(self) -> None:
         config, layout = self.assembly.config, self.assembly.layout
         self._estimate = jax.jit(self._parts, out_shardings=replicated(self.assembly.mesh))
-        self._gradients = make_gradients(self.assembly.graphdef, config, layout)
+        self._gradients = make_gradients(self.assembly.graphdef, config, layout, self.assembly.own_loss)
         self.trace = self.squared = 0.0
         self.measured = 0
 
@@ -119,8 +119,8 @@ class LayerNorms(Probe):
 
     def prepare(self) -> None:
         config, layout = self.assembly.config, self.assembly.layout
-        self._step = make_train_step(self.assembly.graphdef, config, layout)
-        self._gradients = make_gradients(self.assembly.graphdef, config, layout)
+        self._step = make_train_step(self.assembly.graphdef, config, layout, self.assembly.own_loss)
+        self._gradients = make_gradients(self.assembly.graphdef, config, layout, self.assembly.own_loss)
         self._norms = jax.jit(self._squares, out_shardings=replicated(self.assembly.mesh))
 
     def _squares(self, state: TrainState, batch: Batch, numbers: Numbers) -> dict[str, jax.Array]:

@@ -43,7 +43,8 @@ class HistogramWriter(Probe):
 
     def prepare(self) -> None:
         self._layout = self.assembly.layout
-        self._gradients = make_gradients(self.assembly.graphdef, self.assembly.config, self._layout)
+        assembly = self.assembly
+        self._gradients = make_gradients(assembly.graphdef, assembly.config, assembly.layout, assembly.own_loss)
         self._count = jax.jit(self._count_leaves, out_shardings=replicated(self.assembly.mesh))
 
     def measure(self, step: int, state: TrainState, batch: Batch, numbers: Numbers) -> None:

@@ -26,6 +26,7 @@ from jaxlm.ops.platform import cpu_has_bfloat16
 from jaxlm.ops.reductions import logits_dtype
 from jaxlm.parallel.mesh import show_row_shards
 from jaxlm.train.assemble import Assembly, Resolved
+from jaxlm.train.own_loss import name_of
 from jaxlm.train.precision import compute_dtype, scales_loss
 from jaxlm.train.schedules import Schedule, effective_warmup, schedule_end
 from jaxlm.train.step import TrainState
@@ -82,7 +83,9 @@ class StartReport:
         scaled = f", loss scale from {float(self.state.loss_scale.scale):g}" if scales_loss(training) else ""
         yield f"precision: float32 parameters, {dtype} compute{in_float32}{scaled}"
         in_16_bits = ", float16 logits" if logits_dtype(training, layout.platform) == "float16" else ""
-        yield f"kernels: {self.assembly.attention} attention, chunked cross entropy{in_16_bits}"
+        own = name_of(self.assembly.own_loss)
+        loss = f"chunked cross entropy{in_16_bits}" if own is None else f"own loss ({own})"
+        yield f"kernels: {self.assembly.attention} attention, {loss}"
         if not_fused := why_not_fused(config, self.resolved.capability):
             yield f"attention is not fused: {not_fused}"
         if self._compiler is not None:
@@ -123,6 +126,7 @@ class StartReport:
             "processes": jax.process_count(),
             "layout": self.assembly.layout.describe(),
             "attention": self.assembly.attention,
+            "own_loss": name_of(self.assembly.own_loss),
             "compiler": self._compiler,
             "rows_an_update": self.resolved.global_batch,
             "changed": self.changed,

@@ -112,6 +112,8 @@ class Run:
         start = self.starts[-1] if self.starts else {}
         figures = {}
         figures["Steps"] = f"{self.last_step:,}" + (f" of {start['total_steps']:,}" if "total_steps" in start else "")
+        if start.get("own_loss"):
+            figures["Own loss"] = start["own_loss"]
         if evaluated := self.finite("eval/loss"):
             step, loss = min(evaluated, key=lambda point: point[1])
             figures["Best validation loss"] = f"{number(loss)} at step {step:,}"

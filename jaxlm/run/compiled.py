@@ -21,6 +21,7 @@ from jaxlm.errors import UserError
 from jaxlm.ops.compiler import Options
 from jaxlm.parallel.gpus import model_of
 from jaxlm.train.assemble import Assembly
+from jaxlm.train.own_loss import name_of
 
 PROGRAM, MADE_OF = "program.bin", "program.json"
 UNTUNED: Options = {"xla_gpu_autotune_level": "0"}  # where there is no device to try products on
@@ -43,6 +44,7 @@ def _made_of(assembly: Assembly, options: Mapping[str, Any]) -> dict[str, Any]:
         "jaxlm's code": source_hash(),
         **{name: version(name) for name in ("jax", "jaxlib", "flax", "optax")},
         "the model class": f"{assembly.model_class.__module__}.{assembly.model_class.__qualname__}",
+        "the loss": name_of(assembly.own_loss),
         "the configuration": json.loads(json.dumps(to_dict(assembly.config))),
         "the mesh": dict(assembly.mesh.shape),
         "attention": assembly.attention,

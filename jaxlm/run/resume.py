@@ -42,7 +42,12 @@ def find_resume(config: Config, run_folder: Path) -> Path | None:
 
 
 def go_on(
-    resolved: Resolved, checkpoint: Path | None, asked_vocab_size: int, fingerprint: str, model_class: str
+    resolved: Resolved,
+    checkpoint: Path | None,
+    asked_vocab_size: int,
+    fingerprint: str,
+    model_class: str,
+    loss: str | None,
 ) -> tuple[Resolved, Changes]:
     """`resolved` at the checkpoint's place in the stream of rows, and what the user has decided to change there.
 
@@ -57,6 +62,7 @@ def go_on(
       asked_vocab_size: model.vocab_size as the user set it.
       fingerprint: of the text.
       model_class: name of the model's class.
+      loss: name of an own one.
 
     Raises:
       UserError: another configuration or other text than the checkpoint's, with each difference; or no number of
@@ -72,6 +78,8 @@ def go_on(
         refused["model.vocab_size"] = [progress.requested_vocab_size, asked_vocab_size]
     if progress.model_class != model_class:
         refused["the model's class"] = [progress.model_class, model_class]
+    if progress.loss != loss:
+        refused["compute_loss"] = [progress.loss, loss]
     _refuse(checkpoint, refused, other_text=progress.data_fingerprint != fingerprint)
     if not {"training.batch_size", "training.gradient_accumulation_steps"} & set(allowed):
         _, rows = decided.get(ROWS, [None, progress.global_batch])

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Iterator
 
 from jaxlm.config import Config
+from jaxlm.data.handed_over import HandedOver
 from jaxlm.data.loader import Rows
 from jaxlm.data.packing import plan_cached
 from jaxlm.data.tokenizer import Tokenizer
@@ -25,17 +26,18 @@ class Text:
     sample_prompt: Prompt  # what samples go on from, or answer
 
 
-def prepare_text(config: Config, tokenizer: Tokenizer | None) -> Text:
+def prepare_text(config: Config, tokenizer: Tokenizer | None, given: HandedOver | None = None) -> Text:
     """Text -> tokenizer -> token arrays -> rows.
 
     Args:
       tokenizer: that of the run or model that goes on; None: data.tokenizer_path, or one is trained on the text.
+      given: the text, where a program hands it over.
 
     Raises:
       UserError: the text, the tokenizer, the cache folder or training.sample_prompt is not usable.
     """
     data = config.data
-    prepared = prepare(data, config.model.vocab_size, tokenizer, say)
+    prepared = prepare(data, config.model.vocab_size, tokenizer, say, given=given)
     prompt = _sample_prompt(config, prepared) if config.training.sample_tokens else ""
     train, held_out = prepared.train, prepared.validation
     if train is None:

@@ -1,7 +1,7 @@
 """Gradient accumulation: K micro-batches summed into one update by `optax.MultiSteps`."""
 
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ from jax.typing import DTypeLike
 from jaxlm.parallel.split import Params
 
 Batch: TypeAlias = dict[str, jax.Array]
-LossAndGradients: TypeAlias = tuple[jax.Array, Params]
+LossAndGradients: TypeAlias = tuple[Any, Params]  # the loss may be a tree of sums
 
 
 def accumulate(gradients_of: Callable[[Batch], LossAndGradients], batch: Batch, dtype: DTypeLike) -> LossAndGradients:
@@ -22,7 +22,7 @@ def accumulate(gradients_of: Callable[[Batch], LossAndGradients], batch: Batch, 
     lives no longer than the update, so that a gradient that is not finite spoils this update alone.
 
     Args:
-      gradients_of: a micro-batch ([B, ...] arrays) -> the loss, float32 scalar, and float32 gradients.
+      gradients_of: a micro-batch ([B, ...] arrays) -> the loss, float32 scalars, and float32 gradients.
       batch: [K, B, ...] arrays.
       dtype: what gradients are summed in; the sum comes back as float32.
     """
@@ -33,11 +33,11 @@ def accumulate(gradients_of: Callable[[Batch], LossAndGradients], batch: Batch, 
     steps = optax.MultiSteps(optax.identity(), every_k_schedule=k, use_grad_mean=False, accumulator_dtype=dtype)
     loss, gradients = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradients_of, first))
 
-    def add(carry: tuple[jax.Array, Params, optax.MultiStepsState], micro_batch: Batch) -> tuple[tuple, None]:
+    def add(carry: tuple[Any, Params, optax.MultiStepsState], micro_batch: Batch) -> tuple[tuple, None]:
         total, _, state = carry
         loss, gradients = gradients_of(micro_batch)
         total_gradients, state = steps.update(gradients, state)
-        return (total + loss, total_gradients, state), None
+        return (jax.tree.map(jnp.add, total, loss), total_gradients, state), None
 
     (loss, gradients, _), _ = jax.lax.scan(add, (loss, gradients, steps.init(gradients)), batch)
     return loss, gradients

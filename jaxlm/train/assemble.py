@@ -22,6 +22,7 @@ from jaxlm.parallel.layout import Layout
 from jaxlm.parallel.mesh import TRAIN_BATCH, AnyMesh, replicated, row_shards
 from jaxlm.parallel.split import Params, path_name
 from jaxlm.train.numbers import Numbers, abstract_numbers, program_config, run_numbers
+from jaxlm.train.own_loss import OwnLoss, check_own_loss
 from jaxlm.train.precision import compute_dtype
 from jaxlm.train.step import EvalStep, TrainState, first_state, make_eval_step, make_train_step
 from jaxlm.train.trainable import check_trains, divided, is_adapter, joined, part, with_adapters
@@ -83,6 +84,10 @@ class Assembly:
       attention: the kernel.
       options: of XLA, in pairs.
       masked: whether batches have a loss_mask.
+      own_loss: None: the cross entropy.
+
+    Raises:
+      UserError: the own loss is none.
     """
 
     def __init__(
@@ -93,8 +98,9 @@ class Assembly:
         attention: str,
         options: tuple[tuple[str, str | bool], ...],
         masked: bool,
+        own_loss: OwnLoss | None = None,
     ) -> None:
-        self.masked = masked
+        self.masked, self.own_loss = masked, own_loss
         self.config, self.mesh, self.model_class, self.attention = config, mesh, model_class, attention
         self.options: Options = dict(options)
         self.graphdef, abstract = nnx.split(abstract_model(config, attention, model_class))
@@ -102,6 +108,15 @@ class Assembly:
         check_trains(training, [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)])
         trained, _ = divided(params, training)
         self.layout = Layout(mesh, training.zero_stage or 0, params, training.offload_optimizer, trained)
+        if own_loss is not None:
+            self._check_own_loss(own_loss, params)
+
+    def _check_own_loss(self, own_loss: OwnLoss, params: Params) -> None:
+        batch = {name: jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for name, x in self.abstract_batch.items()}
+        results = jax.eval_shape(
+            lambda params, batch: own_loss(nnx.merge(self.graphdef, params), batch, None), params, batch
+        )
+        check_own_loss(own_loss, self.config.training, results, batch["targets"].shape)
 
     def _fresh(self, numbers: Numbers) -> Params:
         key = jax.random.wrap_key_data(numbers["key"])
@@ -172,7 +187,7 @@ class Assembly:
 
     def jit_step(self, donate: bool = True) -> jax.stages.Wrapped:
         """The update of `make_train_step`; `donate` lets the new state take the place of the one that is passed in."""
-        step = make_train_step(self.graphdef, self.config, self.layout)
+        step = make_train_step(self.graphdef, self.config, self.layout, self.own_loss)
         return jax.jit(step, donate_argnums=0 if donate else (), out_shardings=(self._shardings(), None))
 
     def lower_step(self) -> jax.stages.Lowered:
@@ -187,7 +202,8 @@ class Assembly:
     @cached_property
     def eval_step(self) -> EvalStep:
         """`make_eval_step`, compiled when it is first called."""
-        return jax.jit(make_eval_step(self.graphdef, self.config, self.layout), compiler_options=self.options)
+        step = make_eval_step(self.graphdef, self.config, self.layout, self.own_loss)
+        return jax.jit(step, compiler_options=self.options)
 
     @property
     def averages(self) -> bool:
@@ -218,17 +234,19 @@ def assemble(
     model_class: type[Transformer] = Transformer,
     attention: str | None = None,
     options: Options | None = None,
+    own_loss: OwnLoss | None = None,
 ) -> Assembly:
     """The program of a run; that of an earlier one in this process, if they differ in numbers only.
 
     Args:
       attention: the kernel; None: the one that the configuration and the devices ask for.
       options: of XLA.
+      own_loss: None: the cross entropy.
 
     Raises:
-      UserError: the configuration asks for an attention kernel that can't do it on these devices.
+      UserError: the configuration asks for an attention kernel that can't do it on these devices; the own loss is none.
     """
     attention = attention or choose_attention(resolved.config, resolved.capability)
     in_pairs = tuple(sorted((options or {}).items()))
     made_from = program_config(resolved.config), resolved.mesh, model_class, attention, in_pairs, resolved.masked
-    return _assembled(*made_from)
+    return _assembled(*made_from, own_loss)

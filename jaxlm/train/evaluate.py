@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -18,14 +19,19 @@ def evaluate_batches(
 ) -> dict[str, float]:
     """`loss` (nats a token), `perplexity`, `bits_per_byte` (nats / ln 2 / utf8_bytes) and `tokens` over all batches.
 
+    Of an own loss (see `make_eval_step`): `loss`, its other metrics and `tokens`.
+
     Batches are summed on the host in float64, in order.
     """
-    sums: list[tuple[jax.Array, jax.Array]] = []
+    sums: list[tuple[Any, ...]] = []
     for batch in batches:
         sums.append(eval_step(params, batch))
         jax.block_until_ready(sums[-BATCHES_AHEAD:][0])
-    nats, tokens = np.sum(np.array(jax.device_get(sums), np.float64), axis=0)
+    nats, tokens, *own = jax.tree.map(lambda *each: np.array(each, np.float64).sum(), *jax.device_get(sums))
     loss = float(nats / tokens)
+    if own:
+        ratios = {name: float(total / count) if count else math.nan for name, (total, count) in own[0].items()}
+        return {"loss": loss, **ratios, "tokens": int(tokens)}
     perplexity = math.exp(loss) if loss < 700 else math.inf
     return {
         "loss": loss,
@@ -37,6 +43,8 @@ def evaluate_batches(
 
 def describe_evaluation(metrics: Mapping[str, float]) -> str:
     """What `evaluate_batches` returns in a line; with `average_...`, those of an average of the parameters, too."""
+    if "perplexity" not in metrics:
+        return ", ".join(f"validation {name} {value:.4f}" for name, value in metrics.items() if name != "tokens")
     line = (
         f"validation loss {metrics['loss']:.4f}, perplexity {metrics['perplexity']:.2f}, "
         f"{metrics['bits_per_byte']:.4f} bits per byte"

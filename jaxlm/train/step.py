@@ -11,6 +11,7 @@ written out in `parallel.Layout`; the optimizer then runs on arrays that are lai
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,15 +28,16 @@ from jaxlm.parallel.mesh import EVAL_BATCH, EVERYWHERE, ROWS, TRAIN_BATCH
 from jaxlm.parallel.split import Params
 from jaxlm.train.accumulate import Batch, accumulate
 from jaxlm.train.average import Averaged, next_average
-from jaxlm.train.loss import Sums, learned, loss_sums
+from jaxlm.train.loss import learned, loss_sums
 from jaxlm.train.numbers import Numbers, with_inputs
 from jaxlm.train.optim import build_optimizer
+from jaxlm.train.own_loss import Found, OwnLoss, own_sums
 from jaxlm.train.precision import LossScale, compute_dtype, first_loss_scale, next_loss_scale
 from jaxlm.train.trainable import divided, joined, narrow
 
 Metrics = dict[str, jax.Array]
 TrainStep = Callable[["TrainState", Batch, Numbers], tuple["TrainState", Metrics]]
-EvalStep = Callable[..., tuple[jax.Array, jax.Array]]  # (params, [B, T] batch) -> (nats, targets)
+EvalStep = Callable[..., Any]  # (params, [B, T] batch) -> (nats, targets), and the extras of an own loss
 
 
 @jax.tree_util.register_dataclass
@@ -69,8 +71,10 @@ def first_state(params: Params, config: Config, layout: Layout, numbers: Numbers
     )
 
 
-def make_loss(graphdef: nnx.GraphDef, config: Config, layout: Layout) -> Callable[..., Sums]:
-    """(held parameters, [B, T] batch, key, factor) -> what is minimised, and the cross entropy in nats.
+def make_loss(
+    graphdef: nnx.GraphDef, config: Config, layout: Layout, own: OwnLoss | None = None
+) -> Callable[..., tuple[jax.Array, Found]]:
+    """(held parameters, [B, T] batch, key, factor) -> what is minimised, and the cross entropy in nats (or `own` loss).
 
     To be called on each device: sums over the targets of its own rows, times `factor`, which goes in with the targets'
     weights, so that float16 gradients are scaled from the start. `key` has the seed and the step in it; None: no
@@ -81,17 +85,21 @@ def make_loss(graphdef: nnx.GraphDef, config: Config, layout: Layout) -> Callabl
     kept_as = logits_dtype(training, layout.platform)
     uses_dropout = model.dropout > 0 or model.attention_dropout > 0 or training.lora_dropout > 0
 
-    def loss(held: Params, batch: Batch, key: jax.Array | None = None, factor: ArrayLike = 1.0) -> Sums:
+    def loss(held: Params, batch: Batch, key: jax.Array | None = None, factor: ArrayLike = 1.0) -> Any:
         params, fetch = layout.gather(held, dtype)
 
-        def of_rows(params: Params, rows: Batch) -> Sums:
+        def of_rows(params: Params, rows: Batch) -> tuple[jax.Array, Found]:
             keys = None if key is None or not uses_dropout else row_keys(key, rows["rows"], model.n_layers)
             network = nnx.merge(graphdef, params)
+            network.fetch = fetch
+            if own is not None:
+                return own_sums(own, network, rows, keys, factor)
             segments = rows["segments"] if config.data.pack_sequences else None  # causality hides padding at the end
-            hidden = network(rows["tokens"], segments, rows["positions"], keys, fetch)
+            hidden = network(rows["tokens"], segments, rows["positions"], keys)
             weights = jnp.where(learned(rows), jnp.asarray(factor, jnp.float32), 0.0)
             options = model.logit_softcap, training.z_loss, chunk_bytes, kept_as
-            return loss_sums(hidden, network.output_matrix(), rows["targets"], weights, *options)
+            objective, nats = loss_sums(hidden, network.output_matrix(), rows["targets"], weights, *options)
+            return objective, (nats, {})
 
         return sum_over_rows(of_rows, params, batch, layout.platform, layout.mesh.size)
 
@@ -103,40 +111,42 @@ def step_key(state: TrainState, numbers: Numbers) -> jax.Array:
     return jax.random.fold_in(jax.random.wrap_key_data(numbers["key"]), state.step)
 
 
-def make_gradients(graphdef: nnx.GraphDef, config: Config, layout: Layout) -> Callable[..., tuple[jax.Array, Params]]:
+def make_gradients(
+    graphdef: nnx.GraphDef, config: Config, layout: Layout, own: OwnLoss | None = None
+) -> Callable[..., tuple[Found, Params]]:
     """(params, batch, key, factor) -> the cross entropy times `factor`, and the gradients of what is minimised.
 
     Gradients are of the parameters that are trained. Both are sums over all rows and micro-batches: of those of each
     device's own rows, micro-batch by micro-batch, in accumulator_dtype; then one sum over the devices. A gradient that
     is not finite leaves a sum that is not finite. `key` has the seed and the step in it.
     """
-    training, loss_of = config.training, make_loss(graphdef, config, layout)
+    training, loss_of = config.training, make_loss(graphdef, config, layout, own)
 
-    def on_device(params: Params, batch: Batch, key: jax.Array, factor: jax.Array) -> tuple[jax.Array, Params]:
+    def on_device(params: Params, batch: Batch, key: jax.Array, factor: jax.Array) -> tuple[Found, Params]:
         @jax.jit  # traced once, though its shapes are asked for, too
-        def of_micro_batch(micro_batch: Batch) -> tuple[jax.Array, Params]:
+        def of_micro_batch(micro_batch: Batch) -> tuple[Found, Params]:
             held, micro_batch = jax.lax.optimization_barrier((params, micro_batch))  # no gathering ahead of the loop
             of_both = lambda trained, frozen: loss_of(joined(trained, frozen), micro_batch, key, factor)  # noqa: E731
-            (_, loss), gradients = jax.value_and_grad(of_both, has_aux=True)(*divided(held, training))
-            return loss, layout.reduce_micro_batch(gradients)
+            (_, found), gradients = jax.value_and_grad(of_both, has_aux=True)(*divided(held, training))
+            return found, layout.reduce_micro_batch(gradients)
 
-        loss, gradients = accumulate(of_micro_batch, batch, training.accumulator_dtype)
-        return layout.sum_over(ROWS, loss), layout.reduce_update(gradients)
+        found, gradients = accumulate(of_micro_batch, batch, training.accumulator_dtype)
+        return layout.sum_over(ROWS, found), layout.reduce_update(gradients)
 
     inputs = layout.held_specs(), TRAIN_BATCH, EVERYWHERE, EVERYWHERE
     return layout.on_each_device(on_device, inputs, (EVERYWHERE, layout.gradient_specs()))
 
 
-def make_train_step(graphdef: nnx.GraphDef, config: Config, layout: Layout) -> TrainStep:
+def make_train_step(graphdef: nnx.GraphDef, config: Config, layout: Layout, own: OwnLoss | None = None) -> TrainStep:
     """The update: (state, batch, numbers) -> (state, metrics).
 
     Metrics are float32 scalars: `loss` (cross entropy, nats a target; z_loss left out), `grad_norm` (before clipping),
-    `skipped`, `loss_scale`, `scale_exhausted` (overflows at the lowest loss scale).
+    `skipped`, `loss_scale`, `scale_exhausted` (overflows at the lowest loss scale); of an own loss also `train/NAME`.
     The loss of every micro-batch is divided by the targets of all of them, so that K micro-batches equal one batch K
     times as large. An update whose loss or gradient is not finite, or that has no target, changes nothing but the
     counters.
     """
-    gradients_of = make_gradients(graphdef, config, layout)
+    gradients_of = make_gradients(graphdef, config, layout, own)
 
     def train_step(state: TrainState, batch: Batch, numbers: Numbers) -> tuple[TrainState, Metrics]:
         training = with_inputs(config.training, numbers)
@@ -144,7 +154,7 @@ def make_train_step(graphdef: nnx.GraphDef, config: Config, layout: Layout) -> T
         trained, frozen = divided(state.params, config.training)
         scale = state.loss_scale.scale
         n_targets = learned(batch).sum().astype(jnp.float32)
-        loss, gradients = gradients_of(state.params, batch, step_key(state, numbers), scale / n_targets)
+        (loss, extras), gradients = gradients_of(state.params, batch, step_key(state, numbers), scale / n_targets)
         loss, gradients = jax.tree.map(lambda x: x / scale, (loss, gradients))
         norm = optax.tree.norm(gradients)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
@@ -175,17 +185,20 @@ def make_train_step(graphdef: nnx.GraphDef, config: Config, layout: Layout) -> T
             "loss_scale": scale,
             "scale_exhausted": state.loss_scale.exhausted.astype(jnp.float32),
         }
-        return state, metrics
+        return state, metrics | {f"train/{name}": total / count for name, (total, count) in extras.items()}
 
     return train_step
 
 
-def make_eval_step(graphdef: nnx.GraphDef, config: Config, layout: Layout) -> EvalStep:
-    """(params, [B, T] batch) -> (nats of all targets, float32; number of targets, int32), without dropout."""
-    loss_of = make_loss(graphdef, config, layout)
+def make_eval_step(graphdef: nnx.GraphDef, config: Config, layout: Layout, own: OwnLoss | None = None) -> EvalStep:
+    """(params, [B, T] batch) -> (nats of all targets, float32; number of targets, int32), without dropout.
 
-    def on_device(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        _, nats = loss_of(params, batch)
-        return layout.sum_over(ROWS, (nats, learned(batch).sum()))
+    Of an own loss its sum instead of the nats, and a third value, its other metrics.
+    """
+    loss_of = make_loss(graphdef, config, layout, own)
+
+    def on_device(params: Params, batch: Batch) -> tuple[Any, ...]:
+        _, (loss, extras) = loss_of(params, batch)
+        return layout.sum_over(ROWS, (loss, learned(batch).sum()) + (() if own is None else (extras,)))
 
     return layout.on_each_device(on_device, (layout.held_specs(), EVAL_BATCH), EVERYWHERE)

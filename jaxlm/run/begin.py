@@ -1,0 +1,64 @@
+"""What a run begins with: its text, its tokenizer, and the model or the checkpoint that it starts from."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jaxlm.checkpoints.items import read_tokenizer
+from jaxlm.config import DataConfig, replace_fields, with_derived
+from jaxlm.config.schema import PYTHON
+from jaxlm.data.handed_over import HandedOver
+from jaxlm.interop.pretrained import Pretrained, open_pretrained
+from jaxlm.model import Transformer
+from jaxlm.run.resume import Changes, go_on
+from jaxlm.run.setup import check_same_in_processes, with_text
+from jaxlm.run.text import Text, prepare_text
+from jaxlm.train.assemble import Resolved, assemble
+from jaxlm.train.own_loss import OwnLoss, name_of
+
+
+class Beginning(NamedTuple):
+    """The vocabulary size, the micro-batches and the place in the stream of rows are fixed in `resolved`."""
+
+    resolved: Resolved
+    text: Text
+    pretrained: Pretrained | None  # what init_from names, where a run starts from it
+    changed: Changes  # by the user, since the checkpoint
+    saved: dict[str, Any]  # fields of `Progress` that stay the same all through the run
+
+
+def with_handed_over(resolved: Resolved, given: HandedOver | None) -> Resolved:
+    """`resolved` with the text that a program hands over, if it does, in place of what data.dataset_name names."""
+    if given is None:
+        return resolved
+    named = resolved.config.data.dataset_name
+    instead = named not in (PYTHON, DataConfig.dataset_name)
+    notes = [f"data.dataset_name ({named}) is not read: the text is train_dataset"] * instead
+    config = with_derived(replace_fields(resolved.config, {"data.dataset_name": PYTHON}))
+    return dataclasses.replace(resolved, config=config, notes=(*resolved.notes, *notes))
+
+
+def begin(
+    resolved: Resolved,
+    checkpoint: Path | None,
+    model_class: type[Transformer],
+    own_loss: OwnLoss | None,
+    given: HandedOver | None,
+) -> Beginning:
+    """Text, tokenizer and rows of a run that starts, or goes on from `checkpoint`.
+
+    Raises:
+      UserError: they can't be had, or are not those of the checkpoint.
+    """
+    pretrained = open_pretrained(resolved.config) if checkpoint is None else None
+    if pretrained is not None:
+        pretrained.check(assemble(resolved, model_class).base[0])
+    asked_vocab_size = resolved.config.model.vocab_size
+    own = None if pretrained is None else pretrained.tokenizer
+    text = prepare_text(resolved.config, own if checkpoint is None else read_tokenizer(checkpoint), given)
+    resolved = with_text(resolved, text)
+    of_run = asked_vocab_size, text.fingerprint, model_class.__name__, name_of(own_loss)
+    resolved, changed = go_on(resolved, checkpoint, *of_run)
+    check_same_in_processes(resolved.config, text.fingerprint)
+    saved = dict(zip(("requested_vocab_size", "data_fingerprint", "model_class", "loss"), of_run, strict=True))
+    return Beginning(resolved, text, pretrained, changed, saved | {"longest_piece": text.rows.plan.longest})
