@@ -42,7 +42,7 @@ from jaxlm.run.judge import NumbersJudge
 from jaxlm.run.probes import Probes
 from jaxlm.run.resume import find_resume, go_on, is_finished, say_going_on
 from jaxlm.run.setup import check_same_in_processes, compile_step, keep_compiled_programs, resolve, with_text
-from jaxlm.run.text import describe_sample, prepare_text
+from jaxlm.run.text import describe_sample, longest_piece, prepare_text
 from jaxlm.train.assemble import Resolved, assemble
 from jaxlm.train.evaluate import describe_evaluation
 from jaxlm.train.numbers import at_rate
@@ -254,7 +254,8 @@ class Trainer:
             "train/skipped_steps": values["skipped"],
             "train/loss_scale": values["loss_scale"],
         }
-        self.metrics_tracker.update(row | memory_gib(jax.local_devices()), self.current_step)
+        row |= memory_gib(jax.local_devices()) | self.train_batches.of_sources(self.current_step)
+        self.metrics_tracker.update(row, self.current_step)
         self._judge.check(self.current_step, values)
         self._throughput.restart()
 
@@ -312,7 +313,8 @@ class Trainer:
             rows_taken=self.resolved.position(self.current_step),
             model_class=self.model_class.__name__,
             shards=self.assembly.layout.shards,
-            longest_piece=self.text.rows.plan.longest,
+            longest_piece=longest_piece(self.text.rows.parts),
+            anneal_row=self.resolved.anneal_row,
         )
 
     def save_checkpoint(self) -> None:

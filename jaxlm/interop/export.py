@@ -193,7 +193,7 @@ def _metadata(config: Config, card: Mapping[str, Any]) -> str:
         library_name="transformers",
         pipeline_tag="text-generation",
         base_model=base if is_on_hub else None,
-        datasets=None if data.train_files or data.dataset_name == STDLIB else [data.dataset_name],
+        datasets=None if data.train_files or data.sources or data.dataset_name == STDLIB else [data.dataset_name],
         metrics=["perplexity"],
         tags=["jaxlm"],
     ).to_yaml()
@@ -211,7 +211,7 @@ def _model_card(loaded: LoadedModel, source: Path, architecture: str, card: Mapp
     data_set = " ".join(filter(None, (data.dataset_name, data.dataset_config, data.dataset_split)))
     table = {
         "parameters": f"{sum(x.size for x in jax.tree.leaves(nnx.state(loaded.model))):,}",
-        "training text": ", ".join(data.train_files) or data_set,
+        "training text": ", ".join(data.train_files or data.sources) or data_set,
         "SHA-256 of the text": progress.data_fingerprint,
         "started from": config.training.init_from or "random parameters",
         "updates": f"{progress.step:,} of {progress.total_steps:,}",

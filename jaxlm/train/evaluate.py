@@ -14,17 +14,21 @@ BATCHES_AHEAD = 3  # dispatched at most. Without a bound all batches would be he
 
 
 def evaluate_batches(
-    eval_step: EvalStep, params: Params, batches: Iterable[Mapping[str, ArrayLike]], utf8_bytes: int
+    eval_step: EvalStep, params: Params, batches: Mapping[str, Iterable[Mapping[str, ArrayLike]]], utf8_bytes: int
 ) -> dict[str, float]:
     """`loss` (nats a token), `perplexity`, `bits_per_byte` (nats / ln 2 / utf8_bytes) and `tokens` over all batches.
 
-    Batches are summed on the host in float64, in order.
+    `batches` are those of each source by its name, whose own loss is added as `NAME/loss`; under "" those of a text
+    without a name. They are summed on the host in float64, in order.
     """
-    sums: list[tuple[jax.Array, jax.Array]] = []
-    for batch in batches:
-        sums.append(eval_step(params, batch))
-        jax.block_until_ready(sums[-BATCHES_AHEAD:][0])
-    nats, tokens = np.sum(np.array(jax.device_get(sums), np.float64), axis=0)
+    totals: dict[str, np.ndarray] = {}
+    for name, of_source in batches.items():
+        sums: list[tuple[jax.Array, jax.Array]] = []
+        for batch in of_source:
+            sums.append(eval_step(params, batch))
+            jax.block_until_ready(sums[-BATCHES_AHEAD:][0])
+        totals[name] = np.sum(np.array(jax.device_get(sums), np.float64), axis=0)
+    nats, tokens = np.sum([*totals.values()], axis=0)
     loss = float(nats / tokens)
     perplexity = math.exp(loss) if loss < 700 else math.inf
     return {
@@ -32,7 +36,7 @@ def evaluate_batches(
         "perplexity": perplexity,
         "bits_per_byte": float(nats) / math.log(2) / utf8_bytes,
         "tokens": int(tokens),
-    }
+    } | {f"{name}/loss": float(own / of) for name, (own, of) in totals.items() if name}
 
 
 def describe_evaluation(metrics: Mapping[str, float]) -> str:
@@ -41,6 +45,7 @@ def describe_evaluation(metrics: Mapping[str, float]) -> str:
         f"validation loss {metrics['loss']:.4f}, perplexity {metrics['perplexity']:.2f}, "
         f"{metrics['bits_per_byte']:.4f} bits per byte"
     )
+    line += "".join(f"; {name.removesuffix('/loss')} {x:.4f}" for name, x in metrics.items() if name.endswith("/loss"))
     if "average_loss" not in metrics:
         return line
     return f"{line}; of the average {metrics['average_loss']:.4f}, {metrics['average_bits_per_byte']:.4f}"
