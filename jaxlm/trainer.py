@@ -260,7 +260,8 @@ class Trainer:
             "train/loss_scale": values["loss_scale"],
         }
         row |= {name: value for name, value in values.items() if name.startswith("train/")}  # of an own loss
-        self.metrics_tracker.update(row | memory_gib(jax.local_devices()), self.current_step)
+        row |= memory_gib(jax.local_devices()) | self.train_batches.of_sources(self.current_step)
+        self.metrics_tracker.update(row, self.current_step)
         self._judge.check(self.current_step, values)
         self._throughput.restart()
 
@@ -315,6 +316,7 @@ class Trainer:
             global_batch=self.resolved.global_batch,
             rows_taken=self.resolved.position(self.current_step),
             shards=self.assembly.layout.shards,
+            anneal_row=self.resolved.anneal_row,
             **self._saved,
         )
 

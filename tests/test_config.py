@@ -221,6 +221,8 @@ def of_use(dotted: str) -> dict[str, Any]:
     if dotted.startswith("training.lora_"):
         adapted = {"training.init_from": "there", "training.lora_rank": 4}
         return {name: value for name, value in adapted.items() if name != dotted}
+    if dotted == "data.anneal_from":
+        return {"data.sources": ("a=a:1",), "data.anneal_weights": ("a=1",), "training.max_steps": 9}
     return {"data.validation_split": None} if dotted == "data.validation_fraction" else {}
 
 
@@ -353,7 +355,7 @@ def read_fields() -> dict[str, set[str]]:
     for path in [*(ROOT / "jaxlm").rglob("*.py"), *(ROOT / "scripts").glob("*.py")]:
         tree = ast.parse(path.read_text(encoding="utf-8"))
         if path.parent.name == "config":  # judging a field is no use of it, but devices are laid out and refused there
-            used = {"mesh_shape", "check_platform"}
+            used = {"mesh_shape", "check_platform", "mixture_options"}  # and the sources of a mixture read
             tree.body = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name in used]
         for node in ast.walk(tree):
             if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):

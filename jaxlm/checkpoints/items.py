@@ -35,6 +35,7 @@ class Progress:
     longest_piece: int | None = None  # tokens that a document had in a row, at most; older folders don't say
     rows_taken: int | None = None  # rows of the stream that its updates took; folders from before global_batch could
     # change don't say
+    anneal_row: int | None = None  # of the stream, from which on data.anneal_weights hold
 
     @property
     def position(self) -> int:

@@ -35,17 +35,19 @@ def run(arguments: argparse.Namespace) -> None:
     config = config_from(arguments)
     check_names(config.data)
 
-    from jaxlm.data.loader import row_order
     from jaxlm.interop.pretrained import open_pretrained
     from jaxlm.run.setup import resolve
     from jaxlm.run.text import prepare_text
 
-    config = resolve(config, devices=1).config
+    resolved = resolve(config, devices=1)
+    config = resolved.config
     pretrained = open_pretrained(config)
     text = prepare_text(config, None if pretrained is None else pretrained.tokenizer)
-    order = row_order(len(text.rows), config.training.seed)
+    order = text.rows.order(config.training.seed, resolved.anneal_row)
     for place in range(arguments.first, arguments.first + arguments.rows):
-        print("\n".join(describe_row(text.rows, order[place], text.tokenizer, place, arguments.characters)))
+        source, rows, row = text.rows.find(order[place])
+        which = f"row {place:,} of the run" + f", of {source}" * bool(source)
+        print("\n".join(describe_row(rows, row, text.tokenizer, which, arguments.characters)))
 
 
 def _decoded(rows: "Rows", start: int, end: int, tokenizer: "Tokenizer") -> str:
@@ -57,15 +59,14 @@ def _decoded(rows: "Rows", start: int, end: int, tokenizer: "Tokenizer") -> str:
     return "".join(f"[[{text}]]" if learned else text for learned, text in texts)
 
 
-def describe_row(rows: "Rows", index: int, tokenizer: "Tokenizer", place: int, characters: int) -> Iterator[str]:
-    """The lines about row `index`, which is at `place` in the run, from 0; texts are cut to `characters`."""
+def describe_row(rows: "Rows", index: int, tokenizer: "Tokenizer", which: str, characters: int) -> Iterator[str]:
+    """The lines about row `index`, the first of which begins with `which`; texts are cut to `characters`."""
     plan, borders = rows.plan, rows.document_offsets
     pieces = range(plan.row_offsets[index], plan.row_offsets[index + 1])
     pairs = int(plan.piece_length[pieces.start : pieces.stop].sum())
     of_which = "" if rows.learned is None else f" ({int(rows[index]['loss_mask'].sum())} learned)"
     yield (
-        f"row {place:,} of the run: {pairs} targets{of_which} in {plan.max_length} places, "
-        f"{len(pieces)} piece{'s' * (len(pieces) != 1)}"
+        f"{which}: {pairs} targets{of_which} in {plan.max_length} places, {len(pieces)} piece{'s' * (len(pieces) != 1)}"
     )
     for piece in pieces:
         start, end = int(plan.piece_start[piece]), int(plan.piece_start[piece] + plan.piece_length[piece]) + 1

@@ -14,6 +14,7 @@ from jaxlm.config.schema import FIELDS, PYTHON, SECTIONS, STDLIB, Config, DataCo
 from jaxlm.errors import UserError
 
 SHOWN = 200  # characters of a wrong value that a message repeats
+TEXTS = ("data.train_files", "data.dataset_name", "data.sources")  # what names the text, one at a time
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -100,20 +101,26 @@ def field_values(config: Config) -> dict[str, Any]:
 def replace_fields(config: Config, values: Mapping[str, Any]) -> Config:
     """A copy of `config` with the fields named in `values` ("section.field") set.
 
-    A text that is named replaces the one before, files a data set or a data set files, and options that this leaves
-    without use get their defaults.
+    A text that is named (files, a data set, sources) replaces the one before, and options that this leaves without use
+    get their defaults.
 
     Raises:
-      UserError: a name is unknown, or files and a data set are both named.
+      UserError: a name is unknown, or two texts are named.
     """
-    files, name = values.get("data.train_files"), values.get("data.dataset_name")
-    if files and name is not None:
-        named = f"data.train_files ({shown(files)}) and data.dataset_name ({shown(name)})"
-        raise UserError(f"{named} both name the text; leave one out")
-    if name is not None:
-        values = {"data.train_files": (), "data.validation_files": ()} | dict(values)
-        if name != config.data.dataset_name:
-            values = {"data.dataset_config": None} | values
+    named = {dotted: values[dotted] for dotted in TEXTS if values.get(dotted) not in (None, (), [])}
+    if len(named) > 1:
+        both = " and ".join(f"{dotted} ({shown(value)})" for dotted, value in named.items())
+        raise UserError(f"{both} both name the text; leave one out")
+    others: dict[str, Any] = {}
+    if "data.sources" in named:
+        others = {"data.train_files": ()}
+    elif named:
+        others = {"data.sources": (), "data.anneal_weights": (), "data.anneal_from": None}
+    if "data.dataset_name" in named:
+        others |= {"data.train_files": (), "data.validation_files": ()}
+        if named["data.dataset_name"] != config.data.dataset_name:
+            others["data.dataset_config"] = None
+    values = others | dict(values)
     changed = _with_fields(config, values)
     stale = without_use(changed.data).keys() - without_use(config.data).keys() - values.keys()
     return _with_fields(changed, {dotted: FIELDS[dotted].default for dotted in stale})
@@ -123,8 +130,9 @@ def without_use(data: DataConfig) -> dict[str, str]:
     """{option of the text that has no use: the one because of which it has none}."""
     unused = dict.fromkeys(("data.dataset_config", "data.dataset_split", "data.validation_split"), "data.dataset_name")
     held_out = None
-    if data.train_files:
-        unused = dict.fromkeys([*unused, "data.dataset_name"], "data.train_files")
+    if data.train_files or data.sources:
+        text = "data.train_files" if data.train_files else "data.sources"
+        unused = dict.fromkeys([*unused, "data.dataset_name"], text)
         held_out = "data.validation_files" if data.validation_files else None
     elif data.dataset_name not in (STDLIB, PYTHON):
         unused, held_out = {}, None if data.validation_split is None else "data.validation_split"

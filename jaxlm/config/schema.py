@@ -255,6 +255,15 @@ class DataConfig(Section):
         (), "own text instead of dataset_name: folders and files, of text, JSON, tables; also compressed", path=True
     )
     validation_files: tuple[str, ...] = option((), "own held-out text; none: hold out validation_fraction", path=True)
+    sources: tuple[str, ...] = option(
+        (),
+        "several own texts, mixed: each NAME=FILES:WEIGHT, FILES as in train_files, with | between them, WEIGHT its "
+        "share of the rows, as a part of the sum of all weights",
+    )
+    anneal_weights: tuple[str, ...] = option(
+        (), "weights of sources from update anneal_from on, each NAME=WEIGHT; of those left out 0"
+    )
+    anneal_from: int | None = option(None, "update from which on anneal_weights hold; none: never", low=2)
     validation_fraction: float = option(
         0.05, "share of the text held out where there is no validation split; 0: none", low=0, below=1
     )

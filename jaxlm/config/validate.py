@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxlm.config.fields import accepts, check_choice, excerpt, field_values, nearest, shown, type_name, without_use
+from jaxlm.config.mixture import mixture_options
 from jaxlm.config.schema import FIELDS, Config, ModelConfig, TrainingConfig
 from jaxlm.errors import UserError, one_line
 
@@ -194,6 +195,7 @@ def check_together(config: Config) -> None:
         profiled_steps(config.training.profile_steps)
     for text in config.training.xla_options:
         xla_option(text)
+    mixture_options(config.data)
     _check_report_to(config.training.report_to)
 
 
@@ -211,6 +213,22 @@ def _lora_conflicts(training: TrainingConfig) -> Iterator[str]:
     if training.freeze:
         rank, freeze = training.lora_rank, shown(training.freeze)
         yield f"training.freeze ({freeze}) has no use beside training.lora_rank ({rank}), which trains adapters alone"
+
+
+def _mixture_conflicts(config: Config) -> Iterator[str]:
+    data, max_steps = config.data, config.training.max_steps
+    if data.sources and data.train_files:
+        named = f"data.train_files ({shown(data.train_files)}) and data.sources ({shown(data.sources)})"
+        yield f"{named} both name the text; leave one out"
+    if data.sources and max_steps is None:
+        yield "data.sources is set but training.max_steps is not: a mixture has no end of its own; set it"
+    if data.anneal_weights and not data.sources:
+        yield f"data.anneal_weights ({shown(data.anneal_weights)}) has no use without data.sources; set that"
+    if bool(data.anneal_weights) != (data.anneal_from is not None):
+        values = f"data.anneal_weights ({shown(data.anneal_weights)}) and data.anneal_from ({shown(data.anneal_from)})"
+        yield f"{values} have a use together only; set both, or neither"
+    if data.anneal_from is not None and max_steps is not None and data.anneal_from > max_steps:
+        yield f"data.anneal_from ({data.anneal_from}) exceeds training.max_steps ({max_steps}); lower it"
 
 
 def _conflicts(config: Config) -> Iterator[str]:
@@ -240,7 +258,8 @@ def _conflicts(config: Config) -> Iterator[str]:
     for name in ("bos_token", "eos_token", "pad_token"):
         if getattr(data, name) is not None and data.tokenizer_path is None and training.init_from is None:
             yield f"data.{name} is for a tokenizer that is there; set data.tokenizer_path, or leave it out"
-    if data.validation_files and not data.train_files:
+    yield from _mixture_conflicts(config)
+    if data.validation_files and not (data.train_files or data.sources):
         yield "data.validation_files is set but data.train_files is not; set both, or validation_split"
     for name, by in without_use(data).items():
         value, reason = operator.attrgetter(name, by)(config)

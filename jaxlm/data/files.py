@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple, TextIO
 
 from jaxlm.config import DataConfig
+from jaxlm.config.mixture import mixture_options
 from jaxlm.data.documents import Document, Found, RowFormat, encoding_fault
 from jaxlm.errors import UserError, one_line
 
@@ -70,7 +71,9 @@ def find_files(patterns: Iterable[str], field: str) -> tuple[list[Path], str]:
 
 def check_names(data: DataConfig) -> None:
     """Raises UserError if data names a file that is not there, or of no known kind; doesn't look into folders."""
-    for field, patterns in (("data.train_files", data.train_files), ("data.validation_files", data.validation_files)):
+    sources = (("data.sources", patterns) for patterns in mixture_options(data).files.values())
+    own = ("data.train_files", data.train_files), ("data.validation_files", data.validation_files)
+    for field, patterns in (*own, *sources):
         find_files([path for path in patterns if not os.path.isdir(os.path.expanduser(path))], field)
 
 

@@ -104,14 +104,14 @@ def handed_over(data: DataConfig, train: Dataset | None, validation: Dataset | N
     """The data sets of a run; None: there are none, and `data` names its text.
 
     Raises:
-      UserError: a held-out one alone, or beside files.
+      UserError: a held-out one alone, or beside what `data` names.
     """
     if train is None:
         if validation is not None:
             raise UserError("eval_dataset is set but train_dataset is not; hand over both")
         return None
-    for name, files in (("train_files", data.train_files), ("validation_files", data.validation_files)):
-        if files:
-            listed = ", ".join(files)
+    for name in ("train_files", "validation_files", "sources"):
+        if named := vars(data)[name]:
+            listed = ", ".join(named)
             raise UserError(f"data.{name} ({listed}) and train_dataset both name the text; leave one out")
     return HandedOver(train, validation)

@@ -5,8 +5,9 @@ B rows of a micro-batch, K micro-batches, G rows of a global batch, T tokens of 
 
 import math
 import sys
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from fractions import Fraction
+from typing import Protocol
 
 import numpy as np
 
@@ -19,12 +20,43 @@ Batch = dict[str, np.ndarray]
 THREADS, BATCHES_AHEAD = 2, 4  # threads that build batches ahead of the training loop, and how many
 
 
-class Rows:
-    """The packed rows, by index: `len(rows)`, `rows[i]`."""
+class Order(Protocol):
+    """The row at each place of the stream, which has no end."""
 
-    def __init__(self, documents: TokenDocuments, plan: Plan) -> None:
+    def __getitem__(self, place: int, /) -> int: ...
+
+
+class AnyRows(Protocol):
+    """Packed rows by index, of a text (`Rows`) or of several (`mixture.Mixture`)."""
+
+    @property
+    def parts(self) -> "Mapping[str, Rows]":
+        """Those of each source; of a single text, under ""."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Batch: ...
+
+    def order(self, seed: int, anneal_row: int | None = None) -> Order: ...
+
+    def documents(self, index: int) -> np.ndarray: ...
+
+
+class Rows:
+    """The packed rows of a text, by index: `len(rows)`, `rows[i]`.
+
+    `masked`: with a `loss_mask` where all is learned, too, as in other texts of the run not all is.
+    """
+
+    def __init__(self, documents: TokenDocuments, plan: Plan, masked: bool = False) -> None:
         self.tokens, self.document_offsets, self.plan = np.asarray(documents.tokens), documents.offsets, plan
         self.learned = None if documents.learned is None else np.asarray(documents.learned)
+        if masked and self.learned is None:
+            self.learned = np.broadcast_to(np.True_, self.tokens.shape)
+
+    @property
+    def parts(self) -> "dict[str, Rows]":
+        return {"": self}
 
     def __len__(self) -> int:
         return len(self.plan)
@@ -50,29 +82,47 @@ class Rows:
             row["loss_mask"][:pairs] = self.learned[source_T + 1]
         return row
 
+    def order(self, seed: int, anneal_row: int | None = None) -> Order:
+        """Epochs laid end to end, each another permutation of the rows; `anneal_row` is for mixtures."""
+        import grain
 
-def documents_of_step(rows: Rows, seed: int, global_batch: int, step: int, offset: int = 0) -> list[int]:
-    """The documents that update `step` (from 0) learns from, numbered from 0 in the order of the text."""
-    order, plan, first = row_order(len(rows), seed), rows.plan, offset + step * global_batch
-    of_step = [order[place] for place in range(first, first + global_batch)]
-    starts = [plan.piece_start[plan.row_offsets[row] : plan.row_offsets[row + 1]] for row in of_step]
-    return np.unique(np.searchsorted(rows.document_offsets, np.concatenate(starts), side="right") - 1).tolist()
+        # grain takes seed + epoch for each epoch: unrelated first seeds, or epoch 1 of seed 0 were epoch 0 of seed 1.
+        first_seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
+        return grain.MapDataset.range(len(self)).shuffle(seed=first_seed).repeat()
+
+    def find(self, index: int) -> "tuple[str, Rows, int]":
+        """The source of row `index`, which has no name, its rows, and which of them it is."""
+        return "", self, index
+
+    def documents(self, index: int) -> np.ndarray:
+        """int64 [pieces]: the document of each piece in row `index`, numbered from 0 in the order of the text."""
+        low, high = self.plan.row_offsets[index : index + 2]
+        return np.searchsorted(self.document_offsets, self.plan.piece_start[low:high], side="right") - 1
+
+
+def documents_of_step(
+    rows: AnyRows, seed: int, global_batch: int, step: int, offset: int = 0, anneal_row: int | None = None
+) -> list[int]:
+    """The documents that update `step` (from 0) learns from, numbered as by `rows.documents`."""
+    order, first = rows.order(seed, anneal_row), offset + step * global_batch
+    found = [rows.documents(order[place]) for place in range(first, first + global_batch)]
+    return np.unique(np.concatenate(found)).tolist()
 
 
 def train_batches(
-    rows: Rows,
+    rows: AnyRows,
     seed: int,
     global_batch: int,
     accumulation: int,
     start_step: int,
     own: slice = slice(None),
     offset: int = 0,
+    anneal_row: int | None = None,
 ) -> Generator[Batch]:
     """The batches of updates start_step, start_step + 1, ... without end.
 
-    The stream is epochs laid end to end, each another permutation of the rows; batch s is its rows from offset + s * G
-    on.
-    `close()` of the iterator ends its threads.
+    The stream is the rows in their `order`; batch s is its rows from offset + s * G on. `close()` of the iterator ends
+    its threads.
 
     Args:
       seed: of the permutations.
@@ -80,6 +130,7 @@ def train_batches(
       start_step: updates already done.
       own: which of the G / K rows of each micro-batch this process feeds.
       offset: other than 0 in a run whose G has changed (`Resolved.position`).
+      anneal_row: place of the stream from which on a mixture has its second weights.
 
     Yields:
       [K, B, T]: the arrays of `Rows`, B as many as `own` selects; and
@@ -89,7 +140,7 @@ def train_batches(
 
     if global_batch % accumulation:
         raise ValueError(f"accumulation ({accumulation}) must divide global_batch ({global_batch})")
-    order = row_order(len(rows), seed)
+    order = rows.order(seed, anneal_row)
     numbers_KB = np.ascontiguousarray(np.arange(global_batch, dtype=np.int32).reshape(accumulation, -1)[:, own])
     shape_KB = numbers_KB.shape
 
@@ -133,15 +184,6 @@ def total_steps(num_epochs: float, rows: int, global_batch: int, max_steps: int 
     if steps > LARGEST_INT:
         raise UserError(f"training.num_epochs ({num_epochs}) is more than {LARGEST_INT} updates; lower it")
     return steps
-
-
-def row_order(rows: int, seed: int) -> Sequence[int]:
-    """The row at each place of the stream, which has no end: a permutation of all rows for each epoch."""
-    import grain
-
-    # grain takes seed + epoch for each epoch: unrelated first seeds, or epoch 1 of seed 0 were epoch 0 of seed 1.
-    first_seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
-    return grain.MapDataset.range(rows).shuffle(seed=first_seed).repeat()
 
 
 def _stacked(rows: Sequence[Batch]) -> Batch:

@@ -73,7 +73,7 @@ def open_source(
     """
     if given is not None:
         return _from_python(data, tokenizer, given)
-    if data.train_files:
+    if data.train_files:  # of a run, or of one of its sources
         return _own_files(data, tokenizer, evaluating)
     if data.dataset_name == STDLIB:
         return _standard_library(data, tokenizer, evaluating)
@@ -90,7 +90,7 @@ class _Part(NamedTuple):
     fingerprint: str  # changes with the content
     first: Callable[[], Mapping[str, Any] | None]  # the first row; None: it is plain text
     read: Callable[[RowFormat], Found]
-    size: int | None  # about how many characters; None: not known
+    size: int | None = None  # about how many characters; None: not known
 
 
 def _source(
@@ -146,17 +146,18 @@ def _own_files(data: DataConfig, tokenizer: Tokenizer | None, evaluating: bool) 
         read = partial(files.read_files, paths, field=field)
         return name, digests, _Part(f"{field} ({name})", fingerprint, first, read, files.text_size(paths))
 
+    own = "data.sources" if data.sources else "data.train_files"
     if not data.validation_files:
-        name, _, train = part(data.train_files, "data.train_files")
+        name, _, train = part(data.train_files, own)
         return _source(data, tokenizer, name, train, None, evaluating)
     held_out, validated, validation = part(data.validation_files, "data.validation_files")
     if evaluating:
         return _source(data, tokenizer, held_out, None, validation, evaluating)
-    name, trained, train = part(data.train_files, "data.train_files")
+    name, trained, train = part(data.train_files, own)
     if both := validated.keys() & trained.keys():
         file, same = validated[min(both)], trained[min(both)]
         also = "" if file == same else f", as {same}"
-        raise UserError(f"data.validation_files ({file}): is in data.train_files, too{also}; leave it out of one")
+        raise UserError(f"data.validation_files ({file}): is in {own}, too{also}; leave it out of one")
     return _source(data, tokenizer, f"{name}, held out: {held_out}", train, validation, evaluating)
 
 

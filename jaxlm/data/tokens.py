@@ -17,10 +17,11 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,7 @@ class TokenDocuments:
 
 @dataclass(frozen=True)
 class Prepared:
-    """The result of `prepare`; None where there is no such part.
+    """A text as `prepare` makes it; None where there is no such part.
 
     `source_fingerprint` is the source's, and "+" with a word for what else decides the rows: whether short documents
     were passed over for the held-out ones, whether a text held special tokens, and which chat template was used.
@@ -112,43 +113,75 @@ def prepare(
     evaluating: bool = False,
     given: HandedOver | None = None,
 ) -> Prepared:
-    """Text to tokenizer and token arrays; uses the cache where it can, and says so.
+    """`prepare_all` of one text."""
+    return prepare_all({"": data}, vocab_size, tokenizer, report, evaluating, given)[""]
+
+
+def prepare_all(
+    texts: Mapping[str, DataConfig],
+    vocab_size: int,
+    tokenizer: Tokenizer | None,
+    report: Report,
+    evaluating: bool = False,
+    given: HandedOver | None = None,
+) -> dict[str, Prepared]:
+    """Texts to one tokenizer and to token arrays for each; uses the cache where it can, and says so.
 
     Sets the environment variables that bound the threads of the tokenizers library, which reads them at its first use.
 
     Args:
-      data: which text, and how it is split.
+      texts: by name ("" where there is one), what each is and how it is split; otherwise their options are the same.
       vocab_size: of the BPE to train, if there is no tokenizer yet.
-      tokenizer: that of the run to go on with; None: `data.tokenizer_path`, or one trained on the training text.
+      tokenizer: that of the run to go on with; None: `data.tokenizer_path`, or one trained on all training text.
       report: takes each line about what was done.
       evaluating: only `validation` is wanted, see `open_source`; needs a tokenizer.
 
     Raises:
-      UserError: the text, the tokenizer or the cache folder is not usable.
+      UserError: a text, the tokenizer or the cache folder is not usable.
     """
+    data = next(iter(texts.values()))
     os.environ["RAYON_NUM_THREADS"] = str(min(data.preprocessing_num_workers, os.cpu_count() or 1))
     os.environ["TOKENIZERS_PARALLELISM"] = "true"  # else it warns in processes that fork later; ours do not
     root = cache_root(data)
     if tokenizer is None and data.tokenizer_path is not None:
         tokenizer = Tokenizer.load(data.tokenizer_path, data=data)
-    source = open_source(data, evaluating, tokenizer, given)
-    report(f"text: {source.name}")
-    fraction, least = (None, None) if source.split is None else (data.validation_fraction, data.min_length)
-    settings = [data.text_column, data.on_bad_document, data.document_separator, fraction]
-    template = source.format.template
-    if source.format.kind != "text":
-        settings += [source.format.fingerprint, None if template is None else template.fingerprint]
+    sources = {name: open_source(each, evaluating, tokenizer, given) for name, each in texts.items()}
+    for name, source in sources.items():
+        reporter(report, name)(f"text: {source.name}")
     if tokenizer is None:
-        folder = root / "tokenizers" / _key(source.fingerprint, settings, vocab_size)
-        tokenizer = _trained_tokenizer(folder, source, vocab_size, report)
+        about = [part for source in sources.values() for part in (source.fingerprint, _settings(source, data))]
+        folder = root / "tokenizers" / _key(*about, vocab_size)
+        tokenizer = _trained_tokenizer(folder, sources.values(), vocab_size, report)
+    template = next((each.format.template for each in sources.values() if each.format.template is not None), None)
     if template is not None:
         tokenizer = with_template(tokenizer, template)
         if doubt := why_it_will_not_stop(template, tokenizer):
             report(f"warning: {doubt}")
+    prepared = partial(_prepared, tokenizer=tokenizer, root=root)
+    return {name: prepared(each, texts[name], report=reporter(report, name)) for name, each in sources.items()}
+
+
+def reporter(report: Report, name: str) -> Report:
+    """`report` for the lines about the source `name`, which is put before them; "": the only one."""
+    return (lambda line: report(f"{name}: {line}")) if name else report
+
+
+def _settings(source: Source, data: DataConfig) -> list[Any]:
+    """What beside the content of the text decides its documents."""
+    fraction = None if source.split is None else data.validation_fraction
+    settings = [data.text_column, data.on_bad_document, data.document_separator, fraction]
+    if source.format.kind == "text":
+        return settings
+    template = source.format.template
+    return [*settings, source.format.fingerprint, None if template is None else template.fingerprint]
+
+
+def _prepared(source: Source, data: DataConfig, tokenizer: Tokenizer, root: Path, report: Report) -> Prepared:
+    least, template = None if source.split is None else data.min_length, source.format.template
     fit = [data.too_long, data.max_length] if source.format.kind != "text" or data.too_long != "cut" else []
-    key = _key(source.fingerprint, settings + fit, least, [*source.parts], tokenizer.fingerprint)
+    about = _settings(source, data) + fit, least, [*source.parts], tokenizer.fingerprint
     report(_shape_of_documents(tokenizer, source))
-    folder = root / "tokens" / key
+    folder = root / "tokens" / _key(source.fingerprint, *about)
     took = made_once(folder, lambda part: tokenize(part, source, tokenizer, data, report), goes_on=True)
     report(f"tokenized text: {took} ({folder})")
     parts, notes = _open_parts(folder, source.parts, tokenizer.dtype)
@@ -201,11 +234,14 @@ def _key(*parts: object) -> str:
     return hashlib.sha256(json.dumps([FORMAT, *parts]).encode()).hexdigest()[:32]
 
 
-def _trained_tokenizer(folder: Path, source: Source, vocab_size: int, report: Report) -> Tokenizer:
+def _trained_tokenizer(folder: Path, sources: Iterable[Source], vocab_size: int, report: Report) -> Tokenizer:
     """The BPE trained on the training text, from the cache if it is there."""
 
     def train(part: Path) -> None:
-        documents = with_progress(source.parts["train"](), "training BPE", report, source.characters("train"), Counts())
+        documents = chain.from_iterable(
+            with_progress(source.parts["train"](), "training BPE", report, source.characters("train"), Counts())
+            for source in sources
+        )
         without = Tokenizer.outside_markers
         texts = (without(document.text) if document.complete else document.text for document in documents)
         Tokenizer.train(texts, vocab_size).save(part)

@@ -188,13 +188,14 @@ def _metadata(config: Config, card: Mapping[str, Any]) -> str:
     file: Any = try_to_load_from_cache(base, "README.md") if is_on_hub else os.path.expanduser(f"{base}/README.md")
     is_there = base != "" and isinstance(file, str) and os.path.isfile(file)
     known = ModelCard.load(file, ignore_metadata_errors=True).data if is_there else ModelCardData()
+    own_text = data.train_files or data.sources or data.dataset_name in (STDLIB, PYTHON)
     return ModelCardData(
         language=card.get("language") or known.language,
         license=card.get("license") or known.license,
         library_name="transformers",
         pipeline_tag="text-generation",
         base_model=base if is_on_hub else None,
-        datasets=None if data.train_files or data.dataset_name in (STDLIB, PYTHON) else [data.dataset_name],
+        datasets=None if own_text else [data.dataset_name],
         metrics=["perplexity"],
         tags=["jaxlm"],
     ).to_yaml()
@@ -214,7 +215,7 @@ def _model_card(loaded: LoadedModel, source: Path, architecture: str, card: Mapp
         data_set = data.dataset_name
     table = {
         "parameters": f"{sum(x.size for x in jax.tree.leaves(nnx.state(loaded.model))):,}",
-        "training text": ", ".join(data.train_files) or data_set,
+        "training text": ", ".join(data.train_files or data.sources) or data_set,
         "SHA-256 of the text": progress.data_fingerprint,
         "started from": config.training.init_from or "random parameters",
         "updates": f"{progress.step:,} of {progress.total_steps:,}",

@@ -7,7 +7,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -17,7 +17,7 @@ import jax
 
 import jaxlm
 from jaxlm.data.loader import Rows
-from jaxlm.data.packing import Plan
+from jaxlm.data.mixture import Mixture
 from jaxlm.monitor.metrics import model_flops_per_token
 from jaxlm.monitor.sinks import open_lines
 from jaxlm.ops import compiler
@@ -41,8 +41,8 @@ class StartReport:
     resolved: Resolved
     assembly: Assembly
     state: TrainState
-    rows: Rows
-    eval_rows: Rows | None
+    rows: Rows | Mixture
+    eval_rows: Mapping[str, Rows]
     data_fingerprint: str
     total_steps: int
     schedule: Schedule
@@ -98,6 +98,9 @@ class StartReport:
             f"{accumulated} micro-batch{'es' * (accumulated > 1)} = {global_batch} rows, "
             f"{global_batch * config.data.max_length:,} tokens"
         )
+        if isinstance(self.rows, Mixture):
+            place, anneal = self.resolved.position(steps), (self.resolved.anneal_row, config.data.anneal_from)
+            yield from self.rows.describe(place, *anneal)
         warmup, end = effective_warmup(training, steps), schedule_end(training, steps)
         epochs = self.resolved.position(steps) / len(self.rows)
         yield f"steps: {steps:,} ({epochs:.2f} epochs), {training.lr_scheduler} schedule, {warmup} of warm-up"
@@ -131,8 +134,8 @@ class StartReport:
             "rows_an_update": self.resolved.global_batch,
             "changed": self.changed,
             "data_fingerprint": self.data_fingerprint,
-            "train": _packing(self.rows.plan),
-            "validation": {} if self.eval_rows is None else _packing(self.eval_rows.plan),
+            "train": _packing(self.rows.parts),
+            "validation": _packing(self.eval_rows) if self.eval_rows else {},
         }
         with open_lines(folder / "starts.jsonl") as file:
             file.write(json.dumps(start) + "\n")
@@ -155,8 +158,10 @@ def _commit(folder: Path) -> str | None:
     return done.stdout.strip() or None
 
 
-def _packing(plan: Plan) -> dict[str, int | float]:
-    """How documents were put into rows; `tokens` are those that the rows hold."""
-    size = {"rows": len(plan), "row_length": plan.max_length, "tokens": plan.pairs, "fill": plan.efficiency}
+def _packing(parts: Mapping[str, Rows]) -> dict[str, int | float]:
+    """How documents were put into rows, of all sources together; `tokens` are those that the rows hold."""
+    plans = [rows.plan for rows in parts.values()]
     counts = ("documents", "cut_documents", "dropped_documents", "dropped_tokens")
-    return size | {name: getattr(plan, name) for name in counts}
+    rows, length, tokens = sum(map(len, plans)), plans[0].max_length, sum(plan.pairs for plan in plans)
+    size = {"rows": rows, "row_length": length, "tokens": tokens, "fill": tokens / (rows * length)}
+    return size | {name: sum(getattr(plan, name) for plan in plans) for name in counts}

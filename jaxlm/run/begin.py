@@ -12,7 +12,7 @@ from jaxlm.interop.pretrained import Pretrained, open_pretrained
 from jaxlm.model import Transformer
 from jaxlm.run.resume import Changes, go_on
 from jaxlm.run.setup import check_same_in_processes, with_text
-from jaxlm.run.text import Text, prepare_text
+from jaxlm.run.text import Text, longest_piece, prepare_text
 from jaxlm.train.assemble import Resolved, assemble
 from jaxlm.train.own_loss import OwnLoss, name_of
 
@@ -61,4 +61,4 @@ def begin(
     resolved, changed = go_on(resolved, checkpoint, *of_run)
     check_same_in_processes(resolved.config, text.fingerprint)
     saved = dict(zip(("requested_vocab_size", "data_fingerprint", "model_class", "loss"), of_run, strict=True))
-    return Beginning(resolved, text, pretrained, changed, saved | {"longest_piece": text.rows.plan.longest})
+    return Beginning(resolved, text, pretrained, changed, saved | {"longest_piece": longest_piece(text.rows.parts)})

@@ -12,18 +12,18 @@ from flax import nnx
 from jaxlm.checkpoints.load import LoadedModel
 from jaxlm.config import Config, DataConfig, replace_fields, shown, validate
 from jaxlm.config.schema import STDLIB
-from jaxlm.data.loader import Rows, eval_batches
-from jaxlm.data.packing import Plan, plan_cached
-from jaxlm.data.tokens import Prepared, prepare
+from jaxlm.data.loader import eval_batches
+from jaxlm.data.mixture import held_out, texts
+from jaxlm.data.tokens import Prepared, prepare_all
 from jaxlm.errors import UserError
 from jaxlm.parallel.layout import Layout
 from jaxlm.parallel.mesh import make_mesh
-from jaxlm.run.text import untrained_positions
+from jaxlm.run.text import longest_piece, pack_all, untrained_positions
 from jaxlm.train.evaluate import evaluate_batches
 from jaxlm.train.step import make_eval_step
 
 NAMES = "dataset_name dataset_config dataset_split validation_split train_files validation_files validation_fraction"
-TEXT = [f"data.{name}" for name in NAMES.split()]
+TEXT = [f"data.{name}" for name in [*NAMES.split(), "sources"]]
 
 
 def text_to_evaluate(config: Config, given: Mapping[str, Any]) -> DataConfig:
@@ -35,6 +35,8 @@ def text_to_evaluate(config: Config, given: Mapping[str, Any]) -> DataConfig:
     Raises:
       UserError: two texts are named, or the run held out none.
     """
+    if given.keys() & {"data.sources", "data.anneal_weights", "data.anneal_from"}:
+        raise UserError(f"data.sources ({shown(given.get('data.sources', ()))}): name what is evaluated with --files")
     own, other, name = config.data, dict[str, Any](), given.get("data.dataset_name")
     files, held_out = given.get("data.train_files"), given.get("data.validation_files")
     if files and held_out:
@@ -44,7 +46,7 @@ def text_to_evaluate(config: Config, given: Mapping[str, Any]) -> DataConfig:
     elif files or name == STDLIB:
         other = {"data.validation_files": (), "data.validation_fraction": 0}
     elif name is not None or "data.dataset_split" in given:
-        same = name in (None, own.dataset_name) and not own.train_files
+        same = name in (None, own.dataset_name) and not own.train_files and not own.sources
         other = {"data.validation_split": (same and own.validation_split) or DataConfig.validation_split}
         if not same:
             other["data.dataset_split"] = DataConfig.dataset_split
@@ -68,33 +70,35 @@ def evaluate_model(
       UserError: the text is not usable, or `data` does not fit the model.
     """
     config = validate(dataclasses.replace(loaded.config, data=data))
-    prepared = prepare(data, config.model.vocab_size, loaded.tokenizer, report, evaluating=True)
-    if prepared.validation is None:
-        raise ValueError("prepared for evaluation, and nothing to evaluate on")
-    documents = prepared.validation
-    plan = plan_cached(documents, data, report)
-    for line in _doubts(loaded, config, prepared, plan):
-        report(f"warning: {line}")
+    prepared = prepare_all(texts(data), config.model.vocab_size, loaded.tokenizer, report, evaluating=True)
+    documents = held_out(data, prepared)
+    parts = pack_all(documents, data, report)
+    for each in prepared.values():
+        for line in _doubts(loaded, config, each, longest_piece(parts)):
+            report(f"warning: {line}")
     graphdef, state = nnx.split(loaded.model)
     params = nnx.to_pure_dict(state)
     eval_step = jax.jit(make_eval_step(graphdef, config, Layout(make_mesh(jax.devices()[:1]), 0, params)))
-    utf8_bytes = documents.kept_bytes(data.min_length)
-    result = evaluate_batches(eval_step, params, eval_batches(Rows(documents, plan), batch_size), utf8_bytes)
-    kept = plan.documents - plan.dropped_documents
-    return result | {"documents": kept, "bytes": utf8_bytes, "text": prepared.source_name}
+    utf8_bytes = sum(each.kept_bytes(data.min_length) for each in documents.values())
+    batches = {name: eval_batches(rows, batch_size) for name, rows in parts.items()}
+    result = evaluate_batches(eval_step, params, batches, utf8_bytes)
+    kept = sum(rows.plan.documents - rows.plan.dropped_documents for rows in parts.values())
+    text = "; ".join(dict.fromkeys(each.source_name for each in prepared.values()))
+    return result | {"documents": kept, "bytes": utf8_bytes, "text": text}
 
 
-def _doubts(loaded: LoadedModel, config: Config, prepared: Prepared, plan: Plan) -> Iterator[str]:
+def _doubts(loaded: LoadedModel, config: Config, prepared: Prepared, longest: int) -> Iterator[str]:
     """Why the loss may be another than it seems."""
     own, run = loaded.config, loaded.progress
     if run is None:  # of a model that was trained elsewhere nothing is known
         return
-    text, trained = prepared.source_fingerprint.partition("+")[0], re.split("[-+]", run.data_fingerprint)[0]
+    text = prepared.source_fingerprint.partition("+")[0]
+    trained = [re.split("[-+]", fingerprint)[0] for fingerprint in run.data_fingerprint.split(";")]
     share = 1 if prepared.train is None else config.data.validation_fraction
-    if text == trained and share > ("-" not in run.data_fingerprint and own.data.validation_fraction):
+    if text in trained and share > ("-" not in run.data_fingerprint and own.data.validation_fraction):
         yield f"the model was trained on {'this text' if share == 1 else 'a part of this text'}"
     named = attrgetter(*TEXT)
     if named(config) == named(own) and text not in run.data_fingerprint:
         yield "the text has changed since the run"
     if trained_on := run.longest_piece:
-        yield from untrained_positions(own, trained_on, plan.longest)
+        yield from untrained_positions(own, trained_on, longest)

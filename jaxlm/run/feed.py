@@ -6,6 +6,7 @@ import jax
 import numpy as np
 
 from jaxlm.data.loader import Rows, eval_batches, train_batches
+from jaxlm.data.mixture import Mixture
 from jaxlm.errors import UserError
 from jaxlm.monitor.metrics import Throughput
 from jaxlm.monitor.watchdog import Watchdog
@@ -24,7 +25,7 @@ class BatchFeeder:
     """Iterates over the batches of updates `steps`, numbered from 0."""
 
     def __init__(
-        self, resolved: Resolved, rows: Rows, steps: range, throughput: Throughput, watchdog: Watchdog
+        self, resolved: Resolved, rows: Rows | Mixture, steps: range, throughput: Throughput, watchdog: Watchdog
     ) -> None:
         self.resolved, self.rows, self.steps = resolved, rows, steps
         self.throughput, self.watchdog = throughput, watchdog
@@ -34,9 +35,8 @@ class BatchFeeder:
         training, mesh = self.resolved.config.training, self.resolved.mesh
         k, global_batch = training.gradient_accumulation_steps, self.resolved.global_batch
         own = rows_of_process(mesh, global_batch // k)
-        host_batches = train_batches(
-            self.rows, training.seed, global_batch, k, self.steps.start, own, self.resolved.offset
-        )
+        place = self.steps.start, own, self.resolved.offset, self.resolved.anneal_row
+        host_batches = train_batches(self.rows, training.seed, global_batch, k, *place)
         try:
             for _ in self.steps:
                 batch = next(host_batches)
@@ -45,6 +45,12 @@ class BatchFeeder:
                 yield put_batch(batch, mesh, TRAIN_BATCH)
         finally:
             host_batches.close()
+
+    def of_sources(self, step: int) -> dict[str, float]:
+        """What the updates up to `step` have taken from each source of a mixture, see `Mixture.metrics`."""
+        if not isinstance(self.rows, Mixture):
+            return {}
+        return self.rows.metrics(self.resolved.position(step), self.resolved.anneal_row)
 
     def dispatched(self, step: int, result: jax.Array) -> None:
         """Update `step` is on its way to `result`; waits until no more than STEPS_AHEAD others are."""
@@ -65,9 +71,11 @@ def evaluate_state(
     """
 
     def evaluate(params: Params) -> dict[str, float]:
-        batches = _batches_to_evaluate(resolved, text.eval_rows, watchdog)
+        batches = {name: _batches_to_evaluate(resolved, rows, watchdog) for name, rows in text.eval_rows.items()}
         return evaluate_batches(assembly.eval_step, params, batches, text.eval_bytes)
 
+    if not text.eval_rows:
+        raise UserError("data.validation_fraction (0): no text is held out that could be evaluated")
     metrics = evaluate(state.params)
     if not assembly.averages:
         return metrics
@@ -75,10 +83,8 @@ def evaluate_state(
     return metrics | {f"average_{name}": value for name, value in of_average.items() if name != "tokens"}
 
 
-def _batches_to_evaluate(resolved: Resolved, rows: Rows | None, watchdog: Watchdog) -> Iterator[Batch]:
-    """Every row once, on the devices; UserError if there is none."""
-    if rows is None:
-        raise UserError("data.validation_fraction (0): no text is held out that could be evaluated")
+def _batches_to_evaluate(resolved: Resolved, rows: Rows, watchdog: Watchdog) -> Iterator[Batch]:
+    """Every row once, on the devices."""
     batch_size = resolved.config.training.batch_size * row_shards(resolved.mesh)
     for batch in eval_batches(rows, batch_size, rows_of_process(resolved.mesh, batch_size)):
         yield put_batch(batch, resolved.mesh, EVAL_BATCH)

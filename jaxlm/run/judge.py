@@ -5,7 +5,7 @@ from pathlib import Path
 
 import jax
 
-from jaxlm.data.loader import Rows, documents_of_step
+from jaxlm.data.loader import AnyRows, documents_of_step
 from jaxlm.errors import RunFailed
 from jaxlm.monitor.anomalies import LossSpikes, SkippedUpdates
 from jaxlm.train.assemble import Resolved
@@ -27,7 +27,7 @@ class NumbersJudge:
     def __init__(
         self,
         resolved: Resolved,
-        rows: Rows,
+        rows: AnyRows,
         state: TrainState,
         report: Callable[[str], None],
         newest_checkpoint: Callable[[], Path | None],
@@ -56,7 +56,7 @@ class NumbersJudge:
         for skipped in self._skipped.read():
             resolved = self.resolved
             stream = self.rows, resolved.config.training.seed, resolved.global_batch
-            documents = documents_of_step(*stream, skipped - 1, resolved.offset)
+            documents = documents_of_step(*stream, skipped - 1, resolved.offset, resolved.anneal_row)
             names = ", ".join(map(str, documents[:SHOWN_DOCUMENTS])) + ", ..." * (len(documents) > SHOWN_DOCUMENTS)
             self.report(
                 f"step {skipped}: skipped, its loss or gradient is not finite; it was to learn from documents {names} "

@@ -89,7 +89,9 @@ def go_on(
     for name, (old, new) in changes.items():
         say(f"changed at step {progress.step}: {name} was {json.dumps(old)}, is {json.dumps(new)}")
     offset = progress.position - progress.step * resolved.global_batch
-    return dataclasses.replace(resolved, offset=offset), changes
+    first = config.data.anneal_from
+    annealed = progress.anneal_row if first is not None and progress.step >= first - 1 else None
+    return dataclasses.replace(resolved, offset=offset, annealed=annealed), changes
 
 
 def _decided(config: Config, step: int) -> Changes:

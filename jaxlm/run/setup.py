@@ -67,7 +67,7 @@ def with_text(resolved: "Resolved", text: "Text") -> "Resolved":
 
     A model that was trained elsewhere may have more rows than there are tokens; it keeps them.
     """
-    resolved = dataclasses.replace(resolved, masked=text.rows.learned is not None)
+    resolved = dataclasses.replace(resolved, masked=next(iter(text.rows.parts.values())).learned is not None)
     if resolved.config.training.init_from is not None:
         return resolved
     return resolved.with_fields({"model.vocab_size": text.tokenizer.vocab_size})

@@ -1,14 +1,16 @@
 """The text of a run: tokenized, packed into rows, by index."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
-from jaxlm.config import Config
+from jaxlm.config import Config, DataConfig
+from jaxlm.config.mixture import mixture_options
 from jaxlm.data.handed_over import HandedOver
 from jaxlm.data.loader import Rows
+from jaxlm.data.mixture import Mixture, held_out, texts
 from jaxlm.data.packing import plan_cached
 from jaxlm.data.tokenizer import Tokenizer
-from jaxlm.data.tokens import Prepared, prepare
+from jaxlm.data.tokens import Prepared, Report, TokenDocuments, prepare_all, reporter
 from jaxlm.errors import UserError
 from jaxlm.generation.api import Prompt, encode_prompts
 from jaxlm.parallel.processes import say
@@ -20,8 +22,8 @@ class Text:
 
     tokenizer: Tokenizer
     fingerprint: str  # of the text's content
-    rows: Rows
-    eval_rows: Rows | None
+    rows: Rows | Mixture
+    eval_rows: dict[str, Rows]  # by source, as `held_out` has them
     eval_bytes: int  # UTF-8 bytes of the evaluated text
     sample_prompt: Prompt  # what samples go on from, or answer
 
@@ -37,17 +39,30 @@ def prepare_text(config: Config, tokenizer: Tokenizer | None, given: HandedOver 
       UserError: the text, the tokenizer, the cache folder or training.sample_prompt is not usable.
     """
     data = config.data
-    prepared = prepare(data, config.model.vocab_size, tokenizer, say, given=given)
-    prompt = _sample_prompt(config, prepared) if config.training.sample_tokens else ""
-    train, held_out = prepared.train, prepared.validation
-    if train is None:
-        raise ValueError("only evaluation has no training text")
-    rows = Rows(train, plan_cached(train, data, say))
-    for line in untrained_positions(config, rows.plan.longest, config.model.max_seq_len):
+    prepared = prepare_all(texts(data), config.model.vocab_size, tokenizer, say, given=given)
+    asked = next((each for each in prepared.values() if each.question is not None), next(iter(prepared.values())))
+    prompt = _sample_prompt(config, asked) if config.training.sample_tokens else ""
+    trained = {name: each.train for name, each in prepared.items() if each.train is not None}
+    rows = pack_all(trained, data, say)
+    for line in untrained_positions(config, longest_piece(rows), config.model.max_seq_len):
         say(line)
-    eval_rows = None if held_out is None else Rows(held_out, plan_cached(held_out, data, say))
-    eval_bytes = 0 if held_out is None else held_out.kept_bytes(data.min_length)
-    return Text(prepared.tokenizer, prepared.source_fingerprint, rows, eval_rows, eval_bytes, prompt)
+    evaluated = held_out(data, prepared)
+    eval_bytes = sum(documents.kept_bytes(data.min_length) for documents in evaluated.values())
+    fingerprint = ";".join(each.source_fingerprint for each in prepared.values())
+    mixed = Mixture(rows, mixture_options(data).weights) if data.sources else rows[""]
+    return Text(asked.tokenizer, fingerprint, mixed, pack_all(evaluated, data, say), eval_bytes, prompt)
+
+
+def pack_all(documents: Mapping[str, TokenDocuments], data: DataConfig, report: Report) -> dict[str, Rows]:
+    """The rows of each source; with a `loss_mask` in all where one has it."""
+    masked = any(each.learned is not None for each in documents.values())
+    plans = {name: plan_cached(each, data, reporter(report, name)) for name, each in documents.items()}
+    return {name: Rows(each, plans[name], masked) for name, each in documents.items()}
+
+
+def longest_piece(parts: Mapping[str, Rows]) -> int:
+    """Pairs of the longest piece of any source."""
+    return max(rows.plan.longest for rows in parts.values())
 
 
 def _sample_prompt(config: Config, prepared: Prepared) -> Prompt:

@@ -39,6 +39,7 @@ class Resolved:
     notes: tuple[str, ...] = ()  # lines for the start-up report: what a DeepSpeed file says that is left to XLA
     offset: int = 0  # see `position`; not 0 where the rows an update have changed on the way
     masked: bool = False  # whether batches have a loss_mask
+    annealed: int | None = None  # `anneal_row`, once the stream is beyond it: other batches later don't move it
 
     def with_fields(self, values: Mapping[str, Any]) -> "Resolved":
         """A copy with the configuration's fields named in `values` ("section.field") set."""
@@ -63,6 +64,12 @@ class Resolved:
     def position(self, step: int) -> int:
         """Rows of the stream that come before update `step` (from 0): all that the updates before it took."""
         return self.offset + step * self.global_batch
+
+    @property
+    def anneal_row(self) -> int | None:
+        """The row of the stream from which on data.anneal_weights hold; None: they never do."""
+        first = self.config.data.anneal_from
+        return self.annealed if first is None or self.annealed is not None else self.position(first - 1)
 
 
 def abstract_model(config: Config, attention: str, model_class: type[Transformer] = Transformer) -> Any:
