@@ -233,6 +233,12 @@ def of_use(dotted: str) -> dict[str, Any]:
             {"training.min_loss_scale": 32.0, "training.initial_loss_scale_power": 4},
             "training.min_loss_scale (32) exceeds what the dynamic loss scale starts at",
         ),
+        ({"training.max_time": "soon"}, "training.max_time (soon) must be a time, such as 90s, 30m"),
+        ({"training.max_time": "00:00:00"}, "training.max_time (00:00:00) must be a time, such as 90s, 30m"),
+        (
+            {"training.early_stopping_patience": 3, "data.validation_split": None, "data.validation_fraction": 0},
+            "training.early_stopping_patience (3) needs held-out text, and data.validation_fraction is 0",
+        ),
         ({"data.min_length": 1025}, "data.min_length (1025) exceeds data.max_length (1024)"),
         ({"model.vocab_size": 258}, "model.vocab_size (258) must be at least 259"),
         ({"model.positions": "rotary", "model.d_model": 36}, "model.positions (rotary) needs an even head size"),

@@ -34,6 +34,7 @@ class Progress:
     longest_piece: int | None = None  # tokens that a document had in a row, at most; older folders don't say
     rows_taken: int | None = None  # rows of the stream that its updates took; folders from before global_batch could
     # change don't say
+    evaluations_since_best: int = 0  # without a lower validation loss
 
     @property
     def position(self) -> int:
