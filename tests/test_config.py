@@ -136,6 +136,7 @@ def test_json_round_trip() -> None:
 def test_lists_become_tuples() -> None:
     assert DataConfig(train_files=["a", "b"]).train_files == ("a", "b")  # type: ignore[arg-type]
     assert TrainingConfig(report_to=[]).report_to == ()  # type: ignore[arg-type]
+    assert DataConfig(train_files="a, b").train_files == ("a", "b")  # type: ignore[arg-type]
     assert hash(set_to("data.train_files", ["a"])) == hash(set_to("data.train_files", ("a",)))
 
 

@@ -3,15 +3,15 @@
 import os
 import signal
 
+import numpy as np
 import pytest
 from conftest import make_config
 from test_trainer import arrays, assert_same, rows_of
 
-from jaxlm import Trainer
+from jaxlm import Hook, Result, Trainer, evaluate, load
 from jaxlm.checkpoints.folder import checkpoint_steps
 from jaxlm.config.validate import seconds_of
 from jaxlm.errors import Stopped, UserError
-from jaxlm.run.hooks import Hook
 
 # So high a learning rate that the losses of the first two evaluations are above that of the untrained model.
 OPTIONS = {
@@ -187,3 +187,19 @@ def test_what_fails_before_and_after_the_updates_is_named_too(tmp_path, corpus, 
     with pytest.raises(KeyError):
         Trainer(config, hooks=[Failing()]).train()
     assert "failed: Failing.on_start raised KeyError ('no such thing') at step 0; " in capfd.readouterr().err
+
+
+def test_what_is_imported_from_the_top(whole, tmp_path, corpus):
+    """A configuration by its file, the saved model's loss as it was logged, its parameters layer by layer."""
+    run, file = whole[0], str(corpus / "validation.jsonl")
+    result = Trainer(run / "config.json").train()  # which is finished
+    assert isinstance(result, Result) and (result.step, result.total_steps, result.finished) == (12, 12, True)
+    loaded, logged = load(run / "final_model"), rows_of(run)[12]["eval/loss"]
+    for found in (evaluate(loaded), evaluate(str(run / "final_model"), file, batch_size=3)):
+        assert found["loss"] == pytest.approx(logged, rel=1e-5)
+    with pytest.raises(UserError, match=r"^batch_size \(0\) must be at least 1$"):
+        evaluate(loaded, batch_size=0)
+    stacked, each = loaded.params_by_name(), loaded.params_by_name(unstacked=True)
+    assert stacked.keys() - each.keys() == {name for name in stacked if name.startswith("blocks/")}
+    np.testing.assert_array_equal(each["blocks/0/mlp/up/kernel"], stacked["blocks/mlp/up/kernel"][0])
+    assert sum(x.size for x in each.values()) == sum(x.size for x in stacked.values()) == 19_232
