@@ -10,8 +10,7 @@ import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
-from jaxlm import Trainer
-from jaxlm.config import load_config, replace_fields
+from jaxlm import Trainer, load_config, replace_fields
 
 TEXT = Path("runs/own_data/docstrings.jsonl")
 
@@ -33,7 +32,7 @@ config = replace_fields(
         "model.d_ff": 512,
         "model.max_seq_len": 128,
         "data.max_length": 128,
-        "data.train_files": (str(TEXT),),
+        "data.train_files": str(TEXT),
         "data.text_column": "docstring",
         "data.validation_fraction": 0.1,
         "training.gradient_accumulation_steps": 1,
@@ -45,7 +44,5 @@ config = replace_fields(
 
 if __name__ == "__main__":
     TEXT.parent.mkdir(parents=True, exist_ok=True)
-    with TEXT.open("w", encoding="utf-8") as file:
-        for text in docstrings():
-            file.write(json.dumps({"docstring": text}) + "\n")
+    TEXT.write_text("".join(json.dumps({"docstring": text}) + "\n" for text in docstrings()), encoding="utf-8")
     Trainer(config).train()
