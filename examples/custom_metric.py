@@ -3,24 +3,15 @@
 Half a minute on 2 CPU cores. Then: `tensorboard --logdir runs/custom_metric/logs`, or runs/custom_metric/metrics.jsonl.
 """
 
-import jax
-import jax.numpy as jnp
+import optax
 
-from jaxlm import Trainer
-from jaxlm.config import load_config, replace_fields
+from jaxlm import Hook, Trainer, load_config, replace_fields
 
 
-@jax.jit
-def norm(params):
-    """The square root of the sum of all squares."""
-    return jnp.sqrt(sum(jnp.vdot(leaf, leaf) for leaf in jax.tree.leaves(params)))
-
-
-class WithParameterNorm(Trainer):
-    def _log_metrics(self, loss: float) -> None:
-        super()._log_metrics(loss)
-        values = {"custom/parameter_norm": norm(self.state.params), "custom/loss_squared": loss**2}
-        self.metrics_tracker.update(values, self.current_step)
+class ParameterNorm(Hook):
+    def on_log(self, run, row):
+        values = {"custom/parameter_norm": optax.tree.norm(run.state.params), "custom/loss2": row["train/loss"] ** 2}
+        run.metrics_tracker.update(values, run.current_step)
 
 
 config = replace_fields(
@@ -39,5 +30,4 @@ config = replace_fields(
 )
 
 if __name__ == "__main__":
-    trainer = WithParameterNorm(config)
-    trainer.train()
+    print(Trainer(config, hooks=[ParameterNorm()]).train().last["custom/parameter_norm"])

@@ -11,8 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from pydoc_data.topics import topics
 
-from jaxlm import Trainer, load
-from jaxlm.config import Config, ModelConfig, load_config, replace_fields
+from jaxlm import Config, ModelConfig, Trainer, load, load_config, replace_fields
 from jaxlm.interop.export import export
 
 FOLDER = Path("runs/fine_tune")
@@ -30,7 +29,7 @@ def write(name: str, texts: Iterable[str]) -> str:
 def config(name: str, text: str) -> Config:
     """A short run on `text`."""
     changes = {
-        "data.train_files": (text,),
+        "data.train_files": text,
         "data.max_length": 128,
         "training.gradient_accumulation_steps": 1,
         "training.max_steps": 60,

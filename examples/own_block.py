@@ -9,8 +9,7 @@ from typing import Any
 
 import jax
 
-from jaxlm import Trainer, load
-from jaxlm.config import load_config, replace_fields
+from jaxlm import Trainer, load, load_config, replace_fields
 from jaxlm.model import Transformer
 from jaxlm.model.attention import Cache
 from jaxlm.model.dropout import dropout

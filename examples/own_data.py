@@ -9,8 +9,7 @@ import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
-from jaxlm import Trainer
-from jaxlm.config import load_config, replace_fields
+from jaxlm import Trainer, load_config, replace_fields
 
 
 def docstrings() -> Iterator[str]:

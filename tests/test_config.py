@@ -136,6 +136,7 @@ def test_json_round_trip() -> None:
 def test_lists_become_tuples() -> None:
     assert DataConfig(train_files=["a", "b"]).train_files == ("a", "b")  # type: ignore[arg-type]
     assert TrainingConfig(report_to=[]).report_to == ()  # type: ignore[arg-type]
+    assert DataConfig(train_files="a, b").train_files == ("a", "b")  # type: ignore[arg-type]
     assert hash(set_to("data.train_files", ["a"])) == hash(set_to("data.train_files", ("a",)))
 
 
@@ -234,6 +235,12 @@ def of_use(dotted: str) -> dict[str, Any]:
         (
             {"training.min_loss_scale": 32.0, "training.initial_loss_scale_power": 4},
             "training.min_loss_scale (32) exceeds what the dynamic loss scale starts at",
+        ),
+        ({"training.max_time": "soon"}, "training.max_time (soon) must be a time, such as 90s, 30m"),
+        ({"training.max_time": "00:00:00"}, "training.max_time (00:00:00) must be a time, such as 90s, 30m"),
+        (
+            {"training.early_stopping_patience": 3, "data.validation_split": None, "data.validation_fraction": 0},
+            "training.early_stopping_patience (3) needs held-out text, and data.validation_fraction is 0",
         ),
         ({"data.min_length": 1025}, "data.min_length (1025) exceeds data.max_length (1024)"),
         ({"model.vocab_size": 258}, "model.vocab_size (258) must be at least 259"),

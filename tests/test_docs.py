@@ -198,6 +198,7 @@ class Shrunk(Trainer):
     changes: dict[str, Any]
 
     def __init__(self, config: Any, **more: Any) -> None:
+        config = load_config(config) if isinstance(config, str) else config
         named = config.data.train_files or "train_dataset" in more
         own_text = ("data.train_files", "data.validation_files") if named else ()
         changes = {name: value for name, value in self.changes.items() if name not in own_text}

@@ -108,7 +108,7 @@ def test_a_lost_process_ends_the_job_and_the_next_goes_on(tmp_path, corpus):
     job.wait_for(run / "checkpoint_3")
     job.processes[1].send_signal(signal.SIGTERM)
     assert job.codes() == [75, 75], job.output(0)
-    assert "a signal to another process at step" in job.output(0) and "SIGTERM at step" in job.output(1)
+    assert "stopped: SIGTERM at step" in job.output(0) and "stopped: SIGTERM at step" in job.output(1)
     stopped_at = newest(run)
 
     job = Job(tmp_path, config, 2, 2)

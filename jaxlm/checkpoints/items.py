@@ -36,6 +36,7 @@ class Progress:
     rows_taken: int | None = None  # rows of the stream that its updates took; folders from before global_batch could
     # change don't say
     anneal_row: int | None = None  # of the stream, from which on data.anneal_weights hold
+    evaluations_since_best: int = 0  # without a lower validation loss
 
     @property
     def position(self) -> int:

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from flax import nnx
 
 from jaxlm.checkpoints.items import Progress, read_progress
 from jaxlm.checkpoints.save import OPTIMIZER_ITEM, quiet_orbax
@@ -15,7 +16,7 @@ from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.errors import UserError
 from jaxlm.generation.api import generate_one_or_many
 from jaxlm.model import Transformer
-from jaxlm.parallel.split import path_name
+from jaxlm.parallel.split import params_by_name, path_name
 from jaxlm.train.step import TrainState
 
 
@@ -70,3 +71,10 @@ class LoadedModel:
     def generate(self, prompt: str | Sequence[str], **options: Any) -> Any:
         """As `Trainer.generate_text`: `prompt` and a continuation, or a list of them."""
         return generate_one_or_many(self.model, self.tokenizer, prompt, **options)
+
+    def params_by_name(self, *, unstacked: bool = False) -> dict[str, jax.Array]:
+        """The parameters by the names that training.freeze takes, such as "blocks/mlp/up/kernel", [layers, ...].
+
+        With `unstacked`, those of each layer by themselves, such as "blocks/0/mlp/up/kernel".
+        """
+        return params_by_name(nnx.to_pure_dict(nnx.state(self.model)), unstacked=unstacked)

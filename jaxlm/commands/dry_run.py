@@ -9,13 +9,13 @@ import jax
 from jaxlm.config.validate import LARGEST_INT
 from jaxlm.errors import RunFailed, Stopped
 from jaxlm.monitor.metrics import memory_gib
-from jaxlm.monitor.signals import StopRequest
 from jaxlm.monitor.sinks import Sink
 from jaxlm.parallel.processes import say
+from jaxlm.run.result import Result
 from jaxlm.train.assemble import Resolved
 from jaxlm.trainer import Trainer
 
-QUIET = dict.fromkeys(("profile_steps", "histogram_steps", "noise_scale_steps", "layer_norm_steps")) | {
+QUIET = dict.fromkeys(("profile_steps", "histogram_steps", "noise_scale_steps", "layer_norm_steps", "max_time")) | {
     "eval_on_start": False,
     "eval_steps": LARGEST_INT,
 }
@@ -28,11 +28,12 @@ class DryRun(Trainer):
         super().__init__(resolved.with_fields({f"training.{name}": value for name, value in QUIET.items()}), **options)
         self.last_step = min(self.current_step + 1, self.last_step)
 
-    def train(self) -> None:
+    def train(self) -> Result:
         """Makes the update. Raises RunFailed if its loss is not finite."""
         with self._lock:
-            super().train()
+            result = super().train()
         self._lock.put_back()
+        return result
 
     def _open_sinks(self) -> Sequence[Sink]:
         return []
@@ -42,7 +43,7 @@ class DryRun(Trainer):
 
     save_checkpoint = save_model = _write_report = _nothing
 
-    def _end(self, stop: StopRequest, stopping: bool) -> None:
+    def _end(self, stopping: bool) -> Result:
         if stopping:
             raise Stopped("the dry run has written nothing; start it again")
         loss = float(self.step_metrics["loss"])
@@ -53,3 +54,4 @@ class DryRun(Trainer):
             f"dry run: update {self.current_step} works, loss {loss:.4f}, {gib:.2f} GiB of memory at most; "
             f"nothing was written to {self.folder}"
         )
+        return self._result()

@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 from jaxlm.config import SECTIONS, Config, load_config, replace_fields, shipped_configs, shown, type_name
 from jaxlm.config.fields import excerpt, kinds_of, meant
+from jaxlm.config.option import split_list
 from jaxlm.config.schema import FIELDS
 from jaxlm.errors import UserError
 
@@ -139,7 +140,7 @@ def convert(name: str, text: str, annotation: Any) -> Any:
 
 def _convert_list(name: str, text: str) -> tuple[str, ...]:
     if not text.lstrip().startswith("["):
-        return tuple(part.strip() for part in text.split(",") if part.strip())
+        return tuple(split_list(text))
     try:
         values = json.loads(text)
     except (ValueError, RecursionError) as error:

@@ -31,16 +31,23 @@ def option(
     return typing.cast(T, dataclasses.field(default=default, metadata=metadata))
 
 
+def split_list(text: str) -> list[str]:
+    """What stands between commas."""
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
 class Unset(float):
     """A default that the model of training.init_from replaces; the same number, written by a user, stays."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Section:
-    """Fields, read only; a list that is given is kept as a tuple."""
+    """Fields, read only; a list that is given is kept as a tuple, and of text what is between its commas."""
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
+            if isinstance(value, str) and isinstance(field.default, tuple):
+                value = split_list(value)
             if isinstance(value, list):  # lists are welcome in config files; frozen sections hold tuples
                 object.__setattr__(self, field.name, tuple(value))

@@ -40,6 +40,16 @@ class TrainingConfig(Section):
     num_epochs: float = option(3, "passes over the data; a fraction is fine", above=0, resumable=True)
     max_steps: int | None = option(None, "updates to run, instead of num_epochs", low=1, resumable=True)
     stop_at_step: int | None = option(None, "save and end after this update; the schedule stays", low=1, resumable=True)
+    max_time: float | str | None = option(
+        None,
+        "time after which a run saves and ends with 75, to be gone on with: seconds, or such as 30m, 7.5h, 2d, "
+        "1-12:00:00; none: no limit",
+        above=0,
+        resumable=True,
+    )
+    early_stopping_patience: int | None = option(
+        None, "finish after this many evaluations in a row without a lower loss; none: never", low=1, resumable=True
+    )
     learning_rate: float = option(1e-4, "peak learning rate", above=0)
     lr_scheduler: str = option(
         "cosine",

@@ -125,6 +125,22 @@ def profiled_steps(text: str) -> tuple[int, int]:
     return first, last
 
 
+def seconds_of(name: str, value: float | str) -> float:
+    """Seconds, or a text of a time: a number and s, m, h or d, or SLURM's D-HH:MM:SS; UserError names it `name`."""
+    if not isinstance(value, str):
+        return value
+    if found := re.fullmatch(r"(\d+(?:\.\d+)?)([smhd])", value):
+        seconds = float(found[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[found[2]]
+    elif found := re.fullmatch(r"(?:(\d+)-)?(\d+):(\d\d):(\d\d)", value):
+        days, *rest = (int(part or 0) for part in found.groups())
+        seconds = 86400 * days + 3600 * rest[0] + 60 * rest[1] + rest[2]
+    else:
+        seconds = 0
+    if seconds <= 0:
+        raise UserError(f"{name} ({excerpt(value, str)}) must be a time, such as 90s, 30m, 7.5h, 2d or 1-12:00:00")
+    return seconds
+
+
 def xla_option(text: str) -> tuple[str, str | bool]:
     """Name and value of an item of training.xla_options, "NAME=VALUE"; UserError if it is none of that form."""
     found = re.fullmatch(r"(xla_\w+)=(\S+)", text)
@@ -193,6 +209,8 @@ def check_together(config: Config) -> None:
         raise UserError(conflict)
     if config.training.profile_steps is not None:
         profiled_steps(config.training.profile_steps)
+    if config.training.max_time is not None:
+        seconds_of("training.max_time", config.training.max_time)
     for text in config.training.xla_options:
         xla_option(text)
     mixture_options(config.data)
@@ -234,6 +252,7 @@ def _mixture_conflicts(config: Config) -> Iterator[str]:
 def _conflicts(config: Config) -> Iterator[str]:
     """What does not fit together."""
     model, training, data = config.model, config.training, config.data
+    unused = without_use(data)
     yield from _model_conflicts(model)
     tensor = training.tensor_parallel
     for name, size in {"n_heads": model.n_heads, "n_kv_heads": model.kv_heads, "d_ff": model.d_ff}.items():
@@ -251,6 +270,11 @@ def _conflicts(config: Config) -> Iterator[str]:
             "has one; raise training.batch_size or training.gradient_accumulation_steps, or leave it out"
         )
     yield from _lora_conflicts(training)
+    if training.early_stopping_patience and not (data.validation_fraction or "data.validation_fraction" in unused):
+        yield (
+            f"training.early_stopping_patience ({training.early_stopping_patience}) needs held-out text, and "
+            f"data.validation_fraction is {data.validation_fraction}; raise that, or leave it out"
+        )
     if data.max_length > model.max_seq_len:
         yield f"data.max_length ({data.max_length}) exceeds model.max_seq_len ({model.max_seq_len}); lower it"
     if model.vocab_size < 259 and data.tokenizer_path is None and training.init_from is None:
@@ -261,7 +285,7 @@ def _conflicts(config: Config) -> Iterator[str]:
     yield from _mixture_conflicts(config)
     if data.validation_files and not (data.train_files or data.sources):
         yield "data.validation_files is set but data.train_files is not; set both, or validation_split"
-    for name, by in without_use(data).items():
+    for name, by in unused.items():
         value, reason = operator.attrgetter(name, by)(config)
         if value not in (None, FIELDS[name].default):
             none = "" if by == "data.dataset_name" else f", or set {by} {'[]' if by.endswith('files') else 'none'}"

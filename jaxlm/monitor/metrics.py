@@ -97,6 +97,10 @@ class MetricsTracker:
         for name, value in row.items():
             self.history.setdefault(name, {})[step] = value
 
+    def row(self, step: int) -> Row:
+        """What has been added to the row of `step`, until it is written."""
+        return dict(self._pending.get(step, {}))
+
     def flush(self, step: int) -> None:
         """Writes the rows of all steps up to `step`; without any, does nothing."""
         for complete in sorted(s for s in self._pending if s <= step):

@@ -68,10 +68,3 @@ def _print(text: str) -> None:
     """Prints a line on stderr, without Python's buffers: the signal may have come while they were in use."""
     with contextlib.suppress(OSError):
         os.write(2, f"\n{text}\n".encode())
-
-
-def stopped(by: signal.Signals | None, step: int, save_error: str | None) -> Stopped:
-    """What ends a run after update `step`; another process got the signal if `by` is None."""
-    name = "a signal to another process" if by is None else by.name
-    saved = "it is saved" if save_error is None else f"that step was not saved ({save_error})"
-    return Stopped(f"{name} at step {step}; {saved}, the same command goes on")

@@ -38,6 +38,18 @@ def path_name(path: Path) -> str:
     return "/".join(str(getattr(e, "key", getattr(e, "name", getattr(e, "idx", "")))) for e in path)
 
 
+def params_by_name(params: Params, *, unstacked: bool = False) -> dict[str, jax.Array]:
+    """The parameters by the names that training.freeze takes, such as "blocks/mlp/up/kernel", [layers, ...].
+
+    With `unstacked`, those of each layer by themselves, such as "blocks/0/mlp/up/kernel".
+    """
+    named = {path_name(path): x for path, x in jax.tree_util.tree_leaves_with_path(params)}
+    if not unstacked:
+        return named
+    layers = {f"blocks/{i}/{n[7:]}": x[i] for n, x in named.items() if n.startswith("blocks/") for i in range(len(x))}
+    return {name: x for name, x in named.items() if not name.startswith("blocks/")} | layers
+
+
 @dataclasses.dataclass(frozen=True)
 class Split:
     """How one parameter is divided."""

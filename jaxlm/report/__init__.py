@@ -1,6 +1,7 @@
 """The report of a run, or of several compared: one HTML file that shows everything its folder knows."""
 
 from collections.abc import Callable, Sequence
+from html import escape
 from pathlib import Path
 
 from jinja2 import TemplateError
@@ -8,7 +9,7 @@ from jinja2 import TemplateError
 from jaxlm.data.atomic import atomic_write
 from jaxlm.errors import UserError, one_line
 from jaxlm.report.page import page
-from jaxlm.report.runs import read_runs
+from jaxlm.report.runs import read_run, read_runs
 
 FILE = "report.html"
 
@@ -28,6 +29,11 @@ def write_report(folders: Sequence[Path], out: Path) -> None:
         atomic_write(out, html)
     except OSError as error:
         raise UserError(f"{out}: cannot be written ({error.strerror}); name another file with --out") from error
+
+
+def frame(folder: Path) -> str:
+    """The report of the run in `folder` as HTML to stand in a notebook. Raises UserError as `write_report`."""
+    return f'<iframe srcdoc="{escape(page([read_run(folder)]))}" style="width:100%;height:600px;border:0"></iframe>'
 
 
 def write_report_of_run(folder: Path, say: Callable[[str], None]) -> None:

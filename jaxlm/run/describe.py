@@ -9,6 +9,7 @@ from jaxlm.data.atomic import atomic_write
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.monitor.start_report import StartReport
 from jaxlm.parallel.processes import say
+from jaxlm.run.result import Result
 
 
 def describe_run(folder: Path, config: Config, tokenizer: Tokenizer, start: StartReport, step: int) -> None:
@@ -24,9 +25,10 @@ def describe_run(folder: Path, config: Config, tokenizer: Tokenizer, start: Star
     start.append_to(folder)
 
 
-def describe_end(folder: Path, step: int, total_steps: int) -> str:
-    """Where a run that has stopped as it should has left what."""
-    if step < total_steps:
-        return f"stopped at step {step} of {total_steps} as asked; saved in {folder}"
-    best = folder / "best_model"
-    return f"finished: {folder / 'final_model'}" + f", best validation loss in {best}" * best.is_dir()
+def describe_end(result: Result) -> str:
+    """Where a run that has ended as it should has left what."""
+    at, best = f"at step {result.step} of {result.total_steps}", result.best_model
+    if not result.finished:
+        return f"stopped {at} as asked; saved in {result.folder}"
+    early = f" early, {at}" * (result.step < result.total_steps)
+    return f"finished{early}: {result.final_model}" + f", best validation loss in {best}" * (best is not None)

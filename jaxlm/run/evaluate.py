@@ -1,8 +1,9 @@
 """The loss of a saved model on a text."""
 
 import dataclasses
+import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from operator import attrgetter
 from typing import Any
 
@@ -18,12 +19,47 @@ from jaxlm.data.tokens import Prepared, prepare_all
 from jaxlm.errors import UserError
 from jaxlm.parallel.layout import Layout
 from jaxlm.parallel.mesh import make_mesh
+from jaxlm.parallel.processes import say
+from jaxlm.run.load import load
 from jaxlm.run.text import longest_piece, pack_all, untrained_positions
 from jaxlm.train.evaluate import evaluate_batches
 from jaxlm.train.step import make_eval_step
 
 NAMES = "dataset_name dataset_config dataset_split validation_split train_files validation_files validation_fraction"
 TEXT = [f"data.{name}" for name in [*NAMES.split(), "sources"]]
+
+
+def evaluate(
+    model: str | os.PathLike[str] | LoadedModel,
+    files: str | Sequence[str] = (),
+    *,
+    batch_size: int | None = None,
+    **data: Any,
+) -> dict[str, Any]:
+    """The loss of a saved model on its run's held-out text, or on another that is named, as `jaxlm evaluate` has it.
+
+    Args:
+      model: what `load` opens, or what it returned.
+      files: to evaluate all of.
+      batch_size: rows evaluated at once; None: as in training.
+      data: fields of DataConfig, such as dataset_name="python-stdlib".
+
+    Returns:
+      As `evaluate_model`.
+
+    Raises:
+      UserError: no such model, a text that is not usable or does not fit the model, or none is named and it has none.
+    """
+    given = {f"data.{name}": value for name, value in data.items()}
+    if files:
+        given["data.validation_files"] = files
+    if batch_size is not None and batch_size < 1:
+        raise UserError(f"batch_size ({batch_size}) must be at least 1")
+    loaded = model if isinstance(model, LoadedModel) else load(model)
+    if loaded.progress is None and not given.keys() & set(TEXT):
+        raise UserError(f"model ({loaded.folder}): no run of jaxlm's, so it has no held-out text; name files")
+    chosen = text_to_evaluate(loaded.config, given)
+    return evaluate_model(loaded, chosen, batch_size or loaded.config.training.batch_size, say)
 
 
 def text_to_evaluate(config: Config, given: Mapping[str, Any]) -> DataConfig:

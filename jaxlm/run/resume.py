@@ -14,6 +14,7 @@ from jaxlm.errors import UserError
 from jaxlm.parallel.mesh import row_shards, show_row_shards
 from jaxlm.parallel.processes import barrier, is_leader, say
 from jaxlm.report.runs import read_lines
+from jaxlm.run.ending import stops_early
 from jaxlm.train.assemble import Resolved
 from jaxlm.train.schedules import Schedule, build_schedule
 
@@ -159,5 +160,7 @@ def is_finished(config: Config, run_folder: Path, checkpoint: Path | None, total
             end = f"is of step {step:,}, and this run ends at {total_steps:,}"
             raise UserError(f"training.resume_from_checkpoint ({named}): {end}; raise training.num_epochs or max_steps")
         return False
+    if checkpoint is not None and stops_early(config.training, read_progress(checkpoint).evaluations_since_best):
+        total_steps = min(step, total_steps)
     at_end = total_steps <= step and folder.damage_anywhere(final) is None
     return at_end and read_progress(final).step >= total_steps
