@@ -3,6 +3,7 @@
 tokenizing   `prepare` (read, split, tokenize, write) against the bare tokenizers library, same text, same threads
 packing      rows for millions of documents, each strategy: seconds, and memory against the documents' lengths
 loading      batches of the small model from the embedded corpus: tokens/s of one process
+mixing       the same from a mixture of three sources, random tokens in 10,000, 3,000 and 1,000 rows, at 0.6, 0.3, 0.1
 larger       the same from a file of random tokens larger than the memory that the process may have
 
 Each measurement runs in a process of its own. README.md, next to this file, has the method.
@@ -140,11 +141,31 @@ def loading(options: dict[str, Any]) -> list[dict[str, Any]]:
     return [{"part": "loading", "what": "embedded corpus", "rows": len(plan), **rate, "peak_bytes": peak_bytes()}]
 
 
-def flow(rows: Any, options: dict[str, Any]) -> dict[str, Any]:
+def mixing(options: dict[str, Any]) -> list[dict[str, Any]]:
+    """Batches of a mixture with annealing, from both sides of where it begins."""
+    from jaxlm.data.loader import Rows
+    from jaxlm.data.mixture import Mixture
+    from jaxlm.data.packing import plan
+    from jaxlm.data.tokens import TokenDocuments
+
+    parts = {}
+    for name, rows in (("large", 10_000), ("middle", 3000), ("small", 1000)):
+        folder = Path(options["folder"]) / name
+        folder.mkdir()
+        write_tokens(folder, 2 * rows * options["seq_len"], options["mean_length"])
+        documents = TokenDocuments(folder, "train", np.dtype(np.uint16))
+        parts[name] = Rows(documents, plan(documents.offsets, options["seq_len"], 2, "first_fit", True))
+    mixture = Mixture(parts, [[6, 3, 1], [1, 6, 3]])
+    facts = {"rows": len(mixture), "updates_before_annealing": 100}
+    rate = flow(mixture, options, anneal_row=100 * options["rows_a_batch"])
+    return [{"part": "mixing", "what": "three sources", **facts, **rate, "peak_bytes": peak_bytes()}]
+
+
+def flow(rows: Any, options: dict[str, Any], **more: Any) -> dict[str, Any]:
     """Takes batches for `options["seconds"]`; tokens/s, padding counted, as in the speed of training."""
     from jaxlm.data.loader import train_batches
 
-    with contextlib.closing(train_batches(rows, SEED, options["rows_a_batch"], 1, 0)) as batches:
+    with contextlib.closing(train_batches(rows, SEED, options["rows_a_batch"], 1, 0, **more)) as batches:
         for _ in range(3):
             next(batches)
         start, cpu, tokens = time.perf_counter(), time.process_time(), 0
@@ -214,6 +235,7 @@ PARTS: dict[str, Callable[[dict[str, Any]], list[dict[str, Any]]]] = {
     "tokenizing": tokenizing,
     "packing": packing,
     "loading": loading,
+    "mixing": mixing,
     "larger": larger,
 }
 STRATEGIES = ("greedy", "first_fit", "best_fit", "concat")  # of packing

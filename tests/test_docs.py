@@ -261,6 +261,9 @@ class Reader:
             cut = {dotted: value for dotted, value in data_of(self.corpus).items() if f"--{dotted}" not in given} | TINY
             if "sums.jsonl" in given:  # a part of these is held out
                 del cut["data.validation_files"]
+            if "--data.sources" in given:
+                del cut["data.train_files"], cut["data.validation_files"]
+                cut["data.anneal_from"] = 2
             if "--training.profile_steps" in given:
                 cut["training.profile_steps"] = "2:2"  # of as few updates as there are
         elif name == "evaluate":

@@ -120,7 +120,7 @@ def start(content: Content) -> str:
 
 def data(content: Content) -> str:
     """Of data.py: one row a measurement, each with what matters of it."""
-    shown = {"tokenizing": _tokenizing, "packing": _packing, "loading": _loading, "larger": _larger}
+    shown = {"tokenizing": _tokenizing, "packing": _packing, "loading": _loading, "mixing": _loading, "larger": _larger}
     rows = [[result["part"], result["what"], *shown[result["part"]](result)] for result in content["results"]]
     return f"{_machine(content)}.\n\n" + markdown(["", "", "of", ">rate or time", ">memory"], rows)
 

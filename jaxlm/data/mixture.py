@@ -1,7 +1,7 @@
 """Several sources as one: which of them each row of the stream is of, exact in number and known for every place.
 
-grain permutes the rows of each source, as it does those of a single text. Its own `mix` rounds weights, so that 0.7 and
-0.3 become 233 and 100, and lets a third source be two rows late; it has one set of weights.
+grain permutes the rows of each source, as it does those of a single text. Its own `mix` (0.2.18) cuts weights to whole
+numbers, 0.7 and 0.3 to 233 and 100, lets one source of six be three rows off, and has one set of weights.
 """
 
 import sys
