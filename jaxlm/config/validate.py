@@ -116,6 +116,22 @@ def profiled_steps(text: str) -> tuple[int, int]:
     return first, last
 
 
+def seconds_of(name: str, value: float | str) -> float:
+    """Seconds, or a text of a time: a number and s, m, h or d, or SLURM's D-HH:MM:SS; UserError names it `name`."""
+    if not isinstance(value, str):
+        return value
+    if found := re.fullmatch(r"(\d+(?:\.\d+)?)([smhd])", value):
+        seconds = float(found[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[found[2]]
+    elif found := re.fullmatch(r"(?:(\d+)-)?(\d+):(\d\d):(\d\d)", value):
+        days, *rest = (int(part or 0) for part in found.groups())
+        seconds = 86400 * days + 3600 * rest[0] + 60 * rest[1] + rest[2]
+    else:
+        seconds = 0
+    if seconds <= 0:
+        raise UserError(f"{name} ({excerpt(value, str)}) must be a time, such as 90s, 30m, 7.5h, 2d or 1-12:00:00")
+    return seconds
+
+
 def xla_option(text: str) -> tuple[str, str | bool]:
     """Name and value of an item of training.xla_options, "NAME=VALUE"; UserError if it is none of that form."""
     found = re.fullmatch(r"(xla_\w+)=(\S+)", text)
