@@ -142,10 +142,10 @@ def losses(run: Path) -> list[tuple[int, float]]:
 
 
 def test_each_run_is_what_it_would_be_alone(swept: Path, tmp_path: Path, patch: pytest.MonkeyPatch) -> None:
-    """With a program of its own, and no run before it; the programs of the sweep were two."""
-    best = replace_fields(
-        load_config(str(swept / "best_config.json")), {"training.checkpoint_dir": str(tmp_path / "x")}
-    )
+    """With a program of its own, and no run before it."""
+    best = load_config(str(swept / "best_config.json"))
+    assert (best.training.learning_rate, best.training.seed) == (0.01, 1)
+    last = replace_fields(best, {"training.checkpoint_dir": str(tmp_path / "x"), SEED: 2})
     patch.setattr(assemble, "_assembled", assemble.Assembly)
     trainer = Trainer(last)
     trainer.train()

@@ -36,6 +36,7 @@ def text_to_evaluate(config: Config, given: Mapping[str, Any]) -> DataConfig:
       UserError: two texts are named, or the run held out none.
     """
     own, other, name = config.data, dict[str, Any](), given.get("data.dataset_name")
+    first = {"data.max_documents": None} if given.keys() & set(TEXT) else {}
     files, held_out = given.get("data.train_files"), given.get("data.validation_files")
     if files and held_out:
         raise UserError(f"data.train_files ({shown(files)}) and data.validation_files ({shown(held_out)}): name one")
@@ -52,7 +53,7 @@ def text_to_evaluate(config: Config, given: Mapping[str, Any]) -> DataConfig:
             other |= {"data.validation_split": None, "data.validation_fraction": 0}
     elif own.validation_fraction == 0 and not given.keys() & set(TEXT):
         raise UserError("data.validation_fraction (0): this run held out no text; name one with --files")
-    return replace_fields(config, other | dict(given)).data
+    return replace_fields(config, first | other | dict(given)).data
 
 
 def evaluate_model(
