@@ -18,6 +18,7 @@ from jaxlm.commands import (
     plan,
     report,
     resume,
+    sweep,
     train,
 )
 from jaxlm.commands.exits import run_and_exit
@@ -30,6 +31,7 @@ COMMANDS = {
     for module in (
         train,
         resume,
+        sweep,
         evaluate,
         generate,
         chat,

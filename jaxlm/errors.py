@@ -11,6 +11,10 @@ class RunFailed(Exception):
     """Training can't go on, for a reason that is no bug and was not there at the start. Exit code 1."""
 
 
+class Diverged(RunFailed):
+    """What the numbers of a run have become leaves nothing to train."""
+
+
 class Stopped(BaseException):  # as KeyboardInterrupt: no library may take it for an error of its own
     """A signal asked the run to stop; its state is saved and the same command goes on. Exit code 75."""
 

@@ -128,6 +128,15 @@ def test_start(tmp_path: Path, corpus: Path) -> None:
     assert "| compiling the step |" in shown
 
 
+def test_sweep(tmp_path: Path, corpus: Path) -> None:
+    sizes = [option.replace("--", "--model.") for option in SMALLEST if "seq_len" not in option]
+    text = [f"--data.train_files={corpus / 'train.jsonl'}", f"--data.validation_files={corpus / 'validation.jsonl'}"]
+    shown, report = run(tmp_path, "sweep.py", "--points=2", "--updates=2", after=[*sizes, *text])
+    starts, one = report["results"]
+    assert len(starts["runs"]) == len(one["runs"]) == 2 and sum(one["runs"]) < one["seconds"]
+    assert starts["seconds"] == sum(starts["runs"]) and "| 2 runs, sweep.py |" in shown
+
+
 def test_growth(tmp_path: Path) -> None:
     shown, report = run(
         tmp_path, "growth.py", "--only", "layers", "documents", "--layers=1", "--documents", "64", "256"
@@ -308,7 +317,7 @@ def test_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
     kept = sorted((BENCHMARKS / "results").glob("*_*.json"))
     assert kept
     for result in kept:
-        if result.name.startswith(("data", "gpu")):  # which have tables alone
+        if result.name.startswith(("data", "gpu", "sweep")):  # which have tables alone
             continue
         monkeypatch.setattr(sys, "argv", ["plot.py", str(result), "--out", str(picture)])
         plot.main()

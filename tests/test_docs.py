@@ -257,7 +257,7 @@ class Reader:
         cut: dict[str, Any] = {}
         if name == "resume":
             cut = {"data.cache_dir": str(self.corpus / "cache")}
-        elif name in ("train", "inspect"):
+        elif name in ("train", "inspect", "sweep"):
             cut = {dotted: value for dotted, value in data_of(self.corpus).items() if f"--{dotted}" not in given} | TINY
             if "sums.jsonl" in given:  # a part of these is held out
                 del cut["data.validation_files"]

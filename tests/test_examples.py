@@ -42,14 +42,6 @@ def left_by_own_block(folder: Path) -> None:
         Trainer(from_dict(config, "config.json"))
 
 
-def left_by_sweep(folder: Path) -> None:
-    runs = [path for path in (folder / "runs/sweep").iterdir() if path.is_dir()]
-    assert {run.name for run in runs} == {"0.0003", "0.001", "0.003"}
-    assert {rows(run)[-1]["step"] for run in runs} == {2}
-    report = (folder / "runs/sweep/report.html").read_text(encoding="utf-8")
-    assert all(f">{run.name}<" in report for run in runs)
-
-
 def left_by_sums(folder: Path) -> None:
     first, *_ = talks = [json.loads(line)["messages"] for line in (folder / "sums.jsonl").read_text().splitlines()]
     assert len(talks) == 4000

@@ -280,6 +280,26 @@ def test_validation_file_that_is_trained_on_is_refused(tmp_path) -> None:
         )
 
 
+def test_the_first_documents(tmp_path) -> None:
+    """Of training and of validation text each; what is left out does not count, and what is behind is not looked at."""
+    write_jsonl(tmp_path / "a.jsonl", ["one", "", "two", "three"])
+    with (tmp_path / "a.jsonl").open("a") as file:
+        file.write("bad\n")
+    write_jsonl(tmp_path / "b.jsonl", ["four", "five", "six"])
+    given = {"validation_files": (str(tmp_path / "b.jsonl"),), "max_documents": 2}
+    source = open_source(files(tmp_path / "a.jsonl", **given))
+    assert {part: texts(read()) for part, read in source.parts.items()} == {
+        "train": ["one", "two"],
+        "validation": ["four", "five"],
+    }
+    assert source.left_out["training text"].empty == 1 and source.name.endswith(", 2 documents at most")
+    split = open_source(files(tmp_path / "b.jsonl", validation_fraction=0.5, max_documents=2))
+    assert sorted(text for read in split.parts.values() for text in texts(read())) == ["five", "four"]
+    assert texts_of(files(tmp_path / "b.jsonl", max_documents=9)) == ["four", "five", "six"]
+    with pytest.raises(UserError, match="line 5: bad JSON"):
+        texts_of(files(tmp_path / "a.jsonl", max_documents=4))
+
+
 def test_separator_splits_documents(tmp_path) -> None:
     (tmp_path / "a.txt").write_bytes(b"one --- one\r\n ---\r\n\r\n---\n<|endoftext|>two<|endoftext|>\nthree")
     line, marker = (files(tmp_path / "a.txt", document_separator=x) for x in ("---", "<|endoftext|>"))
@@ -502,6 +522,7 @@ def test_second_start_uses_the_cache(data: DataConfig, monkeypatch: pytest.Monke
         {"on_bad_document": "skip"},
         {"document_separator": "<>"},
         {"min_length": 30},
+        {"max_documents": 10},
     ],
 )
 def test_settings_that_matter_make_new_tokens(data: DataConfig, tmp_path, change: dict) -> None:

@@ -277,7 +277,8 @@ def test_which_text_is_evaluated(tmp_path, corpus):
     library = {"dataset_name": "python-stdlib"}
     files = {"train_files": ("t",), "validation_files": ("v",)}
     assert evaluated(hub) == evaluated(files) == evaluated(library) == {}
-    assert evaluated(hub, dataset_name="a/b") == {}
+    assert evaluated(hub, dataset_name="a/b") == evaluated(files | {"max_documents": 9}) == {}
+    assert evaluated(hub | {"max_documents": 9}, validation_split="test")["max_documents"] is None
     new = {"dataset_name": "c/d", "dataset_split": "train", "validation_split": "validation"}
     assert evaluated(hub, dataset_name="c/d") == new
     assert evaluated(files, dataset_name="c/d") == {"dataset_name": "c/d", "validation_files": ()}

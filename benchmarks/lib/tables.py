@@ -219,6 +219,16 @@ def recipes(content: Content) -> str:
     return markdown(["text", ">seed", *heads, ">lowest in that time"], rows)
 
 
+def sweep(content: Content) -> str:
+    """Of sweep.py: all runs by separate commands, and by one."""
+    starts, one = content["results"]
+    rows = [
+        [f"{len(result['runs'])} runs, {result['what']}", f"{result['seconds']:.1f} s", f"{share:.2f}x"]
+        for result, share in ((starts, 1.0), (one, one["seconds"] / starts["seconds"]))
+    ]
+    return f"{_machine(content)}.\n\n" + markdown(["", ">seconds", ">of the time"], rows)
+
+
 TABLES: dict[str, Callable[[Content], str]] = {
     "cpu": speed,
     "start": start,
@@ -226,6 +236,7 @@ TABLES: dict[str, Callable[[Content], str]] = {
     "growth": growth,
     "gpu": gpu,
     "recipes": recipes,
+    "sweep": sweep,
 }
 
 

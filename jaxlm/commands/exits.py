@@ -34,7 +34,7 @@ def run_and_exit(command: Callable[[], None]) -> NoReturn:
             os._exit(EXIT_STOPPED)
         sys.exit(EXIT_STOPPED)
     except RuntimeError as error:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         _exit(f"failed: {OUT_OF_MEMORY} ({printable(error)})", EXIT_FAILED)
     except BrokenPipeError:  # the reader of our output went away, as with `| head`: end quietly
@@ -45,7 +45,7 @@ def run_and_exit(command: Callable[[], None]) -> NoReturn:
     sys.exit(0)
 
 
-def _is_out_of_memory(error: RuntimeError) -> bool:
+def is_out_of_memory(error: RuntimeError) -> bool:
     """Whether JAX reports that a device's memory is full; does not import JAX."""
     jax = sys.modules.get("jax")
     return jax is not None and isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error)

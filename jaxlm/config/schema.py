@@ -311,6 +311,9 @@ class DataConfig(Section):
         "stop before the run, or skip: it is left out, and that is said",
         choices=("stop", "skip"),
     )
+    max_documents: int | None = option(
+        None, "only so many documents, the first, of each text that is read, for a quick try; none: all", low=1
+    )
     tokenizer_path: str | None = option(None, "a tokenizer.json of your own, instead of training one", path=True)
     bos_token: str | None = option(None, "token that begins a document; none: as the tokenizer's folder or names say")
     eos_token: str | None = option(None, "token that ends a document and a generated text; none: as for bos_token")

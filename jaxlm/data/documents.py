@@ -59,24 +59,31 @@ class LeftOut:
 
     def __init__(self, data: DataConfig) -> None:
         self._skip, self._separator = data.on_bad_document == "skip", data.document_separator
+        self._most = data.max_documents
         self.empty, self.bad, self.first = 0, 0, list[str]()  # first: descriptions of the first bad ones
         self.parts = 0  # that documents were split into
         self._passed_over: dict[str, list[str]] = {}  # {reason: places of the first}
         self._reasons = Counter[str]()
 
     def good(self, read: Callable[[], Found], where: str) -> Iterator[Document]:
-        """A new pass over `read`, without what is left out; UserError, which `where` begins, if nothing is left."""
+        """A new pass over `read`, without what is left out, up to data.max_documents.
+
+        Raises:
+          UserError: nothing is left; `where` begins it.
+        """
         self.empty, self.bad, self.first, self.parts = 0, 0, [], 0
-        nothing = True
+        taken = 0
         for document in read() if self._separator is None else self._split(read(), self._separator):
             if isinstance(document, UserError):
                 self.add(document)
             elif document.text:
-                nothing = False
+                taken += 1
                 yield document
+                if taken == self._most:
+                    break
             else:
                 self.empty += 1
-        if nothing:
+        if not taken:
             raise UserError("; ".join([f"{where} holds no text", *self._bad_ones()]))
 
     def _split(self, found: Found, separator: str) -> Found:

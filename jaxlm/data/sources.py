@@ -119,6 +119,8 @@ def _source(
     sizes = {part: found.size for part, found in parts.items()}
     about = left_out, format_, first_question(format_, first), sizes
     fingerprint = "-".join(found.fingerprint for found in parts.values())
+    if data.max_documents is not None:
+        name, fingerprint = f"{name}, {data.max_documents:,} documents at most", f"{fingerprint}+{data.max_documents}"
     if not splits:
         return Source(name, fingerprint, {**documents}, None, *about)
     split = HeldOut(documents["train"], data.validation_fraction, parts["train"].where, format_.kind == "text")

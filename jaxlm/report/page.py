@@ -4,13 +4,14 @@ import math
 import re
 import time
 from collections.abc import Iterator, Sequence
+from functools import cache
 from importlib.resources import files
 from itertools import pairwise
 from operator import itemgetter
 from statistics import fmean
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 import jaxlm
 from jaxlm.report.runs import Points, Run, differing_options, number, side_by_side
@@ -39,13 +40,18 @@ NOISY = {"train/loss", "train/grad_norm", "train/tokens_per_second", "train/mfu"
 SYMBOLS = {"resumed": "\u250a", "changed": "\u25c6", "spike": "\u25be", "skipped": "\u2715", "not finite": "\u2715"}
 
 
-def page(runs: Sequence[Run]) -> str:
-    """The HTML of a run, or of several compared."""
+@cache
+def _template() -> Template:
     environment = Environment(
         loader=PackageLoader("jaxlm", "report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
     environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
-    html = environment.get_template("template.html").render(
+    return environment.get_template("template.html")
+
+
+def page(runs: Sequence[Run]) -> str:
+    """The HTML of a run, or of several compared."""
+    html = _template().render(
         runs=runs,
         charts=list(charts(runs)),
         courses=[courses_of(run) for run in runs],

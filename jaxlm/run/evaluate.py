@@ -74,6 +74,7 @@ def text_to_evaluate(config: Config, given: Mapping[str, Any]) -> DataConfig:
     if given.keys() & {"data.sources", "data.anneal_weights", "data.anneal_from"}:
         raise UserError(f"data.sources ({shown(given.get('data.sources', ()))}): name what is evaluated with --files")
     own, other, name = config.data, dict[str, Any](), given.get("data.dataset_name")
+    first = {"data.max_documents": None} if given.keys() & set(TEXT) else {}
     files, held_out = given.get("data.train_files"), given.get("data.validation_files")
     if files and held_out:
         raise UserError(f"data.train_files ({shown(files)}) and data.validation_files ({shown(held_out)}): name one")
@@ -90,7 +91,7 @@ def text_to_evaluate(config: Config, given: Mapping[str, Any]) -> DataConfig:
             other |= {"data.validation_split": None, "data.validation_fraction": 0}
     elif own.validation_fraction == 0 and not given.keys() & set(TEXT):
         raise UserError("data.validation_fraction (0): this run held out no text; name one with --files")
-    return replace_fields(config, other | dict(given)).data
+    return replace_fields(config, first | other | dict(given)).data
 
 
 def evaluate_model(

@@ -6,7 +6,7 @@ from pathlib import Path
 import jax
 
 from jaxlm.data.loader import AnyRows, documents_of_step
-from jaxlm.errors import RunFailed
+from jaxlm.errors import Diverged
 from jaxlm.monitor.anomalies import LossSpikes, SkippedUpdates
 from jaxlm.train.assemble import Resolved
 from jaxlm.train.precision import scales_loss, scales_loss_dynamically
@@ -48,7 +48,7 @@ class NumbersJudge:
           values: the metrics of update `step`.
 
         Raises:
-          RunFailed: float16 has no smaller scale to try, or too many updates in a row were skipped.
+          Diverged: float16 has no smaller scale to try, or too many updates in a row were skipped.
         """
         spike = self._spikes.look(values["loss"])
         if spike is not None:
@@ -79,4 +79,4 @@ class NumbersJudge:
             cure = "a lower training.loss_scale, or 0" if scales_loss(training) else "a lower training.learning_rate"
         newest = self.newest_checkpoint()
         last = "nothing was saved yet" if newest is None else f"the last checkpoint is {newest}"
-        raise RunFailed(f"step {step}: {what}; {last}. Start over with {cure}, and --fresh")
+        raise Diverged(f"step {step}: {what}; {last}. Start over with {cure}, and --fresh")
