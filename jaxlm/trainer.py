@@ -147,7 +147,7 @@ class Trainer(RunModel):
             say(line)
         if self._pretrained is not None:
             say(f"parameters: those of {training.init_from} ({self._pretrained.kind})")
-        if training.stop_at_step is not None:
+        if training.stop_at_step is not None and not self.finished:
             say(f"stopping at step {self.last_step}")
         if self.finished:
             longer = "a larger training.early_stopping_patience goes on, " * (self.current_step < self.total_steps)
@@ -171,6 +171,8 @@ class Trainer(RunModel):
         with ExitStack() as opened:
             opened.callback(self._lock.release)
             opened.enter_context(self._watchdog)
+            with self._lock, self._watchdog.during("compiling the step"):  # so does one that is stopped here
+                self.train_step = compile_step(self.assembly, self.config.training.compiled_program)
             self._begin(opened)
             self._hooks.call("on_start")
             self._hooks.raise_error("nothing was trained since the start")
@@ -226,7 +228,7 @@ class Trainer(RunModel):
         return self.current_step % every == 0 or self.current_step == self.total_steps
 
     def _begin(self, opened: ExitStack) -> None:
-        """Writes what describes the run, opens the sinks and compiles the step; `opened` closes everything."""
+        """Writes what describes the run and opens the sinks; `opened` closes everything."""
         if is_leader():
             opened.callback(self._write_report)  # called last
         self._progress = Progress(self.current_step, self.last_step, shown=is_leader())
@@ -237,8 +239,6 @@ class Trainer(RunModel):
         barrier("prepared the folder")
         self.checkpoints = Checkpoints(self.folder, self.config.training.save_total_limit, say)
         opened.callback(self.checkpoints.close)  # which waits for the saves
-        with self._watchdog.during("compiling the step"):
-            self.train_step = compile_step(self.assembly, self.config.training.compiled_program)
         about = self.config, self.assembly, self.total_steps, self.metrics_tracker, self._throughput, self._watchdog
         self._probes = Probes(*about, self._progress.line)
         self._watchdog.updated(self.current_step)

@@ -371,7 +371,7 @@ ON_RUN = {
         r"\({run}/best_model\): is not a checkpoint", "--resume_from_checkpoint", "{run}/best_model"
     ),
     "a checkpoint beyond the run's end": on_run(
-        r"\({run}/checkpoint_4\): is of step 4, and this run ends at 2; raise training\.num_epochs or max_steps",
+        r"{run}/checkpoint_4 is of step 4, and this run would end at 2; raise training\.num_epochs or",
         *("--resume_from_checkpoint", "{run}/checkpoint_4", "--training.max_steps", "2"),
     ),
     "damaged parameters": on_run(

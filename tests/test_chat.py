@@ -409,7 +409,7 @@ def test_inspect_shows_what_is_learned(tmp_path: Path, talks: str) -> None:
     shown = "\n".join(describe_row(rows, 0, found.tokenizer, 0, 10_000))
     answers = re.findall(r"\[\[(.*?)\]\]", shown)
     assert answers
-    assert all(re.fullmatch(r"It is \d+\.", answer) for answer in answers)
+    assert all(re.fullmatch(r"It is \d+\.<eos>", answer) for answer in answers)
     assert f"({rows[0]['loss_mask'].sum()} learned)" in shown
 
 

@@ -63,7 +63,7 @@ def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]
         ("data.dataset_config", "none", None),
         ("data.tokenizer_path", "7", "7"),
         ("data.train_files", "[]", ()),
-        ("data.train_files", "", ()),
+        ("data.train_files", "", ("",)),  # refused later: it names no file
         ("data.train_files", '["a b.txt", "c,d.txt"]', ("a b.txt", "c,d.txt")),
         ("data.train_files", "a.txt, b.txt", ("a.txt", "b.txt")),
         ("data.train_files", "a.txt", ("a.txt",)),
@@ -75,6 +75,13 @@ def test_values(name: str, text: str, value: object) -> None:
         given = parse(*arguments)
         assert given == {name: value}
         assert type(given[name]) is type(value)
+
+
+def test_values_of_a_list_may_each_have_an_option() -> None:
+    given = parse(
+        "--data.train_files", "a.txt", "--data.train_files", '["b.txt"]', "--training.seed", "1", "--training.seed=2"
+    )
+    assert given == {"data.train_files": ("a.txt", "b.txt"), "training.seed": 2}
 
 
 def test_a_field_without_its_dashes_is_understood() -> None:

@@ -13,7 +13,7 @@ from jaxlm import Trainer, load
 from jaxlm.__main__ import run as command
 from jaxlm.checkpoints.items import read_config, read_progress
 from jaxlm.config import load_config, replace_fields
-from jaxlm.errors import UserError
+from jaxlm.errors import Stopped, UserError
 from jaxlm.report.runs import read_run
 
 BATCH = "training.gradient_accumulation_steps"
@@ -111,6 +111,47 @@ def test_a_dry_run_makes_an_update_and_writes_nothing(run, capfd):
     assert "dry run: update 3 works, loss 5." in capfd.readouterr().err
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.name != ".lock"} == before
     assert Trainer(load_config(str(run / "config.json"))).current_step == 2  # the lock is free again
+
+
+def test_the_command_and_resume_go_on_by_turns(tmp_path, corpus):
+    """The vocabulary that was asked for is not the one that so little text gives."""
+    sizes = {"model.n_layers": 1, "model.d_model": 16, "model.vocab_size": 5000}
+    config = make_config(tmp_path, corpus, **sizes)
+    Trainer(replace_fields(config, {"training.stop_at_step": 1})).train()
+    resume(tmp_path / "run", "--training.stop_at_step", "2")
+    trainer = Trainer(config)
+    assert trainer.current_step == 2 and trainer.config.model.vocab_size < 5000
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("max_steps", r"checkpoint_2 is of step 2, and this run would end at 1; raise training\.num_epochs or"),
+        (
+            "stop_at_step",
+            r"training\.stop_at_step \(1\) is behind \S+checkpoint_2, from which the run goes on; raise it",
+        ),
+    ],
+)
+def test_an_end_that_lies_behind_is_refused(run, option, message):
+    with pytest.raises(UserError, match=message):
+        resume(run, f"--training.{option}", "1")
+
+
+def test_a_dry_run_without_an_update_says_so(run, capfd):
+    resume(run, "--training.stop_at_step", "2", "--dry_run")
+    assert "dry run: the run is at step 2, and no update is left before it stops" in capfd.readouterr().err
+
+
+def test_what_is_stopped_while_it_compiles_leaves_nothing(tmp_path, corpus, begun, monkeypatch):
+    def stopped(*_):
+        raise Stopped("SIGINT")
+
+    monkeypatch.setattr("jaxlm.trainer.compile_step", stopped)
+    config = replace_fields(read_config(begun / "checkpoint_2"), {"training.checkpoint_dir": str(tmp_path / "run")})
+    with pytest.raises(Stopped):
+        Trainer(config).train()
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_runs_folder_stands_for_its_best_model(run, capfd):

@@ -29,9 +29,13 @@ class DryRun(Trainer):
         self.last_step = min(self.current_step + 1, self.last_step)
 
     def train(self) -> Result:
-        """Makes the update. Raises RunFailed if its loss is not finite."""
+        """Makes the update, if there is one left. Raises RunFailed if its loss is not finite."""
         with self._lock:
-            result = super().train()
+            if self.finished or self.current_step < self.last_step:
+                result = super().train()
+            else:
+                say(f"dry run: the run is at step {self.current_step}, and no update is left before it stops")
+                result = self._result()
         self._lock.put_back()
         return result
 

@@ -1,6 +1,6 @@
 """Shows what a model will see: the first packed rows of a run, decoded, with the borders of their documents.
 
-Where not all is learned, [[ and ]] stand around what is.
+Where not all is learned, [[ and ]] stand around what is, and special tokens are shown.
 
 Nothing is trained; text, tokenizer and rows are prepared as the run would, and kept in its caches.
 """
@@ -51,11 +51,11 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _decoded(rows: "Rows", start: int, end: int, tokenizer: "Tokenizer") -> str:
-    """The text of a piece's tokens; where not all are learned, [[ and ]] stand around what is."""
+    """The text of a piece's tokens; where not all are learned, with the special ones, and [[ and ]] around what is."""
     if (is_learned := rows.learned) is None:
         return tokenizer.decode(rows.tokens[start:end])
     runs = [(learned, [*places]) for learned, places in groupby(range(start, end), lambda place: is_learned[place])]
-    texts = [(learned, tokenizer.decode(rows.tokens[places])) for learned, places in runs]
+    texts = [(learned, tokenizer.decode(rows.tokens[places], special=True)) for learned, places in runs]
     return "".join(f"[[{text}]]" if learned else text for learned, text in texts)
 
 

@@ -39,7 +39,7 @@ class Parser(argparse.ArgumentParser):
             found, more = super().parse_known_args([f"--{word}" for word in forgotten], found)
             rest += more
         for name, value in vars(found).items():
-            if value == []:  # what Python before 3.13 makes of --name=--
+            if value in ([], [[]]):  # what Python before 3.13 makes of --name=--
                 raise UserError(f"--{name} (--): is no value; --help lists all options")
         return found, rest
 
@@ -97,12 +97,17 @@ def add_config_options(parser: Parser, sections: Sequence[str] = tuple(SECTIONS)
 
 
 def add_field(group: argparse._ActionsContainer, name: str, field: dataclasses.Field[Any]) -> None:
-    """Adds --NAME VALUE for a field made by `jaxlm.config.option.option`; what is not given is not in the namespace."""
+    """Adds --NAME VALUE for a field made by `jaxlm.config.option.option`; what is not given is not in the namespace.
+
+    Of one that takes several values it has a list, as each may have a --NAME of its own.
+    """
     choices = field.metadata["choices"]
     shown_choices = f" [{'|'.join(choices)}]" if choices else ""
     text = f"{field.metadata['help']}{shown_choices} ({type_name(field.type)}; default: {shown(field.default)})"
-    action = group.add_argument(f"--{name}", metavar="VALUE", default=argparse.SUPPRESS, help=text.replace("%", "%%"))
     kinds = kinds_of(field.type)
+    several = any(typing.get_origin(kind) is tuple for kind in kinds)
+    about: dict[str, Any] = {"metavar": "VALUE", "default": argparse.SUPPRESS, "help": text.replace("%", "%%")}
+    action = group.add_argument(f"--{name}", action="append" if several else "store", **about)
     if choices or not {str, tuple} & {typing.get_origin(kind) or kind for kind in kinds}:  # else it may be a path
         values = [*choices, *["true", "false"] * (bool in kinds), *["none"] * (type(None) in kinds)]
         set_completer(action, lambda _: values)
@@ -110,8 +115,14 @@ def add_field(group: argparse._ActionsContainer, name: str, field: dataclasses.F
 
 def overrides(arguments: argparse.Namespace) -> dict[str, Any]:
     """{"section.field": value} of the config options that were given, converted to their declared types."""
-    given = {name: text for name, text in vars(arguments).items() if name in FIELDS}
-    return {name: convert(name, text, FIELDS[name].type) for name, text in given.items()}
+    found = dict[str, Any]()
+    for name, given in vars(arguments).items():
+        if name in FIELDS and isinstance(given, list):
+            parts = [convert(name, text, FIELDS[name].type) for text in given]
+            found[name] = parts[-1] if None in parts else sum(parts, ())
+        elif name in FIELDS:
+            found[name] = convert(name, given, FIELDS[name].type)
+    return found
 
 
 def convert(name: str, text: str, annotation: Any) -> Any:

@@ -32,8 +32,8 @@ def option(
 
 
 def split_list(text: str) -> list[str]:
-    """What stands between commas."""
-    return [part.strip() for part in text.split(",") if part.strip()]
+    """What stands between commas; of nothing, an empty text, which is refused wherever one is looked at."""
+    return [part.strip() for part in text.split(",") if part.strip()] or [""]
 
 
 class Unset(float):

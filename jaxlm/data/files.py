@@ -44,6 +44,8 @@ def find_files(patterns: Iterable[str], field: str) -> tuple[list[Path], str]:
     """
     found, others = list[Path](), 0
     for pattern in patterns:
+        if not pattern:
+            raise UserError(f"{field} is empty; name a file or a folder, or leave it out")
         path = os.path.expanduser(pattern)
         is_glob = glob.has_magic(pattern) and not os.path.exists(path)
         paths = [Path(match) for match in sorted(glob.glob(path, recursive=True))] if is_glob else [Path(path)]

@@ -21,7 +21,8 @@ INPUT_IDS, NOT_PADDING, LABELS = "input_ids", "attention_mask", "labels"  # as t
 def _missing(kind: str, column: str, names: Collection[str], where: str) -> UserError:
     option = f"data.text_column ({column})" if kind == "text" else f"data.format ({kind}): {column}"
     listed = ", ".join([*names][:20]) + (", ..." if len(names) > 20 else "")
-    return UserError(f"{option}: not in {where}{nearest(column, names)}; there is: {listed or 'nothing'}")
+    how = " (data.text_column names the one to read)" if kind == "text" and names else ""
+    return UserError(f"{option}: not in {where}{nearest(column, names)}; there is: {listed or 'nothing'}{how}")
 
 
 def _with_all(kind: str, columns: Collection[str], names: Collection[str], where: str) -> list[str]:

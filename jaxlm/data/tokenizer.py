@@ -261,9 +261,9 @@ class Tokenizer:
         """The same tokenizer with more said of it, see `said`."""
         return Tokenizer.from_json(self.to_json(), said={**self.said, **said})
 
-    def decode(self, ids: Iterable[int]) -> str:
-        """The text of `ids`, special tokens left out; bytes that are not UTF-8 become U+FFFD."""
-        return self._backend.decode([int(i) for i in ids], skip_special_tokens=True)
+    def decode(self, ids: Iterable[int], special: bool = False) -> str:
+        """The text of `ids`, with the `special` tokens or without; bytes that are not UTF-8 become U+FFFD."""
+        return self._backend.decode([int(i) for i in ids], skip_special_tokens=not special)
 
     @cached_property
     def _splits_safely(self) -> bool:

@@ -4,7 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxlm.checkpoints.items import read_tokenizer
+from jaxlm.checkpoints.items import read_progress, read_tokenizer
 from jaxlm.config import DataConfig, replace_fields, with_derived
 from jaxlm.config.schema import PYTHON
 from jaxlm.data.handed_over import HandedOver
@@ -60,5 +60,7 @@ def begin(
     of_run = asked_vocab_size, text.fingerprint, model_class.__name__, name_of(own_loss)
     resolved, changed = go_on(resolved, checkpoint, *of_run)
     check_same_in_processes(resolved.config, text.fingerprint)
+    if checkpoint is not None:  # `jaxlm resume` asks for the size that was reached
+        of_run = read_progress(checkpoint).requested_vocab_size, *of_run[1:]
     saved = dict(zip(("requested_vocab_size", "data_fingerprint", "model_class", "loss"), of_run, strict=True))
     return Beginning(resolved, text, pretrained, changed, saved | {"longest_piece": longest_piece(text.rows.parts)})

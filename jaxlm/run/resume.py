@@ -104,19 +104,23 @@ def _decided(config: Config, step: int) -> Changes:
 
 def _refuse(checkpoint: Path, changes: Changes, other_text: bool) -> None:
     """Raises UserError, with each difference and the ways out, if there is any."""
-    ways = "name another --training.checkpoint_dir, or start over with --fresh (the old folder is kept)"
+    ways = (
+        "start another with jaxlm train, in another --training.checkpoint_dir or with --fresh (the old folder is kept)"
+    )
     if not any(name.startswith(("model.", "the model")) for name in changes):
         ways += f"; --training.init_from {checkpoint} starts a new run there with this model's parameters"
     if changes:
         differences = "; ".join(
             f"{name} was {json.dumps(old)}, is {json.dumps(new)}" for name, (old, new) in changes.items()
         )
-        allow = f"allow it with --allow_change {','.join(changes)}, " if set(changes) <= set(MIDWAY) else ""
+        fixed = [name for name in changes if name not in MIDWAY]
+        allow = "" if fixed else f"allow it with --allow_change {','.join(changes)}, "
+        why = f" ({', '.join(fixed)} can't change in the middle of a run)" if fixed else ""
         raise UserError(
-            f"{checkpoint} was trained with another configuration: {differences}. Set it back, {allow}{ways}"
+            f"{checkpoint} was trained with another configuration: {differences}. Set it back{why}, {allow}or {ways}"
         )
     if other_text:
-        raise UserError(f"data: the text is not the one that {checkpoint} was trained on; restore it, {ways}")
+        raise UserError(f"data: the text is not the one that {checkpoint} was trained on; restore it, or {ways}")
 
 
 def _with_global_batch(resolved: Resolved, rows: int, checkpoint: Path) -> Resolved:
@@ -152,15 +156,18 @@ def say_going_on(checkpoint: Path, schedule: Schedule, total_steps: int) -> None
 
 
 def is_finished(config: Config, run_folder: Path, checkpoint: Path | None, total_steps: int) -> bool:
-    """Whether the run has nothing left to do. Raises UserError if the checkpoint that is named lies beyond its end."""
-    final, named = run_folder / "final_model", config.training.resume_from_checkpoint
+    """Whether the run has nothing left to do. Raises UserError if `checkpoint` lies beyond where it ends or stops."""
+    final, training, ends = run_folder / "final_model", config.training, total_steps
     step = 0 if checkpoint is None else read_progress(checkpoint).step
-    if named not in (None, "latest"):
-        if step > total_steps:
-            end = f"is of step {step:,}, and this run ends at {total_steps:,}"
-            raise UserError(f"training.resume_from_checkpoint ({named}): {end}; raise training.num_epochs or max_steps")
-        return False
     if checkpoint is not None and stops_early(config.training, read_progress(checkpoint).evaluations_since_best):
-        total_steps = min(step, total_steps)
-    at_end = total_steps <= step and folder.damage_anywhere(final) is None
-    return at_end and read_progress(final).step >= total_steps
+        ends = min(step, ends)
+    newest = training.resume_from_checkpoint in (None, "latest")
+    if newest and ends <= step and folder.damage_anywhere(final) is None and read_progress(final).step >= ends:
+        return True
+    if step > total_steps:
+        end = f"{checkpoint} is of step {step:,}, and this run would end at {total_steps:,}"
+        raise UserError(f"{end}; raise training.num_epochs or training.max_steps")
+    if training.stop_at_step is not None and training.stop_at_step < step:
+        where = f"training.stop_at_step ({training.stop_at_step}) is behind {checkpoint}"
+        raise UserError(f"{where}, from which the run goes on; raise it, or leave it out")
+    return False
