@@ -602,7 +602,7 @@ def test_skipped_documents_are_reported(tmp_path: Path, corpus: Path) -> None:
     for _ in range(2):  # the second one finds the tokens in the cache
         done = run([*command, "--fresh"], tmp_path / "here")
         assert done.returncode == 0, done.stderr
-        assert "training text: 1 empty document(s) left out\n" in done.stderr
+        assert "training text: 1 empty document left out\n" in done.stderr
         expected = (
             r"training text: 2 bad document\(s\) left out: .*\(train\.jsonl\): line 122 is not UTF-8 .*line 123: bad"
         )

@@ -107,6 +107,10 @@ def test_names_of_other_trainers_are_those_of_the_page() -> None:
         for name in (name.rpartition(".")[2] for name in names if fields and not name.endswith(".py")):
             same = any(field.endswith(f".{name}") for field in fields)
             assert same or named[name] <= fields, (name, line)
+    ours = {field.rpartition(".")[2] for field in FIELDS}
+    for table in re.findall("<!-- .*? holds the first column.*?<!-- end of", page, re.S):
+        for line in table.splitlines()[3:-1]:
+            assert set(re.findall(r"`(\w+)`", line.split("|")[1])) <= named.keys() | ours, line
 
 
 def test_fresh_is_never_suggested() -> None:
@@ -164,6 +168,8 @@ def test_value_that_begins_with_a_dash() -> None:
         (["--n_embd", "3"], "--n_embd: unknown option (did you mean --model.d_model?)"),
         (["--train.micro_batch_size", "3"], "--train.micro_batch_size: unknown option (did you mean --training.batch"),
         (["--bf16"], "--bf16: unknown option (did you mean --training.use_amp or --training.amp_dtype?)"),
+        (["--num_return_sequences"], "--num_return_sequences: unknown option (here that is --num_samples); --help"),
+        (["--hub_token"], "--hub_token: unknown option (there is no such option; docs/pytorch.md says what is done)"),
         (["--eval_only"], "--eval_only: unknown option (here that is jaxlm evaluate); --help"),
         (["--training.max", "3"], "--training.max: unknown option"),  # no abbreviations
         (["--max_steps", "3"], "--max_steps: unknown option (did you mean --training.max_steps?)"),

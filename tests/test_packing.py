@@ -142,7 +142,7 @@ def test_rows_by_hand() -> None:
 
 
 def test_nothing_left_names_min_length() -> None:
-    with pytest.raises(UserError, match=r"^data\.min_length \(9\): none of the 2 documents .* \(the longest has 4\)"):
+    with pytest.raises(UserError, match=r"^data\.min_length \(9\): no document has .* \(the longest of 2 has 4,"):
         plan(offsets([3, 4]), 8, 9, "greedy", True)
 
 

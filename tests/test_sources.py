@@ -441,7 +441,7 @@ def test_of_many_bad_documents_the_first_are_named(tmp_path) -> None:
     source = whole(files(tmp_path / "a.jsonl", on_bad_document="skip"))
     assert texts(source.parts["train"]()) == ["good words"] * 2
     empty, bad = source.left_out["training text"].lines("training text")
-    assert empty == "training text: 1,200 empty document(s) left out"
+    assert empty == "training text: 1,200 empty documents left out"
     assert re.search(r"^training text: 1,200 bad .* line 2 holds int.* line 4 .* line 6 .*; and 1,197 more$", bad)
 
 
@@ -639,7 +639,7 @@ def test_document_that_cannot_be_tokenized(tmp_path) -> None:
         assert prepared.train.tokens.tolist() == [0, 2, 3, 1, 0, 3, 1] * 3
         assert prepared.train.document_bytes.tolist() == [10, 5] * 3
         empty, bad = lines[-2:]
-        assert empty == "training text: 3 empty document(s) left out"
+        assert empty == "training text: 3 empty documents left out"
         assert re.match(
             r"tokenizing train: 6 bad document\(s\) left out: .* line 2 .* line 5 .* line 7 .*; and 3 more$", bad
         )

@@ -18,7 +18,8 @@ def add_options(parser: Parser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     folder = Path(arguments.run).expanduser()
     if not (folder / "config.json").is_file():
-        raise UserError(f"{folder}: no run's folder, it has no config.json; name a run's training.checkpoint_dir")
+        run = folder.parent if (folder.parent / "config.json").is_file() else "a run's training.checkpoint_dir"
+        raise UserError(f"{folder}: no run's folder, it has no config.json; name {run}")
     config = load_config(str(folder / "config.json"))
     # Where and how an earlier start went on is none of this one's business.
     here = {"checkpoint_dir": arguments.run, "resume_from_checkpoint": None, "stop_at_step": None, "allow_change": ()}

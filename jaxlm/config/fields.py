@@ -38,8 +38,10 @@ def meant(name: str, known: Iterable[str]) -> str:
     same = [each for each in known if _last(each) == word]
     if not same:
         tables = tomllib.loads((Path(__file__).parent / "names.toml").read_text(encoding="utf-8")).values()
-        there = next((table[word] for table in tables if word in table), "")
-        same = [each for each in known if each.lstrip("-") in there.split()]
+        there = next((table[word] for table in tables if word in table), None)
+        if there == "":
+            return " (there is no such option; docs/pytorch.md says what is done)"
+        same = [each for each in known if there and each.lstrip("-") in there.replace("--", "").split()]
         if there and not same and there.split()[0] not in FIELDS:
             return f" (here that is {there})"
     return f" (did you mean {' or '.join(same)}?)" if same else nearest(name, known)
@@ -176,8 +178,12 @@ def from_dict(values: Any, where: str) -> Config:
     Raises:
       UserError: not an object of sections, or an unknown name. `where` says where it came from.
     """
-    if not isinstance(values, dict) or not all(isinstance(section, dict) for section in values.values()):
-        raise UserError(f'{where}: expected {{"model": {{}}, "training": {{}}, "data": {{}}}}')
+    stray = (
+        next((name for name, x in values.items() if not isinstance(x, dict)), "") if isinstance(values, dict) else ""
+    )
+    if not isinstance(values, dict) or stray:
+        found = f"; {stray} stands outside of them{meant(stray, FIELDS)}" if stray else ""
+        raise UserError(f'{where}: expected {{"model": {{}}, "training": {{}}, "data": {{}}}}{found}')
     for name in values:
         _check_section(name, where)
     fields = {f"{section}.{name}": value for section in values for name, value in values[section].items()}

@@ -44,7 +44,8 @@ def check_field(dotted: str, field: Any, value: Any) -> None:
             raise UserError(f"{dotted} ({excerpt(value)}) must be a finite number, at most {largest}")
         for name, (words, holds) in BOUNDS.items():
             if limits[name] is not None and not holds(value, limits[name]):
-                raise UserError(f"{dotted} ({value}) must be {words} {limits[name]}")
+                none = ", or none" if accepts(field.type, None) else ""
+                raise UserError(f"{dotted} ({value}) must be {words} {limits[name]}{none}")
 
 
 def _model_conflicts(model: ModelConfig) -> Iterator[str]:

@@ -124,7 +124,7 @@ class LeftOut:
 
     def lines(self, part: str) -> list[str]:
         """The lines of the report about what was left out of `part`."""
-        empty = [f"{self.empty:,} empty document(s) left out"] if self.empty else []
+        empty = [f"{self.empty:,} empty document{'s' * (self.empty != 1)} left out"] if self.empty else []
         unused = self._separator is not None and not self.parts
         separator = [f"data.document_separator ({self._separator}) is not in it: nothing was split"] if unused else []
         passed_over = [

@@ -71,8 +71,8 @@ def plan(doc_offsets: np.ndarray, max_length: int, min_length: int, strategy: st
     starts, pairs = doc_offsets[:-1][kept], tokens[kept] - 1
     if not len(pairs):
         raise UserError(
-            f"data.min_length ({min_length}): none of the {len(tokens)} documents has that many tokens "
-            f"(the longest has {tokens.max(initial=0)}); lower it"
+            f"data.min_length ({min_length}): no document has that many tokens (the longest of {len(tokens):,} has "
+            f"{tokens.max(initial=0)}, what begins and ends it included); lower it, or name more text"
         )
     if pack and strategy == "concat":
         piece_start, piece_length, pieces_of, row_offsets = _concat(starts, pairs, max_length)
