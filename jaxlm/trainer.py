@@ -162,7 +162,7 @@ class Trainer(RunModel):
 
         Raises:
           Stopped: a signal, `stop` or training.max_time asked for it; the state is saved.
-          what a hook has raised; the state is saved.
+          Exception: whatever a hook has raised; the state is saved.
         """
         if self.finished:
             self._lock.release()
