@@ -30,8 +30,10 @@ nitpick_ignore_regex = [  # types of other libraries, and aliases, whose pages a
         r"(jax|jaxlib|flax|nnx|optax|orbax|ocp|np|numpy|pathlib|os|re|collections|typing|argparse|Path|Any)(\..*)?",
     ),
     ("py:.*", r"jaxlm\.(data\.(documents\.(Document|LeftOut|RowFormat)|held_out\.HeldOut)|config\.schema\.DataConfig)"),
-    ("py:.*", r"jaxlm\.(data\.handed_over\.HandedOver|monitor\.sinks\.Sink|train\.(assemble\.Resolved|step\.TrainState))"),
-    ("py:.*", r"(UserError|RunFailed|Stopped|Exception|optional|Callable|Iterator|Mapping|Sequence|one of SAVE_ERRORS)"),
+    ("py:.*", r"jaxlm\.(data\.handed_over\.HandedOver|monitor\.sinks\.Sink)"),
+    ("py:.*", r"jaxlm\.train\.(assemble\.Resolved|step\.TrainState)"),
+    ("py:.*", r"(UserError|RunFailed|Stopped|Exception|optional|Callable|Iterator|Mapping|Sequence)"),
+    ("py:.*", r"one of SAVE_ERRORS"),
 ]
 
 ELSEWHERE = {
