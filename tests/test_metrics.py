@@ -5,11 +5,13 @@ import io
 import json
 import math
 import os
+import re
 import sqlite3
 import struct
 import subprocess
 import sys
 import threading
+import types
 from collections import namedtuple
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,6 +30,7 @@ from jaxlm import Trainer, load
 from jaxlm.config import Config, TrainingConfig, from_dict, replace_fields, to_dict, validate
 from jaxlm.data.loader import train_batches
 from jaxlm.errors import UserError
+from jaxlm.monitor import notebook
 from jaxlm.monitor.gradients import NoiseScale
 from jaxlm.monitor.histograms import count_values
 from jaxlm.monitor.metrics import (
@@ -38,6 +41,7 @@ from jaxlm.monitor.metrics import (
     model_flops_per_token,
     model_flops_utilization,
 )
+from jaxlm.monitor.progress import Progress
 from jaxlm.monitor.sinks import Histogram, JsonLines, TensorBoard, hyperparameters, make_sinks
 from jaxlm.monitor.watchdog import Watchdog
 from jaxlm.train.numbers import at_rate
@@ -647,3 +651,29 @@ def test_trackio_offline(tmp_path: Path) -> None:
     assert [(s, row["train/loss"]) for s, row in rows if "train/loss" in row] == [(1, 2.5), (2, 1.25)] * 2
     assert [row["sample"]["_value"] for _, row in rows if "sample" in row] == ["    if a < b:\n        pass"] * 4
     assert [row["parameters/x"]["values"] for _, row in rows if "parameters/x" in row] == [[1, 3]] * 4
+
+
+def test_in_a_notebook_a_run_is_a_bar_and_a_curve(monkeypatch):
+    """What IPython would show: drawn again in place, with the losses that there were, and nothing on stderr."""
+    drawn = []
+    display = types.SimpleNamespace(HTML=str, display=lambda html, display_id: drawn.append(html) or shown)
+    shown = types.SimpleNamespace(update=drawn.append)
+    for name, module in {
+        "IPython": types.SimpleNamespace(get_ipython=lambda: display),
+        "IPython.display": display,
+    }.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setattr(notebook, "SECONDS_BETWEEN", 0)
+    assert not notebook.in_notebook()
+    display.kernel = None
+    progress = Progress(10, 20)
+    for step in range(11, 21):
+        loss = math.nan if step == 15 else 20.0 - step
+        progress.write({"train/loss": loss} | ({"eval/loss": 1.5} if step in (14, 18) else {}), step)
+        progress.advance(step)
+    progress.close()
+    assert "10/20" in drawn[0] and "polyline" not in drawn[0]
+    train, evaluated = re.findall(r'points="(.*?)"', drawn[-1])
+    assert len(train.split()) == 9 and len(evaluated.split()) == 2
+    assert train.split()[-1] == f"{notebook.WIDTH}.0,{notebook.HEIGHT}.0"  # the lowest loss, at the last step
+    assert 'value="1.0000"' in drawn[-1] and "20/20 loss 0.0000" in drawn[-1]

@@ -6,6 +6,7 @@ import time
 
 from tqdm import tqdm
 
+from jaxlm.monitor.notebook import LiveCurve, in_notebook
 from jaxlm.monitor.sinks import Row
 
 PROGRESS_FORMATS = {
@@ -16,10 +17,14 @@ PROGRESS_FORMATS = {
 
 
 class Progress:
-    """The progress line on stderr: a bar on a terminal of some size, a line a row elsewhere, none unless `shown`."""
+    """The progress line on stderr: a bar on a terminal of some size, a line a row elsewhere, none unless `shown`.
+
+    In a notebook the cell shows a bar and the losses' curve instead.
+    """
 
     def __init__(self, start_step: int, last_step: int, shown: bool = True) -> None:
         self.last_step, self.shown = last_step, shown
+        self.live = LiveCurve(start_step, last_step) if shown and in_notebook() else None
         self.bar = tqdm(
             total=last_step,
             initial=start_step,
@@ -36,6 +41,8 @@ class Progress:
     def advance(self, step: int) -> None:
         """Moves the bar to `step`, the updates done."""
         self.bar.update(step - self.bar.n)
+        if self.live is not None:
+            self.live.advance(step)
 
     def line(self, text: str) -> None:
         """Writes a line above the bar."""
@@ -46,6 +53,9 @@ class Progress:
         """Shows the row of a step: loss, speed, and what users added."""
         parts = [pattern.format(row[name]) for name, pattern in PROGRESS_FORMATS.items() if name in row]
         parts += [f"{name} {value:.4g}" for name, value in row.items() if not name.startswith(("train/", "eval/"))]
+        if self.live is not None:
+            self.live.write(row, step, ", ".join(parts))
+            return
         if not self.bar.disable:
             self.bar.set_postfix_str(", ".join(parts))
             return
@@ -58,3 +68,5 @@ class Progress:
 
     def close(self) -> None:
         self.bar.close()
+        if self.live is not None:
+            self.live.draw()
