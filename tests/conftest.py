@@ -32,8 +32,36 @@ jax.config.update("jax_num_cpu_devices", DEVICES)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 assemble._assembled = lru_cache(maxsize=32)(assemble.Assembly)  # tests have more programs than a user's process
 
-LONGEST = ["sharding", "trainer", "processes", "step", "memory", "stops", "model", "flash", "generate", "properties"]
-LONGEST += ["kill", "metrics", "bad_input", "optim", "inputs", "export", "going_on", "launch", "disk", "numbers"]
+LONGEST = [
+    "sharding",
+    "trainer",
+    "processes",
+    "lora",
+    "step",
+    "hooks",
+    "own_loss",
+    "memory",
+    "stops",
+    "model",
+    "flash",
+    "generate",
+    "properties",
+]
+LONGEST += [
+    "kill",
+    "chat",
+    "metrics",
+    "sweep",
+    "mixture",
+    "bad_input",
+    "optim",
+    "inputs",
+    "export",
+    "going_on",
+    "launch",
+    "disk",
+    "numbers",
+]
 WORDS = [
     name.split() for name in ("the a my our", "old small warm naïve", "café cat model row", "reads writes has sees")
 ]

@@ -224,7 +224,7 @@ SIMPLE = {
     "samples": Case([GENERATE, "--model", "x", "--num_samples", "0"], r"--num_samples \(0\) must be at least 1"),
     "top_k": Case([GENERATE, "--model", "x", "--top_k", "few"], r"--top_k \('few'\) must be int"),
     "no model": Case([GENERATE, "--prompt", "x"], r"required: --model"),
-    "batch size": Case([EVALUATE, "--model", "x", "--batch_size", "0"], r"--batch_size \(0\) must be at least 1"),
+    "batch size": Case([EVALUATE, "--model", "x", "--batch_size", "0"], r"batch_size \(0\) must be at least 1"),
     "an option of training": Case(
         [EVALUATE, "--model", "x", "--training.seed", "1"], r"--training\.seed: unknown option"
     ),

@@ -42,6 +42,10 @@ def left_by_own_block(folder: Path) -> None:
         Trainer(from_dict(config, "config.json"))
 
 
+def left_by_eval_tasks(folder: Path) -> None:
+    assert [row["counting/acc"] for row in rows(folder / "runs/eval_tasks") if "eval/loss" in row]
+
+
 def left_by_sums(folder: Path) -> None:
     first, *_ = talks = [json.loads(line)["messages"] for line in (folder / "sums.jsonl").read_text().splitlines()]
     assert len(talks) == 4000
@@ -63,6 +67,8 @@ LEFT = {name.removeprefix("left_by_"): check for name, check in vars().copy().it
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
 def test_example(example: Path, tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if example.stem == "eval_tasks":
+        pytest.importorskip("lm_eval", reason="pip install lm-eval, as .ci/run does")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("jaxlm.trainer.Trainer", Shrunk)
     monkeypatch.setattr(Shrunk, "changes", TINY | data_of(corpus), raising=False)

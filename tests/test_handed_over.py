@@ -77,7 +77,10 @@ WAYS: dict[str, Callable[[], dict[str, Any]]] = {
 @pytest.mark.parametrize("way", WAYS)
 def test_each_way_to_hand_text_over_gives_the_rows_of_files(way, config, of_files):
     trainer = Trainer(config(), **WAYS[way]())
-    for mine, theirs in ((trainer.text.rows, of_files.text.rows), (trainer.text.eval_rows, of_files.text.eval_rows)):
+    for mine, theirs in (
+        (trainer.text.rows, of_files.text.rows),
+        (trainer.text.eval_rows[""], of_files.text.eval_rows[""]),
+    ):
         assert_same_rows(mine, theirs)
     assert trainer.text.eval_bytes == of_files.text.eval_bytes
     assert trainer.config.data.dataset_name == "python"
@@ -121,7 +124,7 @@ def test_token_arrays_are_documents_as_they_stand(config, of_files, tokens, tmp_
     square = np.stack([ids[:10] for ids in tokens["train_dataset"] if len(ids) >= 10])
     options = own | {"training.checkpoint_dir": str(tmp_path / "square"), "data.pack_sequences": False}
     part = Trainer(config(**options), train_dataset=square)
-    held_out = part.text.eval_rows
+    held_out = part.text.eval_rows[""]
     assert len(held_out) == round(0.05 * len(square)) and len(part.text.rows) + len(held_out) == len(square)
     assert held_out[0]["tokens"][:9].tolist() in square[:, :9].tolist()
     padded = [{"input_ids": [*ids, 0, 0], "attention_mask": [1] * len(ids) + [0, 0]} for ids in tokens["train_dataset"]]

@@ -136,7 +136,7 @@ def test_what_is_typed_is_what_is_meant(named: tuple[str, Any], in_one: bool) ->
 
 
 @examples(100)
-@given(st.lists(st.text(st.characters(exclude_characters=",[")).map(str.strip).filter(bool)))
+@given(st.lists(st.text(st.characters(exclude_characters=",[")).map(str.strip).filter(bool), min_size=1))
 def test_lists_may_be_typed_with_commas(names: list[str]) -> None:
     assert parsed(f"--data.train_files={','.join(names)}") == {"data.train_files": tuple(names)}
 
@@ -221,7 +221,7 @@ def test_schedules(config: TrainingConfig, total_steps: int) -> None:
 # ---- Resume points
 
 
-class Numbered:
+class Numbered(Rows):
     """So many rows that hold their number."""
 
     def __init__(self, count: int) -> None:

@@ -5,12 +5,12 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-import numpy as np
-
 from jaxlm.config import DataConfig
 from jaxlm.errors import UserError
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from jaxlm.data.chat import ChatTemplate
 
 SHOWN = 3  # bad documents that are named, of those left out
@@ -23,7 +23,7 @@ class Document(NamedTuple):
     place: str
     learned: tuple[tuple[int, int], ...] | None = None  # [start, end) of its characters; none: all, and where it ends
     complete: bool = False  # whether its own text says where it begins and ends: nothing is put around it
-    ids: np.ndarray | None = None  # of its tokens, as they stand; `text` is what they decode to
+    ids: "np.ndarray | None" = None  # of its tokens, as they stand; `text` is what they decode to
 
 
 Documents = Callable[[], Iterator[Document]]  # each call starts a new pass over the text

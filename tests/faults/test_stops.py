@@ -30,7 +30,7 @@ STEPS = {"training.max_steps": 4, "training.save_steps": 2, "training.eval_steps
 # What is under way when SIGTERM comes: who does it, and how the process ends.
 MOMENTS = {
     "looking for devices": (jaxlm.trainer, "start_backend", 75),
-    "tokenizing": (jaxlm.run.text, "prepare", 75),
+    "tokenizing": (jaxlm.run.text, "prepare_all", 75),
     "packing": (jaxlm.run.text, "plan_cached", 75),
     "building the model": (jaxlm.train.assemble, "first_state", 75),
     "compiling": (Assembly, "lower_step", 75),
