@@ -26,13 +26,25 @@ TINY = {  # the shape is cpu.py's
 }  # fmt: skip
 
 
-def seconds_of(program: str, folder: Path, caches: Path, overrides: list[str], *options: str) -> float:
+def seconds_of(
+    program: str, folder: Path, caches: Path, overrides: list[str], *options: str, checkout: Path = ROOT
+) -> float:
     """From the start of a command of ours to its end."""
     tiny = [f"--{name}={value}" for name, value in TINY.items()]
     where = f"--training.checkpoint_dir={folder}"
-    command = [sys.executable, str(ROOT / "scripts" / program), "--config", "small", *tiny, *overrides, where, *options]
+    command = [
+        sys.executable,
+        str(checkout / "scripts" / program),
+        "--config",
+        "small",
+        *tiny,
+        *overrides,
+        where,
+        *options,
+    ]
     start = time.perf_counter()
-    done = subprocess.run(command, capture_output=True, text=True, env=environment(caches), cwd=ROOT)
+    variables = environment(caches) | {"PYTHONPATH": str(checkout)}
+    done = subprocess.run(command, capture_output=True, text=True, env=variables, cwd=checkout)
     if done.returncode:
         raise SystemExit(f"{program}: exit code {done.returncode}\n{done.stderr}")
     return time.perf_counter() - start
@@ -42,6 +54,8 @@ def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--points", type=int, default=12, help="learning rates (default: 12)")
     parser.add_argument("--updates", type=int, default=100, help="of each run (default: 100)")
+    text = "a checkout whose train.py makes the separate starts, such as one of an earlier commit (default: this one)"
+    parser.add_argument("--starts_of", type=Path, default=ROOT, help=text)
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON file (default: results/)")
     parser.add_argument("overrides", nargs="*", metavar="-- --SECTION.FIELD VALUE", help="for all runs, after --")
     options = parser.parse_args(arguments)
@@ -51,7 +65,8 @@ def main(arguments: list[str]) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         caches, swept = folder / "caches", folder / "sweep"
-        seconds_of("train.py", folder / "unmeasured", caches, overrides)
+        for number, checkout in enumerate({ROOT, options.starts_of.resolve()}):
+            seconds_of("train.py", folder / f"unmeasured{number}", caches, overrides, checkout=checkout)
         vary = f"training.learning_rate=1e-4:1e-1:log:{options.points}"
         rates = [1e-4 * 1000 ** (i / (options.points - 1)) for i in range(options.points)]
         starts, sweep = [], 0.0
@@ -60,7 +75,10 @@ def main(arguments: list[str]) -> None:
                 sweep = seconds_of("sweep.py", swept, caches, overrides, "--vary", vary)
                 say(f"sweep: {sweep:.1f} s")
             given = f"--training.learning_rate={rate:.5g}"
-            starts.append(seconds_of("train.py", folder / f"run{i}", caches, overrides, given))
+            seconds = seconds_of(
+                "train.py", folder / f"run{i}", caches, overrides, given, checkout=options.starts_of.resolve()
+            )
+            starts.append(seconds)
             say(f"start {i + 1} of {options.points}: {starts[-1]:.1f} s")
         trials = json.loads((swept / "sweep.json").read_text())["trials"]
     report.content["results"] += [

@@ -56,6 +56,7 @@ def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]
         ("training.num_epochs", ".5", 0.5),
         ("training.seed", "-1", -1),  # refused later, by its bounds
         ("training.weight_decay", "-0.5", -0.5),
+        ("training.weight_decay", "-1e-3", -1e-3),
         ("training.use_amp", "false", False),
         ("training.use_amp", "True", True),
         ("training.checkpoint_dir", "runs/a b", "runs/a b"),
@@ -443,3 +444,11 @@ def test_help_and_version_are_commands_too(capsys: pytest.CaptureFixture[str]) -
         with pytest.raises(SystemExit, match="0"):
             run_named(arguments)
         assert said in capsys.readouterr().out
+
+
+def test_a_stray_file_is_told_its_option(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("x")
+    with pytest.raises(
+        UserError, match=r"text\.txt: belongs to no option; text is named by --data\.train_files; quote"
+    ):
+        parse(str(tmp_path / "text.txt"))

@@ -12,7 +12,12 @@ SHELLS = {  # shell: how it is switched on for good
 
 
 def add_options(parser: Parser) -> None:
-    parser.add_argument("shell", choices=SHELLS, help="; ".join(f"{shell}: {line}" for shell, line in SHELLS.items()))
+    parser.add_argument(
+        "shell",
+        choices=SHELLS,
+        metavar="|".join(SHELLS),
+        help="; ".join(f"{shell}: {line}" for shell, line in SHELLS.items()),
+    )
 
 
 def run(arguments: argparse.Namespace) -> None:

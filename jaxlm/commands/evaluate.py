@@ -2,8 +2,10 @@
 
 import argparse
 import json
+import os
 
 from jaxlm.commands.parser import Parser, add_config_options, add_model_folder, overrides
+from jaxlm.data.files import find_files
 from jaxlm.errors import UserError
 
 
@@ -20,6 +22,7 @@ def run(arguments: argparse.Namespace) -> None:
     given = overrides(arguments)
     if arguments.files and "data.validation_files" in given:
         raise UserError("--files and --data.validation_files both name the text; leave one out")
+    find_files([path for path in arguments.files or () if not os.path.isdir(os.path.expanduser(path))], "--files")
 
     from jaxlm.parallel.devices import find_devices
     from jaxlm.run.evaluate import evaluate

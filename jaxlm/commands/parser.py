@@ -29,6 +29,7 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, description: str, **more: Any) -> None:
         kind = argparse.RawDescriptionHelpFormatter
         super().__init__(description=description, allow_abbrev=False, formatter_class=kind, **more)
+        self._negative_number_matcher = re.compile(r"-\d*\.?\d+(e[+-]?\d+)?$", re.IGNORECASE)  # -1e-3, too
 
     def parse_known_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def]
         self._words = list(sys.argv[1:] if args is None else args)
@@ -53,9 +54,11 @@ class Parser(argparse.ArgumentParser):
             known = [name for action in self._actions for name in action.option_strings if name != "--fresh"]
             raise UserError(f"{unrecognized[1]}: unknown option{meant(unrecognized[1], known)}; --help lists all")
         if unrecognized:
+            is_file = "--data.train_files" in self._option_string_actions and glob.glob(unrecognized[1])
             message = (
-                f"{unrecognized[1]}: belongs to no option; quote a pattern ('*.txt') or a text with blanks, put commas "
-                "between the values of a list, name an option for each value"
+                f"{unrecognized[1]}: belongs to no option; {'text is named by --data.train_files; ' * bool(is_file)}"
+                "quote a pattern ('*.txt') or a text with blanks, put commas between the values of a list, name an "
+                "option for each value"
             )
         elif message.endswith("expected one argument"):
             message += " (a value that begins with - is written --name=value)"
