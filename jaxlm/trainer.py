@@ -31,7 +31,7 @@ from jaxlm.ops.compiler import compiler_options
 from jaxlm.parallel.devices import start_backend
 from jaxlm.parallel.processes import StopVote, barrier, is_leader, say, text_from_any_process
 from jaxlm.report import write_report_of_run
-from jaxlm.run.begin import begin, with_handed_over
+from jaxlm.run.begin import begin, judged_with, with_handed_over
 from jaxlm.run.describe import describe_end, describe_run
 from jaxlm.run.ending import Ending, stops_early
 from jaxlm.run.feed import BatchFeeder
@@ -79,10 +79,13 @@ class Trainer(RunModel):
     ) -> None:
         if isinstance(config, str | os.PathLike):
             config = load_config(os.fspath(config))
+        data = config.data if isinstance(config, Config) else config.config.data
+        self._handed_over, self._own_loss = handed_over(data, train_dataset, eval_dataset), compute_loss
+        named = data.dataset_name
         if isinstance(config, Config):
+            config = judged_with(config, self._handed_over)
             config = resolve(config, lambda config: start_backend(config.training), fresh)
-        self._handed_over, self._own_loss = handed_over(config.config.data, train_dataset, eval_dataset), compute_loss
-        self.resolved = with_handed_over(config, self._handed_over)
+        self.resolved = with_handed_over(config, self._handed_over, named)
         self._own_sinks, self._ending = sinks, Ending(config.config.training)
         self._watchdog, self._throughput = Watchdog(self.config.training.watchdog_seconds), Throughput()
         self._hooks = Hooks(hooks, self, self._watchdog)
@@ -176,6 +179,8 @@ class Trainer(RunModel):
             self._begin(opened)
             self._hooks.call("on_start")
             self._hooks.raise_error("nothing was trained since the start")
+            if self.current_step:
+                self.metrics_tracker.postpone(self.current_step)  # an earlier start has written this row
             with self._ending.signals:
                 stopping = False
                 if training.eval_on_start and self.text.eval_rows and self.current_step == 0:
@@ -186,7 +191,7 @@ class Trainer(RunModel):
                     self._probes.before_update(self.current_step + 1, self.state, batch, numbers)
                     with self._profiler.update(self.current_step + 1, self.state):
                         self.state, self.step_metrics = self.train_step(self.state, batch, numbers)
-                    self.current_step += 1
+                    self.current_step, self._in_update = self.current_step + 1, True
                     # This and the next line wait for nothing.
                     self._profiler.stop_after(self.current_step, self.step_metrics)
                     self._judge.note(self.current_step, self.step_metrics)
@@ -198,7 +203,8 @@ class Trainer(RunModel):
                         self._evaluate_and_log()
                     stopping = self._stop_vote.agreed(self._ending.asked())  # what comes later: at the next update
                     last = stopping or self.current_step == self.last_step or self._is_over()
-                    if last or self._due(training.save_steps):
+                    self._in_update = False
+                    if last or self._due(training.save_steps) or self._save_asked:
                         self.save_checkpoint()
                     self.metrics_tracker.flush(self.current_step)
                     self._progress.advance(self.current_step)

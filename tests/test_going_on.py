@@ -12,9 +12,11 @@ from flax import nnx
 from jaxlm import Trainer, load
 from jaxlm.__main__ import run as command
 from jaxlm.checkpoints.items import read_config, read_progress
+from jaxlm.commands.dry_run import DryRun
 from jaxlm.config import load_config, replace_fields
 from jaxlm.errors import Stopped, UserError
 from jaxlm.report.runs import read_run
+from jaxlm.run.setup import resolve
 
 BATCH = "training.gradient_accumulation_steps"
 CHANGED = {"training.learning_rate": 0.003, BATCH: 2}
@@ -149,9 +151,10 @@ def test_what_is_stopped_while_it_compiles_leaves_nothing(tmp_path, corpus, begu
 
     monkeypatch.setattr("jaxlm.trainer.compile_step", stopped)
     config = replace_fields(read_config(begun / "checkpoint_2"), {"training.checkpoint_dir": str(tmp_path / "run")})
-    with pytest.raises(Stopped):
-        Trainer(config).train()
-    assert not list(tmp_path.iterdir())
+    for kind in (Trainer, DryRun):
+        with pytest.raises(Stopped):
+            kind(resolve(config, jax.devices()[:1])).train()
+        assert not list(tmp_path.iterdir())
 
 
 def test_a_runs_folder_stands_for_its_best_model(run, capfd):

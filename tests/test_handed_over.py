@@ -12,7 +12,8 @@ from conftest import documents, make_config, trainer_on
 
 from jaxlm import Trainer
 from jaxlm.__main__ import run as command
-from jaxlm.config import load_config
+from jaxlm.config import DataConfig, load_config, replace_fields
+from jaxlm.data.handed_over import PythonRows
 from jaxlm.errors import UserError
 
 TEXTS = {"train_dataset": documents(120, 1), "eval_dataset": documents(20, 2)}  # as train.jsonl and validation.jsonl
@@ -209,3 +210,33 @@ def test_two_texts_are_refused_and_a_data_set_that_is_not_read_is_told(config, c
         Trainer(config(**{"data.document_separator": "*"}), train_dataset=ARRAYS)
     with pytest.raises(UserError, match=r"eval_dataset\[0\] is int"):
         Trainer(config(), train_dataset=["a"], eval_dataset=[1])
+
+
+def test_any_two_contents_have_other_fingerprints():
+    def fingerprint(*rows):
+        return PythonRows([*rows], "rows", DataConfig()).measured(DataConfig())[1]
+
+    class Tensor:
+        """As arrays of other libraries: without tolist."""
+
+        def __init__(self, *ids):
+            self.ids = ids
+
+        def __array__(self, dtype=None, copy=None):
+            return np.asarray(self.ids, dtype)
+
+    assert fingerprint(Tensor(1, 2)) != fingerprint(Tensor(1, 3))
+    assert fingerprint({"input_ids": range(3)}) != fingerprint({"input_ids": range(4)})
+    assert (
+        fingerprint({"input_ids": np.arange(3)})
+        == fingerprint({"input_ids": [0, 1, 2]})
+        == fingerprint(Tensor(0, 1, 2))
+    )
+
+
+def test_the_text_that_it_replaces_is_not_judged(config, tmp_path):
+    trainer = Trainer(
+        replace_fields(config(), {"data.dataset_name": "wikitext", "data.validation_fraction": 0.2}),
+        train_dataset=TEXTS["train_dataset"],
+    )
+    assert sum(len(rows.plan) for rows in trainer.text.eval_rows.values()) > 10

@@ -1,7 +1,9 @@
 """Hooks, and the ways in which a run ends before its last update; each one goes on to the end of the run in one go."""
 
+import gc
 import os
 import signal
+import weakref
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from test_trainer import arrays, assert_same, rows_of
 
 from jaxlm import Hook, Result, Trainer, evaluate, load
 from jaxlm.checkpoints.folder import checkpoint_steps
+from jaxlm.checkpoints.items import read_progress
 from jaxlm.config.validate import seconds_of
 from jaxlm.errors import Stopped, UserError
 
@@ -163,6 +166,40 @@ def test_early_stopping_finishes_at_the_same_evaluation_when_resumed(tmp_path, c
     assert not rewritten.finished and rewritten.train().final_model is not None
     Trainer(make_config(tmp_path, corpus, **OPTIONS | {PATIENCE: 3})).train()
     assert_ends_as(tmp_path / "run", whole[0])
+
+
+def test_what_a_hook_saves_knows_the_evaluation_of_that_update(tmp_path, corpus):
+    """And a run is let go without a search for cycles: a sweep's next one needs its memory."""
+    options = {
+        "training.max_steps": 2,
+        "training.eval_steps": 1,
+        "training.save_steps": 2,
+        "training.learning_rate": 1e-3,
+    }
+    trainer = Trainer(
+        make_config(tmp_path, corpus, **OPTIONS | options), hooks=[At(1, lambda run: run.save_checkpoint())]
+    )
+    trainer.train()
+    rows = rows_of(trainer.folder)
+    assert read_progress(trainer.folder / "checkpoint_1").best_loss == min(row["eval/loss"] for row in rows[:2])
+    here = weakref.ref(trainer)
+    gc.disable()
+    del trainer
+    gc.enable()
+    assert here() is None
+
+
+def test_what_is_added_at_the_start_comes_in_the_next_row(tmp_path, corpus):
+    class Adds(Hook):
+        def on_start(self, run):
+            run.metrics_tracker.update({"own/start": run.current_step}, run.current_step)
+
+    config = make_config(tmp_path, corpus, **OPTIONS | {"training.max_steps": 2})
+    with pytest.raises(Stopped):
+        Trainer(config, hooks=[At(1, lambda run: run.stop("enough"))]).train()
+    result = Trainer(config, hooks=[Adds()]).train()
+    by_step = {row["step"]: row for row in result.rows()}
+    assert "train/loss" in by_step[1] and by_step[2]["own/start"] == 1
 
 
 def test_hooks_that_nothing_would_call_are_refused(tmp_path, corpus):

@@ -251,6 +251,16 @@ def test_texts_and_conversations_are_mixed(tmp_path: Path, corpus: Path) -> None
     assert trainer_on(1, config).current_step == 1, "its text is the same after a resume"
 
 
+def test_sources_share_no_file_and_not_all_options(tmp_path: Path, corpus: Path) -> None:
+    shared = (f"a={corpus / 'train.jsonl'}:1", f"b={corpus}/*.jsonl:1")
+    with pytest.raises(
+        UserError, match=r"data\.sources \(a, b\): both have .*train\.jsonl, or a copy of it; leave it out"
+    ):
+        Trainer(mixed(tmp_path, corpus, **{"data.sources": shared}))
+    with pytest.raises(UserError, match=r"data\.chat_template \(plain\): no source holds conversations; leave it out"):
+        Trainer(mixed(tmp_path, corpus, **{"data.chat_template": "plain"}))
+
+
 def test_inspect_says_which_source_a_row_is_of(
     tmp_path: Path, corpus: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -176,3 +176,8 @@ def test_an_option_of_the_cross_entropy_has_no_use_beside_another_loss():
     for name, value in (("z_loss", 1e-4), ("loss_chunk_mib", 8)):
         with pytest.raises(UserError, match=rf"training\.{name} \(.*\) is of the cross entropy, not of compute_loss"):
             assembled(plain, config_of(STILL, **{name: value}))
+
+
+def test_a_loss_that_has_changed_is_compiled_anew():
+    """No program of it is kept for the next run: what it closes over may be another value by then."""
+    assert assembled(plain) is not assembled(plain)

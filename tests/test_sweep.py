@@ -261,3 +261,20 @@ def test_a_sweep_that_is_refused_leaves_nothing(
 def test_a_run_is_no_sweep(swept: Path, sweep: Callable[..., Path]) -> None:
     with pytest.raises(UserError, match="holds a run, not a sweep"):
         sweep(f"whole/{BEST}")
+
+
+def test_what_is_no_number_can_be_varied(tmp_path: Path, corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Lists, too; a fresh sweep asks no folder of an old one for its architecture."""
+    config = replace_fields(make_config(tmp_path, corpus, **TINY), {"training.max_steps": 1})
+    (tmp_path / "config.json").write_text(json.dumps(to_dict(config)))
+    command(
+        "sweep",
+        ["--config", str(tmp_path / "config.json"), "--vary", "training.report_to=jsonl,tensorboard", "--fresh"],
+    )
+    assert (tmp_path / "run" / "best_config.json").is_file()
+    with pytest.raises(
+        UserError, match=r"training\.max_time \(30m\) has no use in a sweep; leave it out, and see --budget"
+    ):
+        command(
+            "sweep", ["--config", str(tmp_path / "config.json"), "--vary", f"{SEED}=1,2", "--training.max_time", "30m"]
+        )

@@ -56,6 +56,9 @@ class RunFolder:
 
     def put_back(self) -> None:
         """Releases it, and removes what was made if nothing has been written there since; an old one is moved back."""
+        if not self.folder.is_dir():  # it has been put back before
+            self._lock.release()
+            return
         empty = is_leader() and {path.name for path in self.folder.iterdir()} <= {".lock"}
         if empty and self._made:
             (self.folder / ".lock").unlink(missing_ok=True)  # while it is held: nobody else gets this one any more

@@ -1,6 +1,7 @@
 """Trains a run for each point of a grid, or for some at random, and says which is best. The same command goes on."""
 
 import argparse
+import gc
 import json
 import math
 import re
@@ -24,7 +25,13 @@ from jaxlm.run.sweep import DONE, FAILED, Axis, Trial
 if TYPE_CHECKING:
     from jaxlm.train.assemble import Resolved
 
-OWN = ("checkpoint_dir", "resume_from_checkpoint", "stop_at_step", "allow_change")  # of training: how a run goes on
+OWN = (
+    "checkpoint_dir",
+    "resume_from_checkpoint",
+    "stop_at_step",
+    "max_time",
+    "allow_change",
+)  # of training: how a run goes on
 BEST, REPORT = "best_config.json", "report.html"
 
 
@@ -96,7 +103,7 @@ def run(arguments: argparse.Namespace) -> None:
     asked = sweep.arguments_of(config, vary, trials)
     known = None if arguments.fresh else sweep.read(folder, asked)
     tried = known or sweep.named(sweep.points(axes, trials, config.training.seed))
-    configs = resolved(config, tried)
+    configs = resolved(config, tried, arguments.fresh)
     if known is None:
         tried = by_program(tried, configs)
 
@@ -121,10 +128,11 @@ def _check(config: Config, fields: Sequence[str], given: Collection[str]) -> Non
         raise UserError(f"--vary ({twice}): is set by another option, too; leave one out")
     for name in OWN[1:]:
         if value := vars(config.training)[name]:
-            raise UserError(f"training.{name} ({shown(value)}) has no use in a sweep; leave it out")
+            instead = ", and see --budget" * (name == "max_time")
+            raise UserError(f"training.{name} ({shown(value)}) has no use in a sweep; leave it out{instead}")
 
 
-def resolved(config: Config, trials: Sequence[Trial]) -> dict[str, "Resolved"]:
+def resolved(config: Config, trials: Sequence[Trial], fresh: bool = False) -> dict[str, "Resolved"]:
     """{name: the configuration of its run}; UserError if one of them is not valid, before anything has been done."""
     folder = Path(config.training.checkpoint_dir)
     configs = {
@@ -141,7 +149,7 @@ def resolved(config: Config, trials: Sequence[Trial]) -> dict[str, "Resolved"]:
     from jaxlm.parallel.devices import start_backend
     from jaxlm.run.setup import resolve
 
-    found = {name: resolve(each, lambda each: start_backend(each.training)) for name, each in configs.items()}
+    found = {name: resolve(each, lambda each: start_backend(each.training), fresh) for name, each in configs.items()}
     if jax.process_count() > 1:
         raise UserError("a sweep runs in one process; start it on one host, without srun or mpirun")
     return found
@@ -167,6 +175,7 @@ def _train_all(
             continue
         say(f"\nrun {number} of {len(trials)}: {_point(trial)}")
         started = time.perf_counter()
+        gc.collect()  # the run before leaves the device to this one
         try:
             _train(trial, configs[trial.name], folder, lambda: sweep.write(folder, asked, trials))
         except Diverged as error:
@@ -210,9 +219,9 @@ def _conclusion(config: Config, folder: Path, trials: Sequence[Trial], fields: S
     if len({trial.held_out_bytes for trial in ranked}) > 1:
         yield "not all were judged on the same text: their figures do not compare"
     for field in fields:
-        values = {trial.values[field] for trial in trials if trial.status in (DONE, FAILED)}
+        values = [trial.values[field] for trial in trials if trial.status in (DONE, FAILED)]
         best = ranked[0].values[field]
-        if len(values) > 2 and all(type(value) in (int, float) for value in values):
+        if all(type(value) in (int, float) for value in values) and len({*values}) > 2:
             for extreme, word in ((min(values), "smallest"), (max(values), "largest")):
                 if best == extreme:
                     yield f"the best {field} ({shown(best)}) is the {word} that was tried"

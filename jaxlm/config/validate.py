@@ -11,7 +11,7 @@ from typing import Any
 
 from jaxlm.config.fields import accepts, check_choice, excerpt, field_values, nearest, shown, type_name, without_use
 from jaxlm.config.mixture import mixture_options
-from jaxlm.config.schema import FIELDS, Config, ModelConfig, TrainingConfig
+from jaxlm.config.schema import FIELDS, PYTHON, Config, ModelConfig, TrainingConfig
 from jaxlm.errors import UserError, one_line
 
 SINK_PACKAGES = ("wandb", "trackio")  # names in training.report_to that need a package of that name
@@ -247,7 +247,8 @@ def _mixture_conflicts(config: Config) -> Iterator[str]:
         values = f"data.anneal_weights ({shown(data.anneal_weights)}) and data.anneal_from ({shown(data.anneal_from)})"
         yield f"{values} have a use together only; set both, or neither"
     if data.anneal_from is not None and max_steps is not None and data.anneal_from > max_steps:
-        yield f"data.anneal_from ({data.anneal_from}) exceeds training.max_steps ({max_steps}); lower it"
+        how = "lower it, or end earlier with training.stop_at_step"
+        yield f"data.anneal_from ({data.anneal_from}) exceeds training.max_steps ({max_steps}); {how}"
 
 
 def _conflicts(config: Config) -> Iterator[str]:
@@ -271,7 +272,8 @@ def _conflicts(config: Config) -> Iterator[str]:
             "has one; raise training.batch_size or training.gradient_accumulation_steps, or leave it out"
         )
     yield from _lora_conflicts(training)
-    if training.early_stopping_patience and not (data.validation_fraction or "data.validation_fraction" in unused):
+    elsewhere = "data.validation_fraction" in unused or data.dataset_name == PYTHON
+    if training.early_stopping_patience and not (data.validation_fraction or elsewhere):
         yield (
             f"training.early_stopping_patience ({training.early_stopping_patience}) needs held-out text, and "
             f"data.validation_fraction is {data.validation_fraction}; raise that, or leave it out"

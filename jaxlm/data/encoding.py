@@ -41,7 +41,7 @@ def encoded(tokenizer: Tokenizer, documents: Iterable[Document]) -> Iterator[tup
 def _encode(tokenizer: Tokenizer, batch: list[Document]) -> list[Encoded | UserError]:
     """The documents of a batch, all of which have parts to learn, or none; or all of which are tokens already."""
     if batch[0].ids is not None:
-        return [Encoded(np.asarray(document.ids, tokenizer.dtype)) for document in batch]
+        return [Encoded(np.ascontiguousarray(document.ids, tokenizer.dtype)) for document in batch]
     try:
         if batch[0].learned is None and not batch[0].complete:
             return [Encoded(ids) for ids in tokenizer.encode_documents([document.text for document in batch])]

@@ -169,7 +169,8 @@ def choose_format(
             kind = MESSAGES if MESSAGES in names else "prompt_completion" if {PROMPT, COMPLETION} <= names else kind
             kind = "tokens" if kind == "text" and INPUT_IDS in names else kind
     conversational = kind == MESSAGES or (kind == "prompt_completion" and isinstance((first or {}).get(PROMPT), list))
-    if not (conversational or evaluating):  # a model that was tuned may be evaluated on any text
+    # A model that was tuned may be evaluated on any text; of a mixture, `tokens.prepare_all` looks at all sources.
+    if not (conversational or evaluating or data.sources):
         for name, value in (("chat_template", data.chat_template), ("loss_on", data.loss_on)):
             if value is not None and value not in ("completions", "all"):
                 raise UserError(f"data.{name} ({value}): {where} holds no conversations; leave it out")
@@ -177,7 +178,7 @@ def choose_format(
         return TextRows(data.text_column)
     if first is None:
         raise UserError(f"data.format ({kind}): {where} is plain text; conversations are rows of .jsonl or .parquet")
-    if data.document_separator is not None:
+    if data.document_separator is not None and not data.sources:
         raise UserError(f"data.document_separator ({data.document_separator}) splits text, not {kind}; unset it")
     if kind == "tokens":
         if tokenizer is None:

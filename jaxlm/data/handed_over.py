@@ -2,8 +2,10 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, cast
+
+import numpy as np
 
 from jaxlm.config import DataConfig
 from jaxlm.data.documents import Found, RowFormat
@@ -43,7 +45,10 @@ class PythonRows:
                 "a datasets.Dataset, or a function that returns a new iterator"
             )
         self._given = given
-        if hasattr(given, "select_columns"):  # a datasets.Dataset; what else it holds may be costly to decode
+        shape = getattr(given, "format", None)  # a transform makes other columns of those that are stored
+        transformed = isinstance(shape, dict) and shape.get("type") == "custom"
+        # Of a datasets.Dataset, what else it holds may be costly to decode.
+        if hasattr(given, "select_columns") and not transformed:
             table = cast("datasets.Dataset", given)
             self._columns = table.column_names
             if known := [column for column in columns_read(data) if column in (self._columns or ())]:
@@ -96,8 +101,10 @@ def _kind(value: object) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """What JSON has instead of an array, or of what is no text."""
-    return value.tolist() if hasattr(value, "tolist") else _kind(value)
+    """What JSON has instead of an array, or of what is no text: it has to tell any two contents apart."""
+    if isinstance(value, Sequence) or hasattr(value, "__array__"):
+        return np.asarray(value).tolist()
+    return repr(value)
 
 
 def handed_over(data: DataConfig, train: Dataset | None, validation: Dataset | None) -> HandedOver | None:

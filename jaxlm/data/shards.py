@@ -123,5 +123,5 @@ class Shards:
 
     def clear(self) -> None:
         """Removes what is needed only to go on."""
-        self._path("shards").unlink()
-        self._path("documents").unlink()
+        self._path("shards").unlink(missing_ok=True)
+        self._path("documents").unlink(missing_ok=True)

@@ -7,7 +7,7 @@ import hashlib
 import platform
 import sysconfig
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,6 +38,7 @@ class Source:
       format: what its rows are.
       question: the messages before the first answer; None: there are none.
       sizes: about how many characters each part has before any of it is held out; None: not known.
+      files: of the training text, by their digests.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Source:
     format: RowFormat
     question: list[dict[str, Any]] | None
     sizes: dict[str, int | None]
+    files: dict[bytes, Path] = field(default_factory=dict)
 
     def characters(self, part: str) -> int | None:
         """About how many characters a part has; None: that is not known. Reads the text where some is held out."""
@@ -110,13 +112,15 @@ def _source(
     main = next(iter(parts.values()))
     first = None if data.format == "text" else main.first()
     format_ = choose_format(data, first, main.where, tokenizer, evaluating)
+    if data.sources and format_.kind != "text":
+        data = replace(data, document_separator=None)  # which is for the sources of text
     labels = {"train": "text" if splits else "training text", "validation": "held-out text"}
     left_out = {labels[part]: LeftOut(data) for part in parts}
     documents = {
         part: partial(left_out[labels[part]].good, partial(found.read, format_), found.where)
         for part, found in parts.items()
     }
-    sizes = {part: found.size for part, found in parts.items()}
+    sizes = {part: None if data.max_documents else found.size for part, found in parts.items()}
     about = left_out, format_, first_question(format_, first), sizes
     fingerprint = "-".join(found.fingerprint for found in parts.values())
     if data.max_documents is not None:
@@ -150,8 +154,8 @@ def _own_files(data: DataConfig, tokenizer: Tokenizer | None, evaluating: bool) 
 
     own = "data.sources" if data.sources else "data.train_files"
     if not data.validation_files:
-        name, _, train = part(data.train_files, own)
-        return _source(data, tokenizer, name, train, None, evaluating)
+        name, digests, train = part(data.train_files, own)
+        return replace(_source(data, tokenizer, name, train, None, evaluating), files=digests)
     held_out, validated, validation = part(data.validation_files, "data.validation_files")
     if evaluating:
         return _source(data, tokenizer, held_out, None, validation, evaluating)

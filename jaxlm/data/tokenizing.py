@@ -10,6 +10,7 @@ from itertools import islice
 from pathlib import Path
 
 from jaxlm.config import DataConfig
+from jaxlm.data.atomic import atomic_write
 from jaxlm.data.documents import SHOWN, Document, LeftOut
 from jaxlm.data.encoding import encoded, fitted, learned_bytes
 from jaxlm.data.shards import Counts, Shards
@@ -17,6 +18,7 @@ from jaxlm.data.sources import Source
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.errors import UserError
 
+NOTES = "notes.json"  # the last of the files
 SECONDS = 10  # between lines about progress
 TOKEN_CHARACTERS = 4  # on average, of most languages and tokenizers
 
@@ -31,6 +33,11 @@ def tokenize(folder: Path, source: Source, tokenizer: Tokenizer, data: DataConfi
       OSError: there is no room for them.
     """
     folder.mkdir(exist_ok=True)
+    parts = {name: Shards(folder, name, tokenizer.dtype) for name in source.parts}
+    if (folder / NOTES).exists():  # all is there, but for the folder's name
+        for shards in parts.values():
+            shards.clear()
+        return
     left_out, markers, choices, shares = dict(source.left_out), Counter[str](), [], list[str]()
 
     def lengths(documents: Iterator[Document]) -> Iterator[int]:
@@ -39,7 +46,6 @@ def tokenize(folder: Path, source: Source, tokenizer: Tokenizer, data: DataConfi
     if source.split is not None and source.split.pass_over_short(data.min_length, lengths):
         choices.append("long")
     _check_room(folder, source, tokenizer)
-    parts = {name: Shards(folder, name, tokenizer.dtype) for name in source.parts}
     for name, shards in parts.items():
         left_out[f"tokenizing {name}"] = untrained = LeftOut(data)
         with shards:
@@ -56,7 +62,7 @@ def tokenize(folder: Path, source: Source, tokenizer: Tokenizer, data: DataConfi
     lines = [line for part, counted in left_out.items() for line in counted.lines(part)]
     lines += [] if source.format.template is not None else _about_markers(tokenizer, markers)
     choices += ["special"] * any(marker in tokenizer.special_in_text for marker in markers)
-    (folder / "notes.json").write_text(json.dumps({"lines": lines + shares, "choices": choices}))
+    atomic_write(folder / NOTES, json.dumps({"lines": lines + shares, "choices": choices}))
     for shards in parts.values():
         shards.clear()
 

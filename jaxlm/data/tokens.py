@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
-from itertools import chain
+from itertools import chain, combinations
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +146,8 @@ def prepare_all(
     if tokenizer is None and data.tokenizer_path is not None:
         tokenizer = Tokenizer.load(data.tokenizer_path, data=data)
     sources = {name: open_source(each, evaluating, tokenizer, given) for name, each in texts.items()}
+    if data.sources:
+        _check_mixture(sources, data)
     for name, source in sources.items():
         reporter(report, name)(f"text: {source.name}")
     if tokenizer is None:
@@ -159,6 +161,20 @@ def prepare_all(
             report(f"warning: {doubt}")
     prepared = partial(_prepared, tokenizer=tokenizer, root=root)
     return {name: prepared(each, texts[name], report=reporter(report, name)) for name, each in sources.items()}
+
+
+def _check_mixture(sources: Mapping[str, Source], data: DataConfig) -> None:
+    """Raises UserError if sources have a file in common, or options that fit none of them, or not all."""
+    for (name, one), (other, two) in combinations(sources.items(), 2):
+        if both := one.files.keys() & two.files.keys():
+            file = one.files[min(both)]
+            raise UserError(f"data.sources ({name}, {other}): both have {file}, or a copy of it; leave it out of one")
+    kinds = {each.format.kind for each in sources.values()}
+    if data.chat_template is not None and not any(each.format.template for each in sources.values()):
+        raise UserError(f"data.chat_template ({data.chat_template}): no source holds conversations; leave it out")
+    if data.validation_files and len(kinds) > 1:
+        named = f"data.validation_files ({', '.join(data.validation_files)})"
+        raise UserError(f"{named} can't be of {' and '.join(sorted(kinds))}, as data.sources are; leave it out")
 
 
 def reporter(report: Report, name: str) -> Report:

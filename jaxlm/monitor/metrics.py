@@ -101,6 +101,11 @@ class MetricsTracker:
         """What has been added to the row of `step`, until it is written."""
         return dict(self._pending.get(step, {}))
 
+    def postpone(self, step: int) -> None:
+        """Moves what was added to the row of `step` to that of the next one."""
+        if step in self._pending:
+            self.update(self._pending.pop(step), step + 1)
+
     def flush(self, step: int) -> None:
         """Writes the rows of all steps up to `step`; without any, does nothing."""
         for complete in sorted(s for s in self._pending if s <= step):

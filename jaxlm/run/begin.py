@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxlm.checkpoints.items import read_progress, read_tokenizer
-from jaxlm.config import DataConfig, replace_fields, with_derived
+from jaxlm.config import Config, DataConfig, replace_fields, with_derived
 from jaxlm.config.schema import PYTHON
 from jaxlm.data.handed_over import HandedOver
+from jaxlm.errors import UserError
 from jaxlm.interop.pretrained import Pretrained, open_pretrained
 from jaxlm.model import Transformer
 from jaxlm.run.resume import Changes, go_on
@@ -27,11 +28,15 @@ class Beginning(NamedTuple):
     saved: dict[str, Any]  # fields of `Progress` that stay the same all through the run
 
 
-def with_handed_over(resolved: Resolved, given: HandedOver | None) -> Resolved:
-    """`resolved` with the text that a program hands over, if it does, in place of what data.dataset_name names."""
+def judged_with(config: Config, given: HandedOver | None) -> Config:
+    """`config`, not judged by the text that it names where a program hands one over."""
+    return config if given is None else replace_fields(config, {"data.dataset_name": PYTHON})
+
+
+def with_handed_over(resolved: Resolved, given: HandedOver | None, named: str) -> Resolved:
+    """`resolved` with the text that a program hands over, if it does, in place of `named`, data.dataset_name."""
     if given is None:
         return resolved
-    named = resolved.config.data.dataset_name
     instead = named not in (PYTHON, DataConfig.dataset_name)
     notes = [f"data.dataset_name ({named}) is not read: the text is train_dataset"] * instead
     config = with_derived(replace_fields(resolved.config, {"data.dataset_name": PYTHON}))
@@ -57,6 +62,8 @@ def begin(
     own = None if pretrained is None else pretrained.tokenizer
     text = prepare_text(resolved.config, own if checkpoint is None else read_tokenizer(checkpoint), given)
     resolved = with_text(resolved, text)
+    if given is not None and resolved.config.training.early_stopping_patience and not text.eval_rows:
+        raise UserError("training.early_stopping_patience needs held-out text; hand over an eval_dataset")
     of_run = asked_vocab_size, text.fingerprint, model_class.__name__, name_of(own_loss)
     resolved, changed = go_on(resolved, checkpoint, *of_run)
     check_same_in_processes(resolved.config, text.fingerprint)

@@ -74,6 +74,9 @@ def text_to_evaluate(config: Config, given: Mapping[str, Any]) -> DataConfig:
     if given.keys() & {"data.sources", "data.anneal_weights", "data.anneal_from"}:
         raise UserError(f"data.sources ({shown(given.get('data.sources', ()))}): name what is evaluated with --files")
     own, other, name = config.data, dict[str, Any](), given.get("data.dataset_name")
+    if not given.keys() & set(TEXT) and given.get("data.max_documents", own.max_documents) != own.max_documents:
+        most = f"data.max_documents ({given['data.max_documents']})"
+        raise UserError(f"{most}: another part of the text would be held out than the run's; name a text with --files")
     first = {"data.max_documents": None} if given.keys() & set(TEXT) else {}
     files, held_out = given.get("data.train_files"), given.get("data.validation_files")
     if files and held_out:

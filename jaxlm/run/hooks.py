@@ -1,6 +1,7 @@
 """What users add to a run without subclassing `Trainer`: hooks, called as things happen."""
 
 import sys
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -54,7 +55,7 @@ class Hook:
     """
 
     def on_start(self, run: Running) -> None:
-        """Before the first update of this start."""
+        """Before the first update of this start; metrics that are added come in the next row."""
 
     def on_update(self, run: Running) -> None:
         """After each update, which the device may still be computing."""
@@ -69,7 +70,7 @@ class Hook:
         """After a checkpoint was saved at `path`. Training waits until it is written, only where this is overridden."""
 
     def on_end(self, run: Running, result: Result) -> None:
-        """When all is saved, of a run that is finished or was stopped."""
+        """When all is saved and all rows are written, of a run that is finished or was stopped."""
 
 
 class Hooks:
@@ -80,7 +81,7 @@ class Hooks:
     """
 
     def __init__(self, hooks: Sequence[Hook], run: Running, watchdog: Watchdog) -> None:
-        self._hooks, self._run, self._watchdog = hooks, run, watchdog
+        self._hooks, self._run, self._watchdog = hooks, weakref.ref(run), watchdog  # a run ends when it is let go
         self._error: Exception | None = None
         for hook in hooks:
             if not isinstance(hook, Hook):
@@ -91,15 +92,18 @@ class Hooks:
 
     def call(self, method: str, *payload: Any) -> None:
         """Calls `method` of each hook."""
-        for hook in self._hooks if self._error is None else ():
+        run = self._run()
+        if run is None or self._error is not None:
+            return
+        for hook in self._hooks:
             try:
                 with self._watchdog.during(f"{type(hook).__name__}.{method}"):
-                    getattr(hook, method)(self._run, *payload)
+                    getattr(hook, method)(run, *payload)
             except Exception as error:
                 self._error = error
                 what = f"{type(hook).__name__}.{method} raised {type(error).__name__} ({printable(error)})"
-                self._what = f"{what} at step {self._run.current_step}"
-                self._run.stop(what)
+                self._what = f"{what} at step {run.current_step}"
+                run.stop(what)
                 return
 
     def listen(self, method: str) -> bool:

@@ -18,6 +18,7 @@ from jaxlm.model import Transformer
 from jaxlm.monitor.metrics import MetricsTracker, Throughput
 from jaxlm.monitor.progress import Progress
 from jaxlm.monitor.watchdog import Watchdog
+from jaxlm.parallel.processes import text_from_any_process
 from jaxlm.run.feed import evaluate_state
 from jaxlm.run.hooks import Hooks
 from jaxlm.run.text import Text, describe_sample
@@ -44,6 +45,8 @@ class RunModel:
     evaluations_since_best: int
     metrics_tracker: MetricsTracker
     checkpoints: Checkpoints
+    _in_update = False  # between the update and what is saved of it
+    _save_asked = False
     _saved: dict[str, Any]  # fields of its progress that stay the same all through the run
     _hooks: Hooks
     _progress: Progress
@@ -93,14 +96,21 @@ class RunModel:
     # ---------------------------------------------------------------- what users call
 
     def save_checkpoint(self) -> None:
-        """Saves everything needed to go on from the current step, in the background unless a hook waits for it."""
-        new = not (self.folder / f"{PREFIX}_{self.current_step}").exists()
+        """Saves everything needed to go on from the current step, in the background unless a hook waits for it.
+
+        Asked for while an update is logged and evaluated, by a hook or a subclass, it is done behind that.
+        """
+        if self._in_update:
+            self._save_asked = True
+            return
+        path, self._save_asked = self.folder / f"{PREFIX}_{self.current_step}", False
+        new = not path.exists()
         with self._watchdog.during("saving a checkpoint"):
             self.checkpoints.save(self.state, self.config, self.tokenizer, self._saved_progress())
             if new and self._hooks.listen("on_save"):
-                saved = self.checkpoints.newest()
-                if self.checkpoints.failed is None:
-                    self._hooks.call("on_save", saved)
+                self.checkpoints.wait()
+                if text_from_any_process(self.checkpoints.failed) is None:
+                    self._hooks.call("on_save", path)
         self._throughput.restart()
 
     def evaluate(self) -> dict[str, float]:

@@ -256,4 +256,6 @@ def assemble(
     attention = attention or choose_attention(resolved.config, resolved.capability)
     in_pairs = tuple(sorted((options or {}).items()))
     made_from = program_config(resolved.config), resolved.mesh, model_class, attention, in_pairs, resolved.masked
-    return _assembled(*made_from, own_loss)
+    if own_loss is not None:  # which may compute something else by now
+        return Assembly(*made_from, own_loss)
+    return _assembled(*made_from, None)
