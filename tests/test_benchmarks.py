@@ -103,7 +103,8 @@ def test_data_pipeline(tmp_path: Path, corpus: Path) -> None:
     for kind in (("loading", "embedded corpus"), ("larger", "random tokens")):
         assert results[kind]["tokens"] % (32 * 512) == 0 and 1e4 < results[kind]["tokens_per_second"] < 1e9
     assert results["larger", "random tokens"]["own_bytes"] < results["larger", "random tokens"]["limit_bytes"]
-    assert shown.count("\n| ") == 2 + 2 + 4 + 1 + 1  # two of them the table's head
+    assert 1e4 < results["mixing", "three sources"]["tokens_per_second"] < 1e9
+    assert shown.count("\n| ") == 2 + 2 + 4 + 1 + 1 + 1  # two of them the table's head
 
 
 def test_preparation(tmp_path: Path) -> None:
@@ -130,7 +131,7 @@ def test_start(tmp_path: Path, corpus: Path) -> None:
 
 def test_sweep(tmp_path: Path, corpus: Path) -> None:
     sizes = [option.replace("--", "--model.") for option in SMALLEST if "seq_len" not in option]
-    text = [f"--data.train_files={corpus / 'train.jsonl'}", f"--data.validation_files={corpus / 'validation.jsonl'}"]
+    text = [f"--data.train_files={corpus / 'train.jsonl'}", "--data.validation_fraction=0.1"]
     shown, report = run(tmp_path, "sweep.py", "--points=2", "--updates=2", after=[*sizes, *text])
     starts, one = report["results"]
     assert len(starts["runs"]) == len(one["runs"]) == 2 and sum(one["runs"]) < one["seconds"]
