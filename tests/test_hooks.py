@@ -181,7 +181,7 @@ def test_what_a_hook_saves_knows_the_evaluation_of_that_update(tmp_path, corpus)
     )
     trainer.train()
     rows = rows_of(trainer.folder)
-    assert read_progress(trainer.folder / "checkpoint_1").best_loss == min(row["eval/loss"] for row in rows[:2])
+    assert read_progress(trainer.folder / "checkpoint_1").best_loss == min(rows[step]["eval/loss"] for step in (0, 1))
     here = weakref.ref(trainer)
     gc.disable()
     del trainer

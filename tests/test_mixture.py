@@ -252,9 +252,9 @@ def test_texts_and_conversations_are_mixed(tmp_path: Path, corpus: Path) -> None
 
 
 def test_sources_share_no_file_and_not_all_options(tmp_path: Path, corpus: Path) -> None:
-    shared = (f"a={corpus / 'train.jsonl'}:1", f"b={corpus}/*.jsonl:1")
+    shared = (f"web={corpus / 'train.jsonl'}:1", f"books={corpus}/*.jsonl:1")
     with pytest.raises(
-        UserError, match=r"data\.sources \(a, b\): both have .*train\.jsonl, or a copy of it; leave it out"
+        UserError, match=r"data\.sources \(web, books\): both have .*train\.jsonl, or a copy of it; leave it out"
     ):
         Trainer(mixed(tmp_path, corpus, **{"data.sources": shared}))
     with pytest.raises(UserError, match=r"data\.chat_template \(plain\): no source holds conversations; leave it out"):
