@@ -63,7 +63,10 @@ class LiveCurve:
             thin = points[:: -(-len(points) // POINTS) or 1]
             places = " ".join(f"{(step - self._start) * right:.1f},{(high - loss) * up:.1f}" for step, loss in thin)
             line = f'<polyline points="{places}" fill="none" stroke="{CURVES[name]}" stroke-width="1.5"/>'
-            lines.append(line if len(thin) > 1 else "")
+            dot = (
+                f'<circle cx="{places.partition(",")[0]}" cy="{places.partition(",")[2]}" r="2" fill="{CURVES[name]}"/>'
+            )
+            lines.append(line if len(thin) > 1 else dot if thin else "")
         lines += [
             f'<text x="2" y="{y}" font-size="10" fill="gray">{x:.3f}</text>' for x, y in ((high, 10), (low, HEIGHT))
         ]
