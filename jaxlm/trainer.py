@@ -173,6 +173,7 @@ class Trainer(RunModel):
         training = self.config.training
         with ExitStack() as opened:
             opened.callback(self._lock.release)
+            opened.callback(vars(self).update, _in_update=False)  # an error may end the run within one
             opened.enter_context(self._watchdog)
             with self._lock, self._watchdog.during("compiling the step"):  # so does one that is stopped here
                 self.train_step = compile_step(self.assembly, self.config.training.compiled_program)
@@ -191,7 +192,8 @@ class Trainer(RunModel):
                     self._probes.before_update(self.current_step + 1, self.state, batch, numbers)
                     with self._profiler.update(self.current_step + 1, self.state):
                         self.state, self.step_metrics = self.train_step(self.state, batch, numbers)
-                    self.current_step, self._in_update = self.current_step + 1, True
+                    self.current_step += 1
+                    self._in_update = True
                     # This and the next line wait for nothing.
                     self._profiler.stop_after(self.current_step, self.step_metrics)
                     self._judge.note(self.current_step, self.step_metrics)

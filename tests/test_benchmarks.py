@@ -138,6 +138,13 @@ def test_sweep(tmp_path: Path, corpus: Path) -> None:
     assert starts["seconds"] == sum(starts["runs"]) and "| 2 runs, sweep.py |" in shown
 
 
+def test_flat(tmp_path: Path) -> None:
+    _, report = run(tmp_path, "flat.py", "--updates=40")
+    (found,) = report["results"]
+    assert found["updates"] == 40 and [step for step, _ in found["seen"]] == [*range(1, 41)]
+    assert found["last_quarter_bytes"] > 50 * 2**20
+
+
 def test_growth(tmp_path: Path) -> None:
     shown, report = run(
         tmp_path, "growth.py", "--only", "layers", "documents", "--layers=1", "--documents", "64", "256"

@@ -115,7 +115,7 @@ class LeftOut:
 
     def counts(self) -> dict[str, Any]:
         """What was counted, as JSON can hold it; for `go_on`."""
-        return {name: value for name, value in vars(self).items() if name not in ("_skip", "_separator")}
+        return {name: value for name, value in vars(self).items() if name not in ("_skip", "_separator", "_most")}
 
     def go_on(self, counts: Mapping[str, Any]) -> None:
         """Counts on from `counts`; not a pass with `good`, which begins anew."""

@@ -34,6 +34,18 @@ MOST_IMPLY |= dict.fromkeys(
 MOST_IMPLY |= dict.fromkeys(("qkv_bias", "attention_softcap", "logit_softcap"))
 
 
+# What GPT-2 and GPT-NeoX have in common, and how the classes after GPT-2 call the shape.
+CLASSIC = {"n_kv_heads": None, "head_dim": None, "norm": "layernorm", "use_bias": True}
+SHAPE = {
+    "vocab_size": "vocab_size",
+    "d_model": "hidden_size",
+    "n_heads": "num_attention_heads",
+    "n_layers": "num_hidden_layers",
+    "d_ff": "intermediate_size",
+    "max_seq_len": "max_position_embeddings",
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class Family:
     """A class of transformers. Several names in one string, separated by spaces, correspond to one of jaxlm's."""
@@ -68,14 +80,7 @@ GPT2 = Family(
         "activation": "activation_function",
         "tie_embeddings": "tie_word_embeddings",
     },
-    implied={
-        **MOST_IMPLY,
-        "n_kv_heads": None,
-        "head_dim": None,
-        "norm": "layernorm",
-        "use_bias": True,
-        "positions": "learned",
-    },
+    implied={**MOST_IMPLY, **CLASSIC, "positions": "learned"},
     activations=PLAIN,
     dropouts={"embd_pdrop": "dropout", "resid_pdrop": "dropout", "attn_pdrop": "attention_dropout"},
     required={"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False},
@@ -107,14 +112,9 @@ LLAMA = Family(
     architecture="LlamaForCausalLM",
     model_type="llama",
     keys={
-        "vocab_size": "vocab_size",
-        "d_model": "hidden_size",
-        "n_heads": "num_attention_heads",
+        **SHAPE,
         "n_kv_heads": "num_key_value_heads",
         "head_dim": "head_dim",
-        "n_layers": "num_hidden_layers",
-        "d_ff": "intermediate_size",
-        "max_seq_len": "max_position_embeddings",
         "norm_epsilon": "rms_norm_eps",
         "activation": "hidden_act",
         "use_bias": "attention_bias mlp_bias",
@@ -226,12 +226,7 @@ GPT_NEOX = Family(
     architecture="GPTNeoXForCausalLM",
     model_type="gpt_neox",
     keys={
-        "vocab_size": "vocab_size",
-        "d_model": "hidden_size",
-        "n_heads": "num_attention_heads",
-        "n_layers": "num_hidden_layers",
-        "d_ff": "intermediate_size",
-        "max_seq_len": "max_position_embeddings",
+        **SHAPE,
         "norm_epsilon": "layer_norm_eps",
         "activation": "hidden_act",
         "parallel_residual": "use_parallel_residual",
@@ -239,10 +234,7 @@ GPT_NEOX = Family(
     },
     implied={
         **{name: x for name, x in MOST_IMPLY.items() if name not in ("parallel_residual", "rotary_fraction")},
-        "n_kv_heads": None,
-        "head_dim": None,
-        "norm": "layernorm",
-        "use_bias": True,
+        **CLASSIC,
         "positions": "rotary",
     },
     activations=PLAIN,

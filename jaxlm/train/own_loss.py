@@ -41,7 +41,9 @@ def own_sums(
       factor: of every loss; in it goes the gradient's scale.
     """
     losses_BT, extras = loss(model, {name: x for name, x in batch.items() if name != "rows"}, keys)
-    total = jnp.where(learned(batch), losses_BT * factor, 0.0).sum()  # what is not learned may be anything, such as NaN
+    total = jnp.where(
+        learned(batch), losses_BT * factor, 0.0
+    ).sum()  # what is not learned may be NaN, if not by a gradient
     return total, (total, {name: (jnp.float32(x), jnp.float32(n)) for name, (x, n) in extras.items()})
 
 
