@@ -1,14 +1,18 @@
-"""Preparation alone: killed again and again, and in little memory: python benchmarks/prepare.py [--only PART ...]
+"""Preparation alone: killed again and again, in little memory, shared: python benchmarks/prepare.py [--only PART ...]
 
 kills    `prepare` is killed (SIGKILL) at random moments and started again, until it ends; its files must be those of
          one that nobody disturbed, byte for byte. Rounds follow each other until the kills are done.
 memory   `prepare` of a text of `--size` bytes, in a process that may have `--limit` bytes of memory (RLIMIT_DATA)
+sharing  `prepare` of a text of `--shared` bytes by one process of one thread, and by as many as there are cores at once,
+         one after the other, `--repeats` times; their files must be the same, byte for byte
+streaming  of that text, the seconds until the first batch can be had with data.streaming, and without
 
 The text is the standard library, repeated with other names in it, one document a file. README.md, next to this file,
 has the method.
 """
 
 import argparse
+import contextlib
 import json
 import random
 import resource
@@ -29,6 +33,7 @@ from lib.workers import in_a_process
 
 KILL_TEXT = 2**24  # bytes
 KILL_SHARD = 2**20  # characters: a kill should find some shards whole, and one that is not
+SHARED_SHARD = 2**23  # characters: enough shards for each process
 LONGEST_WAIT = 6  # seconds from the start of tokenizing to a kill
 
 
@@ -93,7 +98,7 @@ def killed(spec: dict[str, Any], wait: float) -> bool:
 
 def whole_shards(cache: Path) -> int:
     """Those that a killed start has left."""
-    return sum(path.read_bytes().count(b"\n") for path in cache.glob("tokens/.*.part/*.shards"))
+    return len([*cache.glob("tokens/.*.part/*-*.json")])
 
 
 def kills(options: dict[str, Any], spec: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
@@ -128,9 +133,70 @@ def memory(options: dict[str, Any], spec: dict[str, Any], folder: Path) -> list[
     return [{"part": "memory", **sizes} | {name: made[name] for name in made if name != "folder"}]
 
 
+def sharing(options: dict[str, Any], spec: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
+    write_text(folder / "text.jsonl", options["shared"])
+    spec = spec | {"text": str(folder / "text.jsonl"), "shard": SHARED_SHARD, "limit": None, "threads": 1}
+    seconds, made = dict[int, list[float]](), list[dict[str, bytes]]()
+    for repeat in range(options["repeats"]):
+        for count in (1, cores()):
+            cache = folder / f"{repeat}-{count}"
+            command = [sys.executable, __file__, "--part", "once", json.dumps(spec | {"cache": str(cache)})]
+            start = time.perf_counter()
+            started = [
+                subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) for _ in range(count)
+            ]
+            if any([process.wait() for process in started]):
+                raise SystemExit("a process failed")
+            seconds.setdefault(count, []).append(time.perf_counter() - start)
+            (path,) = cache.glob("tokens/*")
+            made.append(contents(str(path)))
+            say(f"{count} processes: {seconds[count][-1]:.1f} s")
+    facts = {"utf8_bytes": options["shared"], "shard_characters": SHARED_SHARD, "threads_of_each": 1}
+    equal = {"byte_equal": sum(each == made[0] for each in made), "rounds": len(made)}
+    return [{"part": "sharing", "processes": n, "seconds": each, **facts, **equal} for n, each in seconds.items()]
+
+
+def first_batch(options: dict[str, Any]) -> dict[str, Any]:
+    """Seconds from the text and a tokenizer to the first batch of 32 rows."""
+    from jaxlm.config import Config, DataConfig, ModelConfig
+    from jaxlm.data.loader import train_batches
+    from jaxlm.run.text import prepare_text
+
+    data = DataConfig(
+        train_files=(options["text"],),
+        validation_fraction=0,
+        tokenizer_path=options["tokenizer"],
+        cache_dir=options["cache"],
+        preprocessing_num_workers=options["threads"],
+        streaming=options["streaming"],
+    )
+    start = time.perf_counter()
+    rows = prepare_text(Config(ModelConfig(), data=data), None).rows
+    with contextlib.closing(train_batches(rows, 0, 32, 1, 0)) as batches:
+        next(batches)
+    return {"seconds": time.perf_counter() - start}
+
+
+def streaming(options: dict[str, Any], spec: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
+    write_text(folder / "text.jsonl", options["shared"])
+    seconds = dict[bool, list[float]]()
+    for repeat in range(options["repeats"]):
+        for how in (False, True):
+            job = spec | {
+                "text": str(folder / "text.jsonl"),
+                "cache": str(folder / f"{repeat}-{how}"),
+                "streaming": how,
+            }
+            seconds.setdefault(how, []).append(in_a_process(__file__, "first_batch", job, {})["seconds"])
+    facts = {"utf8_bytes": options["shared"]}
+    return [{"part": "streaming", "streaming": how, "seconds": each, **facts} for how, each in seconds.items()]
+
+
 PARTS: dict[str, Callable[[dict[str, Any], dict[str, Any], Path], list[dict[str, Any]]]] = {
     "kills": kills,
     "memory": memory,
+    "sharing": sharing,
+    "streaming": streaming,
 }
 
 
@@ -143,6 +209,8 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the moments to kill at (default: 0)")
     parser.add_argument("--size", type=int, default=4 * 10**9, help="bytes of the text (default: 4 GB)")
     parser.add_argument("--limit", type=int, default=1_500_000_000, help="bytes of memory (default: 1.5 GB)")
+    parser.add_argument("--shared", type=int, default=5 * 10**8, help="bytes of the other text (default: 0.5 GB)")
+    parser.add_argument("--repeats", type=int, default=3, help="of both measurements with it (default: 3)")
     parser.add_argument("--threads", type=int, default=cores(), help="default: the cores")
     parser.add_argument("--vocab_size", type=int, default=4096, help="of the tokenizer (default: 4096)")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON file (default: results/)")
@@ -168,6 +236,6 @@ def main(arguments: list[str]) -> None:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--part"]:
-        answer_part({"once": once})
+        answer_part({"once": once, "first_batch": first_batch})
     else:
         main(sys.argv[1:])

@@ -20,6 +20,7 @@ from jaxlm.checkpoints.save import Checkpoints
 from jaxlm.config import Config, check_steps, load_config
 from jaxlm.data.handed_over import Dataset, handed_over
 from jaxlm.data.loader import total_steps
+from jaxlm.data.streaming import StreamedRows
 from jaxlm.errors import RunFailed
 from jaxlm.monitor.metrics import MetricsTracker, Throughput, memory_gib, model_flops_utilization
 from jaxlm.monitor.profiling import Profiler
@@ -110,8 +111,9 @@ class Trainer(RunModel):
         self.tokenizer = self.text.tokenizer
 
     def _count_steps(self) -> None:
-        training, size = self.config.training, (len(self.text.rows), self.resolved.global_batch)
-        self.total_steps = total_steps(training.num_epochs, *size, training.max_steps, self.resolved.offset)
+        training, rows = self.config.training, sum(map(len, self.text.rows.parts.values()))
+        end = training.max_steps, self.resolved.offset
+        self.total_steps = total_steps(training.num_epochs, rows, self.resolved.global_batch, *end)
         stop = self.total_steps if training.stop_at_step is None else training.stop_at_step
         self.last_step = min(stop, self.total_steps)
         check_steps(self.config, self.total_steps, self.last_step)
@@ -255,6 +257,8 @@ class Trainer(RunModel):
         self._stop_vote = StopVote(self.resolved.mesh, self._watchdog.alive)
         steps = range(self.current_step, self.last_step)
         self.train_batches = BatchFeeder(self.resolved, self.text.rows, steps, self._throughput, self._watchdog)
+        if isinstance(self.text.rows, StreamedRows):
+            self.text.rows.report_to(self._progress.line, self._watchdog.alive)
         self._throughput.restart()
 
     def _write_report(self) -> None:
@@ -301,10 +305,11 @@ class Trainer(RunModel):
             "train/grad_norm": values["grad_norm"],
             "train/tokens_per_second": rate,
             "train/mfu": model_flops_utilization(rate, self._start.flops_per_token, self.resolved.devices),
-            "train/epoch": self.resolved.position(self.current_step) / len(self.text.rows),
             "train/skipped_steps": values["skipped"],
             "train/loss_scale": values["loss_scale"],
         }
+        epochs = self.text.rows.epochs(self.resolved.position(self.current_step))
+        row |= {} if epochs is None else {"train/epoch": epochs}
         row |= {name: value for name, value in values.items() if name.startswith("train/")}  # of an own loss
         row |= memory_gib(jax.local_devices()) | self.train_batches.of_sources(self.current_step)
         self.metrics_tracker.update(row, self.current_step)

@@ -316,6 +316,8 @@ def reader(tmp_path: Path, corpus: Path, trained: Path, capsys: Any, monkeypatch
         shutil.copy(corpus / "book.txt", tmp_path / "my_texts" / name)
     short = [[{"role": "assistant", "content": f"{i}"}] for i in range(60)]  # of what the page makes, for tiny rows
     (tmp_path / "sums.jsonl").write_text("\n".join(json.dumps({"messages": turns}) for turns in short))
+    shutil.copy(corpus / "validation.jsonl", tmp_path / "held_out.jsonl")
+    shutil.copy(trained / "tokenizer" / "tokenizer.json", tmp_path)
     monkeypatch.chdir(tmp_path)
     return Reader(tmp_path, corpus, trained, capsys, monkeypatch)
 

@@ -1,4 +1,4 @@
-"""A preparation that is ended anywhere goes on, and ends with the same bytes; its disk, its progress."""
+"""A preparation that is ended anywhere, or shared by processes, ends with the same bytes; its disk, its progress."""
 
 import errno
 import json
@@ -8,7 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections import namedtuple
+from collections import Counter, namedtuple
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from conftest import documents
 from jaxlm.config import DataConfig
 from jaxlm.data import shards, tokenizing
 from jaxlm.data.documents import Document
-from jaxlm.data.shards import Shards
+from jaxlm.data.shards import Pass, Shard
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.data.tokens import prepare
 from jaxlm.errors import UserError
@@ -79,26 +79,32 @@ def part(data: DataConfig) -> Path:
 
 
 def interrupt(data: DataConfig, split: str, at: int) -> None:
-    """Ends a preparation while it is at that document of `split`."""
-    passed = Shards.passed
+    """Ends a preparation while it is at that document of those that it tokenizes of `split`."""
+    ended, seen = Pass.ended, Counter[str]()
 
-    def ends(self: Shards, document: Document) -> bool:
-        if (self._split, self.counts.read) == (split, at):
+    def ends(self: Pass, document: Document | None) -> None:
+        if (self.shards.split, seen[self.shards.split]) == (split, at):
             raise KeyboardInterrupt
-        return passed(self, document)
+        seen[self.shards.split] += 1
+        ended(self, document)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Shards, "passed", ends)
+        patch.setattr(Pass, "ended", ends)
         with pytest.raises(KeyboardInterrupt):
             prepare(data, 300, None, print)
 
 
 PLACES = [
     [("train", 0)],
-    [("train", 60), ("train", 61), ("train", 110)],
+    [("train", 60), ("train", 30), ("train", 30)],
     [("validation", 0), ("validation", 25)],
     [("train", 100), ("validation", 20)],
 ]
+
+
+def whole(data: DataConfig, split: str = "train") -> list[str]:
+    """The shards that a preparation has left."""
+    return sorted(path.name for path in part(data).glob(f"{split}-*.json"))
 
 
 @pytest.mark.parametrize("places", PLACES)
@@ -107,7 +113,7 @@ def test_an_ended_preparation_goes_on_to_the_same_bytes(
 ) -> None:
     expected = prepared(each)
     assert {"train.tokens", "train.offsets.npy", "train.bytes.npy", "validation.tokens", "notes.json"} <= set(expected)
-    assert not [name for name in expected if name.endswith((".shards", ".documents"))]
+    assert not [name for name in expected if "-0" in name or name.startswith(".")]
     here = replace(each, cache_dir=str(tmp_path))
     for split, at in places:
         interrupt(here, split, at)
@@ -121,29 +127,59 @@ def test_whole_shards_are_not_tokenized_again(
 ) -> None:
     here, seen = replace(each, cache_dir=str(tmp_path)), list[str]()
     interrupt(here, "train", 100)
-    counts = json.loads((part(here) / "train.shards").read_text().splitlines()[-1])
-    assert 50 < counts["read"] <= 100 and counts["characters"] >= 3 * SHARD
-    monkeypatch.setattr(Shards, "passed", lambda self, document: seen.append(document.place))
+    counts = [json.loads((part(here) / name).read_text()) for name in whole(here)]
+    read = sum(each["read"] for each in counts)
+    assert 50 < read <= 100 and all(each["characters"] >= SHARD for each in counts) and len(counts) > 2
+    ended = Pass.ended
+
+    def sees(self: Pass, document: Document | None) -> None:
+        seen.extend([document.place] if document else [])
+        ended(self, document)
+
+    monkeypatch.setattr(Pass, "ended", sees)
     prepare(here, 300, None, print)
     first_pass = len(seen)
     prepare(replace(here, cache_dir=str(tmp_path / "anew")), 300, None, print)
-    assert first_pass == len(seen) - first_pass - counts["read"]
+    assert first_pass == len(seen) - first_pass - read
 
 
-def test_a_torn_shard_is_cut_off(data: DataConfig, tmp_path: Path) -> None:
+def test_a_torn_shard_is_written_anew(data: DataConfig, tmp_path: Path) -> None:
     here = replace(data, cache_dir=str(tmp_path))
     interrupt(here, "train", 100)
-    for path in part(here).iterdir():
-        with path.open("ab") as file:
-            file.write(b'{"read": 1000, "tok')
+    torn = f"train-{len(whole(here)):05}"
+    assert (part(here) / f"{torn}.tokens").exists()
+    for name in (f"{torn}.tokens", f"{torn}.learned", "train-00003.lock"):
+        (part(here) / name).write_bytes(b"1" * 10**5)
     assert prepared(here) == prepared(data)
+
+
+def test_a_start_that_was_killed_while_it_joined_goes_on(each: DataConfig, tmp_path: Path) -> None:
+    """At each of the shards, after it was added and before it was removed, or the other way round."""
+    expected, here = prepared(each), replace(each, cache_dir=str(tmp_path))
+    unlink = Path.unlink
+
+    def killed(self: Path, missing_ok: bool = False) -> None:
+        if self.suffix == ".tokens" and left and left.pop():
+            raise KeyboardInterrupt
+        unlink(self, missing_ok)
+        if self.suffix == ".tokens" and left and left.pop():
+            raise KeyboardInterrupt
+
+    left = [True, False, True, False, False, False, True]  # from the end
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Path, "unlink", killed)
+        while left:
+            with pytest.raises(KeyboardInterrupt):
+                prepare(here, 300, None, print)
+    assert (part(here) / "train.tokens").stat().st_size and not (part(here) / "train-00000.tokens").exists()
+    assert prepared(here) == expected
 
 
 def test_fewer_tokens_than_the_shards_had_are_noticed(data: DataConfig, tmp_path: Path) -> None:
     here = replace(data, cache_dir=str(tmp_path))
     interrupt(here, "train", 100)
-    (part(here) / "train.documents").write_bytes(b"")
-    with pytest.raises(UserError, match=r"tokens of an earlier start \(.*train.documents\) are damaged, .*start again"):
+    (part(here) / "train-00001.tokens").write_bytes(b"")
+    with pytest.raises(UserError, match=r"tokens of an earlier start \(.*-00001.tokens\) are damaged, .*start again"):
         prepare(here, 300, None, print)
     assert prepared(here) == prepared(data)
 
@@ -173,29 +209,72 @@ def test_a_text_that_cannot_be_used_leaves_nothing(data: DataConfig, tmp_path: P
 CHILD = """
 import sys, time
 from jaxlm.config import DataConfig
-from jaxlm.data import shards
+from jaxlm.data import encoding, shards
 from jaxlm.data.tokens import prepare
-shards.SHARD_CHARACTERS = 1000
-keep = shards.Shards.keep
+encoding.BATCH_CHARACTERS, shards.SHARD_CHARACTERS = 100, 1000
+keep = shards.Shard.keep
 def slowly(self):
+    time.sleep(0.05)
     keep(self)
     print("kept", flush=True)
-    time.sleep(0.05)
-shards.Shards.keep = slowly
+shards.Shard.keep = slowly
+print("ready", flush=True)
+sys.stdin.readline()
 prepare(DataConfig(**eval(sys.argv[1])), 300, None, lambda line: None)
 """
+
+
+def children(data: DataConfig, count: int) -> list["subprocess.Popen[str]"]:
+    """Processes that prepare `data`, slowly; all are ready before one begins."""
+    command, pipe = [sys.executable, "-c", CHILD, repr(vars(data))], subprocess.PIPE
+    started = [subprocess.Popen(command, cwd=ROOT, stdin=pipe, stdout=pipe, text=True) for _ in range(count)]
+    for child in started:
+        assert child.stdout is not None and child.stdout.readline() == "ready\n"
+    for child in started:
+        assert child.stdin is not None
+        child.stdin.write("\n")
+        child.stdin.flush()
+    return started
 
 
 def test_killed_three_times(data: DataConfig, tmp_path: Path) -> None:
     here = replace(data, cache_dir=str(tmp_path))
     for _ in range(3):
-        command = [sys.executable, "-c", CHILD, repr(vars(here))]
-        child = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        (child,) = children(here, 1)
         assert child.stdout is not None
         assert [child.stdout.readline() for _ in range(2)] == ["kept\n"] * 2
         child.send_signal(signal.SIGKILL)
         child.communicate()
-    assert len((part(here) / "train.shards").read_text().splitlines()) >= 6
+    assert len(whole(here)) >= 6
+    assert prepared(here) == prepared(data)
+
+
+def test_processes_share_the_work(data: DataConfig, tmp_path: Path) -> None:
+    """Each of three makes some of the shards, one of them is killed, and all end with the same."""
+    here = replace(data, cache_dir=str(tmp_path))
+    started = children(here, 3)
+    assert started[0].stdout is not None and started[0].stdout.readline() == "kept\n"
+    started[0].send_signal(signal.SIGKILL)
+    said = [child.communicate(timeout=60)[0].count("kept") for child in started]
+    assert [child.returncode for child in started] == [-signal.SIGKILL, 0, 0]
+    shards_there = -(-sum(len(text) for text in documents(DOCUMENTS, 2)) // SHARD)
+    assert min(said[1:]) >= 1 and sum(said) <= shards_there
+    assert prepared(here) == prepared(data)
+
+
+def test_a_fault_that_another_process_found_is_told(data: DataConfig, tmp_path: Path) -> None:
+    """Its tokens are gone; this process says so, instead of beginning anew."""
+    here = replace(data, cache_dir=str(tmp_path))
+    keep = Shard.keep
+
+    def gone(self: Shard) -> None:
+        keep(self)
+        shutil.rmtree(self._folder)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Shard, "keep", gone)
+        with pytest.raises(UserError, match=r"^the tokens in .* were removed by another process, .*see what it says"):
+            prepare(here, 300, None, print)
     assert prepared(here) == prepared(data)
 
 
@@ -204,7 +283,7 @@ def test_too_small_a_disk_is_said_before_and_a_full_one_keeps_what_is_whole(
 ) -> None:
     here = replace(data, cache_dir=str(tmp_path))
     interrupt(here, "train", 100)
-    left = (part(here) / "train.shards").read_bytes()
+    left = whole(here)
     usage = namedtuple("usage", ["free"])
     with monkeypatch.context() as patch:
         patch.setattr(tokenizing, "TOKEN_CHARACTERS", 1 / 10**6)
@@ -213,16 +292,16 @@ def test_too_small_a_disk_is_said_before_and_a_full_one_keeps_what_is_whole(
         with pytest.raises(UserError, match=message):
             prepare(here, 300, None, print)
 
-    def full(self: Shards) -> None:
+    def full(self: Shard) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(Shards, "keep", full)
+        patch.setattr(Shard, "keep", full)
         with pytest.raises(
             UserError, match=r"^data.cache_dir \(.*\) cannot be written to: No space left on device; name"
         ):
             prepare(here, 300, None, print)
-    assert (part(here) / "train.shards").read_bytes() == left
+    assert whole(here) == left
     assert prepared(here) == prepared(data)
 
 

@@ -28,6 +28,7 @@ from jaxlm.config import DataConfig
 from jaxlm.data import tokens
 from jaxlm.data.documents import Document
 from jaxlm.data.held_out import HeldOut
+from jaxlm.data.shards import Shard
 from jaxlm.data.sources import Source, open_source
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.data.tokens import cache_root, prepare
@@ -505,7 +506,7 @@ def test_second_start_uses_the_cache(data: DataConfig, monkeypatch: pytest.Monke
     first = prepare(data, 300, None, print)
     lines: list[str] = []
     monkeypatch.setattr(Tokenizer, "train", None)
-    monkeypatch.setattr(tokens, "tokenize", None)
+    monkeypatch.setattr(tokens, "make_shards", None)
     again = prepare(data, 300, None, lines.append)
     assert [line for line in lines if line.startswith("tokenized text: cached")]
     assert again.tokenizer.fingerprint == first.tokenizer.fingerprint
@@ -576,24 +577,24 @@ def test_markers_in_the_text_are_said(tmp_path, foreign: bool) -> None:
 
 
 def test_two_at_once_both_succeed(data: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of two runs that start on the same new text, one prepares it, and the other waits and uses that."""
-    original, calls, begun = tokens.tokenize, [], threading.Event()
+    """Of two runs that start on the same new text, one is at its shard, and the other waits and uses that."""
+    keep, calls, begun = Shard.keep, [], threading.Event()
 
-    def slow(folder, *rest):
-        calls.append(folder)
+    def slow(self):
+        calls.append(self)
         begun.set()
         time.sleep(0.5)
-        original(folder, *rest)
+        keep(self)
 
-    monkeypatch.setattr(tokens, "tokenize", slow)
+    monkeypatch.setattr(Shard, "keep", slow)
     lines: list[str] = []
     with ThreadPoolExecutor(1) as pool:
         first = pool.submit(prepare, data, 300, None, print)
         assert begun.wait(30)
         second = prepare(data, 300, None, lines.append)
         assert second.train.tokens.tolist() == first.result().train.tokens.tolist()
-    assert len(calls) == 1
-    assert [line for line in lines if line.startswith("tokenized text: cached")]
+    assert len(calls) == 2  # of train, and of validation
+    assert "tokenizing train: waits for another process, which is at shard 0" in lines
     assert [path.name for path in (cache_root(data) / "tokens").iterdir()] == [second.train.folder.name]
 
 

@@ -270,9 +270,7 @@ class DataConfig(Section):
         "several own texts, mixed: each NAME=FILES:WEIGHT, FILES as in train_files, with | between them, WEIGHT its "
         "share of the rows, as a part of the sum of all weights",
     )
-    anneal_weights: tuple[str, ...] = option(
-        (), "weights of sources from update anneal_from on, each NAME=WEIGHT; of those left out 0"
-    )
+    anneal_weights: tuple[str, ...] = option((), "weights from update anneal_from on: NAME=WEIGHT; of those left out 0")
     anneal_from: int | None = option(None, "update from which on anneal_weights hold; none: never", low=2)
     validation_fraction: float = option(
         0.05, "share of the text held out where there is no validation split; 0: none", low=0, below=1
@@ -318,6 +316,7 @@ class DataConfig(Section):
     bos_token: str | None = option(None, "token that begins a document; none: as the tokenizer's folder or names say")
     eos_token: str | None = option(None, "token that ends a document and a generated text; none: as for bos_token")
     pad_token: str | None = option(None, "token that pads, where an export needs one; none: as for bos_token")
+    streaming: bool = option(False, "train on the first shards of the text while later ones are tokenized")
     max_length: int = option(1024, "tokens a row; longer documents are cut into pieces", low=2)
     min_length: int = option(10, "documents of fewer tokens (with <bos> and <eos>) are dropped", low=0)
     pack_sequences: bool = option(True, "put several documents into a row, kept apart in attention; false: pad")

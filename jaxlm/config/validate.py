@@ -251,6 +251,24 @@ def _mixture_conflicts(config: Config) -> Iterator[str]:
         yield f"data.anneal_from ({data.anneal_from}) exceeds training.max_steps ({max_steps}); {how}"
 
 
+def _streaming_conflicts(config: Config) -> Iterator[str]:
+    data, training = config.data, config.training
+    if not data.streaming:
+        return
+    if data.sources or data.dataset_name == PYTHON:
+        text = "a mixture (data.sources)" if data.sources else "a text that a program hands over"
+        yield f"data.streaming is not for {text}; leave it out"
+    if data.tokenizer_path is None and training.init_from is None:
+        yield "data.streaming needs a tokenizer that is there; set data.tokenizer_path, or leave it out"
+    if training.max_steps is None:
+        yield "data.streaming is set but training.max_steps is not: the text's length is not known; set it"
+    if data.validation_fraction and "data.validation_fraction" not in without_use(data):
+        yield (
+            f"data.streaming: no text can be held out of one that is not all there (data.validation_fraction "
+            f"{data.validation_fraction}); name data.validation_files, or set it to 0"
+        )
+
+
 def _conflicts(config: Config) -> Iterator[str]:
     """What does not fit together."""
     model, training, data = config.model, config.training, config.data
@@ -286,6 +304,7 @@ def _conflicts(config: Config) -> Iterator[str]:
         if getattr(data, name) is not None and data.tokenizer_path is None and training.init_from is None:
             yield f"data.{name} is for a tokenizer that is there; set data.tokenizer_path, or leave it out"
     yield from _mixture_conflicts(config)
+    yield from _streaming_conflicts(config)
     if data.validation_files and not (data.train_files or data.sources):
         yield "data.validation_files is set but data.train_files is not; set both, or validation_split"
     for name, by in unused.items():

@@ -1,1 +1,1 @@
-"""From text to batches: sources (text in), tokens (ids on disk), packing (the plan), loader (grain)."""
+"""From text to batches: sources (text in), tokens (ids on disk, made in shards), packing (the plan), loader (grain)."""

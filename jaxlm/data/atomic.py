@@ -20,7 +20,7 @@ def atomic_path(path: Path, goes_on: bool = False) -> Iterator[Path]:
     Of several processes that write the same path, the others wait, and the next removes what a killed one has left;
     with `goes_on` it is given that, unless the block ended with a UserError.
     """
-    part = path.with_name(f".{path.name}.part")
+    part = _part_of(path)
     os.stat(path.parent / ".")  # filelock would make a folder that is missing
     with FileLock(path.with_name(f".{path.name}.lock")) as lock:
         if not goes_on:
@@ -41,6 +41,21 @@ def atomic_path(path: Path, goes_on: bool = False) -> Iterator[Path]:
             _remove(Path(lock.lock_file))  # filelock lets a process that waits for a deleted file begin again
 
 
+@contextmanager
+def shared_part(path: Path) -> Iterator[Path]:
+    """Yields the folder that `atomic_path(path, goes_on=True)` goes on with, for several processes to write into.
+
+    It is removed if the block ends with a UserError.
+    """
+    part = _part_of(path)
+    part.mkdir(exist_ok=True)
+    try:
+        yield part
+    except UserError:
+        _remove(part)
+        raise
+
+
 def atomic_write(path: Path, text: str) -> None:
     """Writes `text` as UTF-8 to `path`, whole or not at all."""
     with atomic_path(path) as part:
@@ -54,6 +69,10 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _part_of(path: Path) -> Path:
+    return path.with_name(f".{path.name}.part")
 
 
 def _remove(path: Path) -> None:

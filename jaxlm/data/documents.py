@@ -114,13 +114,16 @@ class LeftOut:
             self._passed_over.setdefault(reason, []).append(document.place)
 
     def counts(self) -> dict[str, Any]:
-        """What was counted, as JSON can hold it; for `go_on`."""
+        """What was counted, as JSON can hold it; for `include`."""
         return {name: value for name, value in vars(self).items() if name not in ("_skip", "_separator", "_most")}
 
-    def go_on(self, counts: Mapping[str, Any]) -> None:
-        """Counts on from `counts`; not a pass with `good`, which begins anew."""
-        vars(self).update(counts)
-        self._reasons = Counter(self._reasons)
+    def include(self, counts: Mapping[str, Any]) -> None:
+        """Counts what another has counted of documents behind these."""
+        for name in ("empty", "bad", "parts", "first"):
+            setattr(self, name, getattr(self, name) + counts[name])
+        self._reasons.update(counts["_reasons"])
+        for reason, places in counts["_passed_over"].items():
+            self._passed_over.setdefault(reason, []).extend(places)
 
     def lines(self, part: str) -> list[str]:
         """The lines of the report about what was left out of `part`."""

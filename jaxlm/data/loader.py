@@ -27,19 +27,20 @@ class Order(Protocol):
 
 
 class AnyRows(Protocol):
-    """Packed rows by index, of a text (`Rows`) or of several (`mixture.Mixture`)."""
+    """Packed rows by index, of a text (`Rows`, `streaming.StreamedRows`) or of several (`mixture.Mixture`)."""
 
     @property
     def parts(self) -> "Mapping[str, Rows]":
         """Those of each source; of a single text, under ""."""
-
-    def __len__(self) -> int: ...
 
     def __getitem__(self, index: int, /) -> Batch: ...
 
     def order(self, seed: int, anneal_row: int | None = None) -> Order: ...
 
     def documents(self, index: int) -> np.ndarray: ...
+
+    def epochs(self, place: int) -> float | None:
+        """How many passes over all rows come before `place` of the stream; None: that is not known yet."""
 
 
 class Rows:
@@ -89,6 +90,10 @@ class Rows:
         # grain takes seed + epoch for each epoch: unrelated first seeds, or epoch 1 of seed 0 were epoch 0 of seed 1.
         first_seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
         return grain.MapDataset.range(len(self)).shuffle(seed=first_seed).repeat()
+
+    def epochs(self, place: int) -> float:
+        """How many passes over the rows come before `place` of the stream."""
+        return place / len(self)
 
     def find(self, index: int) -> "tuple[str, Rows, int]":
         """The source of row `index`, which has no name, its rows, and which of them it is."""

@@ -93,6 +93,10 @@ class Mixture:
         before = [len(part.document_offsets) - 1 for part in self.parts.values()][: [*self.parts].index(name)]
         return rows.documents(row) + sum(before)
 
+    def epochs(self, place: int) -> float:
+        """As `Rows.epochs`, over all sources' rows together."""
+        return place / len(self)
+
     def order(self, seed: int, anneal_row: int | None = None) -> "MixedOrder":
         return MixedOrder(self, seed, sys.maxsize if anneal_row is None else anneal_row)
 

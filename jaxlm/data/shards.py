@@ -1,25 +1,29 @@
-"""Token arrays while they are made, a shard at a time: a start that was killed goes on behind the last whole one.
+"""The tokens of a text while they are made, in shards: each is whole or absent, and no two processes make the same one.
 
-    <folder>/<split>.tokens, .learned   as in tokens.py, growing
-    <folder>/<split>.documents          int64 [documents, 2]: where in the tokens each ends, and its bytes to learn
-    <folder>/<split>.shards             `Counts` as a line of JSON for each shard, once all of it is on the disk
+    <folder>/<split>-<number>.*       as in tokens.py, of the documents of a shard
+    <folder>/<split>-<number>.json    its `Counts`, written last: the shard is whole
 
-A shard is SHARD_CHARACTERS of documents in a row, or the last of them: the text alone decides, not the machine. What
-stands in the files behind the last whole line is cut off.
+A shard is documents in a row, as few as have SHARD_CHARACTERS, or the last of them: the text alone decides, not the
+machine. What a killed start has left of a shard that is not whole is written over.
 """
 
 import json
 import os
-from collections import Counter
-from contextlib import ExitStack
+import shutil
+from array import array
+from collections import Counter, deque
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
+from filelock import FileLock, Timeout
 
-from jaxlm.data.atomic import sync
-from jaxlm.data.documents import Document
+from jaxlm.config import DataConfig
+from jaxlm.data.atomic import atomic_write, sync
+from jaxlm.data.documents import Document, LeftOut
 from jaxlm.data.encoding import Encoded
 from jaxlm.errors import UserError
 
@@ -28,7 +32,7 @@ SHARD_CHARACTERS = 2**25  # some seconds of work for two cores, and no rush of w
 
 @dataclass
 class Counts:
-    """What has become of the documents of a part so far."""
+    """What has become of the documents of a shard, or of some."""
 
     read: int = 0  # documents, also those that were left out
     characters: int = 0  # of those
@@ -38,53 +42,32 @@ class Counts:
     left_out: dict[str, Any] = field(default_factory=dict)  # LeftOut.counts
     markers: Counter[str] = field(default_factory=Counter)  # special tokens in the texts
 
+    def ends(self, document: Document) -> bool:
+        """Counts a document that was read; whether the shard ends with it."""
+        self.read += 1
+        self.characters += len(document.text)
+        return self.characters >= SHARD_CHARACTERS
 
-class Shards:
-    """Writes the arrays of one part. A context, in which they are open.
 
-    `counts` are those of the last whole shard at first; UserError if there is less in the files than they say.
-    """
+class Shard:
+    """Writes a shard. A context, in which its files are open."""
 
-    def __init__(self, folder: Path, split: str, dtype: np.dtype) -> None:
-        self._folder, self._split, self.counts = folder, split, Counts()
-        self._sizes = {"tokens": dtype.itemsize, "learned": 1}  # bytes a token
+    def __init__(self, folder: Path, name: str, data: DataConfig) -> None:
+        self._folder, self._name, self.counts, self.left_out = folder, name, Counts(), LeftOut(data)
+        self._ends, self._bytes = array("q", [0]), array("q")
         self._opened, self._files = ExitStack(), dict[str, IO[bytes]]()  # by kind
 
-    def __enter__(self) -> "Shards":
-        with ExitStack() as opened:
-            self._go_on(opened)
-            self._opened = opened.pop_all()
+    def __enter__(self) -> "Shard":
+        for file in self._folder.glob(f"{self._name}.*"):  # of a start that was killed
+            file.unlink()
+        self._open("tokens")
         return self
 
     def __exit__(self, *_: object) -> None:
         self._opened.close()
 
-    def _go_on(self, opened: ExitStack) -> None:
-        """Opens the files, with what is whole in them."""
-        self._opened = opened
-        self._log, whole = opened.enter_context(self._path("shards").open("a+b")), 0
-        self._log.seek(0)
-        for line in self._log:
-            if not line.endswith(b"\n"):
-                break
-            self.counts, whole = Counts(**json.loads(line)), whole + len(line)
-        self.counts.markers = Counter(self.counts.markers)
-        self._log.truncate(whole)
-        for kind in ("tokens", "documents", "learned"):
-            if kind != "learned" or self._path(kind).exists():
-                self._open(kind)
-
-    def _path(self, kind: str) -> Path:
-        return self._folder / f"{self._split}.{kind}"
-
     def _open(self, kind: str) -> IO[bytes]:
-        """A file, cut off behind what is whole."""
-        counts = self.counts
-        size = 16 * counts.documents if kind == "documents" else self._sizes[kind] * counts.tokens
-        file = self._files[kind] = self._opened.enter_context(self._path(kind).open("ab"))
-        if file.tell() < size:
-            raise UserError(f"tokens of an earlier start ({file.name}) are damaged, and are now removed; start again")
-        file.truncate(size)
+        self._files[kind] = file = self._opened.enter_context((self._folder / f"{self._name}.{kind}").open("wb"))
         return file
 
     def add(self, found: Encoded, document_bytes: int) -> None:
@@ -95,33 +78,158 @@ class Shards:
             self.counts.learned += int(np.count_nonzero(found.learned))
         self.counts.documents += 1
         self.counts.tokens += len(found.ids)
-        self._files["documents"].write(np.array([self.counts.tokens, document_bytes], np.int64).data)
-
-    def passed(self, document: Document) -> bool:
-        """Counts a document that has been read, and added or left out; whether a shard ends with it."""
-        before = self.counts.characters // SHARD_CHARACTERS
-        self.counts.read += 1
-        self.counts.characters += len(document.text)
-        return self.counts.characters // SHARD_CHARACTERS > before
+        self._ends.append(self.counts.tokens)
+        self._bytes.append(document_bytes)
 
     def keep(self) -> None:
-        """Ends a shard: all that was added stays, whatever happens from here on."""
+        """Makes it whole: it stays, whatever happens from here on."""
+        self.counts.left_out = self.left_out.counts()
+        for kind, values in (("offsets.npy", self._ends), ("bytes.npy", self._bytes)):
+            np.save(self._open(kind), np.array(values, np.int64))
         for file in self._files.values():
             file.flush()
             os.fsync(file.fileno())
-        self._log.write(json.dumps(vars(self.counts)).encode() + b"\n")
-        self._log.flush()
-        os.fsync(self._log.fileno())
         sync(self._folder)
+        atomic_write(self._folder / f"{self._name}.json", json.dumps(vars(self.counts)))
 
-    def finish(self) -> None:
-        """Ends the last shard, and writes offsets and bytes as tokens.py describes them."""
-        self.keep()
-        ends, document_bytes = np.fromfile(self._path("documents"), np.int64).reshape(-1, 2).T
-        np.save(self._path("offsets.npy"), np.append(0, ends))
-        np.save(self._path("bytes.npy"), document_bytes)
 
-    def clear(self) -> None:
-        """Removes what is needed only to go on."""
-        self._path("shards").unlink(missing_ok=True)
-        self._path("documents").unlink(missing_ok=True)
+class Shards:
+    """The shards of a part of a text, in a folder that several processes may write into."""
+
+    def __init__(self, folder: Path, split: str, dtype: np.dtype) -> None:
+        self.folder, self.split, self.dtype = folder, split, dtype
+
+    def name(self, number: int) -> str:
+        return f"{self.split}-{number:05}"
+
+    def path(self, number: int, kind: str) -> Path:
+        return self.folder / f"{self.name(number)}.{kind}"
+
+    def is_whole(self, number: int) -> bool:
+        return self.path(number, "json").exists()
+
+    def counts(self, number: int) -> Counts:
+        """Of a shard that is whole."""
+        counts = Counts(**json.loads(self.path(number, "json").read_text()))
+        counts.markers = Counter(counts.markers)
+        return counts
+
+    def whole_at_first(self) -> tuple[int, Counts]:
+        """How many shards are whole before the first that is not, and what has been read for them."""
+        total, number = Counts(), 0
+        while self.is_whole(number):
+            counts, number = self.counts(number), number + 1
+            total.read, total.characters = total.read + counts.read, total.characters + counts.characters
+        return number, total
+
+    @contextmanager
+    def claimed(self, number: int, blocking: bool = False) -> Iterator[bool]:
+        """Whether this process is the one to make a shard, which no other does as long as the context lasts.
+
+        `blocking`: it waits for another process that is making it.
+
+        Raises:
+          FileNotFoundError: the folder is there no more.
+        """
+        os.stat(self.folder / ".")  # filelock would make a folder that is missing
+        lock = FileLock(self.folder / f".{self.name(number)}.lock")
+        if self.is_whole(number):
+            yield False
+            return
+        try:
+            lock.acquire(blocking=blocking)
+        except Timeout:
+            yield False
+            return
+        try:
+            yield not self.is_whole(number)
+        finally:
+            Path(lock.lock_file).unlink(missing_ok=True)  # filelock lets one that waits for a deleted file begin again
+            lock.release()
+
+    def join(self, number: int) -> None:
+        """Puts the first `number` shards, all of which are whole, end to end: the files that tokens.py describes.
+
+        The tokens of a shard are removed once they are there, so that the disk need not hold them twice.
+
+        Raises:
+          UserError: a shard has other tokens than it had.
+        """
+        parts = [self.counts(i) for i in range(number)]
+        for kind, item in (("tokens", self.dtype.itemsize), ("learned", 1)):
+            if kind == "tokens" or any(part.learned for part in parts):
+                self._append(kind, [part.tokens * item for part in parts])
+        sizes = [np.load(self.path(i, "bytes.npy")) for i in range(number)]
+        before = np.cumsum([0, *(part.tokens for part in parts)])
+        ends = [np.load(self.path(i, "offsets.npy"))[1:] + before[i] for i in range(number)]
+        np.save(self.folder / f"{self.split}.offsets.npy", np.concatenate([[0], *ends]))
+        np.save(self.folder / f"{self.split}.bytes.npy", np.concatenate(sizes))
+
+    def _append(self, kind: str, sizes: list[int]) -> None:
+        """Moves the files of a kind, in bytes of `sizes`, into one; those that are there no more are in it already."""
+        whole = self.folder / f"{self.split}.{kind}"
+        whole.touch()
+        with whole.open("r+b") as target:
+            for number, size in enumerate(sizes):
+                path, at = self.path(number, kind), sum(sizes[:number])
+                if not path.exists():
+                    continue
+                if path.stat().st_size != size:
+                    damaged = f"tokens of an earlier start ({path}) are damaged, and are now removed"
+                    raise UserError(f"{damaged}; start again")
+                target.truncate(at)
+                target.seek(at)
+                with path.open("rb") as source:
+                    shutil.copyfileobj(source, target, 2**20)
+                target.flush()
+                os.fsync(target.fileno())
+                path.unlink()
+
+
+def clear(folder: Path) -> None:
+    """Removes what is of shards alone, where all of them are joined."""
+    for path in folder.glob("*-[0-9][0-9][0-9][0-9][0-9]*.*"):
+        path.unlink(missing_ok=True)
+
+
+class Pass:
+    """A pass over the documents of a part, in which this process makes the shards that nobody else makes.
+
+    `read` yields their documents; `ended` is to be called with each of them later, in the same order.
+    """
+
+    def __init__(self, shards: Shards, first: int, data: DataConfig, opened: ExitStack) -> None:
+        """`first`: the number of the first shard that the documents are of; `opened` closes what is not `ended`."""
+        self.shards, self.number, self._data, self._opened = shards, first, data, opened
+        self._claimed = deque[tuple[Shard, ExitStack]]()
+
+    def read(self, documents: Iterator[Document]) -> Iterator[Document]:
+        counts, own = None, False
+        for document in documents:
+            if counts is None:
+                counts, own = Counts(), self._claim()
+            ends = counts.ends(document)
+            if own:
+                yield document
+            if ends:
+                counts, self.number = None, self.number + 1
+        self.number += counts is not None
+
+    def _claim(self) -> bool:
+        with ExitStack() as stack:
+            if own := stack.enter_context(self.shards.claimed(self.number)):
+                shard = stack.enter_context(Shard(self.shards.folder, self.shards.name(self.number), self._data))
+                self._claimed.append((shard, self._opened.enter_context(stack.pop_all())))
+        return own
+
+    @property
+    def shard(self) -> Shard:
+        """That of the first document that has not `ended`."""
+        return self._claimed[0][0]
+
+    def ended(self, document: Document | None) -> None:
+        """Keeps the shard if it ends with `document`, or with None, behind the last one."""
+        if bool(self._claimed) if document is None else self.shard.counts.ends(document):
+            shard, held = self._claimed.popleft()
+            shard.keep()
+            held.close()

@@ -1,4 +1,8 @@
-"""Documents to the files of a folder of tokens, with their progress; what a killed start has left is gone on with."""
+"""Documents to tokens in shards, with their progress, and shards to the files of a folder of tokens.
+
+What a killed start has left is gone on with, and processes that need the same tokens share the work: each reads all of
+the text, and tokenizes the shards that no other is at.
+"""
 
 import errno
 import json
@@ -6,14 +10,17 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
+from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from jaxlm.config import DataConfig
 from jaxlm.data.atomic import atomic_write
 from jaxlm.data.documents import SHOWN, Document, LeftOut
 from jaxlm.data.encoding import encoded, fitted, learned_bytes
-from jaxlm.data.shards import Counts, Shards
+from jaxlm.data.shards import Counts, Pass, Shards
 from jaxlm.data.sources import Source
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.errors import UserError
@@ -25,77 +32,98 @@ TOKEN_CHARACTERS = 4  # on average, of most languages and tokenizers
 Report = Callable[[str], None]  # takes a line of the report
 
 
-def tokenize(folder: Path, source: Source, tokenizer: Tokenizer, data: DataConfig, report: Report) -> None:
-    """Writes the tokens of all parts into `folder`: what of tokens.py's list is not there yet.
+class Made(NamedTuple):
+    """Shards that are whole: those of each part, how many it has, and choices as of `tokens.Prepared`."""
+
+    parts: dict[str, tuple[Shards, int]]
+    choices: list[str]
+
+
+def make_shards(folder: Path, source: Source, tokenizer: Tokenizer, data: DataConfig, report: Report) -> Made:
+    """All shards of `source`: tokenized here, unless they are there or another process does it.
 
     Raises:
-      UserError: a document is bad, or none is left.
-      OSError: there is no room for them.
+      UserError: a document is bad.
+      OSError: there is no room for them; FileNotFoundError: another process has moved or removed the folder.
     """
-    folder.mkdir(exist_ok=True)
-    parts = {name: Shards(folder, name, tokenizer.dtype) for name in source.parts}
-    if (folder / NOTES).exists():  # all is there, but for the folder's name
-        for shards in parts.values():
-            shards.clear()
-        return
-    left_out, markers, choices, shares = dict(source.left_out), Counter[str](), [], list[str]()
-
-    def lengths(documents: Iterator[Document]) -> Iterator[int]:
-        return (0 if isinstance(found, UserError) else len(found.ids) for _, found in encoded(tokenizer, documents))
-
-    if source.split is not None and source.split.pass_over_short(data.min_length, lengths):
-        choices.append("long")
+    lengths = partial(_lengths, tokenizer)
+    passed_over = source.split is not None and source.split.pass_over_short(data.min_length, lengths)
     _check_room(folder, source, tokenizer)
-    for name, shards in parts.items():
-        left_out[f"tokenizing {name}"] = untrained = LeftOut(data)
-        with shards:
-            _tokenize_part(shards, name, source, tokenizer, data, untrained, report)
-        counts = shards.counts
-        if not counts.documents:
+    made = Made({}, ["long"] * passed_over)
+    for name in source.parts:
+        shards = Shards(folder, name, tokenizer.dtype)
+        number = _make_shards(shards, source, tokenizer, data, report)
+        while missing := [i for i in range(number) if not shards.is_whole(i)]:
+            report(f"tokenizing {name}: waits for another process, which is at shard {missing[0]}")
+            with shards.claimed(missing[0], blocking=True):
+                pass
+            number = _make_shards(shards, source, tokenizer, data, report)
+        made.parts[name] = shards, number
+    return made
+
+
+def _lengths(tokenizer: Tokenizer, documents: Iterator[Document]) -> Iterator[int]:
+    return (0 if isinstance(found, UserError) else len(found.ids) for _, found in encoded(tokenizer, documents))
+
+
+def _make_shards(shards: Shards, source: Source, tokenizer: Tokenizer, data: DataConfig, report: Report) -> int:
+    """Those that are not whole, and that no other process is at; how many there are in all."""
+    name = shards.split
+    first, before = shards.whole_at_first()
+    if before.read:
+        done = f"{before.read:,} documents are done, by a start before this one or by another process"
+        report(f"tokenizing {name}: {done}; goes on behind them")
+    unread = islice(source.parts[name](), before.read, None)
+    documents = with_progress(unread, f"tokenizing {name}", report, source.characters(name), before)
+    with ExitStack() as opened:
+        work = Pass(shards, first, data, opened)
+        for document, found in encoded(tokenizer, work.read(documents)):
+            shard = work.shard
+            if isinstance(found, UserError):
+                shard.left_out.add(UserError(f"{document.place} {found}"))
+            elif fits := fitted(document, found, data, shard.left_out):
+                shard.add(fits, learned_bytes(tokenizer, document, fits))
+                shard.counts.markers.update(tokenizer.markers.findall(document.text))
+            work.ended(document)
+        work.ended(None)
+    return work.number
+
+
+def notes(made: Made, source: Source, tokenizer: Tokenizer, data: DataConfig) -> dict[str, Any]:
+    """What notes.json of tokens.py holds, once all of `source` has been read.
+
+    Raises:
+      UserError: no document of a part is left.
+    """
+    markers = Counter[str]()
+    lines, shares = [line for part, counted in source.left_out.items() for line in counted.lines(part)], list[str]()
+    for name, (shards, number) in made.parts.items():
+        parts, untrained = [shards.counts(i) for i in range(number)], LeftOut(data)
+        for counts in parts:
+            untrained.include(counts.left_out)
+            markers.update(counts.markers)
+        if not any(counts.documents for counts in parts):
             if untrained.first:
                 raise UserError(f"no document of the {name} text can be tokenized: {untrained.first[0]}")
             raise UserError(f"no document of the {name} text can be learned; {'; '.join(untrained.lines(name))}")
-        if counts.learned:
-            learned = f"{counts.learned:,} of {counts.tokens:,} tokens are learned (data.loss_on {data.loss_on})"
-            shares.append(f"{name}: {learned}")
-        markers.update(counts.markers)
-    lines = [line for part, counted in left_out.items() for line in counted.lines(part)]
+        lines += untrained.lines(f"tokenizing {name}")
+        if learned := sum(counts.learned for counts in parts):
+            of = f"{learned:,} of {sum(counts.tokens for counts in parts):,} tokens are learned"
+            shares.append(f"{name}: {of} (data.loss_on {data.loss_on})")
     lines += [] if source.format.template is not None else _about_markers(tokenizer, markers)
-    choices += ["special"] * any(marker in tokenizer.special_in_text for marker in markers)
-    atomic_write(folder / NOTES, json.dumps({"lines": lines + shares, "choices": choices}))
-    for shards in parts.values():
-        shards.clear()
+    special = any(marker in tokenizer.special_in_text for marker in markers)
+    return {"lines": lines + shares, "choices": made.choices + ["special"] * special}
 
 
-def _tokenize_part(
-    shards: Shards,
-    name: str,
-    source: Source,
-    tokenizer: Tokenizer,
-    data: DataConfig,
-    untrained: LeftOut,
-    report: Report,
-) -> None:
-    """Adds the documents that are not in `shards` yet; counts in `untrained` those that are left out."""
-    counts = shards.counts
-    untrained.go_on(counts.left_out)
-    if counts.read:
-        report(
-            f"tokenizing {name}: {counts.read:,} documents are done, by a start before this one; goes on behind them"
-        )
-    unread = islice(source.parts[name](), counts.read, None)
-    documents = with_progress(unread, f"tokenizing {name}", report, source.characters(name), counts)
-    for document, found in encoded(tokenizer, documents):
-        if isinstance(found, UserError):
-            untrained.add(UserError(f"{document.place} {found}"))
-        elif fits := fitted(document, found, data, untrained):
-            shards.add(fits, learned_bytes(tokenizer, document, fits))
-            counts.markers.update(tokenizer.markers.findall(document.text))
-        if shards.passed(document):
-            counts.left_out = untrained.counts()
-            shards.keep()
-    counts.left_out = untrained.counts()
-    shards.finish()
+def join(folder: Path, made: Made, text: dict[str, Any]) -> None:
+    """Turns the shards in `folder`, of which `text` are the `notes`, into the files that tokens.py describes.
+
+    Raises:
+      UserError: what an earlier start has left is damaged.
+    """
+    for shards, number in made.parts.values():
+        shards.join(number)
+    atomic_write(folder / NOTES, json.dumps(text))
 
 
 def _check_room(folder: Path, source: Source, tokenizer: Tokenizer) -> None:

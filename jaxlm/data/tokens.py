@@ -8,6 +8,7 @@ one that follows a killed one goes on (shards.py).
     <cache>/tokens/<key>/<split>.learned       bool, one for each token: whether it is; where not all are
     <cache>/tokens/<key>/<split>.plan-*.npz    packing plans (packing.py)
     <cache>/tokens/<key>/notes.json            {"lines": of the report about the documents, "choices": see `Prepared`}
+    <cache>/tokens/<key>.shards/train-*        with data.streaming: shards.py; and at the end notes.json, "shards" in it
 
 Of several processes that need the same folder or plan, one makes it and the others wait (atomic.py).
 """
@@ -19,7 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import chain, combinations
 from pathlib import Path
@@ -28,13 +29,13 @@ from typing import Any
 import numpy as np
 
 from jaxlm.config import DataConfig
-from jaxlm.data.atomic import atomic_path
+from jaxlm.data import shards
+from jaxlm.data.atomic import atomic_path, shared_part
 from jaxlm.data.chat_tokens import why_it_will_not_stop, with_template
 from jaxlm.data.handed_over import HandedOver
-from jaxlm.data.shards import Counts
 from jaxlm.data.sources import Source, open_source
 from jaxlm.data.tokenizer import Tokenizer
-from jaxlm.data.tokenizing import Report, tokenize, with_progress
+from jaxlm.data.tokenizing import NOTES, Report, join, make_shards, notes, with_progress
 from jaxlm.errors import UserError
 
 FORMAT = 3  # raise it when what is stored, or how text becomes tokens, changes
@@ -79,6 +80,18 @@ class TokenDocuments:
 
 
 @dataclass(frozen=True)
+class Streamed:
+    """A training text with data.streaming, whose tokens `streaming` makes.
+
+    `fingerprint` is that of its source.
+    """
+
+    folder: Path
+    tokenizer: Tokenizer
+    fingerprint: str
+
+
+@dataclass(frozen=True)
 class Prepared:
     """A text as `prepare` makes it; None where there is no such part.
 
@@ -87,7 +100,7 @@ class Prepared:
     """
 
     tokenizer: Tokenizer
-    train: TokenDocuments | None
+    train: TokenDocuments | Streamed | None
     validation: TokenDocuments | None
     source_name: str
     source_fingerprint: str
@@ -195,17 +208,46 @@ def _settings(source: Source, data: DataConfig) -> list[Any]:
 def _prepared(source: Source, data: DataConfig, tokenizer: Tokenizer, root: Path, report: Report) -> Prepared:
     least, template = None if source.split is None else data.min_length, source.format.template
     fit = [data.too_long, data.max_length] if source.format.kind != "text" or data.too_long != "cut" else []
-    about = _settings(source, data) + fit, least, [*source.parts], tokenizer.fingerprint
+    settings = _settings(source, data) + fit
     report(_shape_of_documents(tokenizer, source))
-    folder = root / "tokens" / _key(source.fingerprint, *about)
-    took = made_once(folder, lambda part: tokenize(part, source, tokenizer, data, report), goes_on=True)
-    report(f"tokenized text: {took} ({folder})")
-    parts, notes = _open_parts(folder, source.parts, tokenizer.dtype)
-    for line in notes["lines"]:
-        report(line)
-    choices = notes["choices"] + ([] if template is None else [template.fingerprint[:16]])
+    choices = [] if template is None else [template.fingerprint[:16]]
+    streamed, parts = None, dict[str, TokenDocuments]()
+    if data.streaming and "train" in source.parts:
+        key = _key(source.fingerprint, settings, tokenizer.fingerprint, shards.SHARD_CHARACTERS)
+        streamed = Streamed(root / "tokens" / f"{key}.shards", tokenizer, source.fingerprint)
+        choices.append(f"shards of {shards.SHARD_CHARACTERS}")
+    if now := {name: part for name, part in source.parts.items() if streamed is None or name != "train"}:
+        folder = root / "tokens" / _key(source.fingerprint, settings, least, [*now], tokenizer.fingerprint)
+        took = _tokenized(folder, replace(source, parts=now), tokenizer, data, report)
+        report(f"tokenized text: {took} ({folder})")
+        parts, told = _open_parts(folder, now, tokenizer.dtype)
+        for line in told["lines"]:
+            report(line)
+        choices = told["choices"] + choices
     fingerprint = "+".join([source.fingerprint, *choices])
-    return Prepared(tokenizer, parts.get("train"), parts.get("validation"), source.name, fingerprint, source.question)
+    train = streamed or parts.get("train")
+    return Prepared(tokenizer, train, parts.get("validation"), source.name, fingerprint, source.question)
+
+
+def _tokenized(folder: Path, source: Source, tokenizer: Tokenizer, data: DataConfig, report: Report) -> str:
+    """Makes the folder of tokens, beside other processes that may be at the same; how long it took, or "cached"."""
+    start, joined = time.perf_counter(), lambda part: None
+    if folder.exists():
+        return CACHED
+    with _writing_to(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with shared_part(folder) as part:
+                if not (part / NOTES).exists():  # else a start was killed when all was there, but for the folder's name
+                    made = make_shards(part, source, tokenizer, data, report)
+                    joined = partial(join, made=made, text=notes(made, source, tokenizer, data))
+        except FileNotFoundError as error:
+            if not folder.exists():
+                gone = f"the tokens in {part} were removed by another process, which found a fault in the text"
+                raise UserError(f"{gone}; see what it says, or start again") from error
+    made_once(folder, joined, goes_on=True)
+    shards.clear(folder)
+    return f"{time.perf_counter() - start:.1f} s"
 
 
 def _shape_of_documents(tokenizer: Tokenizer, source: Source) -> str:
@@ -255,7 +297,7 @@ def _trained_tokenizer(folder: Path, sources: Iterable[Source], vocab_size: int,
 
     def train(part: Path) -> None:
         documents = chain.from_iterable(
-            with_progress(source.parts["train"](), "training BPE", report, source.characters("train"), Counts())
+            with_progress(source.parts["train"](), "training BPE", report, source.characters("train"), shards.Counts())
             for source in sources
         )
         without = Tokenizer.outside_markers
@@ -274,7 +316,7 @@ def _open_parts(folder: Path, names: Iterable[str], dtype: np.dtype) -> tuple[di
     """The documents of each part, and what notes.json holds."""
     parts = {name: TokenDocuments(folder, name, dtype) for name in names}
     try:
-        notes = json.loads((folder / "notes.json").read_text())
+        notes = json.loads((folder / NOTES).read_text())
         for part in parts.values():
             sizes = {part.offsets[-1], len(part.tokens), *(() if part.learned is None else [len(part.learned)])}
             if len(sizes) > 1 or len(part.document_bytes) != len(part):

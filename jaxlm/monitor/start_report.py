@@ -16,7 +16,7 @@ from typing import Any
 import jax
 
 import jaxlm
-from jaxlm.data.loader import Rows
+from jaxlm.data.loader import AnyRows, Rows
 from jaxlm.data.mixture import Mixture
 from jaxlm.monitor.metrics import model_flops_per_token
 from jaxlm.monitor.sinks import open_lines
@@ -41,7 +41,7 @@ class StartReport:
     resolved: Resolved
     assembly: Assembly
     state: TrainState
-    rows: Rows | Mixture
+    rows: AnyRows
     eval_rows: Mapping[str, Rows]
     data_fingerprint: str
     total_steps: int
@@ -102,10 +102,11 @@ class StartReport:
             place, anneal = self.resolved.position(steps), (self.resolved.anneal_row, config.data.anneal_from)
             yield from self.rows.describe(place, *anneal)
         warmup, end = effective_warmup(training, steps), schedule_end(training, steps)
-        epochs = self.resolved.position(steps) / len(self.rows)
-        yield f"steps: {steps:,} ({epochs:.2f} epochs), {training.lr_scheduler} schedule, {warmup} of warm-up"
-        if training.max_steps is None and epochs > 1.1 * training.num_epochs:
-            rows = f"an update has {global_batch} rows, the text {len(self.rows)}"
+        epochs = self.rows.epochs(self.resolved.position(steps))
+        of_text = "" if epochs is None else f" ({epochs:.2f} epochs)"
+        yield f"steps: {steps:,}{of_text}, {training.lr_scheduler} schedule, {warmup} of warm-up"
+        if training.max_steps is None and epochs is not None and epochs > 1.1 * training.num_epochs:
+            rows = f"an update has {global_batch} rows, the text {sum(map(len, self.rows.parts.values()))}"
             yield f"training.num_epochs ({training.num_epochs:g}): the run goes over more of the text than that; {rows}"
         if end != steps:
             yield f"the schedule ends at step {end:,}: the learning rate is {self.schedule(end):.3g} from there on"

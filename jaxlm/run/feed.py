@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import jax
 import numpy as np
 
-from jaxlm.data.loader import Rows, eval_batches, train_batches
+from jaxlm.data.loader import AnyRows, Rows, eval_batches, train_batches
 from jaxlm.data.mixture import Mixture
 from jaxlm.errors import UserError
 from jaxlm.monitor.metrics import Throughput
@@ -25,7 +25,7 @@ class BatchFeeder:
     """Iterates over the batches of updates `steps`, numbered from 0."""
 
     def __init__(
-        self, resolved: Resolved, rows: Rows | Mixture, steps: range, throughput: Throughput, watchdog: Watchdog
+        self, resolved: Resolved, rows: AnyRows, steps: range, throughput: Throughput, watchdog: Watchdog
     ) -> None:
         self.resolved, self.rows, self.steps = resolved, rows, steps
         self.throughput, self.watchdog = throughput, watchdog

@@ -9,8 +9,9 @@ from jaxlm.data.handed_over import HandedOver
 from jaxlm.data.loader import Rows
 from jaxlm.data.mixture import Mixture, held_out, texts
 from jaxlm.data.packing import plan_cached
+from jaxlm.data.streaming import StreamedRows
 from jaxlm.data.tokenizer import Tokenizer
-from jaxlm.data.tokens import Prepared, Report, TokenDocuments, prepare_all, reporter
+from jaxlm.data.tokens import Prepared, Report, Streamed, TokenDocuments, prepare_all, reporter
 from jaxlm.errors import UserError
 from jaxlm.generation.api import Prompt, encode_prompts
 from jaxlm.parallel.processes import say
@@ -22,7 +23,7 @@ class Text:
 
     tokenizer: Tokenizer
     fingerprint: str  # of the text's content
-    rows: Rows | Mixture
+    rows: Rows | Mixture | StreamedRows
     eval_rows: dict[str, Rows]  # by source, as `held_out` has them
     eval_bytes: int  # UTF-8 bytes of the evaluated text
     sample_prompt: Prompt  # what samples go on from, or answer
@@ -42,15 +43,21 @@ def prepare_text(config: Config, tokenizer: Tokenizer | None, given: HandedOver 
     prepared = prepare_all(texts(data), config.model.vocab_size, tokenizer, say, given=given)
     asked = next((each for each in prepared.values() if each.question is not None), next(iter(prepared.values())))
     prompt = _sample_prompt(config, asked) if config.training.sample_tokens else ""
-    trained = {name: each.train for name, each in prepared.items() if each.train is not None}
-    rows = pack_all(trained, data, say)
-    for line in untrained_positions(config, longest_piece(rows), config.model.max_seq_len):
+    rows = _rows({name: each.train for name, each in prepared.items()}, data)
+    for line in untrained_positions(config, longest_piece(rows.parts), config.model.max_seq_len):
         say(line)
     evaluated = held_out(data, prepared)
     eval_bytes = sum(documents.kept_bytes(data.min_length) for documents in evaluated.values())
     fingerprint = ";".join(each.source_fingerprint for each in prepared.values())
-    mixed = Mixture(rows, mixture_options(data).weights) if data.sources else rows[""]
-    return Text(asked.tokenizer, fingerprint, mixed, pack_all(evaluated, data, say), eval_bytes, prompt)
+    return Text(asked.tokenizer, fingerprint, rows, pack_all(evaluated, data, say), eval_bytes, prompt)
+
+
+def _rows(trained: Mapping[str, TokenDocuments | Streamed | None], data: DataConfig) -> Rows | Mixture | StreamedRows:
+    """The rows to train on, of one text or of several."""
+    if isinstance(streamed := trained.get(""), Streamed):
+        return StreamedRows(streamed, data, say)
+    rows = pack_all({name: each for name, each in trained.items() if isinstance(each, TokenDocuments)}, data, say)
+    return Mixture(rows, mixture_options(data).weights) if data.sources else rows[""]
 
 
 def pack_all(documents: Mapping[str, TokenDocuments], data: DataConfig, report: Report) -> dict[str, Rows]:
