@@ -3,9 +3,9 @@
 kills    `prepare` is killed (SIGKILL) at random moments and started again, until it ends; its files must be those of
          one that nobody disturbed, byte for byte. Rounds follow each other until the kills are done.
 memory   `prepare` of a text of `--size` bytes, in a process that may have `--limit` bytes of memory (RLIMIT_DATA)
-sharing  `prepare` of a text of `--shared` bytes by one process of one thread, and by as many as there are cores at once,
-         one after the other, `--repeats` times; their files must be the same, byte for byte
-streaming  of that text, the seconds until the first batch can be had with data.streaming, and without
+sharing  `prepare` of a text of `--shared` bytes by one process of one thread, then by as many as there are cores, with
+         one cache folder, in turn; their files must be the same, byte for byte
+streaming  of that text, the seconds until the first batch is there, without data.streaming and with it, in turn
 
 The text is the standard library, repeated with other names in it, one document a file. README.md, next to this file,
 has the method.
@@ -142,11 +142,10 @@ def sharing(options: dict[str, Any], spec: dict[str, Any], folder: Path) -> list
             cache = folder / f"{repeat}-{count}"
             command = [sys.executable, __file__, "--part", "once", json.dumps(spec | {"cache": str(cache)})]
             start = time.perf_counter()
-            started = [
-                subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) for _ in range(count)
-            ]
-            if any([process.wait() for process in started]):
-                raise SystemExit("a process failed")
+            quiet: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+            started = [subprocess.Popen(command, **quiet) for _ in range(count)]
+            if any(codes := [process.wait() for process in started]):
+                raise SystemExit(f"processes ended with {codes}")
             seconds.setdefault(count, []).append(time.perf_counter() - start)
             (path,) = cache.glob("tokens/*")
             made.append(contents(str(path)))

@@ -109,8 +109,10 @@ def test_data_pipeline(tmp_path: Path, corpus: Path) -> None:
 
 def test_preparation(tmp_path: Path) -> None:
     options = ["--kills=1", "--size=500000", "--limit=1000000000", "--vocab_size=300", "--threads=2"]
-    _, report = run(tmp_path, "prepare.py", *options)
-    killed, small = report["results"]
+    _, report = run(tmp_path, "prepare.py", *options, "--shared=500000", "--repeats=1")
+    killed, small, alone, shared, all_first, streamed = report["results"]
+    assert (alone["processes"], shared["byte_equal"]) == (1, 2) and min(*alone["seconds"], *shared["seconds"]) > 0
+    assert (all_first["streaming"], streamed["streaming"]) == (False, True) and min(streamed["seconds"]) > 0
     assert killed["byte_equal"] == killed["rounds"] >= 1 and killed["kills"] == 1
     assert small["file_bytes"] > 500_000 and small["tokens"] > 100_000 and small["peak_bytes"] < small["limit_bytes"]
 
