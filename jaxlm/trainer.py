@@ -27,7 +27,7 @@ from jaxlm.monitor.profiling import Profiler
 from jaxlm.monitor.progress import Progress
 from jaxlm.monitor.sinks import Sink, make_sinks
 from jaxlm.monitor.start_report import StartReport
-from jaxlm.monitor.watchdog import Watchdog
+from jaxlm.monitor.watchdog import OTHER_LIMIT, Watchdog
 from jaxlm.ops.compiler import compiler_options
 from jaxlm.parallel.devices import start_backend
 from jaxlm.parallel.processes import StopVote, barrier, is_leader, say, text_from_any_process
@@ -259,6 +259,7 @@ class Trainer(RunModel):
         self.train_batches = BatchFeeder(self.resolved, self.text.rows, steps, self._throughput, self._watchdog)
         if isinstance(self.text.rows, StreamedRows):
             self.text.rows.report_to(self._progress.line, self._watchdog.alive)
+            self._watchdog.least = OTHER_LIMIT  # another process may wait for its shard, and this one for that process
         self._throughput.restart()
 
     def _write_report(self) -> None:

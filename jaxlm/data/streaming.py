@@ -19,7 +19,7 @@ from dataclasses import replace
 from functools import lru_cache
 from itertools import count
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 
@@ -44,6 +44,21 @@ LOOKS, SAYS = 0.2, 10  # seconds between looks for a shard, and between lines wh
 PROGRESS = 60  # seconds between lines of the process that tokenizes
 
 
+def documents_of(shards: Shards, number: int) -> TokenDocuments:
+    """Those of a shard that is whole."""
+    return TokenDocuments(shards.folder, shards.name(number), shards.dtype)
+
+
+def packed(shards: Shards, number: int, data: DataConfig) -> Rows | None:
+    """The rows of a shard that is whole; None: no document of it is long enough for one."""
+    documents = documents_of(shards, number)
+    if np.diff(documents.offsets).max(initial=0) < max(data.min_length, 2):
+        return None
+    if len(documents.tokens) != shards.counts(number).tokens:
+        raise RunFailed(f"cached tokens ({shards.path(number, 'tokens')}) are damaged; delete their folder")
+    return Rows(documents, plan_cached(documents, data, lambda line: None))
+
+
 class StreamedRows:
     """The packed rows of a text that is being tokenized, by index: the shard's number, and the row's in that."""
 
@@ -52,7 +67,8 @@ class StreamedRows:
         self._folder, self._data, self._report = text.folder, data, report
         self._while_waiting: Callable[[], None] = lambda: None
         self.shards = Shards(text.folder, "train", text.tokenizer.dtype)
-        self._opened, self._opening = lru_cache(OPEN)(self._open), threading.Lock()  # numpy.load is for one thread
+        self._opened, self._opening = lru_cache(OPEN)(self._open), threading.Lock()
+        self._rows_in_all: int | None = None
         text.folder.mkdir(parents=True, exist_ok=True)
         self._work = None if self.total is not None else Work(text, data, report)
         begun = f"streaming: trains on the shards that are there, while others are tokenized ({text.folder})"
@@ -88,13 +104,13 @@ class StreamedRows:
         """
         if not self._is_there(number):
             return None
-        with self._opening:
+        with self._opening:  # findings/numpy-load-in-threads-beside-jax.sh
             return self._opened(number)
 
     def _shard_with_rows(self, number: int) -> Rows | None:
         """As `shard`; UserError if no shard up to the last one has rows."""
         if not self._is_there(number):
-            everything = [np.diff(self._documents(i).offsets) for i in range(number)]
+            everything = [np.diff(documents_of(self.shards, i).offsets) for i in range(number)]
             ends = np.cumsum(np.concatenate([[0], *everything]))
             plan(ends, self._data.max_length, self._data.min_length, self._data.packing_strategy, True)  # says why
         return self.shard(number)
@@ -115,16 +131,8 @@ class StreamedRows:
             time.sleep(LOOKS)
         return True
 
-    def _documents(self, number: int) -> TokenDocuments:
-        return TokenDocuments(self.shards.folder, self.shards.name(number), self.shards.dtype)
-
     def _open(self, number: int) -> Rows | None:
-        documents = self._documents(number)
-        if np.diff(documents.offsets).max(initial=0) < max(self._data.min_length, 2):
-            return None
-        if len(documents.tokens) != self.shards.counts(number).tokens:
-            raise RunFailed(f"cached tokens ({self.shards.path(number, 'tokens')}) are damaged; delete their folder")
-        return Rows(documents, plan_cached(documents, self._data, lambda line: None))
+        return packed(self.shards, number, self._data)
 
     def __getitem__(self, index: int) -> Batch:
         _, rows, row = self.find(index)
@@ -148,9 +156,11 @@ class StreamedRows:
 
     def epochs(self, place: int) -> float | None:
         """How many passes over all rows come before `place` of the stream; None: that is not known yet."""
-        if (shards := self.total) is None:
-            return None
-        return place / sum(len(rows) for rows in map(self.shard, range(shards)) if rows is not None)
+        if self._rows_in_all is None and (total := self.total) is not None:
+            with self._opening:
+                found = (packed(self.shards, number, self._data) for number in range(total))
+                self._rows_in_all = sum(len(rows) for rows in found if rows is not None)
+        return None if self._rows_in_all is None else place / self._rows_in_all
 
 
 class StreamedOrder:
@@ -222,7 +232,9 @@ class Work:
         }
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - _end closes it
         command, pipe = [sys.executable, "-m", "jaxlm.data.streaming"], subprocess.PIPE
-        self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=self._errors, text=True)
+        channels: dict[str, Any] = {"stdin": pipe, "stdout": pipe, "stderr": self._errors, "text": True}
+        # In a session of its own, where Ctrl-C and a queue's signals don't reach it: a run that is stopped may need it.
+        self._process = subprocess.Popen(command, start_new_session=True, **channels)
         weakref.finalize(self, _end, self._process, self._errors)
         assert self._process.stdin is not None and self._process.stdout is not None
         self._process.stdin.write(json.dumps(job) + "\n")
@@ -273,10 +285,12 @@ def main() -> None:
         source = replace(source, parts={"train": source.parts["train"]})
         made = make_shards(folder, source, tokenizer, data, _say)
         about = notes(made, source, tokenizer, data)
-    except (UserError, OSError) as error:
+        shards, number = made.parts["train"]
+        for shard in range(number):
+            packed(shards, shard, data)  # so that nobody waits for it later
+        atomic_write(folder / NOTES, json.dumps(about | {"shards": number}))
+    except (UserError, RunFailed, OSError) as error:
         sys.exit(str(error))
-    _, shards = made.parts["train"]
-    atomic_write(folder / NOTES, json.dumps(about | {"shards": shards}))
     for line in ready_lines(folder):
         _say(line)
 

@@ -22,12 +22,12 @@ class Watchdog:
     """A thread that ends the process with exit code 1 when the training loop has shown no sign of life for too long.
 
     Args:
-      limit: seconds for an update; 0: no watchdog; None: LIMIT_IN_UPDATES times the median time of the last updates.
-        All other work has OTHER_LIMIT, if that is more.
+      limit: seconds for an update; 0: no watchdog; None: LIMIT_IN_UPDATES times the median time of the last updates, and
+        `least` at least. All other work has OTHER_LIMIT, if that is more.
     """
 
     def __init__(self, limit: float | None) -> None:
-        self.limit, self.board = limit, StatusBoard()
+        self.limit, self.least, self.board = limit, LEAST_LIMIT, StatusBoard()
         self._doing, self._updating = "starting", False
         self._update_times: deque[float] = deque(maxlen=50)  # seconds
         self._last_update = time.monotonic()
@@ -73,7 +73,7 @@ class Watchdog:
             return max(self.limit or 0, OTHER_LIMIT)
         if self.limit is not None:
             return self.limit
-        return max(LEAST_LIMIT, LIMIT_IN_UPDATES * statistics.median(self._update_times))
+        return max(self.least, LIMIT_IN_UPDATES * statistics.median(self._update_times))
 
     def _watch(self) -> None:
         while not self._ended.wait(TICK):
