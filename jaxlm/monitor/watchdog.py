@@ -22,8 +22,8 @@ class Watchdog:
     """A thread that ends the process with exit code 1 when the training loop has shown no sign of life for too long.
 
     Args:
-      limit: seconds for an update; 0: no watchdog; None: LIMIT_IN_UPDATES times the median time of the last updates, and
-        `least` at least. All other work has OTHER_LIMIT, if that is more.
+      limit: seconds for an update; 0: no watchdog; None: LIMIT_IN_UPDATES times the median time of the last updates,
+        and `least` at least. All other work has OTHER_LIMIT, if that is more.
     """
 
     def __init__(self, limit: float | None) -> None:
