@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 import pytest
 from conftest import make_config
 
@@ -216,10 +217,23 @@ def test_a_stopped_sweep_goes_on(swept: Path, sweep: Callable[..., Path], patch:
     assert losses(folder / BEST) == losses(swept / BEST)
 
 
-def test_where_all_fail_the_sweep_does(sweep: Callable[..., Path], capfd: pytest.CaptureFixture[str]) -> None:
+def test_where_all_fail_the_sweep_does(
+    sweep: Callable[..., Path], capfd: pytest.CaptureFixture[str], patch: pytest.MonkeyPatch
+) -> None:
+    """The first of them for want of memory, after which the next begins."""
+    original = Trainer._log_metrics
+
+    def full(self: Trainer, loss: float) -> None:
+        if self.folder.name == "learning_rate=1e+38":
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 1 byte.")
+        original(self, loss)
+
+    patch.setattr(Trainer, "_log_metrics", full)
     with pytest.raises(RunFailed, match=r"no run of the sweep in .* came to its end$"):
         sweep("failed", "--vary", f"{RATE}=1e38,2e38")
-    assert "failed: training.learning_rate 2e+38: step 2" in capfd.readouterr().out
+    out = capfd.readouterr().out
+    assert "failed: training.learning_rate 1e+38: the device's memory is full: set model.gradient_checkpointing" in out
+    assert "failed: training.learning_rate 2e+38: step 2" in out
 
 
 def test_the_edge_and_another_text_are_said(sweep: Callable[..., Path], capfd: pytest.CaptureFixture[str]) -> None:
