@@ -8,6 +8,7 @@ from html import escape
 from jaxlm.monitor.sinks import Row
 
 WIDTH, HEIGHT, POINTS = 480, 120, 300  # pixels; most points of a curve
+MARGIN = 40  # pixels on the left, for the limits
 SECONDS_BETWEEN = 0.3  # two drawings
 CURVES = {"train/loss": "#4e79a7", "eval/loss": "#e15759"}
 
@@ -68,8 +69,10 @@ class LiveCurve:
             )
             lines.append(line if len(thin) > 1 else dot if thin else "")
         lines += [
-            f'<text x="2" y="{y}" font-size="10" fill="gray">{x:.3f}</text>' for x, y in ((high, 10), (low, HEIGHT))
+            f'<text x="{2 - MARGIN}" y="{y}" font-size="10" fill="gray">{x:.3f}</text>'
+            for x, y in ((high, 10), (low, HEIGHT))
         ]
         names = ", ".join(f'<span style="color:{color}">{name}</span>' for name, color in CURVES.items())
-        size = f'width="{WIDTH}" height="{HEIGHT}" viewBox="0 -2 {WIDTH} {HEIGHT + 4}"'
+        box = f"{-MARGIN} -2 {MARGIN + WIDTH} {HEIGHT + 4}"
+        size = f'width="{MARGIN + WIDTH}" height="{HEIGHT + 4}" viewBox="{box}"'
         return f'<svg xmlns="http://www.w3.org/2000/svg" {size}>{"".join(lines)}</svg><br>{names}'
