@@ -121,7 +121,7 @@ asked=''
 # shellcheck disable=SC2329 # called by the trap
 on_signal() {
   # Who signals a process group and its leader too, as timeout(1) does, means it once.
-  if [[ -n $asked ]] && ((SECONDS < asked + 2)); then return; fi
+  if [[ -n $asked ]] && ((SECONDS < asked + 2)); then return 0; fi # alone, it returns what was interrupted
   asked=$SECONDS
   tell_all TERM
   echo "ssh.sh: stopping all" >&2 || true # the terminal may be gone
@@ -141,17 +141,34 @@ on_end() { # process, code
   fi
 }
 
+# Until a process has ended, a signal has come, or half a second is over, for the deadline.
+timer=''
+wait_a_moment() {
+  if [[ -z $timer ]] || ! kill -0 "$timer" 2>/dev/null; then
+    (
+      trap '' INT TERM HUP USR1 # or bash would tell of its end
+      for line in "${lines[@]}"; do exec {line}>&-; done
+      exec sleep 0.5 >/dev/null 2>&1
+    ) &
+    timer=$!
+  fi
+  wait -n || true
+}
+
 while ((${#running[@]})); do
+  wait_a_moment
   gone=()
   for process in "${!running[@]}"; do
     kill -0 "${running[$process]}" 2>/dev/null || gone+=("$process")
   done
-  # The timeout is for the deadline, and for signals, which a bash that waits in read may put off.
-  if read -r -t 0.5 process code <&"$ended"; then
+  # The read that takes a line has no timeout: one that runs out within a line has taken half of it.
+  while read -r -t 0 -u "$ended"; do
+    read -r -u "$ended" process code
     on_end "$process" "$code"
-  else
-    for process in "${gone[@]}"; do on_end "$process" 255; done # killed before it could tell
-  fi
+  done
+  for process in "${gone[@]}"; do
+    if [[ -n ${running[$process]:-} ]]; then on_end "$process" 255; fi # killed before it could tell
+  done
   if [[ -n $deadline ]] && ((SECONDS >= deadline && ${#running[@]})); then
     deadline=''
     tell_all KILL

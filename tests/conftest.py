@@ -21,6 +21,7 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(2**33))  # or JAX ta
 
 import jax
 import pytest
+from forked import Server
 
 from jaxlm import Trainer
 from jaxlm.config import Config, DataConfig, ModelConfig, TrainingConfig, replace_fields
@@ -95,6 +96,13 @@ def corpus(tmp_path_factory: pytest.TempPathFactory, compiled: Path) -> Path:
     (folder / "cache").mkdir()
     (folder / "cache" / "compiled").symlink_to(compiled)
     return folder
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[Server]:
+    """Starts processes that need not import JAX again."""
+    with Server() as server:
+        yield server
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -276,6 +276,31 @@ def test_ssh_notices_that_its_own_part_was_killed(stage: Stage) -> None:
     assert "process 1 on doomed" in err
 
 
+# Read by every bash that runs a script: what a process ends with is told in two parts, a while apart, as it is read
+# on a machine that is so busy that the launcher is interrupted in the middle of it.
+IN_TWO_PARTS = r"""
+echo() {
+  if [[ $* =~ ^[0-9]+\ [0-9]+$ ]]; then
+    printf '%s ' "${1% *}"
+    sleep 1.2
+    printf '%s\n' "${1#* }"
+    : >"$NOTES/in_two_parts"
+  else
+    builtin echo "$@"
+  fi
+}
+"""
+
+
+def test_ssh_reads_an_end_that_comes_in_two_parts(stage: Stage) -> None:
+    (stage.folder / "slow.sh").write_text(IN_TWO_PARTS)
+    stage.environment["BASH_ENV"] = str(stage.folder / "slow.sh")
+    stage.plan({"code": RESUMABLE})
+    code, _, err = stage.run(SSH, "one", "--", "--config", "c.py")
+    assert stage.noted("in_two_parts") is not None
+    assert (code, err) == (RESUMABLE, "")
+
+
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1"])
 @pytest.mark.parametrize("to_group", [False, True])  # as a terminal does, and timeout(1): to it, and to all it started
 def test_ssh_hands_signals_on(stage: Stage, name: str, to_group: bool) -> None:

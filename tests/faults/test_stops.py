@@ -5,10 +5,8 @@ import os
 import re
 import signal
 import socket
-import subprocess
 import sys
 import textwrap
-from pathlib import Path
 
 import pytest
 from conftest import make_config
@@ -25,7 +23,7 @@ from jaxlm.commands.exits import run_and_exit
 from jaxlm.config import to_dict
 from jaxlm.train.assemble import Assembly
 
-STEPS = {"training.max_steps": 4, "training.save_steps": 2, "training.eval_steps": 3}
+STEPS = {"training.max_steps": 9, "training.save_steps": 2, "training.eval_steps": 3}
 
 # What is under way when SIGTERM comes: who does it, and how the process ends.
 MOMENTS = {
@@ -50,9 +48,9 @@ def exit_code(config):
     return ended.value.code or 0
 
 
-@pytest.mark.parametrize("moment", MOMENTS)
-def test_sigterm_at_any_moment(tmp_path, corpus, capsys, moment):
-    owner, name, code = MOMENTS[moment]
+def stop_at(moment, config, patch):
+    """The exit code of the command that gets SIGTERM at this moment, the first time that it comes."""
+    owner, name, _ = MOMENTS[moment]
     original, calls = getattr(owner, name), []
 
     def interrupted(*arguments, **options):
@@ -61,18 +59,26 @@ def test_sigterm_at_any_moment(tmp_path, corpus, capsys, moment):
             os.kill(os.getpid(), signal.SIGTERM)
         return original(*arguments, **options)
 
+    patch.setattr(owner, name, interrupted)
+    patch.setattr(os, "_exit", sys.exit)  # which a stop before the first update ends with
+    if moment in ("building the model", "compiling"):  # else that of an earlier run is taken
+        patch.setattr(jaxlm.train.assemble, "_assembled", Assembly)
+    code = exit_code(config)
+    assert calls, moment
+    return code
+
+
+def test_sigterm_at_any_moment(tmp_path, corpus, capsys):
+    """One run, stopped at each of them in turn: the same command goes on each time, and so it comes to its end."""
     config = make_config(tmp_path, corpus, **STEPS)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(owner, name, interrupted)
-        patch.setattr(os, "_exit", sys.exit)  # which a stop before the first update ends with
-        if moment in ("building the model", "compiling"):  # else that of an earlier run is taken
-            patch.setattr(jaxlm.train.assemble, "_assembled", Assembly)
-        assert exit_code(config) == code
-    assert calls
-    said = capsys.readouterr().err
-    assert code == 0 or re.search(r"^stopped: SIGTERM.*the same command (goes on|starts again)$", said, re.MULTILINE)
-    assert exit_code(config) == 0
-    assert Trainer(config).finished and max(checkpoint_steps(tmp_path / "run")) == 4
+    for moment, (_, _, code) in MOMENTS.items():
+        with pytest.MonkeyPatch.context() as patch:
+            assert stop_at(moment, config, patch) == code, moment
+        said = capsys.readouterr().err
+        lines = r"^stopped: SIGTERM.*the same command (goes on|starts again)$"
+        assert code == 0 or re.search(lines, said, re.MULTILINE), (moment, said)
+        assert not checkpoint_steps(tmp_path / "run") or "resuming from" in said or moment == "logging", said
+    assert Trainer(config).finished and max(checkpoint_steps(tmp_path / "run")) == STEPS["training.max_steps"]
 
 
 HANG = """
@@ -101,30 +107,31 @@ HANG = """
 """
 
 
-def start(tmp_path, config, *arguments):
-    file = tmp_path / "config.json"
-    file.write_text(json.dumps(to_dict(config)))
-    command = [sys.executable, "-c", textwrap.dedent(HANG), str(file), *arguments]
-    environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "1"}
-    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment, cwd=Path(__file__).parents[2])
+def start(server, tmp_path, config, *arguments):
+    """The process, and the file that has its stderr."""
+    (tmp_path / "config.json").write_text(json.dumps(to_dict(config)))
+    said = tmp_path / f"said.{len(list(tmp_path.glob('said.*')))}"
+    said.touch()
+    command = ["-c", textwrap.dedent(HANG), str(tmp_path / "config.json"), *arguments]
+    return server.start(command, tmp_path, tmp_path / "stdout", said, 1), said
 
 
-def test_a_hang_ends_the_run_with_all_stacks(tmp_path, corpus):
-    process = start(tmp_path, make_config(tmp_path, corpus, **STEPS), "3")
-    said = process.communicate(timeout=120)[1]
-    assert process.returncode == 1
+def test_a_hang_ends_the_run_with_all_stacks(tmp_path, corpus, server):
+    process, file = start(server, tmp_path, make_config(tmp_path, corpus, **STEPS), "3")
+    assert process.wait(120) == 1
+    said = file.read_text()
     assert "failed: the update after step 0: " in said and "no sign of life for 3 s (training.watchdog_seconds)" in said
     assert "in _log_metrics" in said, "the stack shows where it hung"
     assert set(checkpoint_steps(tmp_path / "run")) == {2}
 
 
-def test_a_process_that_hangs_is_named(tmp_path, corpus):
+def test_a_process_that_hangs_is_named(tmp_path, corpus, server):
     """One of two stops computing while its heartbeat goes on: both end, and the other one says which it was."""
     config = make_config(tmp_path, corpus, **STEPS | {"training.max_steps": 1000, "training.eval_steps": 1000})
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    processes = [start(tmp_path, config, "5", port, str(i)) for i in range(2)]
-    said = [process.communicate(timeout=200)[1] for process in processes]
-    assert all(process.returncode for process in processes)
+    processes, files = zip(*[start(server, tmp_path, config, "5", port, str(i)) for i in range(2)], strict=True)
+    assert 0 not in [process.wait(200) for process in processes]
+    said = [file.read_text() for file in files]
     assert re.search(r"no sign of life for 5 s .*; behind the others is process 1 at: the update after ", said[0]), said
