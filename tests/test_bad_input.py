@@ -16,9 +16,11 @@ from pathlib import Path
 
 import pytest
 from conftest import make_config
+from forked import Server
 
+from jaxlm import Trainer
 from jaxlm.checkpoints.manifest import MANIFEST, seal
-from jaxlm.config import to_dict
+from jaxlm.config import load_config, replace_fields, to_dict
 
 ROOT = Path(__file__).parents[1]
 TRAIN, EVALUATE, GENERATE, EXPORT = (
@@ -541,11 +543,13 @@ def simple(root: Path, corpus: Path) -> dict[str, tuple[dict, str]]:
 
 
 @pytest.fixture(scope="module")
-def finished(root: Path, corpus: Path) -> Path:
+def finished(root: Path, corpus: Path, server: Server) -> Path:
     """The folder of a run of 4 updates, trained by the command."""
     prepare_folder(root / "good", corpus)
-    done = run([TRAIN, "--config", "config.json", "--training.checkpoint_dir", "run"], root / "good")
-    assert (done.returncode, done.stdout) == (0, ""), done.stderr
+    out, err = root / "good" / "out", root / "good" / "err"
+    command = [TRAIN, "--config", "config.json", "--training.checkpoint_dir", "run"]
+    code = server.start(command, root / "good", out, err, 1).wait()
+    assert (code, out.read_text()) == (0, ""), err.read_text()
     return root / "good" / "run"
 
 
@@ -594,19 +598,22 @@ def test_in_a_process_of_its_own(tmp_path: Path, corpus: Path, arguments: list[s
     assert len(done.stderr.splitlines()) == 1
 
 
-def test_skipped_documents_are_reported(tmp_path: Path, corpus: Path) -> None:
+def test_skipped_documents_are_reported(
+    tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     prepare_folder(tmp_path / "here", corpus)
     with (tmp_path / "here" / "train.jsonl").open("ab") as file:
         file.write(b'{"text": ""}\n{"text": "caf\xe9"}\n{"text": "a')
-    command = [TRAIN, "--config", "config.json", "--training.max_steps", "1", "--data.on_bad_document", "skip"]
+    monkeypatch.chdir(tmp_path / "here")
+    config = replace_fields(load_config("config.json"), {"data.on_bad_document": "skip"})
     for _ in range(2):  # the second one finds the tokens in the cache
-        done = run([*command, "--fresh"], tmp_path / "here")
-        assert done.returncode == 0, done.stderr
-        assert "training text: 1 empty document left out\n" in done.stderr
+        Trainer(config)
+        said = capsys.readouterr().err
+        assert "training text: 1 empty document left out\n" in said
         expected = (
             r"training text: 2 bad document\(s\) left out: .*\(train\.jsonl\): line 122 is not UTF-8 .*line 123: bad"
         )
-        assert re.search(expected, done.stderr), done.stderr
+        assert re.search(expected, said), said
 
 
 def test_hub_out_of_reach(tmp_path: Path, corpus: Path) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from jaxlm.__main__ import run as run_command
 from jaxlm.config import Config, DataConfig, TrainingConfig, to_dict
 from jaxlm.errors import UserError
 from jaxlm.report import write_report, write_report_of_run
@@ -325,19 +326,21 @@ def test_command(run: Path, tmp_path: Path) -> None:
     done = command(str(run), "--out", str(tmp_path / "r.html"))
     assert (done.returncode, done.stdout, done.stderr) == (0, f"{tmp_path / 'r.html'}\n", "")
     assert command(str(run)).stdout == f"{run / 'report.html'}\n"
+    done = command()
+    assert (done.returncode, done.stdout) == (2, "")
+    assert re.fullmatch(r"error: the following arguments are required: RUN.*\n", done.stderr), done.stderr
     (tmp_path / "empty").mkdir()
     (tmp_path / "new").mkdir()
     (tmp_path / "new" / "metrics.jsonl").touch()
     for arguments, message in (
-        ([str(tmp_path / "none")], r"error: .*none: no such folder; name a run's folder"),
-        ([str(run), str(tmp_path / "empty")], r"error: .*empty: not a run's folder, it has no metrics\.jsonl"),
-        ([str(tmp_path / "new")], r"error: .*new: has no rows yet"),
-        ([str(run), "--out", str(tmp_path / "no" / "x")], r"error: .*no/x: cannot be written \(No such file"),
-        ([], r"error: the following arguments are required: RUN"),
+        ([str(tmp_path / "none")], r".*none: no such folder; name a run's folder"),
+        ([str(run), str(tmp_path / "empty")], r".*empty: not a run's folder, it has no metrics\.jsonl"),
+        ([str(tmp_path / "new")], r".*new: has no rows yet"),
+        ([str(run), "--out", str(tmp_path / "no" / "x")], r".*no/x: cannot be written \(No such file"),
     ):
-        done = command(*arguments)
-        assert done.returncode == 2 and done.stdout == ""
-        assert re.match(message, done.stderr) and done.stderr.count("\n") == 1, done.stderr
+        with pytest.raises(UserError) as refused:
+            run_command("report", arguments)
+        assert re.match(message, str(refused.value))
 
 
 def test_reports_need_no_jax() -> None:

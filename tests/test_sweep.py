@@ -23,7 +23,7 @@ from jaxlm.run.sweep import Trial, named, points
 from jaxlm.train import assemble
 
 RATE, LAYERS, SEED = "training.learning_rate", "model.n_layers", "training.seed"
-TINY = {"model.n_layers": 1, "model.d_model": 16, "training.max_skipped_steps": 0, "training.save_steps": 2}
+TINY = {"model.n_layers": 1, "model.d_model": 16, "training.max_skipped_steps": 0}
 VARIED = ["--vary", f"{RATE}=1e38,1e-3,1e-2", "--vary", f"{SEED}=1,2"]
 BEST = "learning_rate=0.01,seed=1"
 

@@ -120,7 +120,7 @@ def test_clocks_may_jump(tmp_path, corpus, patch):
     backwards = itertools.count(time.time(), -3600)
     patch.setattr(time, "time", lambda: next(backwards))
     patch.setattr(time, "strftime", lambda *_: "20000101_000000")
-    config = make_config(tmp_path, corpus, **{"training.max_steps": 3, "training.save_steps": 2})
+    config = make_config(tmp_path, corpus, **{"training.max_steps": 1})
     Trainer(config).train()
     for _ in range(2):
         Trainer(config, fresh=True).train()
@@ -141,7 +141,7 @@ def test_a_folder_has_one_run(tmp_path, corpus):
             print("held", flush=True)
             sys.stdin.read()
     """
-    config = make_config(tmp_path, corpus)
+    config = make_config(tmp_path, corpus, **{"training.max_steps": 1})
     (tmp_path / "run").mkdir()
     command = [sys.executable, "-c", textwrap.dedent(hold), str(tmp_path / "run" / ".lock")]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
@@ -155,7 +155,7 @@ def test_a_folder_has_one_run(tmp_path, corpus):
 
 def test_a_declined_save_of_another_model_leaves_the_old_one(tmp_path, corpus, patch):
     """The leader can't put the new model in its place: the old one is still there, and whole."""
-    trainer = Trainer(make_config(tmp_path, corpus, **{"training.max_steps": 2}))
+    trainer = Trainer(make_config(tmp_path, corpus, **{"training.max_steps": 1}))
     trainer.train()
     before = jax.tree.map(lambda x: x, read_progress(tmp_path / "run" / "best_model"))
 

@@ -6,13 +6,15 @@ import math
 import jax
 import jax.numpy as jnp
 import pytest
-from conftest import make_config
+from conftest import make_config, trainer_on
 
 import jaxlm.train.step
 from jaxlm import Trainer
 from jaxlm.config import TrainingConfig
 from jaxlm.errors import RunFailed
 from jaxlm.monitor.anomalies import LossSpikes
+
+SMALL = {"model.n_layers": 1, "model.d_model": 16}
 
 
 def poison_gradients(monkeypatch, steps):
@@ -35,10 +37,11 @@ def poison_gradients(monkeypatch, steps):
     monkeypatch.setattr(jaxlm.train.step, "make_gradients", poisoned)
 
 
-def test_skipped_updates_are_named_with_their_documents(tmp_path, corpus, monkeypatch, capsys):
-    poison_gradients(monkeypatch, [3, 4])
+def test_skipped_updates_are_named_and_too_many_end_the_run(tmp_path, corpus, monkeypatch, capsys):
+    """Named with their documents; only those that follow each other count."""
+    poison_gradients(monkeypatch, [3, 4, *range(8, 100)])
     options = {"training.max_steps": 6, "training.logging_steps": 5, "training.eval_steps": 6}
-    trainer = Trainer(make_config(tmp_path, corpus, **options))
+    trainer = trainer_on(1, make_config(tmp_path / "few", corpus, **SMALL, **options))
     trainer.train()
     said = capsys.readouterr().err
     for step in (3, 4):
@@ -46,6 +49,11 @@ def test_skipped_updates_are_named_with_their_documents(tmp_path, corpus, monkey
     assert said.count(": skipped") == 2
     assert int(trainer.state.skipped) == 2
     assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(trainer.state.params))
+    options = {"training.max_steps": 100, "training.save_steps": 5, "training.max_skipped_steps": 4}
+    with pytest.raises(
+        RunFailed, match=r"step 12: 5 updates in a row .*max_skipped_steps 4.*last checkpoint is .*checkpoint_10\."
+    ):
+        trainer_on(1, make_config(tmp_path / "many", corpus, **SMALL, **options)).train()
 
 
 def test_the_named_documents_are_those_of_the_batch(tmp_path, corpus):
@@ -63,17 +71,9 @@ def test_the_named_documents_are_those_of_the_batch(tmp_path, corpus):
     batches.close()
 
 
-def test_too_many_skipped_updates_end_the_run(tmp_path, corpus, monkeypatch):
-    poison_gradients(monkeypatch, range(3, 100))
-    options = {"training.max_steps": 100, "training.save_steps": 2, "training.max_skipped_steps": 4}
-    with pytest.raises(
-        RunFailed, match=r"step 7: 5 updates in a row .*max_skipped_steps 4.*last checkpoint is .*checkpoint_6\."
-    ):
-        Trainer(make_config(tmp_path, corpus, **options)).train()
-
-
 def test_a_loss_scale_that_is_no_number_ends_the_run(tmp_path, corpus):
-    trainer = Trainer(make_config(tmp_path, corpus, **{"training.use_amp": True, "training.amp_dtype": "float16"}))
+    float16 = {"training.use_amp": True, "training.amp_dtype": "float16"}
+    trainer = trainer_on(1, make_config(tmp_path, corpus, **SMALL, **float16))
     scale = dataclasses.replace(trainer.state.loss_scale, scale=jnp.float32(math.nan), tolerance=jnp.int32(1))
     trainer.state = dataclasses.replace(trainer.state, loss_scale=scale)
     with pytest.raises(RunFailed, match="overflows at the lowest loss scale"):
@@ -83,11 +83,11 @@ def test_a_loss_scale_that_is_no_number_ends_the_run(tmp_path, corpus):
 def test_an_overflow_at_a_fixed_loss_scale_is_skipped(tmp_path, corpus, capsys):
     """It does not end the run; too many of them do, with the way out."""
     float16 = {"training.use_amp": True, "training.amp_dtype": "float16", "training.loss_scale": 1e30}
-    config = make_config(tmp_path, corpus, **float16, **{"training.max_skipped_steps": 2})
+    config = make_config(tmp_path, corpus, **SMALL, **float16, **{"training.max_skipped_steps": 2})
     with pytest.raises(
         RunFailed, match=r"3 updates in a row .* nothing was saved yet.*lower training\.loss_scale, or 0"
     ):
-        Trainer(config).train()
+        trainer_on(1, config).train()
     assert capsys.readouterr().err.count(": skipped") == 3
 
 
