@@ -51,13 +51,15 @@ def regroup(batch, k):
 def start(config, mesh_shape=(1, 1, 1), stage=0, offload=False):
     """The step, compiled when it is first called, and the first state, on the first devices of a mesh."""
     assembly = assembled(config, mesh_shape, stage, offload)
-    jitted, schedule = step_of(assembly), build_schedule(config.training, 100)
-    numbers = run_numbers(config.training)
+    return step_with(config, step_of(assembly)), assembly.init(run_numbers(config.training))
 
-    def step(state, batch):
-        return jitted(state, batch, numbers | {"learning_rate": np.float32(schedule(int(state.step)))})
 
-    return step, assembly.init(numbers)
+def step_with(config, jitted):
+    """The update that `jitted` makes, with the learning rate of its time."""
+    schedule, numbers = build_schedule(config.training, 100), run_numbers(config.training)
+    return lambda state, batch: jitted(
+        state, batch, numbers | {"learning_rate": np.float32(schedule(int(state.step)))}
+    )
 
 
 @functools.cache
