@@ -10,7 +10,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding
-from test_step import MODEL, STILL, assembled, assert_close, config_of, make_batch, masked, regroup, run, start, step_with
+from test_step import (
+    MODEL,
+    STILL,
+    assembled,
+    assert_close,
+    config_of,
+    make_batch,
+    masked,
+    regroup,
+    run,
+    start,
+    step_with,
+)
 
 from jaxlm.parallel.layout import HOST_MEMORY, Layout
 from jaxlm.parallel.mesh import TRAIN_BATCH, abstract_mesh, make_mesh, replicated

@@ -57,9 +57,7 @@ def start(config, mesh_shape=(1, 1, 1), stage=0, offload=False):
 def step_with(config, jitted):
     """The update that `jitted` makes, with the learning rate of its time."""
     schedule, numbers = build_schedule(config.training, 100), run_numbers(config.training)
-    return lambda state, batch: jitted(
-        state, batch, numbers | {"learning_rate": np.float32(schedule(int(state.step)))}
-    )
+    return lambda state, batch: jitted(state, batch, numbers | {"learning_rate": np.float32(schedule(int(state.step)))})
 
 
 @functools.cache

@@ -77,9 +77,7 @@ def stream(rows: StreamedRows, count: int, first: int = 0) -> list[int]:
     return [order[place] for place in range(first, first + count)]
 
 
-def test_rows_are_the_same_whatever_is_there(
-    data: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rows_are_the_same_whatever_is_there(data: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A shard comes only when one is waited for, so each place is known as soon as it can be."""
     whole = rows_of(data)
     assert whole.total is not None and whole.total > 16
