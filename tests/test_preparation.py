@@ -13,13 +13,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from conftest import documents
 
 from jaxlm.config import DataConfig
 from jaxlm.data import shards, tokenizing
 from jaxlm.data.documents import Document
-from jaxlm.data.shards import Pass, Shard
+from jaxlm.data.shards import Pass, Shard, Shards
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.data.tokens import prepare
 from jaxlm.errors import UserError
@@ -182,6 +183,40 @@ def test_fewer_tokens_than_the_shards_had_are_noticed(data: DataConfig, tmp_path
     with pytest.raises(UserError, match=r"tokens of an earlier start \(.*-00001.tokens\) are damaged, .*start again"):
         prepare(here, 300, None, print)
     assert prepared(here) == prepared(data)
+
+
+def test_a_shard_that_is_gone_before_the_join_is_noticed(data: DataConfig, tmp_path: Path) -> None:
+    """Its place is not filled with zeros."""
+    here = replace(data, cache_dir=str(tmp_path))
+    interrupt(here, "train", 100)
+    (part(here) / "train-00001.tokens").unlink()
+    with pytest.raises(UserError, match=r"tokens of an earlier start \(.*-00001.tokens\) are damaged, .*start again"):
+        prepare(here, 300, None, print)
+    assert prepared(here) == prepared(data)
+
+
+def test_only_what_is_of_shards_is_cleared(tmp_path: Path) -> None:
+    """Another process may be at a plan, whose name has a number of five digits, too."""
+    kept = ["train.tokens", "train.plan-1-greedy-16384-10.npz", ".train.plan-1-greedy-16384-10.npz.part"]
+    for name in [*kept, "train-00003.json", "validation-123456.offsets.npy", ".train-00003.lock"]:
+        (tmp_path / name).touch()
+    shards.clear(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(kept)
+
+
+def test_a_folder_that_was_renamed_is_not_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another process has joined all just before this one claims a shard."""
+    (tmp_path / "part").mkdir()
+    acquire = shards.FileLock.acquire
+
+    def late(self: Any, *arguments: Any, **options: Any) -> Any:
+        (tmp_path / "part").rename(tmp_path / "whole")
+        return acquire(self, *arguments, **options)
+
+    monkeypatch.setattr(shards.FileLock, "acquire", late)
+    with pytest.raises(FileNotFoundError), Shards(tmp_path / "part", "train", np.dtype(np.uint16)).claimed(0):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["whole"]
 
 
 def test_another_text_or_setting_begins_anew(data: DataConfig, tmp_path: Path) -> None:

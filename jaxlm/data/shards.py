@@ -9,11 +9,12 @@ machine. What a killed start has left of a shard that is not whole is written ov
 
 import json
 import os
+import re
 import shutil
 from array import array
 from collections import Counter, deque
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -131,7 +132,7 @@ class Shards:
         Raises:
           FileNotFoundError: the folder is there no more.
         """
-        os.stat(self.folder / ".")  # filelock would make a folder that is missing
+        here = os.stat(self.folder / ".").st_ino
         lock = FileLock(self.folder / f".{self.name(number)}.lock")
         if self.is_whole(number):
             yield False
@@ -142,10 +143,15 @@ class Shards:
             yield False
             return
         try:
-            yield not self.is_whole(number)
+            if os.stat(self.folder / ".").st_ino == here:
+                yield not self.is_whole(number)
+                return
         finally:
             Path(lock.lock_file).unlink(missing_ok=True)  # filelock lets one that waits for a deleted file begin again
             lock.release()
+        with suppress(OSError):  # another process has renamed it meanwhile, and filelock has made it again
+            self.folder.rmdir()
+        raise FileNotFoundError(self.folder)
 
     def join(self, number: int) -> None:
         """Puts the first `number` shards, all of which are whole, end to end: the files that tokens.py describes.
@@ -166,15 +172,21 @@ class Shards:
         np.save(self.folder / f"{self.split}.bytes.npy", np.concatenate(sizes))
 
     def _append(self, kind: str, sizes: list[int]) -> None:
-        """Moves the files of a kind, in bytes of `sizes`, into one; those that are there no more are in it already."""
+        """Moves the files of a kind, in bytes of `sizes`, into one; those that are there no more are in it already.
+
+        Raises:
+          UserError: they are not, or one has another size.
+        """
         whole = self.folder / f"{self.split}.{kind}"
         whole.touch()
         with whole.open("r+b") as target:
+            there = whole.stat().st_size
             for number, size in enumerate(sizes):
                 path, at = self.path(number, kind), sum(sizes[:number])
-                if not path.exists():
+                added = not path.exists() and (there >= at + size or not size)
+                if added:
                     continue
-                if path.stat().st_size != size:
+                if not path.exists() or path.stat().st_size != size:
                     damaged = f"tokens of an earlier start ({path}) are damaged, and are now removed"
                     raise UserError(f"{damaged}; start again")
                 target.truncate(at)
@@ -188,8 +200,9 @@ class Shards:
 
 def clear(folder: Path) -> None:
     """Removes what is of shards alone, where all of them are joined."""
-    for path in folder.glob("*-[0-9][0-9][0-9][0-9][0-9]*.*"):
-        path.unlink(missing_ok=True)
+    for path in folder.iterdir():
+        if re.fullmatch(r"\.?(train|validation)-\d{5,}\..*", path.name):
+            path.unlink(missing_ok=True)
 
 
 class Pass:

@@ -10,7 +10,7 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -55,9 +55,11 @@ def make_shards(folder: Path, source: Source, tokenizer: Tokenizer, data: DataCo
         number = _make_shards(shards, source, tokenizer, data, report)
         while missing := [i for i in range(number) if not shards.is_whole(i)]:
             report(f"tokenizing {name}: waits for another process, which is at shard {missing[0]}")
-            with shards.claimed(missing[0], blocking=True):
-                pass
-            number = _make_shards(shards, source, tokenizer, data, report)
+            for each in missing:
+                with shards.claimed(each, blocking=True):
+                    pass
+            if not all(map(shards.is_whole, missing)):  # it was ended
+                number = _make_shards(shards, source, tokenizer, data, report)
         made.parts[name] = shards, number
     return made
 
@@ -130,7 +132,10 @@ def _check_room(folder: Path, source: Source, tokenizer: Tokenizer) -> None:
     """Raises OSError if the disk has less room than the tokens usually take, as far as the text's size is known."""
     characters = sum(source.characters(name) or 0 for name in source.parts)
     token_bytes = tokenizer.dtype.itemsize + (source.format.kind != "text")
-    needed = characters // TOKEN_CHARACTERS * token_bytes - sum(file.stat().st_size for file in folder.iterdir())
+    needed = characters // TOKEN_CHARACTERS * token_bytes
+    for file in folder.iterdir():
+        with suppress(FileNotFoundError):  # another process has removed it
+            needed -= file.stat().st_size
     free = shutil.disk_usage(folder).free
     if needed > free:
         wanted = f"the tokens take about {needed / 1e9:.2f} GB more, and {free / 1e9:.2f} GB are free"

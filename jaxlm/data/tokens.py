@@ -238,7 +238,11 @@ def _tokenized(folder: Path, source: Source, tokenizer: Tokenizer, data: DataCon
         folder.parent.mkdir(parents=True, exist_ok=True)
         try:
             with shared_part(folder) as part:
-                if not (part / NOTES).exists():  # else a start was killed when all was there, but for the folder's name
+                if folder.exists():  # another process has made it meanwhile
+                    part.rmdir()
+                elif not (
+                    part / NOTES
+                ).exists():  # else a start was killed when all was there, but for the folder's name
                     made = make_shards(part, source, tokenizer, data, report)
                     joined = partial(join, made=made, text=notes(made, source, tokenizer, data))
         except FileNotFoundError as error:
