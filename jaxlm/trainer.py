@@ -35,7 +35,7 @@ from jaxlm.report import write_report_of_run
 from jaxlm.run.begin import begin, judged_with, with_handed_over
 from jaxlm.run.describe import describe_end, describe_run
 from jaxlm.run.ending import Ending, stops_early
-from jaxlm.run.feed import BatchFeeder
+from jaxlm.run.feed import BatchFeeder, StopsWaiting
 from jaxlm.run.hooks import Hook, Hooks
 from jaxlm.run.judge import NumbersJudge
 from jaxlm.run.models import AGAIN, RunModel
@@ -215,6 +215,9 @@ class Trainer(RunModel):
                     if last:
                         break
                     self.train_batches.dispatched(self.current_step, self.step_metrics["loss"])
+                if self.train_batches.given_up:
+                    stopping = True
+                    self.save_checkpoint()
                 if not stopping and self._is_over():
                     self._save_final_model()
         return self._end(stopping)
@@ -258,9 +261,16 @@ class Trainer(RunModel):
         steps = range(self.current_step, self.last_step)
         self.train_batches = BatchFeeder(self.resolved, self.text.rows, steps, self._throughput, self._watchdog)
         if isinstance(self.text.rows, StreamedRows):
-            self.text.rows.report_to(self._progress.line, self._watchdog.alive)
+            self.text.rows.begin(self._progress.line, self._while_waiting)
+            opened.callback(self.text.rows.end)
             self._watchdog.least = OTHER_LIMIT  # another process may wait for its shard, and this one for that process
         self._throughput.restart()
+
+    def _while_waiting(self) -> None:
+        """Called while a row of a streamed text is waited for; several processes stop when it has come."""
+        self._watchdog.alive()
+        if jax.process_count() == 1 and not self._in_update and self._ending.asked():
+            raise StopsWaiting
 
     def _write_report(self) -> None:
         write_report_of_run(self.folder, say)

@@ -4,6 +4,8 @@ import gc
 import json
 import re
 import shutil
+import signal
+import threading
 import time
 from dataclasses import replace
 from itertools import pairwise
@@ -22,7 +24,7 @@ from jaxlm.data.streaming import ROW_BITS, StreamedOrder, StreamedRows, Work
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.data.tokenizing import NOTES
 from jaxlm.data.tokens import Streamed, prepare
-from jaxlm.errors import RunFailed, UserError
+from jaxlm.errors import RunFailed, Stopped, UserError
 
 SHARD = 250  # characters: some thirty shards
 SEED = 3
@@ -96,7 +98,7 @@ def test_rows_are_the_same_whatever_is_there(data: DataConfig, tmp_path: Path, m
 
     arrives()
     rows = StreamedRows(text, data, print)
-    rows.report_to(print, arrives)
+    rows.begin(print, arrives)
     order = rows.order(SEED)
     assert order[0] >> ROW_BITS == 0 and there == 1
     assert [order[place] for place in range(3 * total)] == expected and there == whole.total + 1
@@ -178,6 +180,59 @@ def test_a_run_has_the_same_bits_while_shards_are_made_later_and_resumed(
     assert not same(first, other)
 
 
+def test_a_run_that_waits_is_stopped_at_once(
+    data: DataConfig, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It saves what it has, leaves no thread that waits, and goes on to the same bits."""
+    whole, here = rows_of(data), replace(data, cache_dir=str(tmp_path / "cache"))
+    there = streamed(here).folder
+    for path in (path for i in range(6) for path in whole.shards.folder.glob(f"train-{i:05}.*")):
+        shutil.copy(path, there)
+    before = threading.active_count()
+    seldom = {"training.save_steps": 1000, "training.max_steps": 20}
+    config = make_config(tmp_path, corpus, **{**seldom, "training.eval_steps": 10})
+    with monkeypatch.context() as patch:
+        patch.setattr(streaming, "Work", Idle)
+        trainer = Trainer(Config(config.model, config.training, here))
+        patch.setattr(Idle, "fault", lambda self: trainer.stop("enough") if trainer.current_step else None)
+        with pytest.raises(Stopped, match=r"enough at step \d+; it is saved") as stopped:
+            trainer.train()
+    step = int(str(stopped.value).split("at step ")[1].split(";")[0])
+    assert 0 < step < 20 and (tmp_path / "run" / f"checkpoint_{step}").is_dir()
+    deadline = time.monotonic() + 20
+    while threading.active_count() > before and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not [thread for thread in threading.enumerate() if "grain" in thread.name.lower()]
+    resumed = run(tmp_path, corpus, here, **seldom)
+    assert same(resumed, run(tmp_path / "straight", corpus, data))
+
+
+def test_signals_to_all_of_a_job_leave_the_work_alone(data: DataConfig, tmp_path: Path) -> None:
+    here = replace(data, cache_dir=str(tmp_path))
+    rows = StreamedRows(streamed(here), here, print)
+    assert rows._work is not None
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+        rows._work._process.send_signal(number)
+    while rows.total is None:
+        assert not rows._work._process.poll()
+        time.sleep(0.01)
+
+
+def test_shards_that_were_removed_are_missed(data: DataConfig, tmp_path: Path) -> None:
+    """Also where all had been made, and in the names of documents, which are numbered on from shard to shard."""
+    here = replace(data, cache_dir=str(tmp_path))
+    rows = rows_of(here)
+    plan_of = next(rows.shards.folder.glob("train-00009.plan*"))
+    plan_of.write_bytes(b"damaged")
+    with pytest.raises(RunFailed, match=r"shard 9 of the text can't be read: cached plan .* is damaged"):
+        rows.shard(9)
+    shutil.rmtree(rows.shards.folder)
+    assert rows._work is not None
+    rows._work._process.wait(60)
+    with pytest.raises(RunFailed, match="shard 4 of the text can't be made: it was removed"):
+        rows.shard(4)
+
+
 def test_a_run_is_not_gone_on_with_shards_of_another_size(
     data: DataConfig, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -201,7 +256,6 @@ def test_a_shard_that_cannot_be_made_ends_the_run_where_it_is_needed(
     """What was saved stays, and the same command goes on when the fault is mended."""
     whole, here = rows_of(data), replace(data, cache_dir=str(tmp_path / "cache"))
     there = streamed(here).folder
-    there.mkdir()
     for number in range(6):
         for path in whole.shards.folder.glob(f"train-{number:05}.*"):
             shutil.copy(path, there)
@@ -256,7 +310,7 @@ def test_waiting_is_said_and_is_no_hang(data: DataConfig, tmp_path: Path, monkey
         if len(alive) == 3:
             shutil.copytree(whole.shards.folder, tmp_path, dirs_exist_ok=True)
 
-    rows.report_to(said.append, looks)
+    rows.begin(said.append, looks)
     order = StreamedOrder(rows, SEED)
     assert order[len(rows.parts[""])] >> ROW_BITS in (1, 2)
     waits = [line for line in said[1:] if re.fullmatch(r"waits for shard [12] of the text, .* tokenized: 0 s", line)]

@@ -7,6 +7,7 @@ rows depends on the text and the seed alone, not on the shards that are there: o
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -69,7 +70,7 @@ class StreamedRows:
         self.shards = Shards(text.folder, "train", text.tokenizer.dtype)
         self._opened, self._opening = lru_cache(OPEN)(self._open), threading.Lock()
         self._rows_in_all: int | None = None
-        text.folder.mkdir(parents=True, exist_ok=True)
+        self._ended, self._documents_before = threading.Event(), [0]  # whether nobody waits any more; by shard
         self._work = None if self.total is not None else Work(text, data, report)
         begun = f"streaming: trains on the shards that are there, while others are tokenized ({text.folder})"
         for line in ready_lines(text.folder) if self._work is None else [begun]:
@@ -85,11 +86,16 @@ class StreamedRows:
         path = self._folder / NOTES
         return json.loads(path.read_text())["shards"] if path.exists() else None
 
-    def report_to(self, report: Report, while_waiting: Callable[[], None]) -> None:
+    def begin(self, report: Report, while_waiting: Callable[[], None]) -> None:
         """From now on, `report` gets the lines, and `while_waiting` is called from time to time while this waits."""
         self._report, self._while_waiting = report, while_waiting
+        self._ended.clear()
         if self._work is not None:
             self._work.lines.report = report
+
+    def end(self) -> None:
+        """Threads that wait for a shard, to read ahead, do so no more."""
+        self._ended.set()
 
     @property
     def parts(self) -> dict[str, Rows]:
@@ -122,17 +128,21 @@ class StreamedRows:
             if (shards := self.total) is not None and number >= shards:
                 return False
             fault = "it was removed" if self._work is None else self._work.fault()
-            if fault is not None:
+            if fault is not None and not self.shards.is_whole(number):
                 raise RunFailed(f"shard {number} of the text can't be made: {fault}")
             if time.monotonic() > said + SAYS:
                 said = time.monotonic()
                 self._report(f"waits for shard {number} of the text, which is being tokenized: {said - start:.0f} s")
             self._while_waiting()
-            time.sleep(LOOKS)
+            if self._ended.wait(LOOKS):
+                raise RunFailed(f"shard {number} of the text is waited for no more: the run has ended")
         return True
 
     def _open(self, number: int) -> Rows | None:
-        return packed(self.shards, number, self._data)
+        try:
+            return packed(self.shards, number, self._data)
+        except (UserError, OSError) as error:
+            raise RunFailed(f"shard {number} of the text can't be read: {error}") from error
 
     def __getitem__(self, index: int) -> Batch:
         _, rows, row = self.find(index)
@@ -148,8 +158,10 @@ class StreamedRows:
     def documents(self, index: int) -> np.ndarray:
         """As `Rows.documents`; waits for the shards before it."""
         _, rows, row = self.find(index)
-        before = sum(self.shards.counts(i).documents for i in range(index >> ROW_BITS) if self._is_there(i))
-        return rows.documents(row) + before
+        before, number = self._documents_before, index >> ROW_BITS
+        while len(before) <= number and self._is_there(len(before) - 1):
+            before.append(before[-1] + self.shards.counts(len(before) - 1).documents)
+        return rows.documents(row) + before[number]
 
     def order(self, seed: int, anneal_row: int | None = None) -> Order:
         return StreamedOrder(self, seed)
@@ -231,21 +243,25 @@ class Work:
             "shard_characters": shards_of.SHARD_CHARACTERS,
         }
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - _end closes it
-        command, pipe = [sys.executable, "-m", "jaxlm.data.streaming"], subprocess.PIPE
+        command, pipe = [sys.executable, "-P", "-m", "jaxlm.data.streaming"], subprocess.PIPE
         channels: dict[str, Any] = {"stdin": pipe, "stdout": pipe, "stderr": self._errors, "text": True}
-        # In a session of its own, where Ctrl-C and a queue's signals don't reach it: a run that is stopped may need it.
-        self._process = subprocess.Popen(command, start_new_session=True, **channels)
+        # It looks for modules where this process does, and not in the current folder, as `python -m` would.
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(folder or os.getcwd() for folder in sys.path)}
+        self._process = subprocess.Popen(command, env=environment, **channels)
         weakref.finalize(self, _end, self._process, self._errors)
         assert self._process.stdin is not None and self._process.stdout is not None
-        self._process.stdin.write(json.dumps(job) + "\n")
-        self._process.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):  # it has ended already: `fault` says why
+            self._process.stdin.write(json.dumps(job) + "\n")
+            self._process.stdin.flush()
         self.lines = _Lines(report)
         threading.Thread(target=_pass_on, args=(self._process.stdout, self.lines), daemon=True).start()
 
     def fault(self) -> str | None:
-        """What ended it; None: nothing has, or all is made."""
-        if not self._process.poll():
+        """Why a shard that is not there won't be; None: it is at work."""
+        if (code := self._process.poll()) is None:
             return None
+        if code == 0:
+            return "it was removed"
         self._errors.seek(0)
         said = self._errors.read().decode(errors="replace").strip().splitlines()
         return said[-1] if said else f"the process that tokenizes ended with {self._process.returncode}"
@@ -273,6 +289,8 @@ def _end(process: "subprocess.Popen[str]", errors: IO[bytes]) -> None:
 
 def main() -> None:
     """Does the job that the first line of stdin describes; lines of the report go to stdout."""
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):  # a run that is stopped may need it until it is saved
+        signal.signal(signal.Signals[name], signal.SIG_IGN)
     job = json.loads(sys.stdin.readline())
     threading.Thread(target=_end_with_stdin, daemon=True).start()
     shards_of.SHARD_CHARACTERS, tokenizing.SECONDS = job["shard_characters"], PROGRESS

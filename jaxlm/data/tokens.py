@@ -216,6 +216,8 @@ def _prepared(source: Source, data: DataConfig, tokenizer: Tokenizer, root: Path
         key = _key(source.fingerprint, settings, tokenizer.fingerprint, shards.SHARD_CHARACTERS)
         streamed = Streamed(root / "tokens" / f"{key}.shards", tokenizer, source.fingerprint)
         choices.append(f"shards of {shards.SHARD_CHARACTERS}")
+        with _writing_to(streamed.folder):
+            streamed.folder.mkdir(parents=True, exist_ok=True)
     if now := {name: part for name, part in source.parts.items() if streamed is None or name != "train"}:
         folder = root / "tokens" / _key(source.fingerprint, settings, least, [*now], tokenizer.fingerprint)
         took = _tokenized(folder, replace(source, parts=now), tokenizer, data, report)

@@ -73,6 +73,7 @@ def text_to_evaluate(config: Config, given: Mapping[str, Any]) -> DataConfig:
     """
     if given.keys() & {"data.sources", "data.anneal_weights", "data.anneal_from"}:
         raise UserError(f"data.sources ({shown(given.get('data.sources', ()))}): name what is evaluated with --files")
+    config = replace_fields(config, {"data.streaming": False})  # which is for training
     own, other, name = config.data, dict[str, Any](), given.get("data.dataset_name")
     if not given.keys() & set(TEXT) and given.get("data.max_documents", own.max_documents) != own.max_documents:
         most = f"data.max_documents ({given['data.max_documents']})"

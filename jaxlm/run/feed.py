@@ -21,13 +21,18 @@ from jaxlm.train.step import TrainState
 STEPS_AHEAD = 2  # updates dispatched before the oldest is waited for: the host stays ahead, a stop signal is not late
 
 
+class StopsWaiting(Exception):
+    """Raised while a row is waited for, by what is called meanwhile: the run is to be stopped."""
+
+
 class BatchFeeder:
-    """Iterates over the batches of updates `steps`, numbered from 0."""
+    """Iterates over the batches of updates `steps`, numbered from 0; over fewer, if StopsWaiting comes between."""
 
     def __init__(
         self, resolved: Resolved, rows: AnyRows, steps: range, throughput: Throughput, watchdog: Watchdog
     ) -> None:
         self.resolved, self.rows, self.steps = resolved, rows, steps
+        self.given_up = False
         self.throughput, self.watchdog = throughput, watchdog
         self._dispatched: list[tuple[int, jax.Array]] = []
 
@@ -39,7 +44,11 @@ class BatchFeeder:
         host_batches = train_batches(self.rows, training.seed, global_batch, k, *place)
         try:
             for _ in self.steps:
-                batch = next(host_batches)
+                try:
+                    batch = next(host_batches)
+                except StopsWaiting:
+                    self.given_up = True
+                    return
                 # Counted in this process's rows; the others' are as full.
                 self.throughput.tokens += int(np.count_nonzero(batch["segments"]) * global_batch / batch["rows"].size)
                 yield put_batch(batch, mesh, TRAIN_BATCH)
