@@ -13,11 +13,13 @@ from typing import Any
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # also for the processes that tests start, and where a GPU is
 os.environ.setdefault(
     "XLA_FLAGS",  # compiles three times as fast, and with the second, which only jaxlib 0.10 knows, again half as much
-    "--xla_backend_optimization_level=0"
+    "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
     + " --xla_cpu_use_fusion_emitters=false" * version("jaxlib").startswith("0.10."),
 )
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")  # what one test compiled, others load
 os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(2**33))  # or JAX takes no lock where it writes and reads
+# The place of the cache is then no part of a program's name in it: workers and runs with folders of their own share.
+os.environ.setdefault("JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES", "none")
 
 import jax
 import pytest
