@@ -90,9 +90,9 @@ class HuggingFaceFolder:
         """
         from flax.traverse_util import flatten_dict
 
-        empty = {path: np.empty(x.shape, np.float32) for path, x in flatten_dict(whole, sep="/").items()}
+        zeros = {path: np.broadcast_to(np.float32(0), x.shape) for path, x in flatten_dict(whole, sep="/").items()}
         try:
-            shapes = to_tensors(empty, self.family, self.model.n_heads)
+            shapes = to_tensors(zeros, self.family, self.model.n_heads)
             expected = {name: tensor.shape for name, tensor in shapes}
         except KeyError as error:
             raise UserError(
