@@ -27,6 +27,9 @@ from jaxlm.parallel.split import Params
 from jaxlm.train.step import TrainState
 
 OPTIMIZER_ITEM = ("step", "skipped", "loss_scale", "opt_state")  # of TrainState
+# Copies of an array on several devices each write their part of it where the parts are as large; each part is cut out
+# by a program of its own, which takes longer to compile than a smaller array to write.
+SMALLEST_PART_BYTES = 2**20
 SAVE_ERRORS = (OSError, ValueError, RuntimeError)  # of files; of tensorstore; of the other processes, as JAX puts it
 
 
@@ -48,6 +51,13 @@ def quiet_orbax() -> Iterator[None]:
         yield
 
 
+def _arrays() -> ocp.PyTreeCheckpointHandler:
+    """Writes a tree of arrays, in the form that Orbax's StandardCheckpointer reads."""
+    handler = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=SMALLEST_PART_BYTES)
+    registry = ocp.type_handlers.create_type_handler_registry((jax.Array, handler))
+    return ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
+
+
 class Checkpoints:
     """The `checkpoint_<step>` folders of a run, the newest `limit` of them (None: all), written in the background.
 
@@ -57,7 +67,8 @@ class Checkpoints:
     def __init__(self, folder: Path, limit: int | None, report: Callable[[str], None]) -> None:
         self.folder, self.limit, self.report = folder.resolve(), limit, report
         self.failed: str | None = None  # why the last save failed, if it did
-        self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+        self.any_failed = False  # or a save of a model in this run, which whoever made it notes here
+        self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(params=_arrays(), optimizer=_arrays()))
         self._saving: tuple[int, Future[None]] | None = None
         self._thread = ThreadPoolExecutor(1, "save")
         self._open = ExitStack()
@@ -70,7 +81,7 @@ class Checkpoints:
         if final.exists():
             return
         arrays = {"params": state.params, "optimizer": {name: getattr(state, name) for name in OPTIMIZER_ITEM}}
-        args = ocp.args.Composite(**{item: ocp.args.StandardSave(tree) for item, tree in arrays.items()})
+        args = ocp.args.Composite(**{item: ocp.args.PyTreeSave(tree) for item, tree in arrays.items()})
         try:
             _check_room(self.folder, state)
             self._orbax.save(new_name(final), args=args, force=True)
@@ -105,7 +116,7 @@ class Checkpoints:
         return next(reversed(checkpoint_steps(self.folder).values()), None)
 
     def _give_up(self, step: int, error: Exception) -> None:
-        self.failed = reason_of(error)
+        self.failed, self.any_failed = reason_of(error), True
         self.report(f"checkpoint_{step} was NOT saved: {self.failed}; the checkpoints before it stay")
         if is_leader():
             clean(self.folder)
@@ -114,7 +125,8 @@ class Checkpoints:
         self.wait()
         self._thread.shutdown()
         self._orbax.close()
-        gc.collect()  # writes of a failed save that were never begun, while what Python says of them is still dropped
+        if self.any_failed:
+            gc.collect()  # writes that were never begun, while what Python says of them is still dropped
         self._open.close()
         if is_leader():
             clean(self.folder)  # what threads of a save that was given up still wrote
@@ -153,8 +165,8 @@ def save_model(path: Path, params: Params, config: Config, tokenizer: Tokenizer,
     """
     _check_room(path.parent, params)
     new = new_name(path)
-    with quiet_orbax(), ocp.Checkpointer(ocp.StandardCheckpointHandler()) as orbax:
-        orbax.save((new / "params").resolve(), args=ocp.args.StandardSave(params), force=True)
+    with quiet_orbax(), ocp.Checkpointer(_arrays()) as orbax:
+        orbax.save((new / "params").resolve(), args=ocp.args.PyTreeSave(params), force=True)
     failure = None
     if is_leader():
         try:

@@ -71,6 +71,7 @@ class RunModel:
             self.save_model(self.folder / name, average=average)
             return True
         except SAVE_ERRORS as error:
+            self.checkpoints.any_failed = True
             self._progress.line(f"{name} was NOT saved: {reason_of(error)}; the one before it stays")
             return False
 
@@ -78,6 +79,7 @@ class RunModel:
         try:
             self.save_model(self.folder / "final_model")
         except SAVE_ERRORS as error:
+            self.checkpoints.any_failed = True
             raise RunFailed(f"final_model was not saved: {reason_of(error)}; {AGAIN}") from error
 
     def _saved_progress(self) -> SavedProgress:
