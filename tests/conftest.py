@@ -130,6 +130,11 @@ def own_programs_where_code_is_replaced(request: pytest.FixtureRequest) -> Itera
     assemble._assembled = shared
 
 
+def slow(*values: Any) -> Any:
+    """A case of `parametrize` that only .ci/run runs, or `pytest -m slow`."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 @pytest.fixture
 def patch() -> Iterator[pytest.MonkeyPatch]:
     """Pytest's `monkeypatch` for what no program is compiled from: the test shares its programs with others."""

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import make_config
+from conftest import make_config, slow
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from test_model import dense_attention
 
@@ -75,7 +75,10 @@ def errors(found, expected):
     return [float(jnp.abs(x - y).max() / jnp.abs(y).max()) for x, y in zip(found, expected, strict=True)]
 
 
-@pytest.mark.parametrize("name", GRID)
+SEEN_IN_OTHERS = ("plain", "packed", "dropout", "head size 80")
+
+
+@pytest.mark.parametrize("name", [slow(name) if name in SEEN_IN_OTHERS else name for name in GRID])
 def test_flash_equals_dense(name):
     rate = GRID[name][-1]
     *arrays, segments, key = case(*GRID[name])
@@ -85,7 +88,7 @@ def test_flash_equals_dense(name):
 
 
 @pytest.mark.parametrize("biased", [False, True])
-@pytest.mark.parametrize("name", ["plain", "packed", "dropout", "head size 80"])
+@pytest.mark.parametrize("name", [slow("plain"), "packed", slow("dropout"), "head size 80"])
 def test_parts_of_a_product_are_read_where_they_stand(name, biased):
     """Output and gradients of the product and its biases; those of the keys' bias are 0 but for rounding."""
     *arrays, g, segments, key = case(*GRID[name])
@@ -114,7 +117,7 @@ def test_parts_of_a_product_are_read_where_they_stand(name, biased):
     assert max(errors(found, expected)) < 5e-6
 
 
-@pytest.mark.parametrize("groups", [4, 2])
+@pytest.mark.parametrize("groups", [slow(4), 2])
 def test_heads_on_two_devices_are_those_of_one(groups):
     """Bit for bit, dropout masks included."""
     *arrays, segments, key = case(140, 4, groups, 16, 3, 0.2)
@@ -129,7 +132,7 @@ def test_heads_on_two_devices_are_those_of_one(groups):
         np.testing.assert_array_equal(ours, alone)
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, slow(jnp.float16)])
 def test_sixteen_bits_are_nearer_than_dense_attention_in_them(dtype):
     *arrays, segments, key = case(*GRID["packed, dropout, grouped heads"], dtype=dtype)
     wide = [x.astype(jnp.float32) for x in arrays]

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import documents
+from conftest import documents, slow
 from flax import nnx
 
 from jaxlm.config import ModelConfig
@@ -98,8 +98,10 @@ def reference(model: Transformer, prompt: list[int], count: int, penalty: float 
     return context[len(prompt) :]
 
 
-@pytest.mark.parametrize("pre_norm", [True, False], ids=["pre_norm", "post_norm"])
-@pytest.mark.parametrize("options", [{"positions": p} for p in ("learned", "sinusoidal", "rotary")] + [MODERN])
+@pytest.mark.parametrize("pre_norm", [True, slow(False)], ids=["pre_norm", "post_norm"])
+@pytest.mark.parametrize(
+    "options", [{"positions": "learned"}, {"positions": "sinusoidal"}, slow({"positions": "rotary"}), MODERN]
+)
 def test_cache_gives_what_the_full_pass_gives_beyond_the_window_too(options: dict, pre_norm: bool) -> None:
     model = lively(dataclasses.replace(TINY, **options, pre_norm=pre_norm))
     (new,) = generate(model, PROMPT, 3 * WINDOW)

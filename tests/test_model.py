@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import slow
 from flax import nnx
 
 from jaxlm.config import ModelConfig
@@ -80,7 +81,7 @@ def dense_attention(q, k, v, segments, keep=None, rate=0.0, softcap=None):
 
 @pytest.mark.parametrize(("rate", "softcap"), [(0.0, 1.5), (0.3, None)])
 @pytest.mark.parametrize(
-    ("t", "block"), [(24, 128), (40, 16), (100, 16), (150, 8)]
+    ("t", "block"), [(24, 128), slow(40, 16), (100, 16), (150, 8)]
 )  # one block, unrolled, padded, loop
 def test_attention_equals_dense(monkeypatch, t, block, rate, softcap):
     monkeypatch.setattr(blockwise, "BLOCK", block)
@@ -185,8 +186,8 @@ def dropout_keys(config, b=2):
     ("config", "changes"),
     [
         (SMALL, {"scan_layers": True}),
-        (SMALL, {"gradient_checkpointing": True}),
-        (SMALL, {"gradient_checkpointing": True, "remat_policy": "dots"}),
+        slow(SMALL, {"gradient_checkpointing": True}),
+        slow(SMALL, {"gradient_checkpointing": True, "remat_policy": "dots"}),
         (SMALL, {"gradient_checkpointing": True, "scan_layers": True}),
         (dataclasses.replace(SMALL, **MODERN), {"gradient_checkpointing": True, "scan_layers": True}),
         (dataclasses.replace(SMALL, **MODERN), {"gradient_checkpointing": True, "remat_policy": "dots"}),
@@ -300,13 +301,13 @@ def plain_loss(params, config, data, z_loss):
 @pytest.mark.parametrize(
     ("options", "z_loss"),
     [
-        ({"norm": "rmsnorm", "norm_epsilon": 0.1, "activation": "gelu_exact", "n_kv_heads": 1}, 0.0),
-        ({"use_bias": False, "norm_epsilon": 0.1, "activation": "geglu", "qk_norm": True, "n_kv_heads": 4}, 1e-2),
+        slow({"norm": "rmsnorm", "norm_epsilon": 0.1, "activation": "gelu_exact", "n_kv_heads": 1}, 0.0),
+        slow({"use_bias": False, "norm_epsilon": 0.1, "activation": "geglu", "qk_norm": True, "n_kv_heads": 4}, 1e-2),
         (
             {"positions": "rotary", "rope_scaling": "llama3", "rope_original_length": 24, "rope_scaling_factor": 8.0},
             0.0,
         ),
-        ({"positions": "rotary", "rope_scaling": "linear", "rope_scaling_factor": 3.0, "logit_softcap": 2.0}, 1e-2),
+        slow({"positions": "rotary", "rope_scaling": "linear", "rope_scaling_factor": 3.0, "logit_softcap": 2.0}, 1e-2),
         (SPEEDRUN, 0.0),
         (MODERN, 1e-2),
         (GEMMA2, 0.0),
@@ -351,7 +352,7 @@ def test_recomputing_saves_memory():
     [
         {"positions": "learned", "activation": "swish"},
         {"positions": "sinusoidal", "pre_norm": False},
-        {"positions": "rotary"},
+        slow({"positions": "rotary"}),
         MODERN,
     ],
     ids=["learned", "sinusoidal", "rotary", "modern"],
@@ -420,7 +421,7 @@ def as_on(request, monkeypatch):
 
 
 @pytest.mark.usefixtures("as_on")
-@pytest.mark.parametrize(("softcap", "z_loss"), [(None, 0.0), (None, 1e-2), (2.0, 0.0), (2.0, 1e-2)])
+@pytest.mark.parametrize(("softcap", "z_loss"), [(None, 0.0), slow(None, 1e-2), slow(2.0, 0.0), (2.0, 1e-2)])
 @pytest.mark.parametrize("chunk_bytes", [2**30, 4 * 2 * 97 * 7, 1])  # one chunk, chunks of 7 that don't divide T, of 1
 def test_loss_equals_the_unchunked_one(chunk_bytes, softcap, z_loss):
     rng = np.random.default_rng(3)

@@ -12,6 +12,7 @@ import numpy as np
 import optax
 import optax.contrib
 import pytest
+from conftest import slow
 from flax import nnx
 
 from jaxlm.config import Config, ModelConfig, TrainingConfig, validate
@@ -252,7 +253,7 @@ def test_average_of_parameters():
     np.testing.assert_allclose(average["x"], expected, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["adafactor", "optax.lars", "optax.adabelief"])
+@pytest.mark.parametrize("name", ["adafactor", slow("optax.lars"), slow("optax.adabelief")])
 def test_optax_sees_each_layer_alone(name):
     """Adafactor's factored moments of matrices of 128 and more, too."""
     params = unlike_layers(dataclasses.replace(MODEL, d_model=128, d_ff=130))
@@ -268,7 +269,7 @@ def test_optax_sees_each_layer_alone(name):
     assert_close(apart(jax.tree.map(jnp.negative, updates)), expected, 1e-5)
 
 
-@pytest.mark.parametrize("name", ["muon", "normuon", "adafactor"])
+@pytest.mark.parametrize("name", [slow("muon"), "normuon", "adafactor"])
 def test_padding_changes_no_update(name):
     config = dataclasses.replace(TRAINING, optimizer=name, max_grad_norm=None)
     params = make_params()
@@ -313,6 +314,7 @@ def fits(name):
     return not shared and all(np.allclose(x, y, 1e-3, 0) for x, y in pairs)
 
 
+@pytest.mark.slow
 def test_the_optimizers_of_optax_that_are_offered_fit():
     assert [name for name in FROM_OPTAX if not fits(name)] == []
     assert not fits("prodigy") and not fits("fromage")  # the faults that this is for

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import make_config, trainer_on
+from conftest import make_config, slow, trainer_on
 from test_step import HALF, STILL, T, assert_close, config_of, make_batch, masked, regroup
 
 from jaxlm import Trainer
@@ -79,7 +79,10 @@ def test_the_plain_cross_entropy_gives_the_losses_of_the_built_in_one():
     assert (float(loss), int(count), extras) == (pytest.approx(float(nats), rel=1e-5), int(targets), {})
 
 
-@pytest.mark.parametrize(("devices", "stage", "k"), [(1, 0, 4), (4, 0, 1), (4, 1, 4), (4, 2, 4), (4, 3, 1), (4, 3, 4)])
+@pytest.mark.parametrize(
+    ("devices", "stage", "k"),
+    [slow(1, 0, 4), slow(4, 0, 1), slow(4, 1, 4), (4, 2, 4), slow(4, 3, 1), (4, 3, 4)],
+)
 def test_micro_batches_and_layouts_change_nothing(devices, stage, k, whole):
     """With dropout, and micro-batches and devices of which some have no target; the other metrics, too."""
     params, metrics = update(assembled(smoothed, devices=devices, stage=stage), regroup(BATCH, k))

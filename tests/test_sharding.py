@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import slow
 from jax.sharding import NamedSharding
 from test_step import (
     MODEL,
@@ -47,9 +48,10 @@ MODERN = dataclasses.replace(
 WIDE = dataclasses.replace(STILL, d_model=130, d_ff=150, use_bias=False)
 BATCHES = [regroup(make_batch(seed=s), 2) for s in range(3)]
 LAYOUTS = [
-    *((MODEL, (1, 4, 1), stage) for stage in range(4)),
-    (MODEL, (2, 2, 1), 2, True),  # optimizer state in host memory
-    (UNEVEN, (2, 2, 1), 3),
+    *(slow(MODEL, ((1, 4, 1), stage)) for stage in range(2)),
+    *((MODEL, ((1, 4, 1), stage)) for stage in range(2, 4)),
+    (MODEL, ((2, 2, 1), 2, True)),  # optimizer state in host memory
+    (UNEVEN, ((2, 2, 1), 3)),
 ]
 
 
@@ -64,7 +66,7 @@ def whole(params, shape, stage, config):
     return jax.tree.map(crop, jax.device_get(params), assembled(config, shape, stage).layout.shapes)
 
 
-@pytest.mark.parametrize(("model", "layout"), [(model, layout) for model, *layout in LAYOUTS])
+@pytest.mark.parametrize(("model", "layout"), LAYOUTS)
 def test_layouts_do_not_change_the_update(model, layout):
     """Losses and parameters of one device, to float32 rounding, dropout and accumulation on."""
     config = config_of(model)
@@ -90,7 +92,7 @@ def test_what_is_learned_is_the_same_in_any_layout():
     ("optimizer", "model", "layout"),
     [
         ("normuon", MODERN, ((1, 2, 2), 3)),
-        ("adafactor", WIDE, ((1, 4, 1), 1)),
+        slow("adafactor", WIDE, ((1, 4, 1), 1)),
     ],
 )
 def test_optimizers_of_whole_matrices_know_them_in_any_layout(optimizer, model, layout):
@@ -106,8 +108,8 @@ def test_optimizers_of_whole_matrices_know_them_in_any_layout(optimizer, model, 
 @pytest.mark.parametrize(
     ("stage", "fault"),
     [
-        (0, ("reduce_update", lambda self, gradients: gradients)),
-        (1, ("reduce_update", lambda self, g: self._map(lambda s, x: own_part(s, x), g))),
+        slow(0, ("reduce_update", lambda self, gradients: gradients)),
+        slow(1, ("reduce_update", lambda self, g: self._map(lambda s, x: own_part(s, x), g))),
         (2, ("reduce_micro_batch", lambda self, g: self._map(lambda s, x: own_part(s, x), g))),
         (3, ("sum_over", lambda self, axes, tree: tree)),
     ],
@@ -138,7 +140,7 @@ def bytes_on_first_device(tree):
     return sum(s.data.nbytes for x in jax.tree.leaves(tree) for s in x.addressable_shards if s.device == first)
 
 
-@pytest.mark.parametrize(("stage", "parts"), [(0, (1, 1)), (1, (1, 4)), (2, (1, 4)), (3, (4, 4))])
+@pytest.mark.parametrize(("stage", "parts"), [slow(0, (1, 1)), slow(1, (1, 4)), (2, (1, 4)), (3, (4, 4))])
 def test_bytes_a_device_are_those_of_theory(stage, parts):
     state = start(config_of(MODEL), (1, 4, 1), stage)[1]
     parameters = sum(x.size for x in jax.tree.leaves(start(config_of(MODEL))[1].params))
@@ -184,6 +186,7 @@ def test_splitting_wastes_next_to_nothing(shards, shape):
     assert jax.eval_shape(split.crop, padded).shape == shape
 
 
+@pytest.mark.slow
 def test_the_benchmark_finds_what_theory_says(monkeypatch):
     """benchmarks/collectives.py on 4 devices: bytes held within 2%, moved at most theory's, losses to rounding."""
     monkeypatch.syspath_prepend(ROOT / "benchmarks")

@@ -13,7 +13,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from conftest import make_config, trainer_on
+from conftest import make_config, slow, trainer_on
 
 from jaxlm import Trainer, load
 from jaxlm.checkpoints.folder import checkpoint_steps
@@ -157,7 +157,7 @@ def test_resume_notices_a_lost_optimizer_state(tmp_path, corpus, reference, run)
     ("devices", "options", "k"),
     [
         (4, {"training.zero_stage": 3, "training.zero_group_size": 2}, 2),
-        (2, {"training.tensor_parallel": 2, "training.offload_optimizer": True}, 8),
+        slow(2, {"training.tensor_parallel": 2, "training.offload_optimizer": True}, 8),
     ],
 )
 def test_another_layout_goes_on_to_rounding(tmp_path, corpus, reference, run, devices, options, k):

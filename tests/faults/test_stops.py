@@ -125,6 +125,7 @@ def test_a_hang_ends_the_run_with_all_stacks(tmp_path, corpus, server):
     assert set(checkpoint_steps(tmp_path / "run")) == {2}
 
 
+@pytest.mark.slow
 def test_a_process_that_hangs_is_named(tmp_path, corpus, server):
     """One of two stops computing while its heartbeat goes on: both end, and the other one says which it was."""
     config = make_config(tmp_path, corpus, **STEPS | {"training.max_steps": 1000, "training.eval_steps": 1000})
