@@ -77,6 +77,7 @@ def test_layouts_do_not_change_the_update(model, layout):
     assert_close(whole(state.params, *layout[:2], config), jax.device_get(expected.params), 1e-5)
 
 
+@pytest.mark.slow
 def test_what_is_learned_is_the_same_in_any_layout():
     """As above, with a loss_mask, over "data" and "tensor"."""
     config, layout = config_of(MODEL), ((1, 2, 2), 3)

@@ -91,7 +91,7 @@ def assert_equal(a, b):
         np.testing.assert_array_equal(x, y)
 
 
-@pytest.mark.parametrize(("optimizer", "k"), [("adamw", 8), ("sgd", 2)])
+@pytest.mark.parametrize(("optimizer", "k"), [("adamw", 8), slow("sgd", 2)])
 def test_accumulation_equals_one_large_batch(optimizer, k):
     """K micro-batches, of unequal numbers of targets and with dropout, equal one batch K times as large."""
     config = config_of(optimizer=optimizer)

@@ -105,6 +105,7 @@ def test_resume_is_bit_exact(tmp_path, corpus, reference, run):
     assert all(f"resumed from step {stop}" in report for stop in starts[1:])
 
 
+@pytest.mark.slow
 def test_modern_blocks_resume_bit_exactly(tmp_path, corpus):
     """All that newer models do otherwise than GPT-2, with muon over shards and another schedule; then text from it."""
     options = HARD | {

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 
 from jaxlm.__main__ import run
@@ -22,6 +23,9 @@ try:
     plugin()
 except UserError as error:
     pytest.skip(str(error), allow_module_level=True)
+
+os.environ["JAX_TRACEBACK_IN_LOCATIONS_LIMIT"] = "10"  # JAX's default again: a plan looks at the lines of the model
+jax.config.update("jax_traceback_in_locations_limit", 10)
 
 SMALL = {"model.n_layers": 2, "model.d_model": 128, "model.n_heads": 2, "model.d_ff": 256, "model.vocab_size": 512}
 SMALL |= {"training.batch_size": 4, "training.gradient_accumulation_steps": 2, "data.max_length": 256}
