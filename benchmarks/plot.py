@@ -16,7 +16,7 @@ import matplotlib
 
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
-from lib.tables import CONTENDERS, QUANTITIES, by_axis, short_speed, table
+from lib.tables import CONTENDERS, QUANTITIES, TABLES, by_axis, short_speed, table
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -207,6 +207,11 @@ def main() -> None:
         if not source.is_file():
             parser.error(f"{source}: no such file")
     reports = [json.loads(source.read_text(encoding="utf-8")) for source in options.results]
+    kinds = [report["benchmark"].partition("-")[0] for report in reports]
+    if lacking := [str(source) for source, kind in zip(options.results, kinds, strict=True) if kind not in TABLES]:
+        parser.error(f"{lacking[0]}: has no table; read the file itself")
+    if options.out is not None and kinds[0] not in PLOTS:
+        parser.error(f"--out: there is no picture of {kinds[0]} results; use one of {', '.join(PLOTS)}")
     if options.short:
         if not all(report["benchmark"].startswith("cpu-") for report in reports):
             parser.error("--short is for files of cpu.py")
@@ -214,11 +219,8 @@ def main() -> None:
     for source, report in () if options.short else zip(options.results, reports, strict=True):
         print(f"{source.name}: `{report['command']}`\n\n{table(report)}\n")
     if options.out is not None:
-        kind = reports[0]["benchmark"].partition("-")[0]
-        if kind not in PLOTS:
-            parser.error(f"--out: there is no picture of {kind} results; use one of {', '.join(PLOTS)}")
         with plt.rc_context(STYLE):
-            save(PLOTS[kind](reports[0]), options.out)
+            save(PLOTS[kinds[0]](reports[0]), options.out)
 
 
 if __name__ == "__main__":
