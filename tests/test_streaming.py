@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from conftest import documents, make_config
 
-from jaxlm import Trainer
+from jaxlm import Trainer, load
 from jaxlm.config import Config, DataConfig
 from jaxlm.data import shards, streaming
 from jaxlm.data.streaming import ROW_BITS, StreamedOrder, StreamedRows, Work
@@ -178,6 +178,23 @@ def test_a_run_has_the_same_bits_while_shards_are_made_later_and_resumed(
     assert metrics[-1]["train/epoch"] == rows.epochs(taken) and metrics[-1]["train/epoch"] > 1
     other = run(tmp_path / "other", corpus, replace(data, streaming=False))
     assert not same(first, other)
+
+
+def test_what_is_true_of_the_first_shard_is_not_said_of_all(
+    data: DataConfig, corpus: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Its documents are short here; positions that they don't reach are trained by later ones."""
+    texts = ["the small cat reads a warm row of my model."] * 40 + [
+        "the small cat reads a warm row of a naïve model. " * 8
+    ] * 10
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    changed = replace(data, train_files=(str(tmp_path / "text.jsonl"),), cache_dir=str(tmp_path / "cache"))
+    made = run(tmp_path, corpus, changed, **{"training.max_steps": 1, "training.eval_steps": 1})
+    assert isinstance(made.text.rows, StreamedRows) and made.text.rows.parts[""].plan.longest < data.max_length
+    assert "never trained" not in capfd.readouterr().err
+    assert load(made.folder / "final_model").progress.longest_piece == data.max_length
+    (start,) = [json.loads(line) for line in (made.folder / "starts.jsonl").read_text().splitlines()]
+    assert start["train"]["measured_on"] == "first shard" and "measured_on" not in start["validation"]
 
 
 def test_a_run_that_waits_is_stopped_at_once(

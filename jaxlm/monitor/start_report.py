@@ -18,6 +18,7 @@ import jax
 import jaxlm
 from jaxlm.data.loader import AnyRows, Rows
 from jaxlm.data.mixture import Mixture
+from jaxlm.data.streaming import StreamedRows
 from jaxlm.monitor.metrics import model_flops_per_token
 from jaxlm.monitor.sinks import open_lines
 from jaxlm.ops import compiler
@@ -115,6 +116,7 @@ class StartReport:
 
     def append_to(self, folder: Path) -> None:
         """Adds this start to starts.jsonl of the run in `folder`."""
+        part_of_it = {"measured_on": "first shard"} if isinstance(self.rows, StreamedRows) else {}
         start = {
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "command": _command(sys.orig_argv),
@@ -135,7 +137,7 @@ class StartReport:
             "rows_an_update": self.resolved.global_batch,
             "changed": self.changed,
             "data_fingerprint": self.data_fingerprint,
-            "train": _packing(self.rows.parts),
+            "train": _packing(self.rows.parts) | part_of_it,
             "validation": _packing(self.eval_rows) if self.eval_rows else {},
         }
         with open_lines(folder / "starts.jsonl") as file:

@@ -13,7 +13,7 @@ from jaxlm.interop.pretrained import Pretrained, open_pretrained
 from jaxlm.model import Transformer
 from jaxlm.run.resume import Changes, go_on
 from jaxlm.run.setup import check_same_in_processes, with_text
-from jaxlm.run.text import Text, longest_piece, prepare_text
+from jaxlm.run.text import Text, prepare_text
 from jaxlm.train.assemble import Resolved, assemble
 from jaxlm.train.own_loss import OwnLoss, name_of
 
@@ -70,4 +70,4 @@ def begin(
     if checkpoint is not None:  # `jaxlm resume` asks for the size that was reached
         of_run = read_progress(checkpoint).requested_vocab_size, *of_run[1:]
     saved = dict(zip(("requested_vocab_size", "data_fingerprint", "model_class", "loss"), of_run, strict=True))
-    return Beginning(resolved, text, pretrained, changed, saved | {"longest_piece": longest_piece(text.rows.parts)})
+    return Beginning(resolved, text, pretrained, changed, saved | {"longest_piece": text.longest_piece})

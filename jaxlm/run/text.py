@@ -28,6 +28,13 @@ class Text:
     eval_bytes: int  # UTF-8 bytes of the evaluated text
     sample_prompt: Prompt  # what samples go on from, or answer
 
+    @property
+    def longest_piece(self) -> int:
+        """Pairs of the longest piece that is trained on; the most that there may be, where not all is packed yet."""
+        if isinstance(self.rows, StreamedRows):
+            return self.rows.parts[""].plan.max_length
+        return longest_piece(self.rows.parts)
+
 
 def prepare_text(config: Config, tokenizer: Tokenizer | None, given: HandedOver | None = None) -> Text:
     """Text -> tokenizer -> token arrays -> rows.
@@ -44,12 +51,13 @@ def prepare_text(config: Config, tokenizer: Tokenizer | None, given: HandedOver 
     asked = next((each for each in prepared.values() if each.question is not None), next(iter(prepared.values())))
     prompt = _sample_prompt(config, asked) if config.training.sample_tokens else ""
     rows = _rows({name: each.train for name, each in prepared.items()}, data)
-    for line in untrained_positions(config, longest_piece(rows.parts), config.model.max_seq_len):
-        say(line)
     evaluated = held_out(data, prepared)
     eval_bytes = sum(documents.kept_bytes(data.min_length) for documents in evaluated.values())
     fingerprint = ";".join(each.source_fingerprint for each in prepared.values())
-    return Text(asked.tokenizer, fingerprint, rows, pack_all(evaluated, data, say), eval_bytes, prompt)
+    text = Text(asked.tokenizer, fingerprint, rows, pack_all(evaluated, data, say), eval_bytes, prompt)
+    for line in untrained_positions(config, text.longest_piece, config.model.max_seq_len):
+        say(line)
+    return text
 
 
 def _rows(trained: Mapping[str, TokenDocuments | Streamed | None], data: DataConfig) -> Rows | Mixture | StreamedRows:
