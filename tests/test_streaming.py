@@ -7,6 +7,7 @@ import shutil
 import signal
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -323,12 +324,14 @@ def test_waiting_is_said_and_is_no_hang(data: DataConfig, tmp_path: Path, monkey
     assert len(said) == 1
 
     def looks() -> None:
+        assert ThreadPoolExecutor(1).submit(order.__getitem__, 0).result(10) == known, "other threads need not wait"
         alive.append(len(said))
         if len(alive) == 3:
             shutil.copytree(whole.shards.folder, tmp_path, dirs_exist_ok=True)
 
     rows.begin(said.append, looks)
     order = StreamedOrder(rows, SEED)
+    known = order[0]
     assert order[len(rows.parts[""])] >> ROW_BITS in (1, 2)
     waits = [line for line in said[1:] if re.fullmatch(r"waits for shard [12] of the text, .* tokenized: 0 s", line)]
     assert len(alive) == 3 and waits == said[1:] and len(waits) == 3

@@ -189,9 +189,10 @@ class StreamedOrder:
         self._order_within = lru_cache(OPEN)(self._shuffled)
 
     def __getitem__(self, place: int) -> int:
-        with self._lock:
-            while self._ends[-1] <= place:
-                self._find_next()
+        if self._ends[-1] <= place:  # a known place is not waited for while another thread waits for a shard
+            with self._lock:
+                while self._ends[-1] <= place:
+                    self._find_next()
         at = bisect_right(self._ends, place) - 1
         (epoch, number), first, end = self._shards[at], *self._ends[at : at + 2]
         return (number << ROW_BITS) + self._order_within(number)[epoch * (end - first) + place - first]
