@@ -65,10 +65,15 @@ def _with_learned(tokenizer: Tokenizer, document: Document, found: tuple[np.ndar
         for start, end in document.learned:
             learned |= (ends > start) & (starts < end)
     if not document.complete:
-        ids = np.array([tokenizer.bos_id, *ids, tokenizer.eos_id], tokenizer.dtype)
-        ends = np.array([0, *ends, len(document.text)])
-        learned = None if learned is None else np.array([False, *learned, bool(document.learned)])
+        ids = _between(tokenizer.bos_id, ids, tokenizer.eos_id)
+        ends = _between(0, ends, len(document.text))
+        learned = None if learned is None else _between(False, learned, bool(document.learned))
     return Encoded(ids, learned, ends)
+
+
+def _between(first: int, x: np.ndarray, last: int) -> np.ndarray:
+    """[n] -> [n + 2], in the same dtype."""
+    return np.concatenate([[first], x, [last]], dtype=x.dtype, casting="unsafe")
 
 
 def fitted(document: Document, found: Encoded, data: DataConfig, left_out: LeftOut) -> Encoded | None:

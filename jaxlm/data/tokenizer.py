@@ -4,10 +4,11 @@ import hashlib
 import json
 import os
 import re
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import cached_property
-from itertools import groupby, pairwise
+from itertools import chain, groupby, pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -230,7 +231,7 @@ class Tokenizer:
                 numbers, contents = zip(*batch, strict=True)
                 found = self._backend.encode_batch_fast(contents, add_special_tokens=False)
                 for number, encoding in zip(numbers, found, strict=True):
-                    documents[number].append(np.fromiter(encoding.ids, self.dtype, len(encoding)))
+                    documents[number].append(_to_numpy(encoding.ids).astype(self.dtype))
         joined = [np.concatenate([*document, end]) for document in documents]
         if any(len(ids) == 2 and text.strip() for ids, text in zip(joined, texts, strict=True)):  # all words unknown,
             raise UserError("cannot be tokenized: the tokenizer has no token for anything in it")  # and no token for it
@@ -245,7 +246,10 @@ class Tokenizer:
         with _LibraryErrors("cannot be tokenized"):
             encodings = self._backend.encode_batch([*texts], add_special_tokens=False)
         return [
-            (np.array(encoding.ids, self.dtype), np.array(encoding.offsets, np.int64).reshape(-1, 2))
+            (
+                _to_numpy(encoding.ids).astype(self.dtype),
+                _to_numpy([*chain.from_iterable(encoding.offsets)]).astype(np.int64).reshape(-1, 2),
+            )
             for encoding in encodings
         ]
 
@@ -301,6 +305,11 @@ def without_long_words(text: str) -> list[str]:
     words = _LONG_WORD.finditer(text)
     cuts = [cut for word in words for cut in range(word.start() + LONGEST_WORD, word.end(), LONGEST_WORD)]
     return [text[start:end] for start, end in pairwise([0, *cuts, len(text)])]
+
+
+def _to_numpy(numbers: list[int]) -> np.ndarray:
+    """uint32 [numbers]; the standard library reads a list several times as fast as numpy 2.4 does."""
+    return np.asarray(array("I", numbers))
 
 
 def split_safely(text: str, size: int = PART_CHARACTERS) -> Iterator[str]:
