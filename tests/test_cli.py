@@ -381,6 +381,7 @@ def test_a_terminal_without_a_size_gets_lines(monkeypatch: pytest.MonkeyPatch) -
     """As a container's may be: tqdm draws a bar of no width there, or hides all bars beyond the last line."""
     import fcntl
     import pty
+    import select
     import struct
     import termios
 
@@ -395,7 +396,10 @@ def test_a_terminal_without_a_size_gets_lines(monkeypatch: pytest.MonkeyPatch) -
             progress.write({"train/loss": 3.0}, 1)
             progress.advance(1)
             progress.close()
-            assert expected in os.read(master, 4096)
+            said = b""
+            while expected not in said:  # the kernel hands over what was written when it comes to it
+                assert select.select([master], [], [], 5)[0], said
+                said += os.read(master, 4096)
         os.close(master)
 
 
