@@ -163,9 +163,10 @@ def mixing(options: dict[str, Any]) -> list[dict[str, Any]]:
 
 def flow(rows: Any, options: dict[str, Any], **more: Any) -> dict[str, Any]:
     """Takes batches for `options["seconds"]`; tokens/s, padding counted, as in the speed of training."""
+    from jaxlm.config.batches import Batches
     from jaxlm.data.loader import train_batches
 
-    with contextlib.closing(train_batches(rows, SEED, options["rows_a_batch"], 1, 0, **more)) as batches:
+    with contextlib.closing(train_batches(rows, SEED, Batches(options["rows_a_batch"]), 0, **more)) as batches:
         for _ in range(3):
             next(batches)
         start, cpu, tokens = time.perf_counter(), time.process_time(), 0

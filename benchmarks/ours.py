@@ -50,6 +50,7 @@ def configuration(spec: dict[str, Any]) -> Config:
 
 def dump_batches(spec: dict[str, Any], path: Path) -> dict[str, Any]:
     """Writes the run's first BATCHES batches to `path` (.npz, [N, B, T] each), and says what they are."""
+    from jaxlm.config.batches import Batches
     from jaxlm.data.loader import Rows, train_batches
     from jaxlm.data.packing import plan_cached
     from jaxlm.data.tokens import prepare
@@ -58,7 +59,7 @@ def dump_batches(spec: dict[str, Any], path: Path) -> dict[str, Any]:
     data = config.data
     prepared = prepare(data, config.model.vocab_size, None, say)
     rows = Rows(prepared.train, plan_cached(prepared.train, data, say))
-    with contextlib.closing(train_batches(rows, config.training.seed, spec["batch"], 1, 0)) as stream:
+    with contextlib.closing(train_batches(rows, config.training.seed, Batches(spec["batch"]), 0)) as stream:
         batches = [{name: array[0] for name, array in batch.items()} for batch in itertools.islice(stream, BATCHES)]
     arrays = {name: np.stack([batch[name] for batch in batches]) for name in batches[0]}
     np.savez(path, **arrays)

@@ -158,6 +158,7 @@ def sharing(options: dict[str, Any], spec: dict[str, Any], folder: Path) -> list
 def first_batch(options: dict[str, Any]) -> dict[str, Any]:
     """Seconds from the text and a tokenizer to the first batch of 32 rows."""
     from jaxlm.config import Config, DataConfig, ModelConfig
+    from jaxlm.config.batches import Batches
     from jaxlm.data.loader import train_batches
     from jaxlm.run.text import prepare_text
 
@@ -171,7 +172,7 @@ def first_batch(options: dict[str, Any]) -> dict[str, Any]:
     )
     start = time.perf_counter()
     rows = prepare_text(Config(ModelConfig(), data=data), None).rows
-    with contextlib.closing(train_batches(rows, 0, 32, 1, 0)) as batches:
+    with contextlib.closing(train_batches(rows, 0, Batches(32), 0)) as batches:
         next(batches)
     return {"seconds": time.perf_counter() - start}
 

@@ -24,6 +24,8 @@ from lib.report import RESULTS, Report
 from lib.tables import table
 from start import environment
 
+from jaxlm.config.batches import Batches
+
 RECIPES = ("small", "speedrun")  # in this order
 EVALUATED = re.compile(r"step (\d+): validation loss [\d.]+, perplexity [\d.]+, ([\d.]+) bits per byte")
 NAMES = [
@@ -101,9 +103,10 @@ def train(recipe: str, source: Path, options: list[str], folder: Path) -> dict[s
     if process.returncode or not evaluations:
         raise SystemExit(f"{recipe}: exit code {process.returncode}\n{''.join(lines[-20:])}")
     started = json.loads((folder / recipe / "starts.jsonl").read_text().splitlines()[0])
-    an_update = started["rows_an_update"] * started["train"]["row_length"] * started["train"]["fill"]
+    a_row = started["train"]["row_length"] * started["train"]["fill"]
+    batches = Batches(started["rows_an_update"], schedule=tuple(map(tuple, started.get("batch_schedule", ()))))
     for evaluation in evaluations:
-        evaluation["tokens"] = round(evaluation["step"] * an_update)
+        evaluation["tokens"] = round(batches.position(evaluation["step"]) * a_row)
     return {"seconds": time.perf_counter() - start, "parameters": started["parameters"], "evaluations": evaluations}
 
 

@@ -42,7 +42,7 @@ from jaxlm.run.models import AGAIN, RunModel
 from jaxlm.run.probes import Probes
 from jaxlm.run.result import Result
 from jaxlm.run.resume import find_resume, is_finished, say_going_on
-from jaxlm.run.setup import compile_step, keep_compiled_programs, resolve
+from jaxlm.run.setup import compile_steps, keep_compiled_programs, resolve
 from jaxlm.train.assemble import Resolved, assemble
 from jaxlm.train.evaluate import describe_evaluation
 from jaxlm.train.numbers import at_rate
@@ -112,8 +112,7 @@ class Trainer(RunModel):
 
     def _count_steps(self) -> None:
         training, rows = self.config.training, sum(map(len, self.text.rows.parts.values()))
-        end = training.max_steps, self.resolved.offset
-        self.total_steps = total_steps(training.num_epochs, rows, self.resolved.global_batch, *end)
+        self.total_steps = total_steps(training.num_epochs, rows, self.resolved.batches, training.max_steps)
         stop = self.total_steps if training.stop_at_step is None else training.stop_at_step
         self.last_step = min(stop, self.total_steps)
         check_steps(self.config, self.total_steps, self.last_step)
@@ -178,7 +177,8 @@ class Trainer(RunModel):
             opened.callback(vars(self).update, _in_update=False)  # an error may end the run within one
             opened.enter_context(self._watchdog)
             with self._lock, self._watchdog.during("compiling the step"):  # so does one that is stopped here
-                self.train_step = compile_step(self.assembly, self.config.training.compiled_program)
+                counts = self.resolved.batches.counts(range(self.current_step, self.last_step))
+                self.train_step = compile_steps(self.assembly, counts, training.compiled_program)
             self._begin(opened)
             self._hooks.call("on_start")
             self._hooks.raise_error("nothing was trained since the start")
@@ -319,7 +319,7 @@ class Trainer(RunModel):
             "train/skipped_steps": values["skipped"],
             "train/loss_scale": values["loss_scale"],
         }
-        epochs = self.text.rows.epochs(self.resolved.position(self.current_step))
+        epochs = self.text.rows.epochs(self.resolved.batches.position(self.current_step))
         row |= {} if epochs is None else {"train/epoch": epochs}
         row |= {name: value for name, value in values.items() if name.startswith("train/")}  # of an own loss
         row |= memory_gib(jax.local_devices()) | self.train_batches.of_sources(self.current_step)

@@ -418,6 +418,7 @@ def test_the_time_left_counts_no_compiling(monkeypatch: pytest.MonkeyPatch, caps
 def test_inspect_shows_what_the_run_will_see(tmp_path: Path, corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Every target of the first rows, once, in the order of the batches."""
     from jaxlm.__main__ import run_named
+    from jaxlm.config.batches import Batches
     from jaxlm.data.loader import train_batches
     from jaxlm.run.text import prepare_text
 
@@ -426,7 +427,7 @@ def test_inspect_shows_what_the_run_will_see(tmp_path: Path, corpus: Path, capsy
     run_named(["inspect", "--config", str(tmp_path / "config.json"), "--rows", "3", "--first", "1"])
     shown = capsys.readouterr().out
     text = prepare_text(config, None)
-    batch = next(iter(train_batches(text.rows, config.training.seed, 4, 1, 0)))
+    batch = next(iter(train_batches(text.rows, config.training.seed, Batches(4), 0)))
     assert [line.partition(" of ")[0] for line in shown.splitlines() if line.startswith("row")] == [
         "row 1", "row 2", "row 3"
     ]  # fmt: skip

@@ -236,6 +236,16 @@ def of_use(dotted: str) -> dict[str, Any]:
             {"training.min_loss_scale": 32.0, "training.initial_loss_scale_power": 4},
             "training.min_loss_scale (32) exceeds what the dynamic loss scale starts at",
         ),
+        ({"training.batch_schedule": ("1:2",)}, "training.batch_schedule (1:2) must be UPDATE:TIMES, such as 1001:2"),
+        ({"training.batch_schedule": ("9:1.5",)}, "training.batch_schedule (9:1.5) must be UPDATE:TIMES"),
+        (
+            {"training.batch_schedule": ("9:2", "5:3")},
+            "training.batch_schedule (5:3): updates must come in order, each once; sort them",
+        ),
+        (
+            {"training.batch_schedule": ("9:2",), "training.compiled_program": "there"},
+            "training.compiled_program (there) holds an update of one size, and training.batch_schedule",
+        ),
         ({"training.max_time": "soon"}, "training.max_time (soon) must be a time, such as 90s, 30m"),
         ({"training.max_time": "00:00:00"}, "training.max_time (00:00:00) must be a time, such as 90s, 30m"),
         (

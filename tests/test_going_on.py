@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from conftest import make_config
 from flax import nnx
+from test_trainer import arrays, assert_same
 
 from jaxlm import Trainer, load
 from jaxlm.__main__ import run as command
@@ -70,6 +71,28 @@ def test_a_changed_batch_neither_repeats_nor_skips_a_row(run, capfd):
     assert seen._rows_taken(4) == 48
     epoch = seen.at("train/epoch", 4)
     assert epoch == pytest.approx(48 / starts(run)[-1]["train"]["rows"])
+
+
+def test_a_batch_schedule_is_the_change_by_hand(run, tmp_path, corpus, capfd):
+    """Twice the micro-batches from update 3 on: in one go, stopped in between or decided by the user, the same bits."""
+    scheduled = {"training.batch_schedule": ("3:2", "9:4"), "model.n_layers": 1, "model.d_model": 16}
+    whole = Trainer(make_config(tmp_path / "whole", corpus, **scheduled))
+    said = capfd.readouterr().err
+    assert "batch from update 3 on: 2 x 8 rows, 512 tokens\n" in said
+    assert "batch from update 9 on: 4 x 8 rows, 1,024 tokens, after the run's end\n" in said
+    result = whole.train()
+    said = capfd.readouterr().err
+    assert "step for 1 micro-batch" in said and "step for 2 micro-batches" in said and "for 4 micro" not in said
+    measured = scheduled | {"training.noise_scale_steps": 1, "training.layer_norm_steps": 2}
+    for stop in (3, 4):
+        Trainer(make_config(tmp_path / "stopped", corpus, **measured, **{"training.stop_at_step": stop})).train()
+    resume(run, f"--{BATCH}=2", "--allow_change", BATCH)
+    for other in (tmp_path / "stopped" / "run", run):
+        assert_same(arrays(other / "checkpoint_4"), arrays(result.folder / "checkpoint_4"))
+        assert read_progress(other / "checkpoint_4").position == 48 and read_run(other)._rows_taken(4) == 48
+    assert seen_row(run, 4)["train/epoch"] == seen_row(result.folder, 4)["train/epoch"]
+    with pytest.raises(UserError, match=r'"9:4"\], is \[\]\. .*--allow_change training.batch_schedule'):
+        resume(result.folder, "--training.batch_schedule", "[]", "--training.max_steps", "5")
 
 
 def test_a_longer_run_says_how_its_schedule_goes_on(run, capfd):
@@ -149,7 +172,7 @@ def test_what_is_stopped_while_it_compiles_leaves_nothing(tmp_path, corpus, begu
     def stopped(*_):
         raise Stopped("SIGINT")
 
-    monkeypatch.setattr("jaxlm.trainer.compile_step", stopped)
+    monkeypatch.setattr("jaxlm.trainer.compile_steps", stopped)
     config = replace_fields(read_config(begun / "checkpoint_2"), {"training.checkpoint_dir": str(tmp_path / "run")})
     for kind in (Trainer, DryRun):
         with pytest.raises(Stopped):

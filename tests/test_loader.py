@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from jaxlm.config.batches import Batches
 from jaxlm.data.loader import Rows, documents_of_step, eval_batches, total_steps, train_batches
 from jaxlm.data.packing import plan
 from jaxlm.data.tokens import TokenDocuments
@@ -41,16 +42,44 @@ def take(batches: Iterator[dict], n: int) -> list[dict]:
 
 def stream(rows: Rows, seed: int, global_batch: int, steps: int, accumulation: int = 1, start: int = 0) -> np.ndarray:
     """[steps * G, T]: the tokens of the first batches, row after row."""
-    batches = take(train_batches(rows, seed, global_batch, accumulation, start), steps)
+    batches = take(train_batches(rows, seed, Batches(global_batch // accumulation, accumulation), start), steps)
     return np.concatenate([batch["tokens"].reshape(global_batch, T) for batch in batches])
 
 
 def test_a_batch_that_changes_goes_on_at_the_next_row(rows) -> None:
     """3 updates of 2 rows, then 2 of 4: the rows of 7 updates of 2, over the end of an epoch."""
     whole = stream(rows, 3, 2, 7)
-    later = take(train_batches(rows, 3, 4, 2, 3, offset=3 * 2 - 3 * 4), 2)
+    later = take(train_batches(rows, 3, Batches(2, 2, offset=3 * 2 - 3 * 4), 3), 2)
     np.testing.assert_array_equal(np.concatenate([batch["tokens"].reshape(4, T) for batch in later]), whole[6:])
-    assert documents_of_step(rows, 3, 4, 4, offset=-6) == documents_of_step(rows, 3, 4, 0, offset=10)
+    late = documents_of_step(rows, 3, Batches(4, offset=-6), 4)
+    assert late == documents_of_step(rows, 3, Batches(4, offset=10), 0)
+
+
+def test_a_schedule_takes_the_rows_one_after_the_other(rows) -> None:
+    """Updates of 2, 2, 6, 6, 4, ... rows in micro-batches of 2, from whichever update on: none twice, none left out."""
+    batches = Batches(2, schedule=((2, 3), (4, 2)))
+    sizes = [2, 2, 6, 6, 4, 4, 4]
+    whole = stream(rows, 3, 2, sum(sizes) // 2)
+    taken = take(train_batches(rows, 3, batches, 0), len(sizes))
+    assert [batch["rows"].shape for batch in taken] == [(size // 2, 2) for size in sizes]
+    assert [batch["rows"].ravel().tolist() for batch in taken] == [list(range(size)) for size in sizes]
+    np.testing.assert_array_equal(np.concatenate([batch["tokens"].reshape(-1, T) for batch in taken]), whole)
+    for start in range(1, len(sizes)):
+        (again,) = take(train_batches(rows, 3, batches, start), 1)
+        np.testing.assert_array_equal(again["tokens"], taken[start]["tokens"])
+        assert batches.position(start) == sum(sizes[:start])
+    assert documents_of_step(rows, 3, batches, 3) == documents_of_step(rows, 3, Batches(6, offset=10), 0)
+
+
+@pytest.mark.parametrize("offset", [0, -3, 5])
+def test_updates_for_rows_are_those_that_reach_them(offset: int) -> None:
+    batches = Batches(2, 2, ((3, 2), (5, 1), (9, 4)), offset)
+    for rows in range(1, 120):
+        found = batches.updates_for(rows, 1000)
+        assert batches.position(found) >= rows and (found == 0 or batches.position(found - 1) < rows)
+    assert batches.updates_for(10**9, 1000) == 1001
+    assert batches.counts(range(0, 6)) == [2, 4] and batches.counts(range(4, 20)) == [4, 2, 8]
+    assert batches.counts(range(3, 3)) == [] and batches.largest == 8
 
 
 def test_row_by_hand(tmp_path) -> None:
@@ -87,7 +116,7 @@ def test_every_target_once(tmp_path, strategy: str, pack: bool) -> None:
 
 
 def test_batches_have_their_shape(rows: Rows) -> None:
-    (batch,) = take(train_batches(rows, 0, 6, 3, 0), 1)
+    (batch,) = take(train_batches(rows, 0, Batches(2, 3), 0), 1)
     assert {name: array.shape for name, array in batch.items()} == dict.fromkeys(ARRAYS, (3, 2, T)) | {"rows": (3, 2)}
     assert all(array.dtype == np.int32 and array.flags.c_contiguous for array in batch.values())
     assert batch["rows"].tolist() == [[0, 1], [2, 3], [4, 5]]
@@ -105,8 +134,9 @@ def test_epochs_are_permutations_end_to_end(rows: Rows) -> None:
 
 @pytest.mark.parametrize("start", [1, 4, 13])
 def test_batch_depends_on_the_step_alone(rows: Rows, start: int) -> None:
-    whole = take(train_batches(rows, 3, 4, 2, 0), 18)
-    for expected, batch in zip(whole[start:], take(train_batches(rows, 3, 4, 2, start), 18 - start), strict=True):
+    whole = take(train_batches(rows, 3, Batches(2, 2), 0), 18)
+    later = take(train_batches(rows, 3, Batches(2, 2), start), 18 - start)
+    for expected, batch in zip(whole[start:], later, strict=True):
         for name in expected:
             np.testing.assert_array_equal(batch[name], expected[name])
 
@@ -148,18 +178,14 @@ def test_one_row_is_enough(tmp_path) -> None:
     assert stream(rows, 0, 3, 2)[:, 0].tolist() == [1] * 6
 
 
-def test_accumulation_must_divide(rows: Rows) -> None:
-    with pytest.raises(ValueError, match=r"accumulation \(4\) must divide global_batch \(6\)"):
-        next(train_batches(rows, 0, 6, 4, 0))
-
-
 def test_process_ends_with_batches_left(tmp_path) -> None:
     make_rows(tmp_path, [5, 8, 3, 30])
     program = (
         "import sys, numpy as np; from pathlib import Path; from jaxlm.data.tokens import TokenDocuments\n"
+        "from jaxlm.config.batches import Batches\n"
         "from jaxlm.data.loader import Rows, documents_of_step, train_batches; from jaxlm.data.packing import plan\n"
         "documents = TokenDocuments(Path(sys.argv[1]), 'train', np.dtype('uint16'))\n"
-        "batches = train_batches(Rows(documents, plan(documents.offsets, 12, 0, 'greedy', True)), 0, 2, 1, 0)\n"
+        "batches = train_batches(Rows(documents, plan(documents.offsets, 12, 0, 'greedy', True)), 0, Batches(2), 0)\n"
         "next(batches)"
     )
     arguments = [sys.executable, "-W", "error", "-c", program, str(tmp_path)]
@@ -193,4 +219,4 @@ def test_evaluation_sees_every_row_in_order(rows: Rows, batch: int) -> None:
     ],
 )
 def test_steps_of_a_run(epochs: float, rows: int, global_batch: int, max_steps: int | None, steps: int) -> None:
-    assert total_steps(epochs, rows, global_batch, max_steps) == steps
+    assert total_steps(epochs, rows, Batches(global_batch), max_steps) == steps

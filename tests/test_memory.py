@@ -87,6 +87,12 @@ def test_the_batch_is_what_its_arrays_take():
 # ------------------------------------------------------------ what has to hold between estimates
 
 
+def test_the_largest_update_of_a_schedule_counts():
+    schedule = {"training.gradient_accumulation_steps": 1, "training.batch_schedule": ("5:2", "9:6", "13:3")}
+    largest = {"training.gradient_accumulation_steps": 6}
+    assert estimate(replace_fields(CONFIG, schedule), 2) == estimate(replace_fields(CONFIG, largest), 2)
+
+
 @pytest.mark.parametrize("stage", range(1, 4))
 def test_more_devices_never_hold_more_state(stage):
     found = [estimate(gpt2(**{"training.zero_stage": stage}), n) for n in (1, 4, 16)]

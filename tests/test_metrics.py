@@ -28,6 +28,7 @@ from tensorboardX.proto.event_pb2 import Event
 
 from jaxlm import Trainer, load
 from jaxlm.config import Config, TrainingConfig, from_dict, replace_fields, to_dict, validate
+from jaxlm.config.batches import Batches
 from jaxlm.data.loader import train_batches
 from jaxlm.errors import UserError
 from jaxlm.monitor import notebook
@@ -466,7 +467,7 @@ def test_noise_scale_is_what_gradients_of_rows_say(tmp_path: Path, corpus: Path)
     """From the gradient of each row, made one by one; and means of random rows are as noisy as it says."""
     config = make_config(tmp_path, corpus, **{"training.batch_size": 4, "training.gradient_accumulation_steps": 8})
     trainer = Trainer(config)
-    batch = next(iter(train_batches(trainer.text.rows, 0, 32, 8, 0)))
+    batch = next(iter(train_batches(trainer.text.rows, 0, Batches(4, 8), 0)))
     batch["segments"][1, 2, 9:] = 0  # rows of unlike length count by their targets
     state, numbers = trainer.state, at_rate(trainer._numbers, 0.1)
     loss_of = make_loss(trainer.assembly.graphdef, trainer.assembly.config, trainer.assembly.layout)

@@ -16,6 +16,7 @@ from test_loader import make_rows, take
 from jaxlm import Trainer
 from jaxlm.__main__ import run as command
 from jaxlm.config import Config, DataConfig, from_dict, replace_fields, to_dict, validate
+from jaxlm.config.batches import Batches
 from jaxlm.config.mixture import mixture_options
 from jaxlm.data.loader import documents_of_step, train_batches
 from jaxlm.data.mixture import Mixture, Turns
@@ -105,7 +106,7 @@ def test_1000_updates_are_within_one_row_of_the_weights(tmp_path: Path) -> None:
 
 def test_what_is_taken_of_each_source(mixture: Mixture) -> None:
     """These rows are all as full as their source's mean."""
-    rows = np.concatenate([b["segments"][0] for b in take(train_batches(mixture, 1, 4, 1, 0, anneal_row=21), 30)])
+    rows = np.concatenate([b["segments"][0] for b in take(train_batches(mixture, 1, Batches(4), 0, anneal_row=21), 30)])
     for place in (4, 20, 21, 24, 120):
         pairs = (rows[:place] > 0).sum(axis=1)
         taken = {name: pairs[pairs == n] for name, n in (("a", 12), ("b", 5), ("c", 7))}
@@ -115,18 +116,18 @@ def test_what_is_taken_of_each_source(mixture: Mixture) -> None:
 
 
 def test_batch_depends_on_the_step_alone(mixture: Mixture) -> None:
-    whole = take(train_batches(mixture, 3, 4, 2, 0, anneal_row=17), 8)
+    whole = take(train_batches(mixture, 3, Batches(2, 2), 0, anneal_row=17), 8)
     for start in (3, 5):
-        batches = take(train_batches(mixture, 3, 4, 2, start, anneal_row=17), 3)
+        batches = take(train_batches(mixture, 3, Batches(2, 2), start, anneal_row=17), 3)
         for expected, batch in zip(whole[start : start + 3], batches, strict=True):
             np.testing.assert_array_equal(batch["tokens"], expected["tokens"])
-    doubled = take(train_batches(mixture, 3, 8, 1, 2, offset=-4, anneal_row=17), 2)
+    doubled = take(train_batches(mixture, 3, Batches(8, offset=-4), 2, anneal_row=17), 2)
     both = np.concatenate([batch["tokens"].reshape(4, -1) for batch in whole[3:7]])
     np.testing.assert_array_equal(np.concatenate([batch["tokens"][0] for batch in doubled]), both)
 
 
 def test_documents_are_numbered_from_one_source_to_the_next(mixture: Mixture) -> None:
-    assert documents_of_step(mixture, 0, 62, 0) == list(range(22))
+    assert documents_of_step(mixture, 0, Batches(62), 0) == list(range(22))
     assert mixture.documents(10).tolist() == [10]
     assert mixture.documents(21).tolist() == [21]
 
@@ -243,7 +244,7 @@ def test_texts_and_conversations_are_mixed(tmp_path: Path, corpus: Path) -> None
     first = trainer_on(1, replace_fields(config, {"training.stop_at_step": 1}))
     first.train()
     rows = first.text.rows
-    (batch,) = take(train_batches(rows, 42, 4, 1, 0), 1)
+    (batch,) = take(train_batches(rows, 42, Batches(4), 0), 1)
     order = rows.order(42)
     for place, (mask, segments) in enumerate(zip(batch["loss_mask"][0], batch["segments"][0], strict=True)):
         is_text = rows.find(order[place])[0] == "web"

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from jaxlm.commands.parser import Parser, add_config_options, convert, overrides
 from jaxlm.config import Config, TrainingConfig, from_dict, replace_fields, to_dict
+from jaxlm.config.batches import Batches
 from jaxlm.config.fields import accepts
 from jaxlm.config.schema import FIELDS
 from jaxlm.data.loader import Rows, documents_of_step, train_batches
@@ -237,7 +238,7 @@ class Numbered(Rows):
 def batches(
     rows: Any, seed: int, size: int, accumulation: int, start: int, count: int, own: slice = slice(None)
 ) -> list:
-    stream = train_batches(rows, seed, size, accumulation, start, own)
+    stream = train_batches(rows, seed, Batches(size // accumulation, accumulation), start, own)
     found = list(itertools.islice(stream, count))
     stream.close()
     return found
@@ -296,7 +297,7 @@ def test_documents_of_a_step_are_those_in_its_batch(tokens: list[int], seed: int
     (batch,) = batches(rows, seed, size, 1, step, 1)
     ids = batch["tokens"][batch["segments"] > 0] - 1
     expected = np.unique(np.searchsorted(rows.document_offsets, ids, side="right") - 1)
-    assert documents_of_step(rows, seed, size, step) == expected.tolist()
+    assert documents_of_step(rows, seed, Batches(size), step) == expected.tolist()
 
 
 # ---- Damaged files

@@ -13,6 +13,7 @@ from jaxlm.config.option import Section, option
 STDLIB = "python-stdlib"  # the data.dataset_name that is on every machine
 PYTHON = "python"  # the data.dataset_name of what a program hands over
 
+OPTIMIZERS = ("adamw", "adam", "sgd", "lion", "lamb", "muon", "normuon", "adafactor")
 # Optimizers of optax whose steps need nothing but gradients and parameters, are in proportion to the learning rate, and
 # treat each parameter by itself (tests/test_optim.py tries each).
 FROM_OPTAX = (
@@ -27,6 +28,7 @@ MIDWAY = tuple(
     for name in (
         "learning_rate", "lr_scheduler", "warmup_steps", "warmup_shape", "warmup_min_ratio", "schedule_steps",
         "min_lr_ratio", "lr_power", "decay_fraction", "weight_decay", "batch_size", "gradient_accumulation_steps",
+        "batch_schedule",
     )
 )  # fmt: skip
 
@@ -37,6 +39,10 @@ class TrainingConfig(Section):
 
     batch_size: int = option(8, "sequences a device in one micro-batch", low=1, resumable=True)
     gradient_accumulation_steps: int = option(8, "micro-batches summed into one update", low=1, resumable=True)
+    batch_schedule: tuple[str, ...] = option(
+        (),
+        "larger updates later: UPDATE:TIMES, from update UPDATE on TIMES as many micro-batches (1001:2,3001:4)",
+    )
     num_epochs: float = option(3, "passes over the data; a fraction is fine", above=0, resumable=True)
     max_steps: int | None = option(None, "updates to run, instead of num_epochs", low=1, resumable=True)
     stop_at_step: int | None = option(None, "save and end after this update; the schedule stays", low=1, resumable=True)
@@ -71,17 +77,7 @@ class TrainingConfig(Section):
         "each output of a matrix (averaged with beta2); adafactor: without momentum, steps are "
         "learning_rate times the parameter's size, so try 0.01; optax.NAME: optax's own of that name, built with "
         "beta1, beta2, eps and weight_decay where it takes them",
-        choices=(
-            "adamw",
-            "adam",
-            "sgd",
-            "lion",
-            "lamb",
-            "muon",
-            "normuon",
-            "adafactor",
-            *(f"optax.{n}" for n in FROM_OPTAX),
-        ),
+        choices=(*OPTIMIZERS, *(f"optax.{n}" for n in FROM_OPTAX)),
     )
     beta1: float = option(0.9, "first-moment decay (sgd: momentum; adafactor: unused)", low=0, below=1)
     beta2: float = option(0.999, "second-moment decay (lion: momentum decay; adafactor: unused)", low=0, below=1)

@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from jaxlm.config.batches import read_schedule
 from jaxlm.config.fields import accepts, check_choice, excerpt, field_values, nearest, shown, type_name, without_use
 from jaxlm.config.mixture import mixture_options
 from jaxlm.config.schema import FIELDS, PYTHON, Config, ModelConfig, TrainingConfig
@@ -215,7 +216,21 @@ def check_together(config: Config) -> None:
     for text in config.training.xla_options:
         xla_option(text)
     mixture_options(config.data)
+    read_schedule(config.training.batch_schedule)
     _check_report_to(config.training.report_to)
+
+
+def _batch_conflicts(training: TrainingConfig) -> Iterator[str]:
+    if training.noise_scale_steps and training.batch_size * training.gradient_accumulation_steps < 2:
+        yield (
+            f"training.noise_scale_steps ({training.noise_scale_steps}) compares rows of an update, and a device "
+            "has one; raise training.batch_size or training.gradient_accumulation_steps, or leave it out"
+        )
+    if training.compiled_program and training.batch_schedule:
+        yield (
+            f"training.compiled_program ({training.compiled_program}) holds an update of one size, and "
+            f"training.batch_schedule ({shown(training.batch_schedule)}) asks for several; leave one out"
+        )
 
 
 def _lora_conflicts(training: TrainingConfig) -> Iterator[str]:
@@ -284,11 +299,7 @@ def _conflicts(config: Config) -> Iterator[str]:
             f"training.cautious_decay is for decoupled weight decay, which training.optimizer ({training.optimizer}) "
             f"has not; use {other}, or leave it out"
         )
-    if training.noise_scale_steps and training.batch_size * training.gradient_accumulation_steps < 2:
-        yield (
-            f"training.noise_scale_steps ({training.noise_scale_steps}) compares rows of an update, and a device "
-            "has one; raise training.batch_size or training.gradient_accumulation_steps, or leave it out"
-        )
+    yield from _batch_conflicts(training)
     yield from _lora_conflicts(training)
     elsewhere = "data.validation_fraction" in unused or data.dataset_name == PYTHON
     if training.early_stopping_patience and not (data.validation_fraction or elsewhere):

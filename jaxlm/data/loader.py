@@ -11,6 +11,7 @@ from typing import Protocol
 
 import numpy as np
 
+from jaxlm.config.batches import Batches
 from jaxlm.config.validate import LARGEST_INT
 from jaxlm.data.packing import Plan
 from jaxlm.data.tokens import TokenDocuments
@@ -106,52 +107,48 @@ class Rows:
 
 
 def documents_of_step(
-    rows: AnyRows, seed: int, global_batch: int, step: int, offset: int = 0, anneal_row: int | None = None
+    rows: AnyRows, seed: int, batches: Batches, step: int, anneal_row: int | None = None
 ) -> list[int]:
     """The documents that update `step` (from 0) learns from, numbered as by `rows.documents`."""
-    order, first = rows.order(seed, anneal_row), offset + step * global_batch
-    found = [rows.documents(order[place]) for place in range(first, first + global_batch)]
+    order = rows.order(seed, anneal_row)
+    found = [rows.documents(order[place]) for place in range(batches.position(step), batches.position(step + 1))]
     return np.unique(np.concatenate(found)).tolist()
 
 
 def train_batches(
     rows: AnyRows,
     seed: int,
-    global_batch: int,
-    accumulation: int,
+    batches: Batches,
     start_step: int,
     own: slice = slice(None),
-    offset: int = 0,
     anneal_row: int | None = None,
 ) -> Generator[Batch]:
     """The batches of updates start_step, start_step + 1, ... without end.
 
-    The stream is the rows in their `order`; batch s is its rows from offset + s * G on. `close()` of the iterator ends
-    its threads.
+    The stream is the rows in their `order`; batch s is its rows from `batches.position(s)` on. `close()` of the
+    iterator ends its threads.
 
     Args:
       seed: of the permutations.
-      global_batch: G, rows of one update; `accumulation`, K, divides it.
+      batches: B and K of each update.
       start_step: updates already done.
-      own: which of the G / K rows of each micro-batch this process feeds.
-      offset: other than 0 in a run whose G has changed (`Resolved.position`).
+      own: which of the B rows of each micro-batch this process feeds.
       anneal_row: place of the stream from which on a mixture has its second weights.
 
     Yields:
-      [K, B, T]: the arrays of `Rows`, B as many as `own` selects; and
+      [K, B, T]: the arrays of `Rows`, B now as many as `own` selects; and
       int32 [K, B]: `rows`, each row's number in the global batch, which does not depend on K or `own`.
     """
     import grain
 
-    if global_batch % accumulation:
-        raise ValueError(f"accumulation ({accumulation}) must divide global_batch ({global_batch})")
     order = rows.order(seed, anneal_row)
-    numbers_KB = np.ascontiguousarray(np.arange(global_batch, dtype=np.int32).reshape(accumulation, -1)[:, own])
-    shape_KB = numbers_KB.shape
 
     def batch_of(step: int) -> Batch:
-        batch = _stacked([rows[order[offset + step * global_batch + number]] for number in numbers_KB.ravel().tolist()])
-        return {name: array.reshape(shape_KB + array.shape[1:]) for name, array in batch.items()} | {"rows": numbers_KB}
+        first, shape_KB = batches.position(step), (batches.micro_batches(step), batches.rows)
+        numbers_KB = np.arange(math.prod(shape_KB), dtype=np.int32).reshape(shape_KB)[:, own]
+        batch = _stacked([rows[order[first + number]] for number in numbers_KB.ravel().tolist()])
+        arrays = {name: array.reshape(numbers_KB.shape + array.shape[1:]) for name, array in batch.items()}
+        return arrays | {"rows": np.ascontiguousarray(numbers_KB)}
 
     steps = grain.MapDataset.range(start_step, sys.maxsize).map(batch_of)
     iterator = iter(steps.to_iter_dataset(grain.ReadOptions(num_threads=THREADS, prefetch_buffer_size=BATCHES_AHEAD)))
@@ -174,10 +171,8 @@ def eval_batches(rows: Rows, batch: int, own: slice = slice(None)) -> Iterator[B
         yield _stacked([rows[i] if i < len(rows) else padding for i in numbers])
 
 
-def total_steps(num_epochs: float, rows: int, global_batch: int, max_steps: int | None, offset: int = 0) -> int:
+def total_steps(num_epochs: float, rows: int, batches: Batches, max_steps: int | None) -> int:
     """Updates of a run: max_steps, else those for num_epochs passes, rounded up, and at least 1.
-
-    `offset` is that of `train_batches`.
 
     Raises:
       UserError: they are more than an int32 can count.
@@ -185,7 +180,7 @@ def total_steps(num_epochs: float, rows: int, global_batch: int, max_steps: int 
     if max_steps is not None:
         return max_steps
     # The decimal number that was written: in binary, 2.2 epochs of 25 rows are a little more than 55 rows.
-    steps = max(1, math.ceil((Fraction(str(num_epochs)) * rows - offset) / global_batch))
+    steps = max(1, batches.updates_for(Fraction(str(num_epochs)) * rows, LARGEST_INT))
     if steps > LARGEST_INT:
         raise UserError(f"training.num_epochs ({num_epochs}) is more than {LARGEST_INT} updates; lower it")
     return steps

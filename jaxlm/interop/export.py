@@ -210,6 +210,7 @@ def _model_card(loaded: LoadedModel, source: Path, architecture: str, card: Mapp
     if progress is None:
         raise UserError(f"--model ({source}): is for transformers already; name a model of jaxlm's")
     data, tokens = config.data, config.data.max_length * progress.global_batch
+    first = " at first" if config.training.batch_schedule else ""
     data_set = " ".join(filter(None, (data.dataset_name, data.dataset_config, data.dataset_split)))
     if data.dataset_name in (STDLIB, PYTHON):
         data_set = data.dataset_name
@@ -219,7 +220,7 @@ def _model_card(loaded: LoadedModel, source: Path, architecture: str, card: Mapp
         "SHA-256 of the text": progress.data_fingerprint,
         "started from": config.training.init_from or "random parameters",
         "updates": f"{progress.step:,} of {progress.total_steps:,}",
-        "tokens": f"{progress.position * data.max_length:,}, in updates of {tokens:,} (padding included)",
+        "tokens": f"{progress.position * data.max_length:,}, in updates of {tokens:,}{first} (padding included)",
         **_scores(source.parent, progress),
     }
     template = files("jaxlm.interop").joinpath("model_card.md").read_text(encoding="utf-8")

@@ -93,17 +93,21 @@ class StartReport:
             yield f"compiler: {self._compiler}"
         state = layout.bytes_of_state(self.assembly.abstract_state)
         yield f"memory: {state / 2**20:,.0f} MiB a device of parameters, optimizer and gradients"
+        batches, tokens = self.resolved.batches, global_batch * config.data.max_length
         accumulated = training.gradient_accumulation_steps
         yield (
             f"batch: {training.batch_size} rows x {show_row_shards(self.resolved.mesh)} x "
             f"{accumulated} micro-batch{'es' * (accumulated > 1)} = {global_batch} rows, "
-            f"{global_batch * config.data.max_length:,} tokens"
+            f"{tokens:,} tokens"
         )
+        for first, times in batches.schedule:
+            ends = ", after the run's end" * (first >= steps)
+            yield f"batch from update {first + 1:,} on: {times} x {global_batch} rows, {times * tokens:,} tokens{ends}"
         if isinstance(self.rows, Mixture):
-            place, anneal = self.resolved.position(steps), (self.resolved.anneal_row, config.data.anneal_from)
+            place, anneal = batches.position(steps), (self.resolved.anneal_row, config.data.anneal_from)
             yield from self.rows.describe(place, *anneal)
         warmup, end = effective_warmup(training, steps), schedule_end(training, steps)
-        epochs = self.rows.epochs(self.resolved.position(steps))
+        epochs = self.rows.epochs(batches.position(steps))
         of_text = "" if epochs is None else f" ({epochs:.2f} epochs)"
         yield f"steps: {steps:,}{of_text}, {training.lr_scheduler} schedule, {warmup} of warm-up"
         if training.max_steps is None and epochs is not None and epochs > 1.1 * training.num_epochs:
@@ -135,6 +139,7 @@ class StartReport:
             "own_loss": name_of(self.assembly.own_loss),
             "compiler": self._compiler,
             "rows_an_update": self.resolved.global_batch,
+            "batch_schedule": self.resolved.batches.schedule,
             "changed": self.changed,
             "data_fingerprint": self.data_fingerprint,
             "train": _packing(self.rows.parts) | part_of_it,

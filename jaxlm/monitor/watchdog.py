@@ -50,6 +50,10 @@ class Watchdog:
         self._doing, self._updating, self._last_update = f"the update after step {step}", True, now
         self.alive()
 
+    def forget_usual(self) -> None:
+        """The next updates take another time than those before."""
+        self._update_times.clear()
+
     def alive(self) -> None:
         """Notes a sign of life within longer work."""
         self._silent = 0.0

@@ -82,7 +82,7 @@ def estimate(config: Config, n_devices: int) -> Memory:
       UserError: the configuration is not valid, or does not fit the devices.
     """
     check_devices(config, n_devices)
-    return approximation(resolve(config, n_devices))
+    return approximation(resolve(config, n_devices).at_largest_batch())
 
 
 def compiled_memory(config: Config, gpu: str, devices: int, hosts: int = 1) -> Memory:
@@ -91,7 +91,7 @@ def compiled_memory(config: Config, gpu: str, devices: int, hosts: int = 1) -> M
     Raises:
       UserError: as `resolve_for` and `compile_update`.
     """
-    resolved = resolve_for(config, gpu, devices, hosts)
+    resolved = resolve_for(config, gpu, devices, hosts).at_largest_batch()
     return of_program(resolved, compile_update(resolved, gpu, hosts))
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 
-from jaxlm.config import Config
+from jaxlm.config import Config, shown
 from jaxlm.monitor.metrics import model_flops_per_token
 from jaxlm.ops.attention_kernels import why_not_fused
 from jaxlm.parallel.gpus import GPUS
@@ -65,14 +65,16 @@ def plan(config: Config, gpu: str, devices: int = 1, hosts: int = 1) -> Plan:
 
 
 def plan_of(resolved: Resolved, compiled: CompiledUpdate, cluster: Cluster) -> tuple[Plan, Prediction]:
-    """The plan of an update that is compiled, and the prediction that it is made from."""
-    config, program = resolved.config, hlo.parse(compiled.text)
-    found, takes = predict(program, cluster), memory.of_program(resolved, compiled)
+    """The plan of the largest update of a run, which is compiled, and the prediction that it is made from."""
+    config, program, largest = resolved.config, hlo.parse(compiled.text), resolved.at_largest_batch()
+    found, takes = predict(program, cluster), memory.of_program(largest, compiled)
     training = config.training
     total, whole = found.total, GPUS[cluster.gpu].memory_mib * 2**20
     usable = memory.usable(whole, training.memory_fraction)
     overhead = CUDA_BYTES + (NCCL_BYTES if cluster.devices > 1 else 0)
-    tokens = resolved.global_batch * config.data.max_length
+    tokens = largest.global_batch * config.data.max_length
+    updates = training.max_steps and resolved.batches.position(training.max_steps) / largest.global_batch
+    sizes = f"an update is the largest of training.batch_schedule ({shown(training.batch_schedule)})"
     rate = tokens / found.seconds
     needed = model_flops_per_token(config, *memory.parameters(resolved))
     made = Plan(
@@ -97,10 +99,10 @@ def plan_of(resolved: Resolved, compiled: CompiledUpdate, cluster: Cluster) -> t
         tokens_per_update=tokens,
         tokens_per_second=rate,
         mfu=rate * needed / (cluster.devices * GPUS[cluster.gpu].peak),
-        hours=None if training.max_steps is None else training.max_steps * found.seconds / 3600,
+        hours=None if updates is None else updates * found.seconds / 3600,
         parts=found.parts,
         warnings=tuple(_warnings(resolved, program, found, compiled)),
-        notes=compiled.notes,
+        notes=(*compiled.notes, *([sizes] * bool(training.batch_schedule))),
     )
     return made, found
 

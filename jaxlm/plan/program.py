@@ -61,7 +61,7 @@ def resolve_for(config: Config, gpu: str, devices: int, hosts: int) -> Resolved:
 
 
 def compile_update(resolved: Resolved, gpu: str, hosts: int, save: Path | None = None) -> CompiledUpdate:
-    """The update as the Trainer lowers it for these devices; nothing is allocated.
+    """The largest update of a run as the Trainer lowers it for these devices; nothing is allocated.
 
     Args:
       save: a folder to write the program into, for training.compiled_program.
@@ -69,6 +69,7 @@ def compile_update(resolved: Resolved, gpu: str, hosts: int, save: Path | None =
     Raises:
       UserError: the compiler can't do it for this GPU, or `save` can't be written.
     """
+    resolved = resolved.at_largest_batch()
     folder = cache_root(resolved.config.data) / "plans"
     kept = folder / f"{_key(resolved, gpu, hosts)}.xz"
     if save is None and (known := _read(kept)):

@@ -132,7 +132,7 @@ def _try(
     except UserError:  # `start` is valid, but a DeepSpeed file or another option rules this out
         return None
     share = memory.usable(_memory_of(cluster), resolved.config.training.memory_fraction)
-    if memory.approximation(resolved).total > HOPELESS * share:
+    if memory.approximation(resolved.at_largest_batch()).total > HOPELESS * share:
         return None
     made, _ = plan_of(resolved, compile_update(resolved, cluster.gpu, cluster.hosts), cluster)
     asked = _fields_of(start)

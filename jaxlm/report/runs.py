@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxlm.config import Config, shown
+from jaxlm.config.batches import Batches
 from jaxlm.config.fields import field_values
 from jaxlm.errors import UserError
 from jaxlm.monitor.anomalies import LossSpikes
@@ -80,7 +81,9 @@ class Run:
         """Rows that the updates up to `step` learned from; a start may have changed how many an update takes."""
         rows, last = 0, self.starts[-1]
         for start in reversed(self.starts):
-            rows += max(step - start["step"], 0) * start.get("rows_an_update", last["rows_an_update"])
+            schedule = tuple((first, times) for first, times in start.get("batch_schedule", ()))
+            batches = Batches(start.get("rows_an_update", last["rows_an_update"]), schedule=schedule)
+            rows += batches.position(max(step, start["step"])) - batches.position(start["step"])
             step = min(step, start["step"])
         return rows
 

@@ -37,11 +37,10 @@ class BatchFeeder:
         self._dispatched: list[tuple[int, jax.Array]] = []
 
     def __iter__(self) -> Iterator[Batch]:
-        training, mesh = self.resolved.config.training, self.resolved.mesh
-        k, global_batch = training.gradient_accumulation_steps, self.resolved.global_batch
-        own = rows_of_process(mesh, global_batch // k)
-        place = self.steps.start, own, self.resolved.offset, self.resolved.anneal_row
-        host_batches = train_batches(self.rows, training.seed, global_batch, k, *place)
+        mesh, batches = self.resolved.mesh, self.resolved.batches
+        stream = self.rows, self.resolved.config.training.seed, batches
+        own = rows_of_process(mesh, batches.rows)
+        host_batches = train_batches(*stream, self.steps.start, own, self.resolved.anneal_row)
         try:
             for _ in self.steps:
                 try:
@@ -50,7 +49,8 @@ class BatchFeeder:
                     self.given_up = True
                     return
                 # Counted in this process's rows; the others' are as full.
-                self.throughput.tokens += int(np.count_nonzero(batch["segments"]) * global_batch / batch["rows"].size)
+                processes = batches.rows / batch["rows"].shape[1]
+                self.throughput.tokens += int(np.count_nonzero(batch["segments"]) * processes)
                 yield put_batch(batch, mesh, TRAIN_BATCH)
         finally:
             host_batches.close()
@@ -59,7 +59,7 @@ class BatchFeeder:
         """What the updates up to `step` have taken from each source of a mixture, see `Mixture.metrics`."""
         if not isinstance(self.rows, Mixture):
             return {}
-        return self.rows.metrics(self.resolved.position(step), self.resolved.anneal_row)
+        return self.rows.metrics(self.resolved.batches.position(step), self.resolved.anneal_row)
 
     def dispatched(self, step: int, result: jax.Array) -> None:
         """Update `step` is on its way to `result`; waits until no more than STEPS_AHEAD others are."""
@@ -68,6 +68,9 @@ class BatchFeeder:
             done, result = self._dispatched.pop(0)
             result.block_until_ready()
             self.watchdog.updated(done)
+            batches = self.resolved.batches
+            if batches.micro_batches(done) != batches.micro_batches(done - 1):
+                self.watchdog.forget_usual()
 
 
 def evaluate_state(

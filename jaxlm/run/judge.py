@@ -54,9 +54,8 @@ class NumbersJudge:
         if spike is not None:
             self.report(f"step {step}: {spike}")
         for skipped in self._skipped.read():
-            resolved = self.resolved
-            stream = self.rows, resolved.config.training.seed, resolved.global_batch
-            documents = documents_of_step(*stream, skipped - 1, resolved.offset, resolved.anneal_row)
+            stream = self.rows, self.resolved.config.training.seed, self.resolved.batches
+            documents = documents_of_step(*stream, skipped - 1, self.resolved.anneal_row)
             names = ", ".join(map(str, documents[:SHOWN_DOCUMENTS])) + ", ..." * (len(documents) > SHOWN_DOCUMENTS)
             self.report(
                 f"step {skipped}: skipped, its loss or gradient is not finite; it was to learn from documents {names} "

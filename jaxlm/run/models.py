@@ -89,7 +89,7 @@ class RunModel:
             best_loss=self.best_loss,
             evaluations_since_best=self.evaluations_since_best,
             global_batch=self.resolved.global_batch,
-            rows_taken=self.resolved.position(self.current_step),
+            rows_taken=self.resolved.batches.position(self.current_step),
             anneal_row=self.resolved.anneal_row,
             shards=self.assembly.layout.shards,
             **self._saved,

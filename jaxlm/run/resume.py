@@ -89,7 +89,7 @@ def go_on(
         changes[ROWS] = [progress.global_batch, resolved.global_batch]
     for name, (old, new) in changes.items():
         say(f"changed at step {progress.step}: {name} was {json.dumps(old)}, is {json.dumps(new)}")
-    offset = progress.position - progress.step * resolved.global_batch
+    offset = progress.position - resolved.batches.position(progress.step)
     first = config.data.anneal_from
     annealed = progress.anneal_row if first is not None and progress.step >= first - 1 else None
     return dataclasses.replace(resolved, offset=offset, annealed=annealed), changes

@@ -24,6 +24,7 @@ if TYPE_CHECKING:  # a mistake in a configuration shows before JAX is imported, 
 
     from jaxlm.run.text import Text
     from jaxlm.train.assemble import Assembly, Resolved
+    from jaxlm.train.step import TrainStep
 
 CACHE_HIT = "/jax/compilation_cache/cache_hits"  # JAX's event for a program that was not compiled
 Devices: TypeAlias = "Sequence[jax.Device] | Callable[[Config], Sequence[jax.Device]] | int"
@@ -81,11 +82,23 @@ def check_same_in_processes(config: Config, fingerprint: str) -> None:
     check_same_everywhere("the configuration or the text", json.dumps([values, fingerprint]))
 
 
-def compile_step(assembly: "Assembly", ahead: str | None) -> "jax.stages.Compiled":
+def compile_steps(assembly: "Assembly", counts: Sequence[int], ahead: str | None) -> "TrainStep":
+    """The update of batches of any of `counts` micro-batches, each as `compile_step` makes it."""
+    if len(counts) == 1:
+        return compile_step(assembly.with_micro_batches(counts[0]), ahead)
+    programs = {
+        count: compile_step(assembly.with_micro_batches(count), ahead, f" for {count} micro-batch{'es' * (count > 1)}")
+        for count in counts
+    }
+    return lambda state, batch, numbers: programs[len(batch["rows"])](state, batch, numbers)
+
+
+def compile_step(assembly: "Assembly", ahead: str | None, what: str = "") -> "jax.stages.Compiled":
     """The update: compiled, read from the cache of compiled programs, or there already; says which, and the time.
 
     Args:
       ahead: training.compiled_program.
+      what: of its kind it is, for the lines about it.
     """
     import jax.monitoring
 
@@ -104,16 +117,18 @@ def compile_step(assembly: "Assembly", ahead: str | None) -> "jax.stages.Compile
     started = time.perf_counter()
     jax.monitoring.register_event_listener(note)
     if not (known := "compiled_step" in vars(assembly)):
-        say("compiling the step, unless the cache has it ...")
+        say(f"compiling the step{what}, unless the cache has it ...")
     try:
         compiled = assembly.compiled_step
     finally:
         jax.monitoring.unregister_event_listener(note)
     took = f"in {time.perf_counter() - started:.1f} s"
     if known:
-        say("the compiled step: that of an earlier run of this process")
+        say(f"the compiled step{what}: that of an earlier run of this process")
+    elif CACHE_HIT in events:
+        say(f"read the compiled step{what} from the cache {took}")
     else:
-        say(f"read the compiled step from the cache {took}" if CACHE_HIT in events else f"compiled the step {took}")
+        say(f"compiled the step{what} {took}")
     return compiled
 
 

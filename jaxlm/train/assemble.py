@@ -15,6 +15,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
 from jaxlm.config import Config, TrainingConfig, replace_fields
+from jaxlm.config.batches import Batches, read_schedule
 from jaxlm.model import Transformer
 from jaxlm.ops.attention_kernels import FUSED_FROM, choose_attention, compute_capability
 from jaxlm.ops.compiler import Options
@@ -37,7 +38,7 @@ class Resolved:
     config: Config
     mesh: AnyMesh
     notes: tuple[str, ...] = ()  # lines for the start-up report: what a DeepSpeed file says that is left to XLA
-    offset: int = 0  # see `position`; not 0 where the rows an update have changed on the way
+    offset: int = 0  # of `Batches`
     masked: bool = False  # whether batches have a loss_mask
     annealed: int | None = None  # `anneal_row`, once the stream is beyond it: other batches later don't move it
 
@@ -56,20 +57,28 @@ class Resolved:
         return compute_capability(self.devices[0]) if self.devices else FUSED_FROM
 
     @property
-    def global_batch(self) -> int:
-        """Rows an update."""
+    def batches(self) -> Batches:
+        """Which rows each update takes."""
         training = self.config.training
-        return training.batch_size * row_shards(self.mesh) * training.gradient_accumulation_steps
+        rows, schedule = training.batch_size * row_shards(self.mesh), read_schedule(training.batch_schedule)
+        return Batches(rows, training.gradient_accumulation_steps, schedule, self.offset)
 
-    def position(self, step: int) -> int:
-        """Rows of the stream that come before update `step` (from 0): all that the updates before it took."""
-        return self.offset + step * self.global_batch
+    @property
+    def global_batch(self) -> int:
+        """Rows an update, before training.batch_schedule changes them."""
+        return self.batches.rows * self.batches.accumulation
+
+    def at_largest_batch(self) -> "Resolved":
+        """A run all of whose updates are as large as the largest of training.batch_schedule."""
+        return self.with_fields(
+            {"training.gradient_accumulation_steps": self.batches.largest, "training.batch_schedule": ()}
+        )
 
     @property
     def anneal_row(self) -> int | None:
         """The row of the stream from which on data.anneal_weights hold; None: they never do."""
         first = self.config.data.anneal_from
-        return self.annealed if first is None or self.annealed is not None else self.position(first - 1)
+        return self.annealed if first is None or self.annealed is not None else self.batches.position(first - 1)
 
 
 def abstract_model(config: Config, attention: str, model_class: type[Transformer] = Transformer) -> Any:
@@ -117,6 +126,14 @@ class Assembly:
         self.layout = Layout(mesh, training.zero_stage or 0, params, training.offload_optimizer, trained)
         if own_loss is not None:
             self._check_own_loss(own_loss, params)
+
+    def with_micro_batches(self, count: int) -> "Assembly":
+        """The program of updates of `count` micro-batches of the same run; the state is the same."""
+        if count == self.config.training.gradient_accumulation_steps:
+            return self
+        config = replace_fields(self.config, {"training.gradient_accumulation_steps": count})
+        in_pairs = tuple(sorted(self.options.items()))
+        return _assembly(config, self.mesh, self.model_class, self.attention, in_pairs, self.masked, self.own_loss)
 
     def _check_own_loss(self, own_loss: OwnLoss, params: Params) -> None:
         batch = {name: jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for name, x in self.abstract_batch.items()}
@@ -236,6 +253,11 @@ class Assembly:
 _assembled = lru_cache(maxsize=8)(Assembly)
 
 
+def _assembly(*made_from: Any) -> Assembly:
+    """One that is there already, but for an own loss (the last argument), which may compute something else by now."""
+    return _assembled(*made_from) if made_from[-1] is None else Assembly(*made_from)
+
+
 def assemble(
     resolved: Resolved,
     model_class: type[Transformer] = Transformer,
@@ -255,7 +277,5 @@ def assemble(
     """
     attention = attention or choose_attention(resolved.config, resolved.capability)
     in_pairs = tuple(sorted((options or {}).items()))
-    made_from = program_config(resolved.config), resolved.mesh, model_class, attention, in_pairs, resolved.masked
-    if own_loss is not None:  # which may compute something else by now
-        return Assembly(*made_from, own_loss)
-    return _assembled(*made_from, None)
+    config = program_config(resolved.config)
+    return _assembly(config, resolved.mesh, model_class, attention, in_pairs, resolved.masked, own_loss)

@@ -60,11 +60,11 @@ def test_the_named_documents_are_those_of_the_batch(tmp_path, corpus):
     from jaxlm.data.loader import documents_of_step, train_batches
 
     trainer = Trainer(make_config(tmp_path, corpus))
-    batches = train_batches(trainer.text.rows, 42, trainer.resolved.global_batch, 1, 0)
+    batches = train_batches(trainer.text.rows, 42, trainer.resolved.batches, 0)
     offsets = trainer.text.rows.document_offsets
     for step in range(12):  # over the end of an epoch
         batch = next(batches)
-        documents = documents_of_step(trainer.text.rows, 42, trainer.resolved.global_batch, step)
+        documents = documents_of_step(trainer.text.rows, 42, trainer.resolved.batches, step)
         told = {int(token) for d in documents for token in trainer.text.rows.tokens[offsets[d] : offsets[d + 1]]}
         assert set(batch["tokens"][batch["segments"] > 0].tolist()) <= told
         assert len(documents) <= int(batch["segments"].max(-1).sum())
