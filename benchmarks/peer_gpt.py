@@ -65,12 +65,16 @@ class GPT(nn.Module):
         if isinstance(module, nn.Linear):
             nn.init.zeros_(module.bias)
 
-    def forward(self, tokens_BT: torch.Tensor, labels_BT: torch.Tensor) -> torch.Tensor:
+    def logits(self, tokens_BT: torch.Tensor) -> torch.Tensor:
+        """[B, T, V], V as padded."""
         positions_T = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)
         x_BTD = self.dropout(self.tokens(tokens_BT) + self.positions(positions_T))
         for block in self.blocks:
             x_BTD = block(x_BTD)
-        logits_BTV = F.linear(self.norm(x_BTD), self.tokens.weight)
+        return F.linear(self.norm(x_BTD), self.tokens.weight)
+
+    def forward(self, tokens_BT: torch.Tensor, labels_BT: torch.Tensor) -> torch.Tensor:
+        logits_BTV = self.logits(tokens_BT)
         targets_BT = F.pad(labels_BT[:, 1:], (0, 1), value=-100)
         return F.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten(), ignore_index=-100)
 

@@ -24,7 +24,11 @@ from jaxlm.config import load_config
 from jaxlm.monitor.metrics import flops_per_token
 
 INK, FAINT = "#2b2b2b", "#dddddd"
-RECIPES = {"small": "#8c857b", "speedrun": "#2f6db5"}  # their colours
+RECIPES = {  # their names and colours
+    "small": ("small.py", "#8c857b"),
+    "speedrun": ("speedrun.py", "#2f6db5"),
+    "eager": ("PyTorch, eager", "#b58a2f"),
+}
 LINES = "-", "--", ":"  # a style a text
 STYLE = {
     "font.size": 10,
@@ -156,8 +160,9 @@ def plot_recipes(report: dict[str, Any]) -> Figure:
     for result in report["results"]:
         done = result["evaluations"]
         a_token = flops_per_token(result["parameters"], model.n_layers, t, model.d_model)
-        look = {"color": RECIPES[result["recipe"]], "linestyle": LINES[texts.index(result["text"])]}
-        label, bits = f"{result['recipe']}.py, {result['text']}", [e["bits_per_byte"] for e in done]
+        name, colour = RECIPES[result["recipe"]]
+        look = {"color": colour, "linestyle": LINES[texts.index(result["text"])]}
+        label, bits = f"{name}, {result['text']}", [e["bits_per_byte"] for e in done]
         tokens = [e["tokens"] for e in done]
         xs = [e["seconds"] / 60 for e in done], [n / 1e6 for n in tokens], [n * a_token / 1e12 for n in tokens]
         for axes, x in zip(panels, xs, strict=True):
@@ -167,7 +172,7 @@ def plot_recipes(report: dict[str, Any]) -> Figure:
         axes.set_xlim(left=0)
     panels[0].set_ylabel("bits per byte, held-out text")
     machine = f"{report['machine']['cpu']}, {report['machine']['cores']} cores; {report['date'][:10]}"
-    heading(panels[0], "Two recipes for one model", machine)
+    heading(panels[0], "Recipes for one model", machine)
     figure.legend(*unique(*panels[0].get_legend_handles_labels()), loc="outside lower center", ncols=3)
     return figure
 

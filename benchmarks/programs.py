@@ -3,6 +3,7 @@
     python benchmarks/programs.py          # fails where one is more than 1% above the committed table
     python benchmarks/programs.py --write  # rewrites results/programs.json; the commit says why
     python benchmarks/programs.py --docs   # prints the table of docs/memory.md
+    python benchmarks/programs.py --ingredients  # and that of docs/recipes.md
 
 No GPU is needed, but the compiler for it (the extra "plan"), and the JAX that the table was made with.
 """
@@ -46,6 +47,36 @@ DOCS: list[tuple[str, int, dict[str, Any]]] = [
     ("gpt2_6700m", 64, {}),
     ("gpt2_6700m", 512, {}),
 ]
+INGREDIENTS: dict[str, dict[str, Any]] = {  # each beside configs/speedrun_124m.py with one micro-batch an update
+    "the recipe": {},
+    "learned positions": {"model.positions": "learned"},
+    "LayerNorm": {"model.norm": "layernorm"},
+    "norms without scales": {"model.norm_scale": False},
+    "biases": {"model.use_bias": True},
+    "queries and keys not normalised": {"model.qk_norm": False},
+    "relu2": {"model.activation": "relu2"},
+    "capped logits": {"model.logit_softcap": 15.0},
+    "zero-initialised outputs": {"model.zero_init_outputs": True},
+    "value embedding": {"model.value_embedding": True},
+    "AdamW": {"training.optimizer": "adamw"},
+    "NorMuon": {"training.optimizer": "normuon"},
+    "polar_express": {"training.muon_coefficients": "polar_express"},
+    "embeddings' own rate": {"training.embedding_lr_ratio": 2.0},
+    "cautious decay": {"training.cautious_decay": True},
+    "an average": {"training.ema_decay": 0.999},
+}
+
+
+def print_ingredients() -> None:
+    """Memory and bytes of the update of a recipe with one thing changed, on one H100, as Markdown."""
+    base = replace_fields(load_config("speedrun_124m"), {"training.gradient_accumulation_steps": 1})
+    print("| | GiB | GB moved | kernels | ms an update |")
+    print("|---|--:|--:|--:|--:|", flush=True)
+    for name, fields in INGREDIENTS.items():
+        found = plan(replace_fields(base, fields), "H100")
+        size, moved = found.memory_bytes / 2**30, found.hbm_bytes / 1e9
+        time = f"{found.seconds_per_update * 1e3:.1f}"
+        print(f"| {name} | {size:.2f} | {moved:.1f} | {found.kernels:,} | {time} |", flush=True)
 
 
 def measure(name: str) -> dict[str, int]:
@@ -83,9 +114,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help="rewrite the table")
     parser.add_argument("--docs", action="store_true", help="print the table of docs/memory.md")
+    parser.add_argument("--ingredients", action="store_true", help="print the table of docs/recipes.md")
     arguments = parser.parse_args()
-    if arguments.docs:
-        print_table()
+    if arguments.docs or arguments.ingredients:
+        (print_table if arguments.docs else print_ingredients)()
         return
     write = arguments.write
     table = {"jax": jax.__version__, "programs": {}} if write else json.loads(TABLE.read_text(encoding="utf-8"))

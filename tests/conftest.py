@@ -82,9 +82,10 @@ def documents(count: int, seed: int) -> list[str]:
 
 @pytest.fixture(scope="session", autouse=True)
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The cache of compiled programs, of all workers and of the processes that tests start."""
+    """The cache of compiled programs, of all workers and of the processes that tests start; or that of several runs."""
     base = tmp_path_factory.getbasetemp()
-    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "compiled"
+    own = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "compiled"
+    folder = Path(os.environ.get("JAX_COMPILATION_CACHE_DIR", own))
     folder.mkdir(exist_ok=True)
     jax.config.update("jax_compilation_cache_dir", str(folder))
     return folder

@@ -454,6 +454,7 @@ def test_a_run_keeps_its_template(tmp_path: Path, corpus: Path, talks: str) -> N
         Trainer(make_config(tmp_path, corpus, **options))
 
 
+@pytest.mark.slow
 def test_a_run_resumes_bit_exactly_and_answers(
     tmp_path: Path, corpus: Path, talks: str, patch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -169,6 +169,7 @@ def test_dropout_repeats_and_depends_on_its_key():
     np.testing.assert_array_equal(alone, first[0][1:])
 
 
+@pytest.mark.slow
 def test_a_run_with_the_kernels_is_the_run_without(tmp_path, corpus, monkeypatch):
     """Losses of packed training with dropout, through the whole Trainer."""
     losses = {}

@@ -86,6 +86,7 @@ def test_adapters_begin_with_nothing() -> None:
     assert flatten_dict(base).keys() == flatten_dict(assembly.base[0]).keys()
 
 
+@pytest.mark.slow
 def test_layouts_do_not_change_adapters() -> None:
     layout = (1, 2, 2), 3
     config = config_of(dataclasses.replace(STILL, n_heads=4), **LORA, lora_dropout=0.2)
@@ -100,6 +101,7 @@ def test_layouts_do_not_change_adapters() -> None:
     assert_close(*ends, 1e-5)
 
 
+@pytest.mark.slow
 def test_dropout_is_on_what_adapters_read() -> None:
     batch, losses = make_batch(), []
     for rate, k in ((0.0, 1), (0.5, 1), (0.5, 4)):
@@ -173,6 +175,7 @@ def rows_of(run: Path) -> list[dict[str, Any]]:
     return [{name: x for name, x in row.items() if "loss" in name or "norm" in name} for row in rows]
 
 
+@pytest.mark.slow
 def test_adapters_resume_bit_exactly(tmp_path: Path, corpus: Path, base: str) -> None:
     options = HARD | {"training.init_from": base}
     trainer_on(4, make_config(tmp_path / "whole", corpus, **options)).train()

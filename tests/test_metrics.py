@@ -425,6 +425,7 @@ def histograms(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> tuple[
     return trainer, sink
 
 
+@pytest.mark.slow
 def test_histograms_of_a_run(histograms: tuple[Normed, Everything]) -> None:
     """They hold every parameter once, as before the update, and the gradients of that very update."""
     trainer, sink = histograms
@@ -438,6 +439,7 @@ def test_histograms_of_a_run(histograms: tuple[Normed, Everything]) -> None:
             assert math.sqrt(sum(h.squares for h in found)) == pytest.approx(norm, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_norms_of_layers_of_a_run(histograms: tuple[Normed, Everything]) -> None:
     """Those of all parts make the norm of the whole: of gradients, of the update that was made, of parameters."""
     trainer, sink = histograms
@@ -606,6 +608,7 @@ def wandb_records(path: Path) -> Iterator[Any]:
             record = b""
 
 
+@pytest.mark.slow
 def test_wandb_offline(tmp_path: Path) -> None:
     for _ in range(2):  # the second one goes on in the same run
         assert run_tracking(tmp_path, "wandb", WANDB_MODE="offline") == ""

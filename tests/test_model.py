@@ -303,7 +303,7 @@ def plain_loss(params, config, data, z_loss):
     [
         slow({"norm": "rmsnorm", "norm_epsilon": 0.1, "activation": "gelu_exact", "n_kv_heads": 1}, 0.0),
         slow({"use_bias": False, "norm_epsilon": 0.1, "activation": "geglu", "qk_norm": True, "n_kv_heads": 4}, 1e-2),
-        (
+        slow(
             {"positions": "rotary", "rope_scaling": "llama3", "rope_original_length": 24, "rope_scaling_factor": 8.0},
             0.0,
         ),

@@ -254,6 +254,7 @@ def test_average_of_parameters():
 
 
 @pytest.mark.parametrize("name", ["adafactor", slow("optax.lars"), slow("optax.adabelief")])
+@pytest.mark.slow
 def test_optax_sees_each_layer_alone(name):
     """Adafactor's factored moments of matrices of 128 and more, too."""
     params = unlike_layers(dataclasses.replace(MODEL, d_model=128, d_ff=130))

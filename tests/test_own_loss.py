@@ -90,6 +90,7 @@ def test_micro_batches_and_layouts_change_nothing(devices, stage, k, whole):
     assert_close(params, whole[0], 1e-5)
 
 
+@pytest.mark.slow
 def test_a_planted_mean_is_noticed():
     """A loss that divides by the count of its own micro-batch is no sum; the test above would fail."""
     one, four = (update(assembled(planted_mean), regroup(make_batch(), k))[1]["loss"] for k in (1, 4))
@@ -120,6 +121,7 @@ def test_packed_documents_have_the_losses_of_documents_apart():
     assert_close(packed[2], apart[2], 1e-5)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_exactly_and_with_no_other_loss(tmp_path, corpus, capfd):
     options = {"training.layer_norm_steps": 2, "training.eval_steps": 2, "training.save_steps": 2}
     options |= {"model.n_layers": 1, "model.d_model": 16, "model.dropout": 0.1}

@@ -11,6 +11,7 @@ from jaxlm.config import replace_fields, validate
 from jaxlm.errors import UserError
 
 
+@pytest.mark.slow
 def test_the_trace_holds_the_updates_asked_for(tmp_path, corpus, capsys):
     config = make_config(tmp_path, corpus, **{"training.profile_steps": "2:3", "training.eval_steps": 100})
     Trainer(config).train()

@@ -80,6 +80,7 @@ def stream(rows: StreamedRows, count: int, first: int = 0) -> list[int]:
     return [order[place] for place in range(first, first + count)]
 
 
+@pytest.mark.slow
 def test_rows_are_the_same_whatever_is_there(data: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A shard comes only when one is waited for, so each place is known as soon as it can be."""
     whole = rows_of(data)
@@ -268,6 +269,7 @@ def bad(data: DataConfig, corpus: Path, tmp_path: Path) -> DataConfig:
     return replace(data, train_files=(str(tmp_path / "bad.jsonl"),), cache_dir=str(tmp_path / "cache"))
 
 
+@pytest.mark.slow
 def test_a_shard_that_cannot_be_made_ends_the_run_where_it_is_needed(
     data: DataConfig, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

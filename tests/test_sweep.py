@@ -195,6 +195,7 @@ def test_another_sweep_in_the_same_folder_is_refused(
         sweep("whole", *options)
 
 
+@pytest.mark.slow
 def test_a_stopped_sweep_goes_on(swept: Path, sweep: Callable[..., Path], patch: pytest.MonkeyPatch) -> None:
     """Its budget ends it after the first run, a signal in the middle of the third; all is as if nothing had been."""
     original, calls = Trainer._log_metrics, list[int]()

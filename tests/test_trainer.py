@@ -180,6 +180,7 @@ def test_devices_that_do_not_divide_the_batch_are_refused(tmp_path, corpus):
         trainer_on(3, make_config(tmp_path, corpus, **HARD))
 
 
+@pytest.mark.slow
 def test_padded_shards_resume_and_load(tmp_path, corpus):
     """3 devices divide none of the axes: what they save goes on with 2 devices, or none sharded, and loads."""
     options = {"model.d_model": 28, "model.d_ff": 50, "model.n_layers": 1, "training.max_steps": 6}
@@ -422,6 +423,7 @@ def test_signal_saves_and_raises_stopped(tmp_path, corpus, reference):
     assert_same(arrays(tmp_path / "run" / "checkpoint_9"), arrays(run / "checkpoint_9"))
 
 
+@pytest.mark.slow
 def test_signals_as_the_shell_sees_them(tmp_path, corpus):
     """SIGTERM: exit code 75, and the same command goes on; a second signal leaves at once with 128 + n."""
     endless = {f"training.{name}": 100_000 for name in ("max_steps", "eval_steps", "save_steps")}

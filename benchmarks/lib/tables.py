@@ -203,7 +203,7 @@ def _power(power: float | None, limit: float | None) -> str:
 
 
 def recipes(content: Content) -> str:
-    """Of recipes.py: how soon the second recipe is where the first ends, and how far it comes in that time."""
+    """Of recipes.py: when the second recipe is where the first ends, how far it comes in that time; the peer's end."""
     by_key = {(r["text"], r["seed"], r["recipe"]): r["evaluations"] for r in content["results"]}
     rows = []
     for text, seed in dict.fromkeys((text, seed) for text, seed, _ in by_key):
@@ -214,9 +214,12 @@ def recipes(content: Content) -> str:
         reached = next((e["seconds"] for e in fast if e["bits_per_byte"] <= target), math.nan)
         lowest = min((e["bits_per_byte"] for e in fast if e["seconds"] <= whole), default=math.nan)
         cells = [f"{target:.3f}", f"{whole:.0f}", f"{reached:.0f}", f"{reached / whole:.2f}x", f"{lowest:.3f}"]
-        rows.append([text, f"{seed}", *cells])
+        eager = by_key.get((text, seed, "eager"))
+        peer = ["", ""] if eager is None else [f"{eager[-1]['bits_per_byte']:.3f}", f"{eager[-1]['seconds']:.0f}"]
+        rows.append([text, f"{seed}", *cells, *peer])
     heads = [">small.py: bits per byte", ">seconds", ">speedrun.py: seconds to that", ">of the time"]
-    return markdown(["text", ">seed", *heads, ">lowest in that time"], rows)
+    heads += [">lowest in that time", ">eager PyTorch: bits per byte", ">seconds"]
+    return markdown(["text", ">seed", *heads], rows)
 
 
 def sweep(content: Content) -> str:
