@@ -424,8 +424,11 @@ def test_inspect_shows_what_the_run_will_see(tmp_path: Path, corpus: Path, capsy
 
     config = make_config(tmp_path, corpus)
     (tmp_path / "config.json").write_text(json.dumps(to_dict(config)))
-    run_named(["inspect", "--config", str(tmp_path / "config.json"), "--rows", "3", "--first", "1"])
-    shown = capsys.readouterr().out
+    inspect = ["inspect", "--config", str(tmp_path / "config.json"), "--rows", "3", "--first", "1"]
+    run_named([*inspect, "--training.tensor_parallel", "2"])  # as many devices as it takes
+    of_two = capsys.readouterr().out
+    run_named(inspect)
+    assert (shown := capsys.readouterr().out) == of_two
     text = prepare_text(config, None)
     batch = next(iter(train_batches(text.rows, config.training.seed, Batches(4), 0)))
     assert [line.partition(" of ")[0] for line in shown.splitlines() if line.startswith("row")] == [

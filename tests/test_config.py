@@ -239,6 +239,10 @@ def of_use(dotted: str) -> dict[str, Any]:
         ({"training.batch_schedule": ("1:2",)}, "training.batch_schedule (1:2) must be UPDATE:TIMES, such as 1001:2"),
         ({"training.batch_schedule": ("9:1.5",)}, "training.batch_schedule (9:1.5) must be UPDATE:TIMES"),
         (
+            {"training.batch_schedule": ("9:2147483647",)},
+            'training.batch_schedule (["9:2147483647"]) makes updates of more than 2147483647 micro-batches',
+        ),
+        (
             {"training.batch_schedule": ("9:2", "5:3")},
             "training.batch_schedule (5:3): updates must come in order, each once; sort them",
         ),

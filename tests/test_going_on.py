@@ -1,7 +1,10 @@
 """What a user decides between two starts of a run: changes in the middle, `jaxlm resume`, dry runs, refused starts."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -12,6 +15,7 @@ from test_trainer import arrays, assert_same
 
 from jaxlm import Trainer, load
 from jaxlm.__main__ import run as command
+from jaxlm.checkpoints.folder import find_checkpoint
 from jaxlm.checkpoints.items import read_config, read_progress
 from jaxlm.commands.dry_run import DryRun
 from jaxlm.config import load_config, replace_fields
@@ -91,6 +95,7 @@ def test_a_batch_schedule_is_the_change_by_hand(run, tmp_path, corpus, capfd):
         assert_same(arrays(other / "checkpoint_4"), arrays(result.folder / "checkpoint_4"))
         assert read_progress(other / "checkpoint_4").position == 48 and read_run(other)._rows_taken(4) == 48
     assert seen_row(run, 4)["train/epoch"] == seen_row(result.folder, 4)["train/epoch"]
+    assert "3:2,9:4" in (result.folder / "report.html").read_text()
     with pytest.raises(UserError, match=r'"9:4"\], is \[\]\. .*--allow_change training.batch_schedule'):
         resume(result.folder, "--training.batch_schedule", "[]", "--training.max_steps", "5")
 
@@ -128,6 +133,34 @@ def test_latest_starts_where_nothing_is_and_a_refusal_leaves_nothing(tmp_path, c
 def test_a_run_goes_on_in_its_own_folder(run):
     with pytest.raises(UserError, match=r"--training\.checkpoint_dir \(other\): a run goes on in its folder"):
         resume(run, "--training.checkpoint_dir", "other")
+
+
+def test_home_is_found_and_what_is_closed_is_one_line(run, tmp_path, monkeypatch):
+    """A ~ behind "=" reaches the program; a colleague's folder may be closed to all others."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert find_checkpoint("~/run/checkpoint_2") == run / "checkpoint_2"
+    program = (
+        "import sys; from pathlib import Path; from jaxlm.errors import UserError\n"
+        "from jaxlm.checkpoints.folder import find_checkpoint; from jaxlm.checkpoints.manifest import model_in\n"
+        "from jaxlm.report.runs import read_run; from jaxlm.run.sweep import read\n"
+        "from jaxlm.__main__ import run as command\n"
+        "closed = Path(sys.argv[1])\n"
+        "assert model_in(closed) == closed and read(closed, {}) is None\n"
+        "for what in (read_run, lambda x: find_checkpoint(str(x)), lambda x: command('resume', [str(x)])):\n"
+        "    try: what(closed)\n"
+        "    except UserError as error: print(error)"
+    )
+    run.chmod(0)
+    as_others = ["setpriv", "--bounding-set", "-dac_override,-dac_read_search"] if os.geteuid() == 0 else []
+    if as_others and shutil.which("setpriv") is None:
+        pytest.skip("nothing is closed to this user")
+    done = subprocess.run(
+        [*as_others, sys.executable, "-c", program, str(run)], capture_output=True, text=True, check=False
+    )
+    run.chmod(0o755)
+    assert done.returncode == 0, done.stderr
+    assert [line.startswith(f"{run}: no") for line in done.stdout.splitlines()] == [True, False, True]
+    assert f"training.resume_from_checkpoint ({run}): is not a checkpoint folder" in done.stdout
 
 
 def test_a_dry_run_makes_an_update_and_writes_nothing(run, capfd):

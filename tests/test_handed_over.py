@@ -169,6 +169,7 @@ REFUSED: list[tuple[Any, str]] = [
     (["", ""], "train_dataset holds no text"),
     (["a", "b", "c", 3], r"train_dataset\[3\] is int; rows are text"),
     (["a", {"text": 3}], r"data\.text_column \(text\): train_dataset\[1\] holds int, not text"),
+    (["a", {"text": b"b"}], r"data\.text_column \(text\): train_dataset\[1\] holds bytes, not text"),
     (["a", {"txt": "b"}], r"data\.text_column \(text\): not in train_dataset\[1\] \(did you mean txt\?\)"),
     (datasets.Dataset.from_dict({"txt": ["a"]}), r"data\.text_column \(text\): not in train_dataset .*there is: txt"),
     (["\ud800"], r"train_dataset\[0\]: .*half a surrogate pair"),

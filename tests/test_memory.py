@@ -91,6 +91,8 @@ def test_the_largest_update_of_a_schedule_counts():
     schedule = {"training.gradient_accumulation_steps": 1, "training.batch_schedule": ("5:2", "9:6", "13:3")}
     largest = {"training.gradient_accumulation_steps": 6}
     assert estimate(replace_fields(CONFIG, schedule), 2) == estimate(replace_fields(CONFIG, largest), 2)
+    ends_before, twice = {"training.max_steps": 8}, {"training.gradient_accumulation_steps": 2}
+    assert estimate(replace_fields(CONFIG, schedule | ends_before), 2) == estimate(replace_fields(CONFIG, twice), 2)
 
 
 @pytest.mark.parametrize("stage", range(1, 4))

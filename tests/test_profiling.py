@@ -9,6 +9,7 @@ from conftest import make_config
 from jaxlm import Trainer
 from jaxlm.config import replace_fields, validate
 from jaxlm.errors import UserError
+from jaxlm.monitor.profiling import Profiler
 
 
 @pytest.mark.slow
@@ -21,6 +22,18 @@ def test_the_trace_holds_the_updates_asked_for(tmp_path, corpus, capsys):
     assert updates == ["2", "3"]
     assert "profile of updates 2 to 3" in capsys.readouterr().err
     assert (trace.parent / "perfetto_trace.json.gz").exists()
+
+
+def test_a_run_that_goes_on_in_the_midst_traces_the_rest(tmp_path, monkeypatch):
+    traced, at = [], 0
+    monkeypatch.setattr("jax.profiler.start_trace", lambda *_, **__: traced.append(f"from {at}"))
+    monkeypatch.setattr("jax.profiler.stop_trace", lambda: traced.append(f"to {at}"))
+    (tmp_path / "plugins" / "profile" / "now").mkdir(parents=True)
+    profiler = Profiler("2:4", tmp_path, 9)
+    for at in range(3, 7):
+        profiler.update(at, ())
+        profiler.stop_after(at, ())
+    assert traced == ["from 3", "to 4"]
 
 
 @pytest.mark.parametrize("steps", ["3", "0:2", "3:2", "a:b", "-1:2", "1:2:3"])

@@ -1,6 +1,7 @@
 """Any text survives the way through the tokenizer; files that are not tokenizers are refused by name."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from tokenizers import models, pre_tokenizers, processors
 
 from jaxlm.config import DataConfig
 from jaxlm.data import tokenizer
+from jaxlm.data.special_tokens import from_vocabulary
 from jaxlm.data.tokenizer import BOS_NAMES, EOS_NAMES, Tokenizer, split_safely, without_long_words
 from jaxlm.errors import UserError
 
@@ -31,6 +33,15 @@ def test_special_tokens_come_first() -> None:
     assert (TOKENIZER.pad_id, TOKENIZER.bos_id, TOKENIZER.eos_id) == (0, 1, 2)
     assert TOKENIZER.vocab_size == 400
     assert TOKENIZER.dtype == np.uint16
+
+
+def test_null_in_an_old_folder_is_nothing_said(tmp_path: Path) -> None:
+    (tmp_path / "vocab.json").write_text('{"a": 0, "b": 1, "ab": 2}')
+    (tmp_path / "merges.txt").write_text("#version: 0.2\na b\n")
+    (tmp_path / "config.json").write_text('{"model_type": null}')
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": null, "additional_special_tokens": null}')
+    backend = from_vocabulary(tmp_path, "here")
+    assert backend is not None and backend.encode("abb").ids == [2, 1]
 
 
 def test_smallest_vocabulary_is_the_bytes() -> None:

@@ -110,7 +110,9 @@ def test_modern_blocks_resume_bit_exactly(tmp_path, corpus):
     """All that newer models do otherwise than GPT-2, with muon over shards and another schedule; then text from it."""
     options = HARD | {
         "model.norm": "rmsnorm",
-        "model.activation": "swiglu",
+        "model.norm_scale": False,
+        "model.activation": "relu2",
+        "model.zero_init_outputs": True,
         "model.use_bias": False,
         "model.n_kv_heads": 1,
         "model.positions": "rotary",
@@ -119,6 +121,7 @@ def test_modern_blocks_resume_bit_exactly(tmp_path, corpus):
         "model.value_embedding": True,
         "model.tie_embeddings": False,
         "training.optimizer": "normuon",
+        "training.muon_coefficients": "polar_express",
         "training.embedding_lr_ratio": 2.0,
         "training.cautious_decay": True,
         "training.ema_decay": 0.9,
@@ -294,6 +297,9 @@ def test_which_text_is_evaluated(tmp_path, corpus):
         evaluated(hub, train_files=("a",), validation_files=("b",))
     with pytest.raises(UserError, match=r"^data.validation_fraction \(0\): this run held out no text"):
         evaluated({"train_files": ("t",), "validation_fraction": 0})
+    with pytest.raises(UserError, match=r"^data.tokenizer_path \(t\): a model is evaluated with its own tokenizer"):
+        evaluated(hub, tokenizer_path="t")
+    assert evaluated(hub | {"tokenizer_path": "t"}, tokenizer_path="t") == {}
 
 
 def test_run_without_held_out_text(tmp_path, corpus, capsys):

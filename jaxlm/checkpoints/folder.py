@@ -5,6 +5,7 @@ complete.
 """
 
 import itertools
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -136,9 +137,9 @@ def newest_intact(folder: Path, report: Callable[[str], None]) -> Path | None:
 def find_checkpoint(path: str) -> Path:
     """The checkpoint folder that `training.resume_from_checkpoint` names; UserError if there is none, or damaged."""
     where = f"training.resume_from_checkpoint ({path})"
-    chosen = Path(path)
-    if not (chosen / "optimizer").is_dir():
-        problem = "is not a checkpoint folder" if chosen.is_dir() else "no such folder"
+    chosen = Path(path).expanduser()
+    if not os.path.isdir(chosen / "optimizer"):  # which says no, too, where one may not look
+        problem = "is not a checkpoint folder" if os.path.isdir(chosen) else "no such folder"
         inside = list(checkpoint_steps(chosen).values())
         hint = f"one of its checkpoints, such as {inside[-1]}" if inside else f"a {PREFIX}_<step> folder, or latest"
         raise UserError(f"{where}: {problem}; name {hint}")

@@ -5,6 +5,7 @@ Orbax itself restores an array with a flipped bit without an error.
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -41,7 +42,7 @@ def seal(folder: Path, final: Path) -> None:
 
 def is_sealed(folder: Path) -> bool:
     """Whether `folder` was saved completely; `damage` says what has happened to it since."""
-    return (folder / MANIFEST).is_file()
+    return os.path.isfile(folder / MANIFEST)  # False, too, where one may not look
 
 
 def numbered(folder: Path) -> dict[int, Path]:
@@ -52,7 +53,7 @@ def numbered(folder: Path) -> dict[int, Path]:
 
 def model_in(folder: Path) -> Path:
     """What a run's folder stands for: the first that is there of MODELS, else its newest checkpoint."""
-    if (folder / "params").is_dir():
+    if os.path.isdir(folder / "params"):
         return folder
     saved = [*(folder / name for name in MODELS), *reversed(numbered(folder).values())]
     return next((path for path in saved if is_sealed(path)), folder)

@@ -4,14 +4,14 @@ import argparse
 import sys
 from pathlib import Path
 
-from jaxlm.commands.parser import Parser, add_model_folder, parse_size
+from jaxlm.commands.parser import Parser, add_model_folder, parse_size, path
 from jaxlm.config.fields import check_choice
 from jaxlm.errors import UserError
 
 
 def add_options(parser: Parser) -> None:
     add_model_folder(parser)
-    parser.add_argument("--to", required=True, metavar="DIR", help="folder to write; a new one, or empty")
+    parser.add_argument("--to", type=path, required=True, metavar="DIR", help="folder to write; a new one, or empty")
     parser.add_argument(
         "--max_shard_size", default="5GB", metavar="SIZE", help="of a file of parameters, such as 500MB (default: 5GB)"
     )
@@ -25,7 +25,7 @@ def add_options(parser: Parser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    source, to = Path(arguments.model), Path(arguments.to)
+    source, to = Path(arguments.model), arguments.to
 
     from jaxlm.interop.export import DTYPES, HUB_NAME, check_target, export, export_adapter
     from jaxlm.parallel.devices import find_devices

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 def add_options(parser: Parser) -> None:
     add_config_file(parser)
+    text = "devices of the run (default: the fewest that its options ask for)"
+    parser.add_argument("--devices", type=int, metavar="N", help=text)
     parser.add_argument("--rows", type=int, default=3, metavar="N", help="rows to show (default: 3)")
     parser.add_argument("--first", type=int, default=0, metavar="N", help="rows of the run before them (default: 0)")
     text = "characters of a piece's text to show; the rest of a longer one is counted (default: 400)"
@@ -29,21 +31,27 @@ def add_options(parser: Parser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    for name, low in (("rows", 1), ("first", 0), ("characters", 1)):
-        if (value := getattr(arguments, name)) < low:
+    for name, low in (("devices", 1), ("rows", 1), ("first", 0), ("characters", 1)):
+        if (value := vars(arguments)[name]) is not None and value < low:
             raise UserError(f"--{name} ({value}) must be at least {low}")
     config = config_from(arguments)
     check_names(config.data)
 
     from jaxlm.interop.pretrained import open_pretrained
+    from jaxlm.parallel.processes import say
     from jaxlm.run.setup import resolve
     from jaxlm.run.text import prepare_text
 
-    resolved = resolve(config, devices=1)
+    training = config.training
+    fewest = training.world_size or training.zero_group_size or training.tensor_parallel
+    resolved = resolve(config, devices=arguments.devices or fewest)
     config = resolved.config
     pretrained = open_pretrained(config)
     text = prepare_text(config, None if pretrained is None else pretrained.tokenizer)
     order = text.rows.order(config.training.seed, resolved.anneal_row)
+    if resolved.anneal_row is not None:
+        devices = f"{arguments.devices or fewest} device(s), from --devices"
+        say(f"data.anneal_weights hold from row {resolved.anneal_row:,} on, with {devices}")
     for place in range(arguments.first, arguments.first + arguments.rows):
         source, rows, row = text.rows.find(order[place])
         which = f"row {place:,} of the run" + f", of {source}" * bool(source)

@@ -4,10 +4,12 @@ import argparse
 import dataclasses
 import glob
 import json
+import os
 import re
 import sys
 import typing
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from jaxlm.config import SECTIONS, Config, load_config, replace_fields, shipped_configs, shown, type_name
@@ -70,6 +72,11 @@ def add_config_file(parser: Parser) -> None:
     text = f"configuration, .py or .json, or a shipped one: {', '.join(shipped_configs())}; not needed with "
     action = parser.add_argument("--config", metavar="FILE", help=text + "--training.init_from, whose model is taken")
     set_completer(action, lambda prefix: [*shipped_configs(), *_paths(prefix, ".py", ".json", "/")])
+
+
+def path(text: str) -> Path:
+    """The type of an option that is a file or folder; shells leave a ~ behind "=" as it is."""
+    return Path(os.path.expanduser(text))
 
 
 def add_model_folder(parser: Parser) -> None:

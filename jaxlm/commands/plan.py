@@ -4,9 +4,9 @@ predicted time, where the time goes, and what to change."""
 import argparse
 import json
 import os
-from pathlib import Path
 
-from jaxlm.commands.parser import Parser, add_config_file, add_config_options, config_from, set_completer
+from jaxlm.commands.parser import Parser, add_config_file, add_config_options, config_from, path, set_completer
+from jaxlm.config import shown
 from jaxlm.errors import UserError
 
 
@@ -23,13 +23,13 @@ def add_options(parser: Parser) -> None:
     text = "programs that --search compiles at most (default: 16)"
     parser.add_argument("--trials", type=int, default=16, metavar="N", help=text)
     text = "write the best configuration that --search finds to FILE, as JSON"
-    parser.add_argument("--write", type=Path, metavar="FILE", help=text)
+    parser.add_argument("--write", type=path, metavar="FILE", help=text)
     parser.add_argument("--price_per_gpu_hour", type=float, metavar="PRICE", help="to say what the run costs")
     text = "list the kernels that take longest, with their lines in the source"
     parser.add_argument("--per_kernel", action="store_true", help=text)
     text = "write the compiled program into DIR, for training.compiled_program"
-    parser.add_argument("--save", type=Path, metavar="DIR", help=text)
-    parser.add_argument("--hlo", type=Path, metavar="FILE", help="write the optimized program's text to FILE")
+    parser.add_argument("--save", type=path, metavar="DIR", help=text)
+    parser.add_argument("--hlo", type=path, metavar="FILE", help="write the optimized program's text to FILE")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the tables")
     add_config_options(parser)
 
@@ -41,6 +41,11 @@ def run(arguments: argparse.Namespace) -> None:
         raise UserError(f"--trials ({arguments.trials}) must be at least 1")
     if arguments.search and (arguments.save or arguments.hlo):
         raise UserError("--save and --hlo are of one program, and --search makes several: leave them out")
+    if arguments.save is not None and (schedule := config.training.batch_schedule):
+        raise UserError(f"--save is of an update of one size: leave training.batch_schedule ({shown(schedule)}) out")
+    for name in ("price_per_gpu_hour", "per_kernel"):
+        if vars(arguments)[name] and (arguments.search or arguments.json):
+            raise UserError(f"--{name} is for the tables of one plan: leave out --search and --json")
     if arguments.write is not None and not arguments.search:
         raise UserError("--write is for --search: give both")
     os.environ["JAX_PLATFORMS"] = "cpu"  # the program is for GPUs that are not here; those that are stay free

@@ -3,20 +3,20 @@
 import argparse
 from pathlib import Path
 
-from jaxlm.commands.parser import Parser
+from jaxlm.commands.parser import Parser, path
 
 
 def add_options(parser: Parser) -> None:
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder, or a folder of runs")
+    parser.add_argument("runs", nargs="+", type=path, metavar="RUN", help="a run's folder, or a folder of runs")
     parser.add_argument(
-        "--out", type=Path, metavar="FILE", help="default: report.html, in the run's folder, or here for several runs"
+        "--out", type=path, metavar="FILE", help="default: report.html, in the run's folder, or here for several runs"
     )
 
 
 def run(arguments: argparse.Namespace) -> None:
     from jaxlm.report import FILE, write_report
 
-    folders: list[Path] = [folder.expanduser() for folder in arguments.runs]
+    folders: list[Path] = arguments.runs
     out = arguments.out or (folders[0] / FILE if len(folders) == 1 else Path(FILE))
     write_report(folders, out)
     print(out)

@@ -1,6 +1,7 @@
 """Goes on with a run as the config.json in its folder says; options change what may change on the way."""
 
 import argparse
+import os
 from pathlib import Path
 
 from jaxlm.commands.parser import Parser, add_config_options, overrides
@@ -17,8 +18,8 @@ def add_options(parser: Parser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     folder = Path(arguments.run).expanduser()
-    if not (folder / "config.json").is_file():
-        run = folder.parent if (folder.parent / "config.json").is_file() else "a run's training.checkpoint_dir"
+    if not os.path.isfile(folder / "config.json"):
+        run = folder.parent if os.path.isfile(folder.parent / "config.json") else "a run's training.checkpoint_dir"
         raise UserError(f"{folder}: no run's folder, it has no config.json; name {run}")
     config = load_config(str(folder / "config.json"))
     # Where and how an earlier start went on is none of this one's business.

@@ -46,17 +46,12 @@ class Batches:
         starts = [first for first, _ in self.schedule if first in steps]
         return list(dict.fromkeys(map(self.micro_batches, [*steps[:1], *starts])))
 
-    @property
-    def largest(self) -> int:
-        """Micro-batches of the largest update."""
-        return self.accumulation * max([1, *(times for _, times in self.schedule)])
-
 
 def read_schedule(items: tuple[str, ...]) -> tuple[tuple[int, int], ...]:
     """training.batch_schedule as `Batches` has it, its updates from 0; UserError if it is not of its form."""
     schedule: list[tuple[int, int]] = []
     for item in items:
-        found = re.fullmatch(r"(\d+):(\d+)", item)
+        found = re.fullmatch(r"(\d{1,10}):(\d{1,10})", item)
         first, times = (int(found[1]), int(found[2])) if found else (0, 0)
         if first < 2 or times < 1:
             raise UserError(

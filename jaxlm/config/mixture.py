@@ -27,7 +27,7 @@ def mixture_options(data: DataConfig) -> MixtureOptions:
     """Raises UserError if data.sources or data.anneal_weights is not of its form."""
     files, first = dict[str, tuple[str, ...]](), dict[str, Fraction]()
     for item in data.sources:
-        found = re.fullmatch(r"([\w.]+)=(.+):(\d*\.?\d+)", item, re.DOTALL)
+        found = re.fullmatch(r"([\w.]+)=(.+):(\d{0,20}\.?\d{1,20})", item, re.DOTALL)
         if found is None or "" in (patterns := found[2].split("|")):
             raise UserError(f"data.sources ({item}) must be NAME=FILES:WEIGHT, such as web=web/*.jsonl:0.7")
         if found[1] in files:
@@ -35,7 +35,7 @@ def mixture_options(data: DataConfig) -> MixtureOptions:
         files[found[1]], first[found[1]] = tuple(patterns), Fraction(found[3])
     then = dict[str, Fraction]()
     for item in data.anneal_weights:
-        found = re.fullmatch(r"([\w.]+)=(\d*\.?\d+)", item)
+        found = re.fullmatch(r"([\w.]+)=(\d{0,20}\.?\d{1,20})", item)
         if found is None or found[1] in then:
             raise UserError(f"data.anneal_weights ({item}) must be NAME=WEIGHT, once for a source, such as web=0.3")
         check_choice("data.anneal_weights", found[1], files)

@@ -120,7 +120,7 @@ def check_fields(config: Config) -> None:
 
 def profiled_steps(text: str) -> tuple[int, int]:
     """First and last update, counted from 1, of training.profile_steps, "A:B"; UserError if it is none of that form."""
-    found = re.fullmatch(r"(\d+):(\d+)", text)
+    found = re.fullmatch(r"(\d{1,10}):(\d{1,10})", text)
     first, last = (int(found[1]), int(found[2])) if found else (0, 0)
     if not 1 <= first <= last:
         raise UserError(f"training.profile_steps ({text}) must be A:B, the first and the last update, such as 11:15")
@@ -225,6 +225,12 @@ def _batch_conflicts(training: TrainingConfig) -> Iterator[str]:
         yield (
             f"training.noise_scale_steps ({training.noise_scale_steps}) compares rows of an update, and a device "
             "has one; raise training.batch_size or training.gradient_accumulation_steps, or leave it out"
+        )
+    times = max([1, *(times for _, times in read_schedule(training.batch_schedule))])
+    if times * training.gradient_accumulation_steps > LARGEST_INT:
+        yield (
+            f"training.batch_schedule ({shown(training.batch_schedule)}) makes updates of more than {LARGEST_INT} "
+            "micro-batches; lower its TIMES"
         )
     if training.compiled_program and training.batch_schedule:
         yield (

@@ -102,7 +102,7 @@ def _kind(value: object) -> str:
 
 def _plain(value: Any) -> Any:
     """What JSON has instead of an array, or of what is no text: it has to tell any two contents apart."""
-    if isinstance(value, Sequence) or hasattr(value, "__array__"):
+    if not isinstance(value, bytes) and (isinstance(value, Sequence) or hasattr(value, "__array__")):
         return np.asarray(value).tolist()
     return repr(value)
 

@@ -50,8 +50,8 @@ def from_vocabulary(folder: Path, where: str) -> tokenizers.Tokenizer | None:
     Raises:
       UserError: a file is unreadable; `where` begins it. Exception: vocab.json or merges.txt is.
     """
-    own, model_type = _own(folder, where), read_object(folder / CONFIG, where).get("model_type", "gpt2")
-    kind = own.get("tokenizer_class", f"{model_type.upper()}Tokenizer").removesuffix("Fast")
+    own, model_type = _own(folder, where), read_object(folder / CONFIG, where).get("model_type") or "gpt2"
+    kind = str(own.get("tokenizer_class") or f"{str(model_type).upper()}Tokenizer").removesuffix("Fast")
     if kind != "GPT2Tokenizer" or not all(os.path.isfile(folder / name) for name in (VOCABULARY, MERGES)):
         return None
     backend = tokenizers.Tokenizer(models.BPE.from_file(str(folder / VOCABULARY), str(folder / MERGES)))
@@ -63,7 +63,7 @@ def from_vocabulary(folder: Path, where: str) -> tokenizers.Tokenizer | None:
     )
     if wrong := [token for token, number in added.items() if backend.token_to_id(token) != number]:
         raise UserError(f"{where}: {ADDED} gives {wrong[0]} the id {added[wrong[0]]}, which is not the next one")
-    listed = own.get("additional_special_tokens", [])
+    listed = own.get("additional_special_tokens") or []
     special = ["<|endoftext|>", *(_text(x) for x in [*listed, *(own.get(f"{role}_token") for role in (*ROLES, "unk"))])]
     backend.add_special_tokens([token for token in special if token and backend.token_to_id(token) is not None])
     return backend

@@ -19,7 +19,8 @@ class Profiler:
 
     def update(self, step: int, before: Any) -> jax.profiler.StepTraceAnnotation:
         """A context for the call that starts update `step`; `before`: the arrays that the updates before it compute."""
-        if step == self.first:
+        if self.first <= step <= self.last and not self.running:  # a run may go on in the midst of them
+            self.first = step
             jax.block_until_ready(before)
             jax.profiler.start_trace(self.folder, create_perfetto_trace=True)
             self.running = True

@@ -111,7 +111,8 @@ class StartReport:
         of_text = "" if epochs is None else f" ({epochs:.2f} epochs)"
         yield f"steps: {steps:,}{of_text}, {training.lr_scheduler} schedule, {warmup} of warm-up"
         if training.max_steps is None and epochs is not None and epochs > 1.1 * training.num_epochs:
-            rows = f"an update has {global_batch} rows, the text {sum(map(len, self.rows.parts.values()))}"
+            last = batches.rows * batches.micro_batches(steps - 1)
+            rows = f"the last update has {last} rows, the text {sum(map(len, self.rows.parts.values()))}"
             yield f"training.num_epochs ({training.num_epochs:g}): the run goes over more of the text than that; {rows}"
         if end != steps:
             yield f"the schedule ends at step {end:,}: the learning rate is {self.schedule(end):.3g} from there on"
@@ -139,7 +140,7 @@ class StartReport:
             "own_loss": name_of(self.assembly.own_loss),
             "compiler": self._compiler,
             "rows_an_update": self.resolved.global_batch,
-            "batch_schedule": self.resolved.batches.schedule,
+            "batch_schedule": ",".join(self.resolved.config.training.batch_schedule),
             "changed": self.changed,
             "data_fingerprint": self.data_fingerprint,
             "train": _packing(self.rows.parts) | part_of_it,

@@ -73,11 +73,12 @@ class Watchdog:
 
     def allowed(self) -> float:
         """Seconds without a sign of life allowed now."""
-        if not self._updating or (self.limit is None and len(self._update_times) < 5):
+        times = [*self._update_times]  # another thread may forget them meanwhile
+        if not self._updating or (self.limit is None and len(times) < 5):
             return max(self.limit or 0, OTHER_LIMIT)
         if self.limit is not None:
             return self.limit
-        return max(self.least, LIMIT_IN_UPDATES * statistics.median(self._update_times))
+        return max(self.least, LIMIT_IN_UPDATES * statistics.median(times))
 
     def _watch(self) -> None:
         while not self._ended.wait(TICK):

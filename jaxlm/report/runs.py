@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxlm.config import Config, shown
-from jaxlm.config.batches import Batches
+from jaxlm.config.batches import Batches, read_schedule
 from jaxlm.config.fields import field_values
 from jaxlm.errors import UserError
 from jaxlm.monitor.anomalies import LossSpikes
@@ -81,7 +82,7 @@ class Run:
         """Rows that the updates up to `step` learned from; a start may have changed how many an update takes."""
         rows, last = 0, self.starts[-1]
         for start in reversed(self.starts):
-            schedule = tuple((first, times) for first, times in start.get("batch_schedule", ()))
+            schedule = read_schedule(tuple(filter(None, start.get("batch_schedule", "").split(","))))
             batches = Batches(start.get("rows_an_update", last["rows_an_update"]), schedule=schedule)
             rows += batches.position(max(step, start["step"])) - batches.position(start["step"])
             step = min(step, start["step"])
@@ -165,9 +166,9 @@ def read_run(folder: Path, name: str | None = None) -> Run:
     Raises:
       UserError: it holds no run, or no rows yet.
     """
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise UserError(f"{folder}: no such folder; name a run's folder (training.checkpoint_dir)")
-    if not (folder / "metrics.jsonl").is_file():
+    if not os.path.isfile(folder / "metrics.jsonl"):  # which says no, too, where one may not look
         raise UserError(f"{folder}: not a run's folder, it has no metrics.jsonl; name a run's training.checkpoint_dir")
     lines, unreadable = read_lines(folder / "metrics.jsonl")
     rows = [line for line in lines if isinstance(line.get("step"), int)]
@@ -207,13 +208,13 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
 
 def _runs_in(folder: Path) -> list[Path]:
     inside = [path.parent for path in sorted(folder.glob("*/metrics.jsonl"))]
-    return inside if inside and not (folder / "metrics.jsonl").is_file() else [folder]
+    return inside if inside and not os.path.isfile(folder / "metrics.jsonl") else [folder]
 
 
 def read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
     """The objects in a file of JSON lines, and how many lines are none; the last one may still be being written."""
     objects: list[dict[str, Any]] = []
-    lines = path.read_bytes().split(b"\n")[:-1] if path.is_file() else []
+    lines = path.read_bytes().split(b"\n")[:-1] if os.path.isfile(path) else []
     for line in lines:
         try:
             value = json.loads(line)

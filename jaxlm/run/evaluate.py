@@ -73,6 +73,9 @@ def text_to_evaluate(config: Config, given: Mapping[str, Any]) -> DataConfig:
     """
     if given.keys() & {"data.sources", "data.anneal_weights", "data.anneal_from"}:
         raise UserError(f"data.sources ({shown(given.get('data.sources', ()))}): name what is evaluated with --files")
+    for field in ("tokenizer_path", "bos_token", "eos_token", "pad_token"):
+        if (value := given.get(f"data.{field}")) not in (None, vars(config.data)[field]):
+            raise UserError(f"data.{field} ({value}): a model is evaluated with its own tokenizer; leave it out")
     config = replace_fields(config, {"data.streaming": False})  # which is for training
     own, other, name = config.data, dict[str, Any](), given.get("data.dataset_name")
     if not given.keys() & set(TEXT) and given.get("data.max_documents", own.max_documents) != own.max_documents:

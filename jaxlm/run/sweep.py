@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import os
 import random
 import re
 import statistics
@@ -128,8 +129,8 @@ def read(folder: Path, arguments: dict[str, Any]) -> list[Trial] | None:
       UserError: it is another sweep's, or a run's.
     """
     ways = "name another --training.checkpoint_dir, or start over with --fresh (the old folder is kept)"
-    if not (folder / FILE).is_file():
-        if (folder / "config.json").is_file():
+    if not os.path.isfile(folder / FILE):
+        if os.path.isfile(folder / "config.json"):
             raise UserError(f"training.checkpoint_dir ({folder}) holds a run, not a sweep; {ways}")
         return None
     try:

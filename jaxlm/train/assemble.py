@@ -16,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from jaxlm.config import Config, TrainingConfig, replace_fields
 from jaxlm.config.batches import Batches, read_schedule
+from jaxlm.config.validate import LARGEST_INT
 from jaxlm.model import Transformer
 from jaxlm.ops.attention_kernels import FUSED_FROM, choose_attention, compute_capability
 from jaxlm.ops.compiler import Options
@@ -69,10 +70,9 @@ class Resolved:
         return self.batches.rows * self.batches.accumulation
 
     def at_largest_batch(self) -> "Resolved":
-        """A run all of whose updates are as large as the largest of training.batch_schedule."""
-        return self.with_fields(
-            {"training.gradient_accumulation_steps": self.batches.largest, "training.batch_schedule": ()}
-        )
+        """A run all of whose updates are as large as the largest that training.batch_schedule gives it."""
+        counts = self.batches.counts(range(self.config.training.max_steps or LARGEST_INT))
+        return self.with_fields({"training.gradient_accumulation_steps": max(counts), "training.batch_schedule": ()})
 
     @property
     def anneal_row(self) -> int | None:
