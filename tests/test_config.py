@@ -240,7 +240,7 @@ def of_use(dotted: str) -> dict[str, Any]:
         ({"training.batch_schedule": ("9:1.5",)}, "training.batch_schedule (9:1.5) must be UPDATE:TIMES"),
         (
             {"training.batch_schedule": ("9:2147483647",)},
-            'training.batch_schedule (["9:2147483647"]) makes updates of more than 2147483647 micro-batches',
+            "training.batch_schedule (9:2147483647) makes updates of more than 2147483647 micro-batches",
         ),
         (
             {"training.batch_schedule": ("9:2", "5:3")},

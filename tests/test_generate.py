@@ -18,7 +18,7 @@ from jaxlm.generation.api import TextGenerator, generate_text, generate_tokens, 
 from jaxlm.generation.beams import BeamSearch, beam_search
 from jaxlm.generation.decode import CHUNK, Clock, Decoder, empty_caches, write_slot
 from jaxlm.generation.options import Ids, make_options
-from jaxlm.generation.sampling import choose, filter_logits, penalize
+from jaxlm.generation.sampling import choose, filter_logits, next_token, penalize
 from jaxlm.model import Transformer
 
 VOCAB, WINDOW, NO_EOS = 61, 24, -1
@@ -401,6 +401,13 @@ def test_prompt_longer_than_the_window(model: Transformer, tokenizer: Tokenizer)
         generate_text(model, tokenizer, ["short", "my café " * 24])
 
 
+@pytest.mark.parametrize("temperature", [1e-38, 1e-31, 1e-29, 1e-3])
+def test_next_to_no_temperature_is_the_likeliest(temperature: float) -> None:
+    logits, keys = jnp.array([[-40.0, 30.0, 29.0], [5.0, -5.0, 6.0]]), jnp.zeros((2, 2), jnp.uint32)
+    found = next_token(logits, keys, jnp.zeros(2, jnp.int32), make_options(temperature=temperature))
+    assert found.tolist() == [1, 2]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -427,6 +434,8 @@ def test_prompt_longer_than_the_window(model: Transformer, tokenizer: Tokenizer)
         ({"num_beams": 2, "stop": "x"}, r"^--stop .*leave it or --num_beams out"),
         ({"length_penalty": 2.0}, r"^--length_penalty \(2\.0\) is for beams"),
         ({"stop": ["x", ""]}, r"^--stop \(\) is empty"),
+        ({"stop": ""}, r"^--stop \(\) is empty"),
+        ({"stop": 5}, r"^--stop \(5\) must be list of text"),
     ],
 )
 def test_options_out_of_bounds(model: Transformer, tokenizer: Tokenizer, options: dict, message: str) -> None:

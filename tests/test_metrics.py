@@ -217,7 +217,7 @@ def test_json_lines_are_appended_and_say_null_for_what_json_cannot(tmp_path: Pat
     path = tmp_path / "metrics.jsonl"
     for step in (1, 2):  # as a resumed run
         sink = JsonLines(tmp_path)
-        sink.write({"train/loss": math.nan, "eval/perplexity": math.inf, "x": 0.1}, step)
+        sink.write({"train/loss": math.nan, "eval/perplexity": math.inf, "x": 0.1, "step": 7.0}, step)
         assert path.read_text().count("\n") == step, "a row has to be there at once, not when the file is closed"
         sink.close()
     strict = [json.loads(line, parse_constant=pytest.fail) for line in path.read_text().splitlines()]
@@ -278,6 +278,8 @@ def test_model_flops_utilization() -> None:
     with_table = replace_fields(config, {"model.value_embedding": True, "model.vocab_size": 1000})
     assert model_flops_per_token(with_table, parameters + 768_000) == flops, "what is only looked up takes none"
     assert model_flops_per_token(config, parameters, frozen=100_000_000) == flops - 2 * 100e6
+    frozen_table = replace_fields(with_table, {"training.freeze": ("value_embedding",)})
+    assert model_flops_per_token(frozen_table, parameters + 768_000, frozen=768_000) == flops, "nor is there a gradient"
     for name, peak in {
         "NVIDIA H100 80GB HBM3": 989e12,
         "NVIDIA H100 PCIe": 756e12,
@@ -289,7 +291,8 @@ def test_model_flops_utilization() -> None:
     }.items():
         assert model_flops_utilization(peak / flops, flops, [Device(name)]) == pytest.approx(1)
         assert model_flops_utilization(peak / flops, flops, [Device(name)] * 4) == pytest.approx(0.25)
-    for unknown in ("cpu", "NVIDIA L40", "NVIDIA RTX A4000", "NVIDIA A10G"):
+    others = ("NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA GeForce RTX 3090 Ti", "NVIDIA H100 80GB HBM3 MIG 1g.10gb")
+    for unknown in ("cpu", "NVIDIA L40", "NVIDIA RTX A4000", "NVIDIA A10G", *others):
         assert math.isnan(model_flops_utilization(1.0, flops, [Device(unknown)])), unknown
 
 

@@ -331,6 +331,14 @@ def test_wsd_falls_at_the_end_alone():
     np.testing.assert_allclose(rates[34:], np.linspace(1, 0.2, 11), rtol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["optax.galore", "adafactor"])
+@pytest.mark.parametrize("trained", ["blocks", "token_embedding"])
+def test_either_blocks_or_the_rest_may_be_frozen(name, trained):
+    params = {trained: {"kernel": jnp.ones((2, 4, 4))}}
+    updates = first_update(build_optimizer(dataclasses.replace(TRAINING, optimizer=name)), params, params)
+    assert float(jnp.abs(updates[trained]["kernel"]).min()) > 0
+
+
 def test_warmup_from_a_fraction_and_by_the_logarithm():
     config = dataclasses.replace(TRAINING, warmup_steps=10, learning_rate=1.0, warmup_min_ratio=0.5)
     linear = rates_of(config, 100)[:11]

@@ -25,6 +25,7 @@ from test_step import (
     step_with,
 )
 
+from jaxlm.errors import UserError
 from jaxlm.parallel.layout import HOST_MEMORY, Layout
 from jaxlm.parallel.mesh import TRAIN_BATCH, abstract_mesh, make_mesh, replicated
 from jaxlm.parallel.split import Split, split_parameter
@@ -172,6 +173,14 @@ def test_offloaded_state_stays_in_host_memory():
     state, _, _ = run(config_of(MODEL), on_mesh(BATCHES[:1], (2, 2, 1)), (2, 2, 1), 2, True)
     moments = [x for x in jax.tree.leaves(state.opt_state) if x.ndim]
     assert moments and {x.sharding.memory_kind for x in moments} == {HOST_MEMORY}
+
+
+@pytest.mark.parametrize(("name", "shape"), [("temperature", ()), ("blocks/gate", (12,))])
+def test_a_parameter_without_an_axis_is_refused_by_name(name, shape):
+    """Only models of one's own can have one."""
+    path = tuple(jax.tree_util.DictKey(key) for key in name.split("/"))
+    with pytest.raises(UserError, match=rf"^the parameter {name} has no axis"):
+        split_parameter(path, shape, 1)
 
 
 @pytest.mark.parametrize("shards", [1, 2, 3, 5, 7, 8, 64])

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import shutil
 import signal
@@ -21,6 +22,7 @@ from jaxlm.checkpoints.items import read_progress
 from jaxlm.config import Config, replace_fields, to_dict, validate, with_derived
 from jaxlm.errors import RunFailed, Stopped, UserError
 from jaxlm.run.evaluate import evaluate_model, text_to_evaluate
+from jaxlm.train.evaluate import evaluate_batches
 
 # Dropout and accumulation on; 4 devices x 2 rows x 2 micro-batches = 16 rows a step.
 HARD = {
@@ -305,13 +307,14 @@ def test_which_text_is_evaluated(tmp_path, corpus):
 def test_run_without_held_out_text(tmp_path, corpus, capsys):
     """It trains on all of the text, in shorter rows than the model has positions, and evaluates nothing."""
     options = {"data.validation_files": (), "data.validation_fraction": 0, "data.max_length": 16, "model.n_layers": 1}
-    config = make_config(tmp_path, corpus, **options, **{"training.max_steps": None, "training.num_epochs": 0.01})
-    trainer = Trainer(config)
+    options |= {"training.max_steps": None, "training.num_epochs": 0.01, "training.ema_decay": 0.5}
+    trainer = Trainer(make_config(tmp_path, corpus, **options))
     trainer.train()
     assert trainer.text.rows.plan.documents == 120
     with pytest.raises(UserError, match=r"^data.validation_fraction \(0\): no text is held out"):
         trainer.evaluate()
     assert not (tmp_path / "run" / "best_model").exists()
+    assert load(tmp_path / "run" / "average_model").progress.step == trainer.total_steps
     loaded, lines = load(tmp_path / "run" / "final_model"), []
     given = {"data.train_files": (str(corpus / "train.jsonl"),), "data.max_length": 32}
     evaluate_model(loaded, text_to_evaluate(loaded.config, given), 3, lines.append)
@@ -320,7 +323,19 @@ def test_run_without_held_out_text(tmp_path, corpus, capsys):
     said = capsys.readouterr().err
     assert "no report" not in said
     assert f"\n{untrained}" in said
-    assert "\ntraining.num_epochs (0.01): the run goes over more of the text than that; an update has 8 rows" in said
+    more = "the run goes over more of the text than that; the last update has 8 rows"
+    assert f"\ntraining.num_epochs (0.01): {more}" in said
+
+
+def test_without_an_average_none_is_saved(tmp_path, corpus):
+    trainer = Trainer(make_config(tmp_path, corpus))
+    with pytest.raises(UserError, match=r"^training.ema_decay \(none\): the run keeps no average"):
+        trainer.save_model(tmp_path / "average", average=True)
+
+
+def test_a_loss_that_is_no_number_has_no_perplexity():
+    found = evaluate_batches(lambda *_: (np.float32(np.nan), np.int32(3)), {}, {"": [{}]}, 9)
+    assert math.isnan(found["loss"]) and math.isnan(found["perplexity"])
 
 
 def test_bits_per_byte_by_hand(reference, corpus):

@@ -24,9 +24,11 @@ def run(arguments: argparse.Namespace) -> None:
         raise UserError("--files and --data.validation_files both name the text; leave one out")
     find_files([path for path in arguments.files or () if not os.path.isdir(os.path.expanduser(path))], "--files")
 
+    from jaxlm.monitor.sinks import finite
     from jaxlm.parallel.devices import find_devices
     from jaxlm.run.evaluate import evaluate
 
     find_devices()
     data = {name.removeprefix("data."): value for name, value in given.items()}
-    print(json.dumps(evaluate(arguments.model, arguments.files or (), batch_size=arguments.batch_size, **data)))
+    found = evaluate(arguments.model, arguments.files or (), batch_size=arguments.batch_size, **data)
+    print(json.dumps({name: finite(value) if isinstance(value, float) else value for name, value in found.items()}))

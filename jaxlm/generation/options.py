@@ -63,8 +63,8 @@ def make_options(**values: Any) -> GenerationOptions:
     unknown = next((name for name in values if name not in FIELDS), None)
     if unknown is not None:
         raise UserError(f"--{unknown}: unknown option{nearest(unknown, FIELDS)}; there are {', '.join(FIELDS)}")
-    stop = values.get("stop", ())
-    values["stop"] = (stop,) if isinstance(stop, str) else tuple(stop)
+    stop = values.get("stop")
+    values["stop"] = (stop,) if isinstance(stop, str) else tuple(stop or ()) if isinstance(stop, list | None) else stop
     if values.get("num_beams", 1) != 1:
         values.setdefault("temperature", 0.0)  # beam search never samples; only a temperature that is given conflicts
     options = GenerationOptions(**values)

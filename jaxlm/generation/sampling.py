@@ -110,9 +110,12 @@ def _find(weights_BN: jax.Array, target_B: jax.Array) -> tuple[jax.Array, jax.Ar
     return index_B, target_B - (sums_BN[rows, index_B] - weights_BN[rows, index_B])
 
 
+COLDEST = 1e-30  # below, float32 can't divide logits by a temperature, and all but the likeliest are out anyway
+
+
 def next_token(logits_BV: jax.Array, key_B2: jax.Array, count_B: jax.Array, options: GenerationOptions) -> jax.Array:
     """int32 [B]: each row's next token, sampled with its own key and its own number of new tokens so far."""
-    if options.temperature == 0:
+    if options.temperature < COLDEST:
         return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
     logits_BV = filter_logits(logits_BV / options.temperature, options.top_k, options.top_p, options.min_p)
 

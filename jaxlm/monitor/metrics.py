@@ -16,6 +16,7 @@ from jaxlm.data.atomic import atomic_write
 from jaxlm.errors import one_line
 from jaxlm.monitor.sinks import OPTIONAL_METHODS, Histogram, Row, Sink, finite
 from jaxlm.parallel.gpus import peak_flops
+from jaxlm.train.trainable import trains
 
 if TYPE_CHECKING:
     import jax
@@ -38,7 +39,9 @@ def model_flops_per_token(config: Config, parameters: int, frozen: int = 0) -> f
     looked_up = model.vocab_size * model.kv_heads * model.head_size if model.value_embedding else 0
     width = model.n_heads * model.head_size
     all_trained = flops_per_token(parameters - looked_up, model.n_layers, config.data.max_length, width)
-    return all_trained - 2 * frozen
+    trained = trains(config.training)
+    frozen_table = looked_up if trained is not None and not trained("value_embedding") else 0
+    return all_trained - 2 * (frozen - frozen_table)
 
 
 def model_flops_utilization(tokens_per_second: float, flops: float, devices: Sequence["jax.Device"]) -> float:

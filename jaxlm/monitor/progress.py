@@ -14,6 +14,8 @@ PROGRESS_FORMATS = {
     "train/tokens_per_second": "{:,.0f} tokens/s",
     "eval/loss": "eval loss {:.4f}",
 }
+# Metrics of the program's own that the line leaves out.
+NOT_SHOWN = ("train/", "eval/", "gradients/", "updates/", "parameters/")
 
 
 class Progress:
@@ -52,7 +54,7 @@ class Progress:
     def write(self, row: Row, step: int) -> None:
         """Shows the row of a step: loss, speed, and what users added."""
         parts = [pattern.format(row[name]) for name, pattern in PROGRESS_FORMATS.items() if name in row]
-        parts += [f"{name} {value:.4g}" for name, value in row.items() if not name.startswith(("train/", "eval/"))]
+        parts += [f"{name} {value:.4g}" for name, value in row.items() if not name.startswith(NOT_SHOWN)]
         if self.live is not None:
             self.live.write(row, step, ", ".join(parts))
             return

@@ -66,7 +66,8 @@ class JsonLines:
         self.rows, self.texts = open_lines(folder / "metrics.jsonl"), open_lines(folder / "samples.jsonl")
 
     def write(self, row: Row, step: int) -> None:
-        self.rows.write(json.dumps({"step": step} | {name: finite(value) for name, value in row.items()}) + "\n")
+        values = {name: finite(value) for name, value in row.items() if name != "step"}
+        self.rows.write(json.dumps({"step": step} | values) + "\n")
 
     def write_text(self, name: str, text: str, step: int) -> None:
         self.texts.write(json.dumps({"step": step, "name": name, "text": text}) + "\n")

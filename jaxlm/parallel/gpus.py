@@ -62,7 +62,8 @@ def memory_of(gpu: str) -> int:
 def peak_flops(device_kind: str) -> float:
     """Dense 16-bit peak in FLOP/s of a device by the name that JAX gives it ("NVIDIA H100 PCIe"); NaN: not known."""
     kind = device_kind.upper()
-    names = (name for name in sorted(GPUS, key=len, reverse=True) if re.search(rf"\b{model_of(name)}\b", kind))
+    other = r"(?!.*\b(TI|SUPER|D|LAPTOP|MAX-Q|MIG)\b)"  # behind a name they make it another device, or a part of one
+    names = (name for name in sorted(GPUS, key=len, reverse=True) if re.search(rf"\b{model_of(name)}\b{other}", kind))
     return next((GPUS[name].peak for name in names), math.nan)
 
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jaxlm.errors import UserError
 from jaxlm.parallel.mesh import DATA, TENSOR, AnyMesh
 
 # The axis that "tensor" splits, counted from the end: the output axis of the matrices that a sub-layer begins with, the
@@ -96,10 +97,15 @@ def split_parameter(path: Path, shape: tuple[int, ...], shards: int, tensor: int
     """How the parameter at `path` is divided: along the first axis that `shards` divides, else along the longest.
 
     The layer axis and the one that is meant for "tensor" are left alone.
+
+    Raises:
+      UserError: it has no other.
     """
     name = path_name(path)
     tensor_axis = next((len(shape) + axis for end, axis in TENSOR_AXES.items() if name.endswith(end)), None)
     free = [i for i in range(len(shape)) if i != tensor_axis and not (i == 0 and name.startswith(STACKED))]
+    if not free:
+        raise UserError(f"the parameter {name} has no axis to divide it along; give it one, such as the shape (1,)")
     axis = next((i for i in free if shape[i] % shards == 0), max(free, key=lambda i: shape[i]))
     splittable = tensor_axis is not None and tensor > 1 and shape[tensor_axis] % tensor == 0
     return Split(shape, shards, axis, tensor_axis if splittable else None)

@@ -12,7 +12,7 @@ from jaxlm.checkpoints.manifest import PREFIX
 from jaxlm.checkpoints.save import SAVE_ERRORS, Checkpoints, reason_of, save_model
 from jaxlm.config import Config
 from jaxlm.data.tokenizer import Tokenizer
-from jaxlm.errors import RunFailed
+from jaxlm.errors import RunFailed, UserError
 from jaxlm.generation.api import Prompt, generate_one_or_many
 from jaxlm.model import Transformer
 from jaxlm.monitor.metrics import MetricsTracker, Throughput
@@ -81,6 +81,8 @@ class RunModel:
         except SAVE_ERRORS as error:
             self.checkpoints.any_failed = True
             raise RunFailed(f"final_model was not saved: {reason_of(error)}; {AGAIN}") from error
+        if self.assembly.averages and not self.text.eval_rows:  # else each evaluation saves it
+            self._replace_model("average_model", average=True)
 
     def _saved_progress(self) -> SavedProgress:
         return SavedProgress(
@@ -126,8 +128,10 @@ class RunModel:
     def save_model(self, path: str | os.PathLike[str], *, average: bool = False) -> None:
         """Writes a self-contained model folder that `load`, evaluate.py and generate.py open.
 
-        `average`: the average of the parameters (ema_decay), not themselves.
+        `average`: the average of the parameters (ema_decay), not themselves; UserError if there is none.
         """
+        if average and not self.assembly.averages:
+            raise UserError("training.ema_decay (none): the run keeps no average of its parameters; set it")
         params = self.assembly.average(self.state) if average else self.state.params
         with self._watchdog.during("saving a model"):
             save_model(Path(path), params, self.config, self.tokenizer, self._saved_progress())

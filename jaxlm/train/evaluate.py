@@ -37,7 +37,7 @@ def evaluate_batches(
     if own:
         ratios = {name: float(total / count) if count else math.nan for name, (total, count) in own[0].items()}
         return {"loss": loss, **ratios, **of_sources, "tokens": int(tokens)}
-    perplexity = math.exp(loss) if loss < 700 else math.inf
+    perplexity = math.inf if loss >= 700 else math.exp(loss)
     return {
         "loss": loss,
         "perplexity": perplexity,

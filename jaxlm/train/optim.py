@@ -182,19 +182,20 @@ def by_layer(rule: Transformation, shapes: Params | None) -> Transformation:
     def layers_and_rest(tree: Params) -> tuple[Params, Params]:
         if shapes is not None:
             tree = jax.tree.map(lambda x, own: x[tuple(slice(n) for n in own.shape)], tree, shapes)
-        layers = {name: leaf for name, leaf in tree.items() if name == STACKED}  # none where no block is trained
+        layers = {name: leaf for name, leaf in tree.items() if name == STACKED}  # either may be empty: not trained
         return layers, {name: leaf for name, leaf in tree.items() if name != STACKED}
 
     def init(params: Params) -> dict[str, Any]:
         layers, rest = layers_and_rest(params)
-        return {"layers": jax.vmap(rule.init)(layers) if layers else (), "rest": rule.init(rest)}
+        return {"layers": jax.vmap(rule.init)(layers) if layers else (), "rest": rule.init(rest) if rest else ()}
 
     def update(updates: Params, state: dict[str, Any], params: Params) -> tuple[Params, dict[str, Any]]:
         (layers, rest), (layer_params, rest_params) = layers_and_rest(updates), layers_and_rest(params)
-        layers_state = state["layers"]
+        layers_state, rest_state = state["layers"], state["rest"]
         if layers:
             layers, layers_state = jax.vmap(rule.update)(layers, layers_state, layer_params)
-        rest, rest_state = rule.update(rest, state["rest"], rest_params)
+        if rest:
+            rest, rest_state = rule.update(rest, rest_state, rest_params)
 
         def pad(u: jax.Array, p: jax.Array) -> jax.Array:
             return jnp.pad(u, [(0, padded - own) for padded, own in zip(p.shape, u.shape, strict=True)])
