@@ -140,8 +140,10 @@ def check_pytest(words: list[str]) -> None:
     files = [file for path in paths for file in ([path] if path.is_file() else path.rglob("*.py"))]
     assert len(files) >= len(paths), "no such tests"
     text = "\n".join(f"{file.name}\n{file.read_text(encoding='utf-8')}" for file in files)
+    slow = re.findall(r"^@pytest\.mark\.slow\ndef (\w+)", text, re.MULTILINE)
     for word in words[words.index("-k") + 1].split() if "-k" in words else []:
         assert word in text, f"-k {word} selects nothing"
+        assert "-m" in words or not any(word in name for name in slow), f'-k {word} leaves slow tests out without -m ""'
 
 
 def check_program(words: list[str]) -> None:
@@ -406,6 +408,7 @@ def test_what_is_not_known_fails(reader: Reader) -> None:
         ("```console\n$ jaxlm train --config small --model.n_heads 3\nerror: something else\n```", "expected"),
         ("```console\n$ jaxlm generate --model nowhere --top_p 2\n```", "nowhere"),
         ("```sh\npytest tests/test_cli.py -k nothing_of_that_name\n```", "selects nothing"),
+        ("```sh\npytest tests/test_metrics.py -k histograms\n```", "leaves slow tests out"),
         ("```sh\npip install -e '.[nothing]'\n```", "extra"),
         ("```sh\npython benchmarks/soak.py --nothing\n```", "knows no --nothing"),
         ("    jaxlm train\n", "indented code"),

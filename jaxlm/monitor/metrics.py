@@ -130,7 +130,7 @@ class MetricsTracker:
         """The mean of the last `window` values of `name` (None: of all), flushed or not; None if there are none."""
         values = list(self.history.get(name, {}).values())
         values = values if window is None else values[-window:]
-        return math.fsum(values) / len(values) if values else None
+        return sum(values) / len(values) if values else None
 
     def save(self, path: str | Path) -> None:
         """Writes the history as JSON, whole or not at all; NaN and infinities as null."""
