@@ -315,6 +315,9 @@ def test_the_plan_as_people_and_programs_read_it(measured: CompiledUpdate) -> No
         (["--devices", "2", "--training.world_size", "4"], "give --devices 4"),
         (["--write", "x.json"], "--write is for --search"),
         (["--search", "--trials", "0"], r"--trials \(0\)"),
+        (["--search", "--price_per_gpu_hour", "2"], "--price_per_gpu_hour is for the tables of one plan"),
+        (["--json", "--per_kernel"], "--per_kernel is for the tables of one plan"),
+        (["--save", "there", "--training.batch_schedule", "5:2"], "--save is of an update of one size"),
         ([], r"compiler for GPUs is not installed: pip install -e \"\.\[plan\]\""),
     ],
 )
