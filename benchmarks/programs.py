@@ -70,7 +70,7 @@ INGREDIENTS: dict[str, dict[str, Any]] = {  # each beside configs/speedrun_124m.
 def print_ingredients() -> None:
     """Memory and bytes of the update of a recipe with one thing changed, on one H100, as Markdown."""
     base = replace_fields(load_config("speedrun_124m"), {"training.gradient_accumulation_steps": 1})
-    print("| | GiB | GB moved | kernels | ms an update |")
+    print("| an update with | GiB | GB moved | kernels | predicted ms |")
     print("|---|--:|--:|--:|--:|", flush=True)
     for name, fields in INGREDIENTS.items():
         found = plan(replace_fields(base, fields), "H100")
