@@ -44,14 +44,16 @@ def run(arguments: argparse.Namespace) -> None:
 
     training = config.training
     fewest = training.world_size or training.zero_group_size or training.tensor_parallel
-    resolved = resolve(config, devices=arguments.devices or fewest)
+    devices = arguments.devices or fewest
+    resolved = resolve(config, devices)
     config = resolved.config
     pretrained = open_pretrained(config)
     text = prepare_text(config, None if pretrained is None else pretrained.tokenizer)
     order = text.rows.order(config.training.seed, resolved.anneal_row)
     if resolved.anneal_row is not None:
-        devices = f"{arguments.devices or fewest} device(s), from --devices"
-        say(f"data.anneal_weights hold from row {resolved.anneal_row:,} on, with {devices}")
+        say(
+            f"data.anneal_weights hold from row {resolved.anneal_row:,} on, of a run on {devices} device(s) (--devices)"
+        )
     for place in range(arguments.first, arguments.first + arguments.rows):
         source, rows, row = text.rows.find(order[place])
         which = f"row {place:,} of the run" + f", of {source}" * bool(source)
