@@ -27,7 +27,7 @@ from lib.report import RESULTS, Report
 from lib.tables import table
 from start import environment
 
-from jaxlm.config.batches import Batches, read_schedule
+from jaxlm.config.batches import batches_of
 
 RECIPES = ("small", "speedrun", "eager")  # in this order
 EVALUATED = re.compile(r"step (\d+): validation loss [\d.]+, perplexity [\d.]+, ([\d.]+) bits per byte")
@@ -107,8 +107,7 @@ def train(recipe: str, source: Path, options: list[str], folder: Path) -> dict[s
     run = watch([*command, "--training.checkpoint_dir", str(folder / recipe), *options], source, folder)
     started = json.loads((folder / recipe / "starts.jsonl").read_text().splitlines()[0])
     a_row = started["train"]["row_length"] * started["train"]["fill"]
-    schedule = read_schedule(tuple(filter(None, started.get("batch_schedule", "").split(","))))
-    batches = Batches(started["rows_an_update"], schedule=schedule)
+    batches = batches_of(started)
     for evaluation in run["evaluations"]:
         evaluation["tokens"] = round(batches.position(evaluation["step"]) * a_row)
     return run | {"parameters": started["parameters"]}

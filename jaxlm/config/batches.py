@@ -3,7 +3,9 @@
 import dataclasses
 import re
 from bisect import bisect_left
+from collections.abc import Mapping
 from fractions import Fraction
+from typing import Any
 
 from jaxlm.errors import UserError
 
@@ -45,6 +47,12 @@ class Batches:
         """The numbers of micro-batches that occur in `steps`, in that order."""
         starts = [first for first, _ in self.schedule if first in steps]
         return list(dict.fromkeys(map(self.micro_batches, [*steps[:1], *starts])))
+
+
+def batches_of(start: Mapping[str, Any]) -> Batches:
+    """Those of a run's start, a line of its starts.jsonl, in rows alone."""
+    schedule = read_schedule(tuple(filter(None, start.get("batch_schedule", "").split(","))))  # older ones have none
+    return Batches(start["rows_an_update"], schedule=schedule)
 
 
 def read_schedule(items: tuple[str, ...]) -> tuple[tuple[int, int], ...]:

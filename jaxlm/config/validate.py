@@ -216,7 +216,6 @@ def check_together(config: Config) -> None:
     for text in config.training.xla_options:
         xla_option(text)
     mixture_options(config.data)
-    read_schedule(config.training.batch_schedule)
     _check_report_to(config.training.report_to)
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxlm.config import Config, shown
-from jaxlm.config.batches import Batches, read_schedule
+from jaxlm.config.batches import batches_of
 from jaxlm.config.fields import field_values
 from jaxlm.errors import UserError
 from jaxlm.monitor.anomalies import LossSpikes
@@ -82,8 +82,7 @@ class Run:
         """Rows that the updates up to `step` learned from; a start may have changed how many an update takes."""
         rows, last = 0, self.starts[-1]
         for start in reversed(self.starts):
-            schedule = read_schedule(tuple(filter(None, start.get("batch_schedule", "").split(","))))
-            batches = Batches(start.get("rows_an_update", last["rows_an_update"]), schedule=schedule)
+            batches = batches_of({"rows_an_update": last["rows_an_update"]} | start)
             rows += batches.position(max(step, start["step"])) - batches.position(start["step"])
             step = min(step, start["step"])
         return rows

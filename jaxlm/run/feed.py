@@ -31,13 +31,13 @@ class BatchFeeder:
     def __init__(
         self, resolved: Resolved, rows: AnyRows, steps: range, throughput: Throughput, watchdog: Watchdog
     ) -> None:
-        self.resolved, self.rows, self.steps = resolved, rows, steps
+        self.resolved, self.rows, self.steps, self.batches = resolved, rows, steps, resolved.batches
         self.given_up = False
         self.throughput, self.watchdog = throughput, watchdog
         self._dispatched: list[tuple[int, jax.Array]] = []
 
     def __iter__(self) -> Iterator[Batch]:
-        mesh, batches = self.resolved.mesh, self.resolved.batches
+        mesh, batches = self.resolved.mesh, self.batches
         stream = self.rows, self.resolved.config.training.seed, batches
         own = rows_of_process(mesh, batches.rows)
         host_batches = train_batches(*stream, self.steps.start, own, self.resolved.anneal_row)
@@ -59,7 +59,7 @@ class BatchFeeder:
         """What the updates up to `step` have taken from each source of a mixture, see `Mixture.metrics`."""
         if not isinstance(self.rows, Mixture):
             return {}
-        return self.rows.metrics(self.resolved.batches.position(step), self.resolved.anneal_row)
+        return self.rows.metrics(self.batches.position(step), self.resolved.anneal_row)
 
     def dispatched(self, step: int, result: jax.Array) -> None:
         """Update `step` is on its way to `result`; waits until no more than STEPS_AHEAD others are."""
@@ -68,8 +68,7 @@ class BatchFeeder:
             done, result = self._dispatched.pop(0)
             result.block_until_ready()
             self.watchdog.updated(done)
-            batches = self.resolved.batches
-            if batches.micro_batches(done) != batches.micro_batches(done - 1):
+            if self.batches.micro_batches(done) != self.batches.micro_batches(done - 1):
                 self.watchdog.forget_usual()
 
 
