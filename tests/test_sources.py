@@ -82,10 +82,10 @@ def table(texts: list[str | None]) -> bytes:
 def test_held_out_documents_follow_their_hash() -> None:
     split = held_out(LINES, 0.1)
     by_hash = sorted(LINES, key=lambda text: hashlib.sha256(text.encode()).digest())
-    assert set(texts(split.validation())) == set(by_hash[:4])
-    assert [text for text in LINES if text in set(by_hash[4:])] == texts(split.train()) == texts(split.train())
+    assert set(texts(split.of("validation"))) == set(by_hash[:4])
+    assert [text for text in LINES if text in set(by_hash[4:])] == texts(split.of("train")) == texts(split.of("train"))
     backwards = held_out(LINES[::-1], 0.1)
-    assert sorted(texts(backwards.validation())) == sorted(texts(split.validation())), (
+    assert sorted(texts(backwards.of("validation"))) == sorted(texts(split.of("validation"))), (
         "the order of the documents changed the split"
     )
 
@@ -93,20 +93,20 @@ def test_held_out_documents_follow_their_hash() -> None:
 @pytest.mark.parametrize(("n", "fraction", "number"), [(10, 0.25, 3), (30, 0.05, 2), (29, 0.05, 1), (20, 0.05, 1)])
 def test_number_of_held_out_documents(n: int, fraction: float, number: int) -> None:
     split = held_out(LINES[:n], fraction)
-    assert (len(list(split.validation())), len(list(split.train()))) == (number, n - number)
+    assert (len(list(split.of("validation"))), len(list(split.of("train")))) == (number, n - number)
 
 
 def test_duplicates_stay_together() -> None:
     by_hash = sorted(LINES, key=lambda text: hashlib.sha256(text.encode()).digest())
     twice = [by_hash[0], *by_hash[5:], by_hash[0]]
-    assert texts(held_out(twice, 2 / len(twice)).validation()) == [by_hash[0]] * 2
+    assert texts(held_out(twice, 2 / len(twice)).of("validation")) == [by_hash[0]] * 2
 
 
 @pytest.mark.parametrize("fraction", [0.05, 0.3, 0.7])
 def test_few_documents_hold_out_the_end_of_the_text(fraction: float) -> None:
     text = "".join(f"line {i} of a single document\n" for i in range(200))
     split = held_out([text], fraction)
-    (train,), (validation,) = texts(split.train()), texts(split.validation())
+    (train,), (validation,) = texts(split.of("train")), texts(split.of("validation"))
     assert train + validation == text
     assert train.endswith("\n")
     assert abs(len(validation) - fraction * len(text)) < 20
@@ -114,35 +114,52 @@ def test_few_documents_hold_out_the_end_of_the_text(fraction: float) -> None:
 
 def test_cut_falls_into_the_right_one_of_few_documents() -> None:
     split = held_out(["a" * 500, "", "b " * 100, "c" * 20], 0.1)
-    assert list(split.train()) == [Document("a" * 500, "0"), Document("b " * 74, "2")]
-    assert list(split.validation()) == [Document("b " * 26, "2"), Document("c" * 20, "3")]
+    assert list(split.of("train")) == [Document("a" * 500, "0"), Document("b " * 74, "2")]
+    validation = [Document("b " * 26, "2", part="validation"), Document("c" * 20, "3", part="validation")]
+    assert list(split.of("validation")) == validation
+    assert list(split.both()) == [Document("a" * 500, "0"), Document("b " * 74, "2"), *validation]
 
 
 def test_short_documents_are_not_held_out() -> None:
-    """The next ones by their hash are, however many are passed over; never all of the long ones."""
+    """The next ones by their hash are, however many are passed over; never all of the long ones.
+
+    Of a text of short documents, only as many are tokenized as it takes to know that.
+    """
     by_hash = sorted(LINES, key=lambda text: hashlib.sha256(text.encode()).digest())
+    asked = list[set[str]]()
 
     def passed_over(short: set[str]) -> tuple[bool, list[str]]:
         split = held_out(LINES, 0.1)
-        changed = split.pass_over_short(10, lambda found: (1 if text in short else 10 for text, *_ in found))
-        assert sorted(texts(split.train()) + texts(split.validation())) == sorted(LINES)
-        return changed, sorted(texts(split.validation()), key=by_hash.index)
+        asked.clear()
+
+        def lengths(found: Iterator[Document]) -> Iterator[int]:
+            chosen = texts(found)
+            asked.append(set(chosen))
+            return (1 if text in short else 10 for text in chosen)
+
+        changed = split.pass_over_short(10, lengths)
+        assert sorted(texts(split.of("train")) + texts(split.of("validation"))) == sorted(LINES)
+        return changed, sorted(texts(split.of("validation")), key=by_hash.index)
 
     assert passed_over(set()) == passed_over(set(by_hash)) == (False, by_hash[:4])
     assert passed_over(set(by_hash[1:3])) == (True, [by_hash[0], *by_hash[3:6]])
+    assert passed_over(set(by_hash[:4] + by_hash[8:12] + by_hash[16:])) == (True, by_hash[4:8])
+    assert asked == [set(by_hash[:16])]
+    assert passed_over(set(by_hash[:13])) == (True, by_hash[13:17])
+    assert asked == [set(by_hash[:16]), set(by_hash)]
     assert passed_over(set(by_hash[:37])) == (True, [by_hash[37]])
     assert passed_over(set(by_hash[4:])) == (True, by_hash[:2])
 
 
 def test_text_without_white_space_is_cut_all_the_same() -> None:
     split = held_out(["x" * 100], 0.05)
-    assert (texts(split.train()), texts(split.validation())) == (["x" * 95], ["x" * 5])
+    assert (texts(split.of("train")), texts(split.of("validation"))) == (["x" * 95], ["x" * 5])
 
 
 @pytest.mark.parametrize("documents", [[], [""], ["a"], [""] * 50, ["a"] + [""] * 50])
 def test_too_little_text_to_split(documents: list[str]) -> None:
     with pytest.raises(UserError, match=r"^data\.train_files: \d+ documents .* data\.validation_fraction \(0\.05\)"):
-        list(held_out(documents, 0.05, "data.train_files").train())
+        list(held_out(documents, 0.05, "data.train_files").of("train"))
 
 
 @pytest.mark.parametrize("later", [LINES[:-1], [*LINES, "more"], [LINES[0][:5], *LINES[1:]], []])
@@ -155,7 +172,7 @@ def test_text_that_changes_while_it_is_read(later: list[str], fraction: float) -
 
     split = HeldOut(documents, fraction, "data.train_files")
     with pytest.raises(UserError, match=r"^data\.train_files: the text changed while it was read"):
-        list(split.train())
+        list(split.of("train"))
 
 
 # ---- The standard library
@@ -594,7 +611,7 @@ def test_two_at_once_both_succeed(data: DataConfig, monkeypatch: pytest.MonkeyPa
         second = prepare(data, 300, None, lines.append)
         assert second.train.tokens.tolist() == first.result().train.tokens.tolist()
     assert len(calls) == 2  # of train, and of validation
-    assert "tokenizing train: waits for another process, which is at shard 0" in lines
+    assert "tokenizing: waits for another process, which is at shard 0 of train" in lines
     assert [path.name for path in (cache_root(data) / "tokens").iterdir()] == [second.train.folder.name]
 
 

@@ -24,6 +24,7 @@ class Document(NamedTuple):
     learned: tuple[tuple[int, int], ...] | None = None  # [start, end) of its characters; none: all, and where it ends
     complete: bool = False  # whether its own text says where it begins and ends: nothing is put around it
     ids: "np.ndarray | None" = None  # of its tokens, as they stand; `text` is what they decode to
+    part: str = "train"  # or "validation": of the text
 
 
 Documents = Callable[[], Iterator[Document]]  # each call starts a new pass over the text
@@ -65,8 +66,8 @@ class LeftOut:
         self._passed_over: dict[str, list[str]] = {}  # {reason: places of the first}
         self._reasons = Counter[str]()
 
-    def good(self, read: Callable[[], Found], where: str) -> Iterator[Document]:
-        """A new pass over `read`, without what is left out, up to data.max_documents.
+    def good(self, read: Callable[[], Found], where: str, part: str = "train") -> Iterator[Document]:
+        """A new pass over `read`, which becomes `part`, without what is left out, up to data.max_documents.
 
         Raises:
           UserError: nothing is left; `where` begins it.
@@ -78,7 +79,7 @@ class LeftOut:
                 self.add(document)
             elif document.text:
                 taken += 1
-                yield document
+                yield document if part == document.part else document._replace(part=part)
                 if taken == self._most:
                     break
             else:
@@ -148,6 +149,8 @@ def _first(named: list[str], count: int) -> str:
 
 def encoding_fault(text: str, place: str) -> UserError | None:
     """The error for a text that cannot be written as UTF-8; None if it can."""
+    if text.isascii():  # which Python knows without reading it
+        return None
     try:
         text.encode()
     except UnicodeEncodeError as error:

@@ -107,7 +107,7 @@ def fitted(document: Document, found: Encoded, data: DataConfig, left_out: LeftO
 def learned_bytes(tokenizer: Tokenizer, document: Document, found: Encoded) -> int:
     """UTF-8 bytes of the text that is learned, special tokens left out."""
     if found.ends is None:
-        return len(document.text.encode())
+        return len(document.text) if document.text.isascii() else len(document.text.encode())
     limit = int(found.ends[-1])
     parts = [(0, limit)] if document.learned is None else document.learned
     texts = [document.text[start : min(end, limit)] for start, end in parts if start < limit]

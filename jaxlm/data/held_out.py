@@ -14,6 +14,7 @@ from jaxlm.data.documents import Document, Documents
 from jaxlm.errors import UserError
 
 CHARACTERS_A_TOKEN = 32  # a document of so many for each token that it needs is taken to be long enough
+LOOKED_AT = 4  # documents first, for each one to hold out
 
 
 class HeldOut:
@@ -28,12 +29,17 @@ class HeldOut:
         """`documents` are not empty; `where` begins the message of the UserError for text too short to be split."""
         self._documents, self._fraction, self._where, self._may_cut = documents, fraction, where, may_cut
 
-    def train(self) -> Iterator[Document]:
-        return (document._replace(text=document.text[:cut]) for document, cut in self._with_cuts() if cut)
+    def both(self) -> Iterator[Document]:
+        """The documents of both parts, in one pass: of one that is cut in two, its beginning and its end."""
+        for document, cut in self._with_cuts():
+            if cut:
+                yield document if cut == len(document.text) else document._replace(text=document.text[:cut])
+            if cut < len(document.text):
+                yield document._replace(text=document.text[cut:], part="validation")
 
-    def validation(self) -> Iterator[Document]:
-        cuts = self._with_cuts()
-        return (document._replace(text=document.text[cut:]) for document, cut in cuts if cut < len(document.text))
+    def of(self, part: str) -> Iterator[Document]:
+        """The documents of "train" or "validation"."""
+        return (document for document in self.both() if document.part == part)
 
     def pass_over_short(self, least: int, lengths: Callable[[Iterator[Document]], Iterator[int]]) -> bool:
         """Holds out documents of `least` tokens or more only, others in place of shorter ones; whether any changed.
@@ -41,17 +47,25 @@ class HeldOut:
         At most half of those that long are held out. Nothing changes if there are none, or one is cut in two.
 
         Args:
-          lengths: the tokens of each document; called for those of fewer than CHARACTERS_A_TOKEN * `least` characters.
+          lengths: the tokens of each document; called for those of fewer than CHARACTERS_A_TOKEN * `least` characters
+            among the first in the order of their SHA-256, and for all of those only where most are too short.
         """
         (characters, order), before = self._measured, self._held_out
-        asked = characters < CHARACTERS_A_TOKEN * least
-        if not asked[before].any():
+        doubtful = characters < CHARACTERS_A_TOKEN * least
+        if not doubtful[before].any():
             return False
-        tokens = [*lengths(document for document, ask in zip(self._documents(), asked.tolist(), strict=False) if ask)]
-        if len(tokens) != asked.sum():
-            raise self._changed()
-        asked[asked] = np.array(tokens) < least  # from here on, those that are too short
-        if len(long := order[~asked[order]]):
+        for first in (order[: LOOKED_AT * len(before)], order):
+            asked = np.zeros(len(order), bool)
+            asked[first] = doubtful[first]
+            chosen = zip(self._documents(), asked.tolist(), strict=False)
+            tokens = [*lengths(document for document, ask in chosen if ask)]
+            if len(tokens) != asked.sum():
+                raise self._changed()
+            asked[asked] = np.array(tokens) < least  # from here on, those that are too short
+            long = first[~asked[first]]
+            if len(long) >= 2 * len(before):  # they are not half of the long ones, whatever the others are
+                break
+        if len(long):
             self._held_out = long[: min(len(before), max(1, len(long) // 2))]
         return not np.array_equal(before, self._held_out)
 

@@ -68,7 +68,7 @@ class Shard:
         self._opened.close()
 
     def _open(self, kind: str) -> IO[bytes]:
-        self._files[kind] = file = self._opened.enter_context((self._folder / f"{self._name}.{kind}").open("wb"))
+        self._files[kind] = file = self._opened.enter_context((self._folder / f"{self._name}.{kind}").open("wb", 2**20))
         return file
 
     def add(self, found: Encoded, document_bytes: int) -> None:
@@ -208,30 +208,40 @@ def clear(folder: Path) -> None:
 class Pass:
     """A pass over the documents of a part, in which this process makes the shards that nobody else makes.
 
-    `read` yields their documents; `ended` is to be called with each of them later, in the same order.
+    Each document is asked about once, first by `is_done`, then by `takes` unless it is; `ended` is to be called later
+    with those that it takes, in the same order.
+
+    Attributes:
+      done: what the shards at the beginning hold that were whole before.
+      number: of shards, when all documents have been asked about.
     """
 
-    def __init__(self, shards: Shards, first: int, data: DataConfig, opened: ExitStack) -> None:
-        """`first`: the number of the first shard that the documents are of; `opened` closes what is not `ended`."""
-        self.shards, self.number, self._data, self._opened = shards, first, data, opened
+    def __init__(self, shards: Shards, data: DataConfig, opened: ExitStack) -> None:
+        """`opened` closes what is not `ended`."""
+        self.number, self.done = shards.whole_at_first()
+        self._shards, self._data, self._opened = shards, data, opened
+        self._left, self._counts, self._own = self.done.read, Counts(), False
         self._claimed = deque[tuple[Shard, ExitStack]]()
 
-    def read(self, documents: Iterator[Document]) -> Iterator[Document]:
-        counts, own = None, False
-        for document in documents:
-            if counts is None:
-                counts, own = Counts(), self._claim()
-            ends = counts.ends(document)
-            if own:
-                yield document
-            if ends:
-                counts, self.number = None, self.number + 1
-        self.number += counts is not None
+    def is_done(self) -> bool:
+        """Whether the next document is of a shard that was whole."""
+        self._left -= 1
+        return self._left >= 0
+
+    def takes(self, document: Document) -> bool:
+        """Whether the next document is of a shard that this process makes."""
+        if not self._counts.read:
+            self._own = self._claim()
+            self.number += 1
+        if self._counts.ends(document):
+            self._counts = Counts()
+        return self._own
 
     def _claim(self) -> bool:
+        """Whether the shard that the next document begins is this process's."""
         with ExitStack() as stack:
-            if own := stack.enter_context(self.shards.claimed(self.number)):
-                shard = stack.enter_context(Shard(self.shards.folder, self.shards.name(self.number), self._data))
+            if own := stack.enter_context(self._shards.claimed(self.number)):
+                shard = stack.enter_context(Shard(self._shards.folder, self._shards.name(self.number), self._data))
                 self._claimed.append((shard, self._opened.enter_context(stack.pop_all())))
         return own
 
@@ -240,9 +250,17 @@ class Pass:
         """That of the first document that has not `ended`."""
         return self._claimed[0][0]
 
-    def ended(self, document: Document | None) -> None:
-        """Keeps the shard if it ends with `document`, or with None, behind the last one."""
-        if bool(self._claimed) if document is None else self.shard.counts.ends(document):
-            shard, held = self._claimed.popleft()
-            shard.keep()
-            held.close()
+    def ended(self, document: Document) -> None:
+        """Keeps the shard if it ends with `document`."""
+        if self.shard.counts.ends(document):
+            self._keep()
+
+    def close(self) -> None:
+        """Keeps the last shard, which ends with the text."""
+        if self._claimed:
+            self._keep()
+
+    def _keep(self) -> None:
+        shard, held = self._claimed.popleft()
+        shard.keep()
+        held.close()

@@ -6,9 +6,10 @@ Nothing here keeps the text in memory: a source is read again, from the start, e
 import hashlib
 import platform
 import sysconfig
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +23,7 @@ from jaxlm.data.held_out import HeldOut
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.errors import UserError
 
+PARTS = "train", "validation"
 _NOT_STDLIB = {"site-packages", "dist-packages", "test", "tests", "idlelib", "__pycache__"}
 
 
@@ -50,6 +52,12 @@ class Source:
     question: list[dict[str, Any]] | None
     sizes: dict[str, int | None]
     files: dict[bytes, Path] = field(default_factory=dict)
+
+    def documents(self) -> Iterator[Document]:
+        """A new pass over all `parts`: over the text once, where one is held out of the other."""
+        if self.split is not None:
+            return (document for document in self.split.both() if document.part in self.parts)
+        return chain.from_iterable(documents() for documents in self.parts.values())
 
     def characters(self, part: str) -> int | None:
         """About how many characters a part has; None: that is not known. Reads the text where some is held out."""
@@ -117,7 +125,7 @@ def _source(
     labels = {"train": "text" if splits else "training text", "validation": "held-out text"}
     left_out = {labels[part]: LeftOut(data) for part in parts}
     documents = {
-        part: partial(left_out[labels[part]].good, partial(found.read, format_), found.where)
+        part: partial(left_out[labels[part]].good, partial(found.read, format_), found.where, part)
         for part, found in parts.items()
     }
     sizes = {part: None if data.max_documents else found.size for part, found in parts.items()}
@@ -129,7 +137,7 @@ def _source(
         return Source(name, fingerprint, {**documents}, None, *about)
     split = HeldOut(documents["train"], data.validation_fraction, parts["train"].where, format_.kind == "text")
     name += f", {data.validation_fraction:g} of it held out"
-    return Source(name, fingerprint, {"train": split.train, "validation": split.validation}, split, *about)
+    return Source(name, fingerprint, {part: partial(split.of, part) for part in PARTS}, split, *about)
 
 
 def _from_python(data: DataConfig, tokenizer: Tokenizer | None, given: HandedOver) -> Source:

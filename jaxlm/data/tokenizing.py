@@ -9,10 +9,9 @@ import json
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, suppress
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -49,46 +48,58 @@ def make_shards(folder: Path, source: Source, tokenizer: Tokenizer, data: DataCo
     lengths = partial(_lengths, tokenizer)
     passed_over = source.split is not None and source.split.pass_over_short(data.min_length, lengths)
     _check_room(folder, source, tokenizer)
-    made = Made({}, ["long"] * passed_over)
-    for name in source.parts:
-        shards = Shards(folder, name, tokenizer.dtype)
-        number = _make_shards(shards, source, tokenizer, data, report)
-        while missing := [i for i in range(number) if not shards.is_whole(i)]:
-            report(f"tokenizing {name}: waits for another process, which is at shard {missing[0]}")
-            for each in missing:
-                with shards.claimed(each, blocking=True):
-                    pass
-            if not all(map(shards.is_whole, missing)):  # it was ended
-                number = _make_shards(shards, source, tokenizer, data, report)
-        made.parts[name] = shards, number
-    return made
+    parts = {name: Shards(folder, name, tokenizer.dtype) for name in source.parts}
+    numbers = _make_shards(parts, source, tokenizer, data, report)
+    everything = [(parts[name], i) for name, number in numbers.items() for i in range(number)]
+    while missing := [(shards, i) for shards, i in everything if not shards.is_whole(i)]:
+        shards, first = missing[0]
+        report(f"tokenizing: waits for another process, which is at shard {first} of {shards.split}")
+        for shards, i in missing:
+            with shards.claimed(i, blocking=True):
+                pass
+        if not all(shards.is_whole(i) for shards, i in missing):  # it was ended
+            _make_shards(parts, source, tokenizer, data, report)
+    return Made({name: (shards, numbers[name]) for name, shards in parts.items()}, ["long"] * passed_over)
 
 
 def _lengths(tokenizer: Tokenizer, documents: Iterator[Document]) -> Iterator[int]:
     return (0 if isinstance(found, UserError) else len(found.ids) for _, found in encoded(tokenizer, documents))
 
 
-def _make_shards(shards: Shards, source: Source, tokenizer: Tokenizer, data: DataConfig, report: Report) -> int:
-    """Those that are not whole, and that no other process is at; how many there are in all."""
-    name = shards.split
-    first, before = shards.whole_at_first()
-    if before.read:
-        done = f"{before.read:,} documents are done, by a start before this one or by another process"
-        report(f"tokenizing {name}: {done}; goes on behind them")
-    unread = islice(source.parts[name](), before.read, None)
-    documents = with_progress(unread, f"tokenizing {name}", report, source.characters(name), before)
+def _make_shards(
+    parts: Mapping[str, Shards], source: Source, tokenizer: Tokenizer, data: DataConfig, report: Report
+) -> dict[str, int]:
+    """Those of each part that are not whole, and that no other process is at; how many each has in all."""
     with ExitStack() as opened:
-        work = Pass(shards, first, data, opened)
-        for document, found in encoded(tokenizer, work.read(documents)):
+        works = {name: Pass(shards, data, opened) for name, shards in parts.items()}
+        done = Counts()
+        for work in works.values():
+            done.read, done.characters = done.read + work.done.read, done.characters + work.done.characters
+        if done.read:
+            by = "by a start before this one or by another process"
+            report(f"tokenizing: {done.read:,} documents are done, {by}; goes on with the others")
+        unread = (document for document in source.documents() if not works[document.part].is_done())
+        documents = with_progress(unread, "tokenizing", report, _characters(source), done)
+        own = (document for document in documents if works[document.part].takes(document))
+        for document, found in encoded(tokenizer, own):
+            work = works[document.part]
             shard = work.shard
             if isinstance(found, UserError):
                 shard.left_out.add(UserError(f"{document.place} {found}"))
             elif fits := fitted(document, found, data, shard.left_out):
                 shard.add(fits, learned_bytes(tokenizer, document, fits))
-                shard.counts.markers.update(tokenizer.markers.findall(document.text))
+                if markers := tokenizer.markers.findall(document.text):
+                    shard.counts.markers.update(markers)
             work.ended(document)
-        work.ended(None)
-    return work.number
+        for work in works.values():
+            work.close()
+    return {name: work.number for name, work in works.items()}
+
+
+def _characters(source: Source) -> int | None:
+    """About how many all parts have; None: that is not known."""
+    known = [source.characters(name) for name in source.parts]
+    return None if None in known else sum(filter(None, known))
 
 
 def notes(made: Made, source: Source, tokenizer: Tokenizer, data: DataConfig) -> dict[str, Any]:
@@ -130,7 +141,7 @@ def join(folder: Path, made: Made, text: dict[str, Any]) -> None:
 
 def _check_room(folder: Path, source: Source, tokenizer: Tokenizer) -> None:
     """Raises OSError if the disk has less room than the tokens usually take, as far as the text's size is known."""
-    characters = sum(source.characters(name) or 0 for name in source.parts)
+    characters = _characters(source) or 0
     token_bytes = tokenizer.dtype.itemsize + (source.format.kind != "text")
     needed = characters // TOKEN_CHARACTERS * token_bytes
     for file in folder.iterdir():
