@@ -32,6 +32,7 @@ from jaxlm.ops.compiler import compiler_options
 from jaxlm.parallel.devices import start_backend
 from jaxlm.parallel.processes import StopVote, barrier, is_leader, say, text_from_any_process
 from jaxlm.report import write_report_of_run
+from jaxlm.run.autotuning import kept_options
 from jaxlm.run.begin import begin, judged_with, with_handed_over
 from jaxlm.run.describe import describe_end, describe_run
 from jaxlm.run.ending import Ending, stops_early
@@ -121,7 +122,10 @@ class Trainer(RunModel):
 
     def _assemble(self) -> None:
         """The functions that will be compiled, and the numbers that they take."""
-        options = compiler_options(self.config.training, self.resolved.devices[0].platform, say)
+        platform = self.resolved.devices[0].platform
+        options = compiler_options(self.config.training, platform, say)
+        if self.config.training.keep_autotuning:
+            options |= kept_options(self.folder, self.config.data, platform)
         self.assembly = assemble(self.resolved, self.model_class, options=options, own_loss=self._own_loss)
         self._numbers = self.assembly.numbers(self.config.training)
 

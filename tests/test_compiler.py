@@ -1,8 +1,11 @@
 """Options of XLA: presets, the user's own, what this XLA does not know, what the environment says."""
 
+import shutil
+
 import jax
 import pytest
 from conftest import make_config
+from jax.experimental.compilation_cache import compilation_cache
 
 from jaxlm import Trainer
 from jaxlm.config import TrainingConfig
@@ -10,6 +13,13 @@ from jaxlm.config.validate import xla_option
 from jaxlm.errors import UserError
 from jaxlm.ops import compiler
 from jaxlm.ops.compiler import compiler_options, describe
+from jaxlm.run.setup import CACHE_HIT
+
+KEPT = (
+    "jax_compilation_cache_dir",
+    "jax_persistent_cache_enable_xla_caches",
+    "jax_persistent_cache_min_compile_time_secs",
+)
 
 
 def options(platform="gpu", **training):
@@ -52,6 +62,29 @@ def test_values():
     for wrong in ("xla_a", "a=1", "xla_a=", "--xla_a=1", "xla_a=1 2"):
         with pytest.raises(UserError, match="must be xla_NAME=VALUE"):
             xla_option(wrong)
+
+
+def test_compiled_programs_are_found_where_their_folder_was_copied_to(tmp_path):
+    """As in findings/jax-cache-copied.sh."""
+    events, before = [], {name: getattr(jax.config, name) for name in KEPT}
+    note = lambda event, **_: events.append(event)  # noqa: E731
+    jax.monitoring.register_event_listener(note)
+    jax.config.update("jax_persistent_cache_enable_xla_caches", "xla_gpu_per_fusion_autotune_cache_dir")  # as JAX does
+    try:
+        for folder in ("first", "copy"):
+            compiler.keep_programs(tmp_path / folder)
+            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+            compilation_cache.reset_cache()
+            jax.jit(lambda x: x * 7 + 5).lower(1.5).compile()
+            if folder == "first":
+                shutil.copytree(tmp_path / "first", tmp_path / "copy")
+                assert CACHE_HIT not in events
+        assert CACHE_HIT in events
+    finally:
+        jax.monitoring.unregister_event_listener(note)
+        for name, value in before.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
 
 
 def test_options_reach_the_compiler(tmp_path, corpus, monkeypatch):

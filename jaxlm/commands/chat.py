@@ -24,11 +24,10 @@ def run(arguments: argparse.Namespace) -> None:
     given = {name: text for name, text in vars(arguments).items() if name in OPTIONS}
     options = make_options(**{name: convert(f"--{name}", x, FIELDS[name].type) for name, x in given.items()})
 
-    import jax
-
     from jaxlm.commands.console import Chat, converse
     from jaxlm.data.chat_tokens import chat_template, with_template
     from jaxlm.data.tokens import cache_root
+    from jaxlm.ops.compiler import keep_programs
     from jaxlm.parallel.devices import find_devices
     from jaxlm.run.load import load
 
@@ -36,5 +35,5 @@ def run(arguments: argparse.Namespace) -> None:
     loaded = load(arguments.model)
     template = chat_template(DataConfig(chat_template=arguments.chat_template), loaded.tokenizer)
     loaded = dataclasses.replace(loaded, tokenizer=with_template(loaded.tokenizer, template))
-    jax.config.update("jax_compilation_cache_dir", str(cache_root(DataConfig()) / "compiled"))
+    keep_programs(cache_root(DataConfig()) / "compiled")
     converse(loaded, options, Chat(arguments.system))

@@ -48,16 +48,15 @@ def run(arguments: argparse.Namespace) -> None:
         print(f"--prompt ({prompt}): is taken as text, though a file; --prompts_file reads files", file=sys.stderr)
     prompts = [] if arguments.interactive else read_prompts(arguments.prompt or [], arguments.prompts_file)
 
-    import jax
-
     from jaxlm.commands.console import converse, show_texts
     from jaxlm.data.tokens import cache_root
+    from jaxlm.ops.compiler import keep_programs
     from jaxlm.parallel.devices import find_devices
     from jaxlm.run.load import load
 
     find_devices()
     loaded = load(arguments.model)
-    jax.config.update("jax_compilation_cache_dir", str(cache_root(DataConfig()) / "compiled"))
+    keep_programs(cache_root(DataConfig()) / "compiled")
     if arguments.interactive:
         converse(loaded, options)
     else:

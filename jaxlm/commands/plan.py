@@ -29,6 +29,8 @@ def add_options(parser: Parser) -> None:
     parser.add_argument("--per_kernel", action="store_true", help=text)
     text = "write the compiled program into DIR, for training.compiled_program"
     parser.add_argument("--save", type=path, metavar="DIR", help=text)
+    text = "choose products as a GPU of this kind has found best: autotuning.txt of a run, see training.keep_autotuning"
+    parser.add_argument("--autotuning", type=path, metavar="FILE", help=text)
     parser.add_argument("--hlo", type=path, metavar="FILE", help="write the optimized program's text to FILE")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the tables")
     add_config_options(parser)
@@ -39,8 +41,9 @@ def run(arguments: argparse.Namespace) -> None:
     devices = arguments.devices if arguments.devices is not None else config.training.world_size or 1
     if arguments.trials < 1:
         raise UserError(f"--trials ({arguments.trials}) must be at least 1")
-    if arguments.search and (arguments.save or arguments.hlo):
-        raise UserError("--save and --hlo are of one program, and --search makes several: leave them out")
+    for name in ("save", "hlo", "autotuning"):
+        if arguments.search and vars(arguments)[name] is not None:
+            raise UserError(f"--{name} is of one program, and --search makes several: leave it out")
     if arguments.save is not None and (schedule := config.training.batch_schedule):
         raise UserError(f"--save is of an update of one size: leave training.batch_schedule ({shown(schedule)}) out")
     for name in ("price_per_gpu_hour", "per_kernel"):
@@ -69,7 +72,7 @@ def run(arguments: argparse.Namespace) -> None:
             write_config(config, found[0], arguments.write)
         return
     resolved = resolve_for(config, gpu, devices, hosts)
-    compiled = compile_update(resolved, gpu, hosts, arguments.save)
+    compiled = compile_update(resolved, gpu, hosts, arguments.save, arguments.autotuning)
     if arguments.hlo is not None:
         try:
             arguments.hlo.write_text(compiled.text, encoding="utf-8")

@@ -238,6 +238,9 @@ class TrainingConfig(Section):
     compiled_program: str | None = option(
         None, "folder that jaxlm plan has saved a program in: run if it fits; not yet tried on a GPU", resumable=True
     )
+    keep_autotuning: bool = option(
+        False, "keep what XLA found fastest on the GPU, for later starts and jaxlm plan; not yet tried", resumable=True
+    )
     memory_fraction: float = option(
         0.75, "share of a GPU's memory that JAX takes at the start", above=0, high=1, resumable=True
     )

@@ -236,6 +236,11 @@ def _batch_conflicts(training: TrainingConfig) -> Iterator[str]:
             f"training.compiled_program ({training.compiled_program}) holds an update of one size, and "
             f"training.batch_schedule ({shown(training.batch_schedule)}) asks for several; leave one out"
         )
+    if training.compiled_program and training.keep_autotuning:
+        yield (
+            f"training.keep_autotuning (true) has nothing to keep where training.compiled_program "
+            f"({training.compiled_program}) is compiled already; leave one out"
+        )
 
 
 def _lora_conflicts(training: TrainingConfig) -> Iterator[str]:

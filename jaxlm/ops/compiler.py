@@ -7,6 +7,7 @@ XLA doesn't know ends the process. Options that the user has set in XLA_FLAGS ar
 import os
 import re
 from collections.abc import Callable
+from pathlib import Path
 
 import jax
 
@@ -26,9 +27,17 @@ PRESETS: dict[str, Options] = {
         "xla_gpu_reduce_scatter_combine_threshold_bytes": COMBINED_BYTES,
     },
 }
+LOAD, DUMP = "xla_gpu_load_autotune_results_from", "xla_gpu_dump_autotune_results_to"
 # Replaces operations that sum in any order. Autotuning stays on: its choices are kept in the cache of compiled
 # programs, so that a resumed run uses the same program.
 REPEATABLE: Options = {"xla_gpu_exclude_nondeterministic_ops": True}
+
+
+def keep_programs(folder: Path) -> None:
+    """Lets JAX keep compiled programs in `folder`, and find them there again after it was moved or copied."""
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    if jax.__version_info__ < (0, 11):  # findings/jax-cache-copied.sh
+        jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
 
 
 def compiler_options(training: TrainingConfig, platform: str, report: Callable[[str], None]) -> Options:
@@ -63,4 +72,5 @@ def describe(training: TrainingConfig, options: Options) -> str:
     repeat = "repeatable operations only" if repeats else "a run may not repeat bit for bit (training.deterministic)"
     preset = "" if training.xla_preset == "none" else f", preset {training.xla_preset}"
     own = f", {' '.join(training.xla_options)}" if training.xla_options else ""
-    return f"{repeat}{preset}{own}"
+    tuned = ", tuned as the folder of the run says" if LOAD in options else ""
+    return f"{repeat}{preset}{own}{tuned}"

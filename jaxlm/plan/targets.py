@@ -103,6 +103,14 @@ device_description_str: "NVIDIA {_KINDS.get(name, name)}"
 """
 
 
+def device_line(name: str) -> str:
+    """What XLA writes of the GPU of `description` into results of autotuning, and looks for there."""
+    target = TARGETS[name]
+    kind = f"CUDA: {target.capability}, Cores: {target.cores}"
+    speed = f"GPU clock: {target.clock_ghz:g} GHz, Memory bandwidth: {target.bandwidth / 1e9:.0f} GB/s"
+    return f"{kind}, {speed}, L2 cache: {target.l2_mib} MB, DNN version: 9.19.0"
+
+
 def plugin() -> int:
     """The CUDA version, 12 or 13, of JAX's plugin that is installed.
 

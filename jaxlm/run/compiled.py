@@ -18,13 +18,15 @@ import jaxlm
 from jaxlm.config import to_dict
 from jaxlm.data.atomic import atomic_path, atomic_write
 from jaxlm.errors import UserError
-from jaxlm.ops.compiler import Options
+from jaxlm.ops.compiler import DUMP, LOAD, Options
 from jaxlm.parallel.gpus import model_of
+from jaxlm.run.autotuning import COMPLETE
 from jaxlm.train.assemble import Assembly
 from jaxlm.train.own_loss import name_of
 
 PROGRAM, MADE_OF = "program.bin", "program.json"
 UNTUNED: Options = {"xla_gpu_autotune_level": "0"}  # where there is no device to try products on
+TUNING = (*UNTUNED, LOAD, DUMP, *COMPLETE)  # which may differ where a program is made
 _ROOMS = ("config", "model", "ops", "parallel", "train")  # whose code a program is made of
 
 
@@ -48,7 +50,7 @@ def _made_of(assembly: Assembly, options: Mapping[str, Any]) -> dict[str, Any]:
         "the configuration": json.loads(json.dumps(to_dict(assembly.config))),
         "the mesh": dict(assembly.mesh.shape),
         "attention": assembly.attention,
-        "the compiler's options": {name: x for name, x in sorted(options.items()) if name not in UNTUNED},
+        "the compiler's options": {name: x for name, x in sorted(options.items()) if name not in TUNING},
     }
 
 
@@ -65,8 +67,13 @@ def without_cache() -> Iterator[None]:
         compilation_cache.reset_cache()
 
 
-def save_program(assembly: Assembly, compiled: jax.stages.Compiled, gpu: str, folder: Path) -> None:
+def save_program(
+    assembly: Assembly, compiled: jax.stages.Compiled, gpu: str, folder: Path, products: str = "untuned"
+) -> None:
     """Writes the update of `assembly`, `compiled` under `without_cache`, into `folder`, which is made.
+
+    Args:
+      products: how they were chosen, for people.
 
     Raises:
       UserError: it can't be written.
@@ -74,6 +81,7 @@ def save_program(assembly: Assembly, compiled: jax.stages.Compiled, gpu: str, fo
     serialized, _, out_tree = serialize(compiled)
     _, metrics = jax.tree.unflatten(out_tree, range(out_tree.num_leaves))
     about = {"made for": gpu, "sha256": hashlib.sha256(serialized).hexdigest(), "metrics": sorted(metrics)}
+    about["products"] = products
     about |= _made_of(assembly, assembly.options)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -85,7 +93,7 @@ def save_program(assembly: Assembly, compiled: jax.stages.Compiled, gpu: str, fo
 
 
 def load_program(assembly: Assembly, folder: Path) -> tuple[jax.stages.Compiled | None, str]:
-    """(the compiled update, what it was made for), or (None, why it can't be used for this run).
+    """(the compiled update, what it was made for and how), or (None, why it can't be used for this run).
 
     A compiled program is code: open only what you have made yourself.
 
@@ -110,6 +118,7 @@ def load_program(assembly: Assembly, folder: Path) -> tuple[jax.stages.Compiled 
     results = (assembly.abstract_state, dict.fromkeys(metrics, 0))
     trees = jax.tree.structure((arguments, {})), jax.tree.structure(results)
     try:
-        return deserialize_and_load(serialized, *trees, devices[0].client, devices), gpu
+        program = deserialize_and_load(serialized, *trees, devices[0].client, devices)
+        return program, f"{gpu} without it; its products are {about.get('products', 'untuned')}"
     except (RuntimeError, ValueError) as error:
         return None, f"it can't be loaded here: {str(error).splitlines()[0][:200]}"

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -102,14 +103,14 @@ def compile_step(assembly: "Assembly", ahead: str | None, what: str = "") -> "ja
     """
     import jax.monitoring
 
+    from jaxlm.ops.compiler import DUMP
     from jaxlm.parallel.processes import say
+    from jaxlm.run.compiled import load_program, without_cache
 
     if ahead is not None:
-        from jaxlm.run.compiled import load_program
-
         program, why = load_program(assembly, Path(ahead).expanduser())
         if program is not None:
-            say(f"the compiled step: from {ahead}, made for {why} without it; its products are untuned")
+            say(f"the compiled step: from {ahead}, made for {why}")
             return program
         say(f"training.compiled_program ({ahead}) is not used: {why}")
     events: list[str] = []
@@ -118,10 +119,15 @@ def compile_step(assembly: "Assembly", ahead: str | None, what: str = "") -> "ja
     jax.monitoring.register_event_listener(note)
     if not (known := "compiled_step" in vars(assembly)):
         say(f"compiling the step{what}, unless the cache has it ...")
+    results = assembly.options.get(DUMP)
     try:
-        compiled = assembly.compiled_step
+        with without_cache() if results else nullcontext():  # which XLA doesn't tune
+            compiled = assembly.compiled_step
     finally:
         jax.monitoring.unregister_event_listener(note)
+    if results:
+        kept = "kept in" if Path(str(results)).exists() else "XLA has found nothing to write into"
+        say(f"training.keep_autotuning: {kept} {results}")
     took = f"in {time.perf_counter() - started:.1f} s"
     if known:
         say(f"the compiled step{what}: that of an earlier run of this process")
@@ -137,8 +143,9 @@ def keep_compiled_programs(resolved: "Resolved") -> None:
     import jax
 
     from jaxlm.data.tokens import cache_root
+    from jaxlm.ops.compiler import keep_programs
 
-    jax.config.update("jax_compilation_cache_dir", str(cache_root(resolved.config.data) / "compiled"))
+    keep_programs(cache_root(resolved.config.data) / "compiled")
     if resolved.devices[0].platform == "gpu" and resolved.config.training.deterministic:
         # Every program is kept, as it was autotuned, so that a resumed run has the same ones.
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
