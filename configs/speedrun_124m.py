@@ -2,7 +2,7 @@
 
     python scripts/train.py --config configs/speedrun_124m.py
 
-123,590,400 parameters; predicted (jaxlm plan): 12.8 GiB; 481,000 tokens/s on an H100, so 5.8 hours for ten billion
+123,590,400 parameters; predicted (jaxlm plan): 12.8 GiB; 482,000 tokens/s on an H100, so 5.8 hours for ten billion
 tokens, and 94,000 on an RTX 4090, 30 hours. No GPU figure has been measured, and no loss.
 """
 

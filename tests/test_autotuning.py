@@ -10,9 +10,16 @@ from jaxlm import Trainer
 from jaxlm.config import DataConfig
 from jaxlm.errors import UserError
 from jaxlm.ops.compiler import DUMP, LOAD
+from jaxlm.run import autotuning
 from jaxlm.run.autotuning import FILE, kept_options
 from jaxlm.run.setup import compile_step
 from jaxlm.train.assemble import assemble
+
+
+@pytest.fixture(autouse=True)
+def fresh_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(autotuning, "_loaded", set())
+
 
 RESULTS = 'version: 3\nresults {\n  device: "CUDA: 9.0, Cores: 132"\n  hlo: "{ROOT x = f32[]{} parameter(0)}"\n}\n'
 
@@ -29,7 +36,14 @@ def test_the_first_start_writes_and_later_ones_use_what_it_wrote(tmp_path: Path)
     (run / FILE).rename(tmp_path / "moved" / FILE)
     assert kept_options(tmp_path / "moved", data, "gpu") == first
     (run / FILE).write_text(RESULTS.replace("9.0", "8.0"))
-    assert kept_options(run, data, "gpu") != first
+    with pytest.raises(UserError, match="takes autotuning results once, and this process has given it others"):
+        kept_options(run, data, "gpu")
+
+
+def test_runs_of_several_processes_cannot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(UserError, match=r"^training.keep_autotuning \(true\) is for a run of one process"):
+        kept_options(tmp_path, DataConfig(), "gpu")
 
 
 @pytest.mark.parametrize("content", ["", RESULTS[:-4], RESULTS[:-2] + "  result {\n    triton {\n    }\n"])

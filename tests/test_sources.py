@@ -146,7 +146,7 @@ def test_short_documents_are_not_held_out() -> None:
     assert passed_over(set(by_hash[:4] + by_hash[8:12] + by_hash[16:])) == (True, by_hash[4:8])
     assert asked == [set(by_hash[:16])]
     assert passed_over(set(by_hash[:13])) == (True, by_hash[13:17])
-    assert asked == [set(by_hash[:16]), set(by_hash)]
+    assert asked == [set(by_hash[:16]), set(by_hash[16:])]
     assert passed_over(set(by_hash[:37])) == (True, [by_hash[37]])
     assert passed_over(set(by_hash[4:])) == (True, by_hash[:2])
 

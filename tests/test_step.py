@@ -55,6 +55,12 @@ def start(config, mesh_shape=(1, 1, 1), stage=0, offload=False):
     return step_with(config, step_of(assembly)), assembly.init(run_numbers(config.training))
 
 
+def trace_anew(monkeypatch):
+    """From here on, no step is one that was traced before."""
+    for cached in (start, step_of):
+        monkeypatch.setitem(globals(), cached.__name__, cached.__wrapped__)
+
+
 def step_with(config, jitted):
     """The update that `jitted` makes, with the learning rate of its time."""
     schedule, numbers = build_schedule(config.training, 100), run_numbers(config.training)
@@ -182,7 +188,7 @@ def test_multisteps_is_what_sums_micro_batches(monkeypatch):
         return jax.tree.map(lambda u: 1.01 * u, updates), state
 
     monkeypatch.setattr(optax.MultiSteps, "update", wrong)
-    monkeypatch.setitem(globals(), "start", start.__wrapped__)  # not the step from the cache
+    trace_anew(monkeypatch)
     assert_close(run(config, [batch])[0].params, whole.params, 1e-6)
     with pytest.raises(AssertionError):
         assert_close(run(config, [regroup(batch, 4)])[0].params, whole.params, 1e-5)
@@ -234,7 +240,7 @@ def test_parts_beside_each_other_equal_all_rows_at_once(monkeypatch):
     config, batches = config_of(HALF, optimizer="sgd"), [make_batch(seed=s) for s in range(3)]
     whole, whole_losses, _ = run(config, batches)
     monkeypatch.setattr("jaxlm.ops.scheduling.CPU_PART_TOKENS", ROWS * T // 4)
-    monkeypatch.setitem(globals(), "start", start.__wrapped__)  # not the step from the cache
+    trace_anew(monkeypatch)
     parts, losses, _ = run(config, batches)
     np.testing.assert_allclose(losses, whole_losses, rtol=1e-5)
     assert_close(parts.params, whole.params, 1e-5)

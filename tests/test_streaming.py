@@ -65,6 +65,15 @@ def rows_of(data: DataConfig) -> StreamedRows:
     return rows
 
 
+def test_shards_are_those_of_the_texts_that_are_not_held_out(data: DataConfig) -> None:
+    """Which texts are held out depends on min_length: shards made for another one may hold some of them."""
+    split = replace(data, validation_files=(), validation_fraction=0.2)
+    folders = {n: streamed(replace(split, min_length=n)).folder for n in (2, 20)}
+    assert folders[2] != folders[20]
+    whole = [streamed(replace(data, min_length=n)).folder for n in (2, 20)]
+    assert whole[0] == whole[1]
+
+
 class Idle(Work):
     """In place of the process that tokenizes: a test makes the shards."""
 

@@ -19,6 +19,7 @@ from jaxlm.checkpoints.manifest import MODELS, PREFIX, damage, is_sealed, number
 from jaxlm.errors import UserError
 from jaxlm.parallel.processes import barrier, is_leader, say, text_from_any_process
 
+AUTOTUNING = "autotuning.txt"  # what XLA has found fastest, see run/autotuning.py; it reads text where a name ends so
 TIME_FORMAT = "%Y%m%d_%H%M%S"
 
 
@@ -60,8 +61,9 @@ class RunFolder:
         if not self.folder.is_dir():  # it has been put back before
             self._lock.release()
             return
-        empty = is_leader() and {path.name for path in self.folder.iterdir()} <= {".lock"}
+        empty = is_leader() and {path.name for path in self.folder.iterdir()} <= {".lock", AUTOTUNING}
         if empty and self._made:
+            (self.folder / AUTOTUNING).unlink(missing_ok=True)
             (self.folder / ".lock").unlink(missing_ok=True)  # while it is held: nobody else gets this one any more
         self._lock.release()
         with suppress(OSError):  # another process has begun to use it

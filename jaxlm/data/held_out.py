@@ -54,15 +54,18 @@ class HeldOut:
         doubtful = characters < CHARACTERS_A_TOKEN * least
         if not doubtful[before].any():
             return False
-        for first in (order[: LOOKED_AT * len(before)], order):
+        short, looked_at = np.zeros(len(order), bool), 0
+        for number in (min(LOOKED_AT * len(before), len(order)), len(order)):
             asked = np.zeros(len(order), bool)
-            asked[first] = doubtful[first]
-            chosen = zip(self._documents(), asked.tolist(), strict=False)
-            tokens = [*lengths(document for document, ask in chosen if ask)]
-            if len(tokens) != asked.sum():
-                raise self._changed()
-            asked[asked] = np.array(tokens) < least  # from here on, those that are too short
-            long = first[~asked[first]]
+            asked[order[looked_at:number]] = doubtful[order[looked_at:number]]
+            if asked.any():
+                chosen = zip(self._documents(), asked.tolist(), strict=False)
+                tokens = [*lengths(document for document, ask in chosen if ask)]
+                if len(tokens) != asked.sum():
+                    raise self._changed()
+                short[asked] = np.array(tokens) < least
+            looked_at = number
+            long = order[:number][~short[order[:number]]]
             if len(long) >= 2 * len(before):  # they are not half of the long ones, whatever the others are
                 break
         if len(long):

@@ -141,7 +141,7 @@ def join(folder: Path, made: Made, text: dict[str, Any]) -> None:
 
 def _check_room(folder: Path, source: Source, tokenizer: Tokenizer) -> None:
     """Raises OSError if the disk has less room than the tokens usually take, as far as the text's size is known."""
-    characters = _characters(source) or 0
+    characters = sum(source.characters(name) or 0 for name in source.parts)
     token_bytes = tokenizer.dtype.itemsize + (source.format.kind != "text")
     needed = characters // TOKEN_CHARACTERS * token_bytes
     for file in folder.iterdir():

@@ -213,7 +213,7 @@ def _prepared(source: Source, data: DataConfig, tokenizer: Tokenizer, root: Path
     choices = [] if template is None else [template.fingerprint[:16]]
     streamed, parts = None, dict[str, TokenDocuments]()
     if data.streaming and "train" in source.parts:
-        key = _key(source.fingerprint, settings, tokenizer.fingerprint, shards.SHARD_CHARACTERS)
+        key = _key(source.fingerprint, settings, least, tokenizer.fingerprint, shards.SHARD_CHARACTERS)
         streamed = Streamed(root / "tokens" / f"{key}.shards", tokenizer, source.fingerprint)
         choices.append(f"shards of {shards.SHARD_CHARACTERS}")
         with _writing_to(streamed.folder):

@@ -162,7 +162,7 @@ def _cast(x: np.ndarray, kind: np.dtype) -> np.ndarray:
 
 def _tokenizer_files(tokenizer: Tokenizer, max_seq_len: int) -> dict[str, str]:
     """{file name: text}. AutoTokenizer then gives a text the same ids as ours, even if "<bos>" is written out in it,
-    unless there is a chat template.
+    unless there is a chat template, or the model is a Qwen2 (`_tokenizer_class`).
 
     As `generate_text` does, it begins a text with <bos>, unless add_special_tokens=False.
     """
@@ -171,12 +171,20 @@ def _tokenizer_files(tokenizer: Tokenizer, max_seq_len: int) -> dict[str, str]:
     backend.post_processor = TemplateProcessing(
         single=f"{bos} $A", pair=f"{bos} $A {bos}:1 $B:1", special_tokens=[(bos, tokenizer.bos_id)]
     )
-    settings = {key: x for key, x in tokenizer.settings().items() if isinstance(x, str | list)} | {
+    unknown: dict[str, Any] = {"unk_token": tokenizer.token(tokenizer.eos_id)}  # as GPT-2 has it: CTranslate2 can't do without one
+    settings = unknown | {key: x for key, x in tokenizer.settings().items() if isinstance(x, str | list)}
+    settings |= {
+        "model_input_names": ["input_ids", "attention_mask"],  # transformers 4 adds token_type_ids unless told
         "split_special_tokens": not tokenizer.special_in_text,
         "clean_up_tokenization_spaces": False,
         "model_max_length": max_seq_len,
     }
     return {"tokenizer.json": backend.to_str(pretty=True), "tokenizer_config.json": _json(settings)}
+
+
+def _tokenizer_class(architecture: str) -> str:
+    """What opens the tokenizer in transformers: findings/qwen2-folders-get-qwens-tokenizer.sh."""
+    return "PreTrainedTokenizerFast" if architecture == "Qwen2ForCausalLM" else "AutoTokenizer"
 
 
 def _metadata(config: Config, card: Mapping[str, Any]) -> str:
@@ -231,6 +239,7 @@ def _model_card(loaded: LoadedModel, source: Path, architecture: str, card: Mapp
         special="such tokens" if loaded.tokenizer.special_in_text else "plain characters",
         version=jaxlm.__version__,
         architecture=architecture,
+        tokenizer=_tokenizer_class(architecture),
         prompt=json.dumps(config.training.sample_prompt or "The")[1:-1],
         bos=loaded.tokenizer.token(loaded.tokenizer.bos_id),
         rows="\n".join(f"| {name} | {value} |" for name, value in table.items()),

@@ -9,14 +9,17 @@ import hashlib
 import re
 from pathlib import Path
 
+import jax
+
+from jaxlm.checkpoints.folder import AUTOTUNING as FILE
 from jaxlm.config import DataConfig
 from jaxlm.data.atomic import atomic_write
 from jaxlm.data.tokens import cache_root
 from jaxlm.errors import UserError, one_line
 from jaxlm.ops.compiler import DUMP, LOAD, Options
-from jaxlm.parallel.processes import is_leader, say
+from jaxlm.parallel.processes import say
 
-FILE = "autotuning.txt"  # XLA reads text where a name ends so
+_loaded = set[str]()  # by this process: XLA reads one file, once
 COMPLETE: Options = {"xla_gpu_require_complete_aot_autotune_results": True}  # without a GPU: else it is an error
 _DEVICE = re.compile(r'^( *device: )"([^"]*)"', re.MULTILINE)
 
@@ -49,10 +52,16 @@ def for_device(text: str, device: str) -> str:
 def loading(text: str, cache: Path) -> Options:
     """XLA's option to use results.
 
-    The file lies below `cache`, under a name that tells its content: the key of a cached program has the name alone.
+    The file lies below `cache`, under a name that tells its content: the key of a cached program has its path alone.
+
+    Raises:
+      UserError: this process has used other ones.
     """
     folder = cache / "autotuning"
     path = folder / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.txt"
+    if _loaded - {path.name}:
+        raise UserError("XLA takes autotuning results once, and this process has given it others: begin a new process")
+    _loaded.add(path.name)
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
         atomic_write(path, text)
@@ -72,6 +81,14 @@ def kept_options(run: Path, data: DataConfig, platform: str) -> Options:
     if platform != "gpu":
         say(f"training.keep_autotuning: nothing is tuned on {platform.upper()}")
         return {}
-    if path.exists():
-        return loading(read_results(path), cache_root(data))
-    return {DUMP: str(path.absolute())} if is_leader() else {}
+    if jax.process_count() > 1:  # which share the tuning, and would have to agree on what a cache has
+        raise UserError("training.keep_autotuning (true) is for a run of one process; leave it out")
+    if not path.exists():
+        return {DUMP: str(path.absolute())}
+    options = loading(read_results(path), cache_root(data))
+    try:
+        jax.jit(lambda: 0, compiler_options=options).lower().compile()
+    except jax.errors.JaxRuntimeError as error:
+        why = str(error).splitlines()[0]
+        raise UserError(f"autotuning results ({path}): XLA does not take them: {why}; delete the file") from error
+    return options

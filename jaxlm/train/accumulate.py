@@ -17,9 +17,10 @@ LossAndGradients: TypeAlias = tuple[Any, Params]  # the loss may be a tree of su
 def accumulate(gradients_of: Callable[[Batch], LossAndGradients], batch: Batch, dtype: DTypeLike) -> LossAndGradients:
     """The sums of a loss and its gradients over the K micro-batches of `batch`.
 
-    `optax.MultiSteps` is driven by a scan over the micro-batches: its K-th update is the sum of all K gradients. It
-    wraps the identity, not the optimizer, so that the caller can reduce the sum over the devices once, and its state
-    lives no longer than the update, so that a gradient that is not finite spoils this update alone.
+    `optax.MultiSteps` is driven by a scan over the micro-batches. It wraps the identity, not the optimizer, so that the
+    caller can reduce the sum over the devices once, and its state lives no longer than the update, so that a gradient
+    that is not finite spoils this update alone. It hands out the sum with one more update, of zeros, behind the scan:
+    within it, every update would write an array as large, of zeros but for the last.
 
     Args:
       gradients_of: a micro-batch ([B, ...] arrays) -> the loss, float32 scalars, and float32 gradients.
@@ -30,14 +31,14 @@ def accumulate(gradients_of: Callable[[Batch], LossAndGradients], batch: Batch, 
     k = len(batch["rows"])
     if k == 1:
         return gradients_of(first)
-    steps = optax.MultiSteps(optax.identity(), every_k_schedule=k, use_grad_mean=False, accumulator_dtype=dtype)
-    loss, gradients = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradients_of, first))
+    steps = optax.MultiSteps(optax.identity(), every_k_schedule=k + 1, use_grad_mean=False, accumulator_dtype=dtype)
+    loss, zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradients_of, first))
 
-    def add(carry: tuple[Any, Params, optax.MultiStepsState], micro_batch: Batch) -> tuple[tuple, None]:
-        total, _, state = carry
+    def add(carry: tuple[Any, optax.MultiStepsState], micro_batch: Batch) -> tuple[tuple, None]:
+        total, state = carry
         loss, gradients = gradients_of(micro_batch)
-        total_gradients, state = steps.update(gradients, state)
-        return (jax.tree.map(jnp.add, total, loss), total_gradients, state), None
+        _, state = steps.update(gradients, state)
+        return (jax.tree.map(jnp.add, total, loss), state), None
 
-    (loss, gradients, _), _ = jax.lax.scan(add, (loss, gradients, steps.init(gradients)), batch)
-    return loss, gradients
+    (loss, state), _ = jax.lax.scan(add, (loss, steps.init(zeros)), batch)
+    return loss, steps.update(zeros, state)[0]

@@ -4,6 +4,7 @@ Shapes: B rows, T positions.
 """
 
 import dataclasses
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import jax
 import numpy as np
 import pytest
 import torch
+import transformers
 from conftest import documents
 from flax import nnx
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -173,8 +175,15 @@ AWKWARD = [
 ]
 
 
-def test_the_tokenizer_gives_the_same_ids(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    theirs = AutoTokenizer.from_pretrained(exported(tmp_path, loaded_model(SMALL, tokenizer)))
+@pytest.mark.parametrize("name", ["gpt2", "llama", "qwen3", "qwen2", "gemma 2", "pythia"])
+def test_the_tokenizer_gives_the_same_ids(tmp_path: Path, tokenizer: Tokenizer, name: str) -> None:
+    """As the model card opens it."""
+    folder = Path(exported(tmp_path, loaded_model(MODELS[name], tokenizer)))
+    opens = re.search(r"^tokenizer = (\w+)\.from_pretrained", (folder / "README.md").read_text(), re.MULTILINE)
+    assert opens is not None
+    theirs = getattr(transformers, opens[1]).from_pretrained(folder)
+    assert [*theirs("the café")] == theirs.model_input_names == ["input_ids", "attention_mask"]
+    assert theirs.unk_token == theirs.eos_token  # without one CTranslate2 can't open a GPT-2
     for text in AWKWARD:
         ids = tokenizer.encode(text)
         assert theirs(text)["input_ids"] == [tokenizer.bos_id, *ids]
