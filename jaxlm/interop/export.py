@@ -171,7 +171,7 @@ def _tokenizer_files(tokenizer: Tokenizer, max_seq_len: int) -> dict[str, str]:
     backend.post_processor = TemplateProcessing(
         single=f"{bos} $A", pair=f"{bos} $A {bos}:1 $B:1", special_tokens=[(bos, tokenizer.bos_id)]
     )
-    unknown: dict[str, Any] = {"unk_token": tokenizer.token(tokenizer.eos_id)}  # as GPT-2 has it: CTranslate2 can't do without one
+    unknown: dict[str, Any] = {"unk_token": tokenizer.token(tokenizer.eos_id)}  # as GPT-2 has it; CTranslate2 needs one
     settings = unknown | {key: x for key, x in tokenizer.settings().items() if isinstance(x, str | list)}
     settings |= {
         "model_input_names": ["input_ids", "attention_mask"],  # transformers 4 adds token_type_ids unless told
