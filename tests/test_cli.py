@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from conftest import make_config
 
+from jaxlm.commands import evaluate
 from jaxlm.commands.parser import Parser, add_config_options, config_from, overrides
 from jaxlm.config import SECTIONS, Config, load_config, shown, to_dict, validate
 from jaxlm.config.schema import FIELDS
@@ -83,6 +84,12 @@ def test_values_of_a_list_may_each_have_an_option() -> None:
         "--data.train_files", "a.txt", "--data.train_files", '["b.txt"]', "--training.seed", "1", "--training.seed=2"
     )
     assert given == {"data.train_files": ("a.txt", "b.txt"), "training.seed": 2}
+
+
+def test_files_to_evaluate_may_each_have_an_option() -> None:
+    parser = Parser("test")
+    evaluate.add_options(parser)
+    assert parser.parse_args(["--model", "m", "--files", "a", "b", "--files", "c"]).files == ["a", "b", "c"]
 
 
 def test_a_field_without_its_dashes_is_understood() -> None:

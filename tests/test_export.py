@@ -757,12 +757,13 @@ def test_padding_of_shards_is_undone() -> None:
 
 def test_an_own_folder_that_is_damaged_is_refused(tmp_path: Path, corpus: Path) -> None:
     trainer = Trainer(make_config(tmp_path, corpus, **{"training.max_steps": 1, "model.n_layers": 1}))
-    trainer.save_model(tmp_path / "model")
-    start = replace_fields(Config(), {"training.init_from": str(tmp_path / "model")})
+    model = tmp_path / "in" / "new folders" / "model"
+    trainer.save_model(model)
+    start = replace_fields(Config(), {"training.init_from": str(model)})
     config = pretrained.with_architecture(start)
     source = pretrained.open_pretrained(config)
     assert source is not None
-    file = max((tmp_path / "model" / "params").rglob("*"), key=lambda path: path.stat().st_size)
+    file = max((model / "params").rglob("*"), key=lambda path: path.stat().st_size)
     file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(
         UserError, match=r"^training\.init_from \(.*model\) is damaged: params/.* is not as it was saved"

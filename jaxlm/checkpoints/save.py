@@ -163,6 +163,7 @@ def save_model(path: Path, params: Params, config: Config, tokenizer: Tokenizer,
     Raises:
       one of SAVE_ERRORS: it could not be written; the old one stays.
     """
+    path.parent.mkdir(parents=True, exist_ok=True)
     _check_room(path.parent, params)
     new = new_name(path)
     with quiet_orbax(), ocp.Checkpointer(_arrays()) as orbax:

@@ -12,7 +12,11 @@ from jaxlm.errors import UserError
 def add_options(parser: Parser) -> None:
     add_model_folder(parser)
     parser.add_argument(
-        "--files", nargs="+", metavar="PATTERN", help="evaluate on all of these files (as data.validation_files)"
+        "--files",
+        nargs="+",
+        action="extend",
+        metavar="PATTERN",
+        help="evaluate on all of these files (as data.validation_files)",
     )
     parser.add_argument("--batch_size", type=int, metavar="N", help="rows evaluated at once (default: the training's)")
     add_config_options(parser, ["data"])
