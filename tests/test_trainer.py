@@ -19,6 +19,7 @@ from conftest import make_config, slow, trainer_on
 from jaxlm import Trainer, load
 from jaxlm.checkpoints.folder import checkpoint_steps
 from jaxlm.checkpoints.items import read_progress
+from jaxlm.checkpoints.manifest import damage
 from jaxlm.config import Config, replace_fields, to_dict, validate, with_derived
 from jaxlm.errors import RunFailed, Stopped, UserError
 from jaxlm.run.evaluate import evaluate_model, text_to_evaluate
@@ -387,14 +388,18 @@ def test_save_total_limit_and_longer_run(tmp_path, corpus):
 
 
 def test_resume_at_an_earlier_checkpoint(tmp_path, corpus, reference):
-    """The later checkpoints are moved aside, saving goes on, and the end is the same."""
+    """The later checkpoints are moved aside, later models copied; saving goes on, and the end is the same."""
     whole = make_config(reference, corpus, **HARD).training.checkpoint_dir
     folder = shutil.copytree(whole, tmp_path / "run")
+    models = {path.name: read_progress(path).step for path in folder.glob("*_model")}
+    assert models["best_model"] > 4 and models["final_model"] == 9
     earlier = str(folder / "checkpoint_4")
     Trainer(make_config(tmp_path, corpus, **HARD, **{"training.resume_from_checkpoint": earlier})).train()
     assert set(checkpoint_steps(folder)) == {2, 4, 6, 8, 9}
     (aside,) = folder.glob("aside_*")
-    assert {path.name for path in aside.iterdir()} == {"checkpoint_6", "checkpoint_8", "checkpoint_9"}
+    checkpoints = {"checkpoint_6", "checkpoint_8", "checkpoint_9"}
+    assert {path.name for path in aside.iterdir()} == checkpoints | {name for name in models if models[name] > 4}
+    assert damage(aside / "best_model") is None and read_progress(aside / "best_model").step == models["best_model"]
     assert_same(arrays(folder / "checkpoint_9"), arrays(aside / "checkpoint_9"))
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import jax
 from filelock import FileLock, Timeout
 
+from jaxlm.checkpoints.items import read_progress
 from jaxlm.checkpoints.manifest import MODELS, PREFIX, damage, is_sealed, numbered
 from jaxlm.errors import UserError
 from jaxlm.parallel.processes import barrier, is_leader, say, text_from_any_process
@@ -153,7 +154,8 @@ def find_checkpoint(path: str) -> Path:
 def move_later_aside(folder: Path, step: int) -> list[Path]:
     """Moves checkpoints beyond `step` into `<folder>/aside_<time>/`, so that a run can go on from `step`; returns them.
 
-    For the leader alone, before any process opens the checkpoints.
+    Models beyond it, which the run may replace, are copied there. For the leader alone, before any process opens the
+    checkpoints.
     """
     later = [path for number, path in numbered(folder).items() if number > step]
     if later:
@@ -161,6 +163,11 @@ def move_later_aside(folder: Path, step: int) -> list[Path]:
         aside.mkdir()
         for path in later:
             path.rename(aside / path.name)
+        for model in filter(is_sealed, (folder / name for name in MODELS)):
+            with suppress(UserError):  # it is damaged: nothing is lost with it
+                if (made := read_progress(model).step) > step:
+                    shutil.copytree(model, aside / model.name)
+                    say(f"copied aside: {model.name}, of step {made}")
     return later
 
 
