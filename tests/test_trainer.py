@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from unittest import mock
 
 import jax
 import numpy as np
@@ -17,7 +18,7 @@ import pytest
 from conftest import make_config, slow, trainer_on
 
 from jaxlm import Trainer, load
-from jaxlm.checkpoints.folder import checkpoint_steps
+from jaxlm.checkpoints.folder import checkpoint_steps, move_later_aside
 from jaxlm.checkpoints.items import read_progress
 from jaxlm.checkpoints.manifest import damage
 from jaxlm.config import Config, replace_fields, to_dict, validate, with_derived
@@ -387,10 +388,17 @@ def test_save_total_limit_and_longer_run(tmp_path, corpus):
     assert read_progress(folder / "final_model").step == 6
 
 
-def test_resume_at_an_earlier_checkpoint(tmp_path, corpus, reference):
+def test_resume_at_an_earlier_checkpoint(tmp_path, corpus, reference, monkeypatch):
     """The later checkpoints are moved aside, later models copied; saving goes on, and the end is the same."""
     whole = make_config(reference, corpus, **HARD).training.checkpoint_dir
     folder = shutil.copytree(whole, tmp_path / "run")
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "copytree", mock.Mock(side_effect=OSError("no room")))
+        with pytest.raises(OSError, match="no room"):
+            move_later_aside(folder, 4)
+    assert set(checkpoint_steps(folder)) == {2, 4, 6, 8, 9}
+    for aside in folder.glob("aside_*"):
+        aside.rmdir()
     models = {path.name: read_progress(path).step for path in folder.glob("*_model")}
     assert models["best_model"] > 4 and models["final_model"] == 9
     earlier = str(folder / "checkpoint_4")

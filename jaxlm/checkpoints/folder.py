@@ -161,13 +161,13 @@ def move_later_aside(folder: Path, step: int) -> list[Path]:
     if later:
         aside = _unused(folder / f"aside_{time.strftime(TIME_FORMAT)}")
         aside.mkdir()
-        for path in later:
-            path.rename(aside / path.name)
         for model in filter(is_sealed, (folder / name for name in MODELS)):
             with suppress(UserError):  # it is damaged: nothing is lost with it
                 if (made := read_progress(model).step) > step:
                     shutil.copytree(model, aside / model.name)
                     say(f"copied aside: {model.name}, of step {made}")
+        for path in later:  # last: where the copies can't be made, the next start tries again
+            path.rename(aside / path.name)
     return later
 
 
