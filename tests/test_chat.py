@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from conftest import make_config
 
-from jaxlm import Trainer, load
+from jaxlm import Trainer, evaluate, load
 from jaxlm.__main__ import run_named
 from jaxlm.commands.inspect import describe_row
 from jaxlm.config import DataConfig
@@ -449,9 +449,15 @@ def test_a_run_keeps_its_template(tmp_path: Path, corpus: Path, talks: str) -> N
     options = {"data.train_files": (talks,), "data.validation_files": (), "data.min_length": 0}
     options |= {"data.chat_template": str(file), "model.vocab_size": 330}
     Trainer(make_config(tmp_path, corpus, **options, **{"training.stop_at_step": 2})).train()
+    checkpoint = tmp_path / "run" / "checkpoint_2"
+    found, own = evaluate(checkpoint), evaluate(checkpoint, [talks])
     file.write_text(CHATML.replace("<|im_end|>", "<|eot|>"))
     with pytest.raises(UserError, match="the text is not the one"):
         Trainer(make_config(tmp_path, corpus, **options))
+    assert evaluate(checkpoint) == found, "a model is evaluated with the template that it has learned"
+    file.unlink()
+    assert evaluate(checkpoint, [talks]) == own
+    assert evaluate(checkpoint, [talks], chat_template="plain")["loss"] != own["loss"]
 
 
 @pytest.mark.slow

@@ -236,8 +236,49 @@ def test_old_and_unfinished_runs(tmp_path: Path) -> None:
     assert "config.json is not there" in page.text
     assert next(iter(page.charts().values()))["lines"][0]["y"] == [3.0, 1.5, 1.0]
     assert "The folder has no starts.jsonl" in page.text
-    (tmp_path / "old" / "final_model").mkdir()
-    assert "Finished" in render(folder)[0].text
+    ended(folder, 2)
+    assert "Not finished" in render(folder)[0].text, "the final model is of an earlier end"
+    ended(folder, 3)
+    assert "Not finished" not in render(folder)[0].text
+
+
+def ended(folder: Path, step: int, evaluations_since_best: int = 0) -> None:
+    """Gives a run's folder a final model."""
+    (folder / "final_model" / "progress").mkdir(parents=True, exist_ok=True)
+    progress = {"step": step, "evaluations_since_best": evaluations_since_best}
+    (folder / "final_model" / "progress" / "progress.json").write_text(json.dumps(progress))
+
+
+def test_a_run_that_went_back_or_on(tmp_path: Path) -> None:
+    """What was written beyond the step that a start went back to is no part of the run, nor is a final model there."""
+    rows = [row(step, 5.0 - step / 10) for step in range(1, 7)]
+    begun = start(total_steps=6, metrics_lines=0)
+    samples = [{"step": step, "name": "sample", "text": f"at {step}"} for step in (2, 6)]
+    folder = make_run(tmp_path / "run", rows, starts=[begun], samples=samples, config=Config())
+    ended(folder, 6)
+    assert read_run(folder).finished
+
+    def start_again(step: int, lines: int, total_steps: int = 6) -> None:
+        with (folder / "starts.jsonl").open("a") as file:
+            file.write(json.dumps(start(step, total_steps=total_steps, metrics_lines=lines)) + "\n")
+
+    start_again(3, 6)
+    found = read_run(folder)
+    assert not found.finished and found.last_step == 3
+    assert [point[0] for point in found.points("train/loss")] == [1, 2, 3]
+    assert [sample["step"] for sample in found.samples] == [2]
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.writelines(json.dumps(row(step, 1.0)) + "\n" for step in (5, 6))
+    found = read_run(folder)
+    assert found.points("train/loss") == [(1, 4.9), (2, 4.8), (3, 4.7), (5, 1.0), (6, 1.0)]
+    assert found.finished
+    start_again(6, 8, total_steps=9)
+    assert not read_run(folder).finished, "it goes on to step 9"
+    patient = Config(training=TrainingConfig(early_stopping_patience=2))
+    (folder / "config.json").write_text(json.dumps(to_dict(patient)))
+    assert not read_run(folder).finished
+    ended(folder, 6, evaluations_since_best=2)
+    assert read_run(folder).finished
 
 
 def test_rows_without_any_number(tmp_path: Path) -> None:

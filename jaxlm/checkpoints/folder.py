@@ -165,7 +165,9 @@ def move_later_aside(folder: Path, step: int) -> list[Path]:
             with suppress(UserError):  # it is damaged: nothing is lost with it
                 if (made := read_progress(model).step) > step:
                     shutil.copytree(model, aside / model.name)
-                    say(f"copied aside: {model.name}, of step {made}")
+                    say(
+                        f"copied aside: {model.name}, of step {made}; the folder keeps it, too, until this run replaces it"
+                    )
         for path in later:  # last: where the copies can't be made, the next start tries again
             path.rename(aside / path.name)
     return later

@@ -122,6 +122,7 @@ class StartReport:
     def append_to(self, folder: Path) -> None:
         """Adds this start to starts.jsonl of the run in `folder`."""
         part_of_it = {"measured_on": "first shard"} if isinstance(self.rows, StreamedRows) else {}
+        rows = folder / "metrics.jsonl"
         start = {
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "command": _command(sys.orig_argv),
@@ -131,6 +132,7 @@ class StartReport:
             "system": f"{platform.system()} {platform.machine()}",
             "step": int(self.state.step),
             "total_steps": self.total_steps,
+            "metrics_lines": rows.read_bytes().count(b"\n") if rows.exists() else 0,  # of earlier starts
             "parameters": self.assembly.parameters,
             "flops_per_token": self.flops_per_token,
             "devices": self._devices,

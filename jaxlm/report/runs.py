@@ -169,33 +169,58 @@ def read_run(folder: Path, name: str | None = None) -> Run:
         raise UserError(f"{folder}: no such folder; name a run's folder (training.checkpoint_dir)")
     if not os.path.isfile(folder / "metrics.jsonl"):  # which says no, too, where one may not look
         raise UserError(f"{folder}: not a run's folder, it has no metrics.jsonl; name a run's training.checkpoint_dir")
-    lines, unreadable = read_lines(folder / "metrics.jsonl")
-    rows = [line for line in lines if isinstance(line.get("step"), int)]
+    lines = _lines(folder / "metrics.jsonl")
+    starts = read_lines(folder / "starts.jsonl")
+    rows = _rows_of_course(lines, starts)
     if not rows:
         raise UserError(f"{folder}: has no rows yet; wait for the first one (step 1)")
     series: dict[str, Points] = {}
-    for step, row in sorted({row["step"]: row for row in rows}.items()):  # the later row of a step wins
+    for step, row in sorted(rows.items()):
         for metric, value in row.items():
             if metric != "step" and (value is None or isinstance(value, int | float)):
                 series.setdefault(metric, []).append((step, math.nan if value is None else float(value)))
-    starts = read_lines(folder / "starts.jsonl")[0]
     if not starts:  # an older run's folder: where its rows go back, it was resumed
-        starts = [{"step": row["step"] - 1} for before, row in pairwise(rows) if row["step"] <= before["step"]]
+        steps = [line["step"] for line in lines if line is not None and isinstance(line.get("step"), int)]
+        starts = [{"step": step - 1} for before, step in pairwise(steps) if step <= before]
+    last_step, config = max(rows), _read_config(folder / "config.json")
     samples = {
         (line["step"], str(line.get("name"))): line
-        for line in read_lines(folder / "samples.jsonl")[0]
-        if isinstance(line.get("step"), int) and isinstance(line.get("text"), str)
+        for line in read_lines(folder / "samples.jsonl")
+        if isinstance(line.get("step"), int) and line["step"] <= last_step and isinstance(line.get("text"), str)
     }
     return Run(
         name=name or folder.resolve().name,
-        finished=(folder / "final_model").is_dir(),
+        finished=_is_finished(folder, starts, last_step, config.get("training.early_stopping_patience")),
         series=series,
-        last_step=max(row["step"] for row in rows),
+        last_step=last_step,
         starts=starts,
         samples=[samples[key] for key in sorted(samples)],
-        config=_read_config(folder / "config.json"),
-        unreadable_lines=unreadable,
+        config=config,
+        unreadable_lines=lines.count(None),
     )
+
+
+def _rows_of_course(lines: Sequence[dict[str, Any] | None], starts: Sequence[Mapping[str, Any]]) -> dict[int, Any]:
+    """{step: row} of the way that the run has gone: where a start went back, what was written beyond it is left out.
+
+    Of two rows of a step the later one wins.
+    """
+    back = {start["metrics_lines"]: start["step"] for start in starts if "metrics_lines" in start}
+    rows: dict[int, Any] = {}
+    for number, line in enumerate([*lines, None]):  # a start may have written nothing yet
+        if number in back:
+            rows = {step: row for step, row in rows.items() if step <= back[number]}
+        if line is not None and isinstance(line.get("step"), int):
+            rows[line["step"]] = line
+    return rows
+
+
+def _is_finished(folder: Path, starts: Sequence[Mapping[str, Any]], last_step: int, patience: int | None) -> bool:
+    """Whether final_model is that of the run's end: there may be one from before it went back, or was made longer."""
+    final = _read_object(folder / "final_model" / "progress" / "progress.json")
+    step, total = final.get("step"), starts[-1].get("total_steps", last_step) if starts else last_step
+    early = patience is not None and final.get("evaluations_since_best", 0) >= patience
+    return step == last_step and (early or step >= total)
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:
@@ -210,27 +235,36 @@ def _runs_in(folder: Path) -> list[Path]:
     return inside if inside and not os.path.isfile(folder / "metrics.jsonl") else [folder]
 
 
-def read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """The objects in a file of JSON lines, and how many lines are none; the last one may still be being written."""
-    objects: list[dict[str, Any]] = []
-    lines = path.read_bytes().split(b"\n")[:-1] if os.path.isfile(path) else []
-    for line in lines:
-        try:
-            value = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(value, dict):
-            objects.append(value)
-    return objects, len(lines) - len(objects)
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects in a file of JSON lines; the last one may still be being written."""
+    return [line for line in _lines(path) if line is not None]
+
+
+def _lines(path: Path) -> list[dict[str, Any] | None]:
+    """The object on each whole line; None where there is none."""
+    return [_object(line) for line in path.read_bytes().split(b"\n")[:-1]] if os.path.isfile(path) else []
+
+
+def _object(text: bytes) -> dict[str, Any] | None:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; {} where there is none."""
+    try:
+        return _object(path.read_bytes()) or {}
+    except OSError:
+        return {}
 
 
 def _read_config(path: Path) -> dict[str, Any]:
     """{"section.field": value}, not checked: an older version's may have other fields."""
-    try:
-        sections = json.loads(path.read_text(encoding="utf-8"))
-        return {f"{section}.{name}": value for section, values in sections.items() for name, value in values.items()}
-    except (OSError, ValueError, AttributeError):
-        return {}
+    sections = {section: values for section, values in _read_object(path).items() if isinstance(values, dict)}
+    return {f"{section}.{name}": value for section, values in sections.items() for name, value in values.items()}
 
 
 def side_by_side(tables: Sequence[Mapping[str, Any]]) -> list[list[Any]]:

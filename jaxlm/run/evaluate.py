@@ -76,7 +76,8 @@ def text_to_evaluate(config: Config, given: Mapping[str, Any]) -> DataConfig:
     for field in ("tokenizer_path", "bos_token", "eos_token", "pad_token"):
         if (value := given.get(f"data.{field}")) not in (None, vars(config.data)[field]):
             raise UserError(f"data.{field} ({value}): a model is evaluated with its own tokenizer; leave it out")
-    config = replace_fields(config, {"data.streaming": False})  # which is for training
+    # Streaming is for training; the template that the model has learned is in its folder.
+    config = replace_fields(config, {"data.streaming": False, "data.chat_template": None})
     own, other, name = config.data, dict[str, Any](), given.get("data.dataset_name")
     if not given.keys() & set(TEXT) and given.get("data.max_documents", own.max_documents) != own.max_documents:
         most = f"data.max_documents ({given['data.max_documents']})"

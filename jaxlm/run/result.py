@@ -55,8 +55,8 @@ class Result:
 
     @property
     def final_model(self) -> Path | None:
-        """The folder of the model at the end of a finished run."""
-        return _existing(self.folder / "final_model")
+        """The folder of the model at the end of a finished run; None where it is not finished."""
+        return _existing(self.folder / "final_model") if self.finished else None
 
     def _repr_html_(self) -> str:
         return frame(self.folder)

@@ -98,7 +98,7 @@ def go_on(
 def _decided(config: Config, step: int) -> Changes:
     """What the run's last start changed, if it went on from `step`."""
     starts = Path(config.training.checkpoint_dir).expanduser() / "starts.jsonl"
-    last = read_lines(starts)[0][-1:]
+    last = read_lines(starts)[-1:]
     return last[0].get("changed") or {} if last and last[0].get("step") == step else {}
 
 
