@@ -42,6 +42,8 @@ TURNS = [
     {"role": "assistant", "content": "5 + 4 = 9"},
 ]
 
+CALLING = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": {"name": "add"}}]}
+
 
 def template(source: str) -> ChatTemplate:
     return ChatTemplate(source, TOKENS, "template")
@@ -61,6 +63,12 @@ def test_text_and_answers_of_the_plain_template() -> None:
     prompt = template(PLAIN).render(messages[:1], prompt=True)
     assert prompt.text == "<bos><|user|>\nHi<eos>\n<|assistant|>\n"
     assert text.startswith(prompt.text)
+
+
+def test_a_call_that_a_template_leaves_out_is_refused() -> None:
+    with pytest.raises(UserError, match="does not write tool_calls, as in turn 6"):
+        template(CHATML).render([*TURNS, CALLING])
+    assert '"add"' in template("{% for m in messages %}{{ m | tojson }}\n{% endfor %}").render([CALLING]).text
 
 
 def test_answers_are_found_where_a_template_does_not_mark_them() -> None:
@@ -321,6 +329,7 @@ def test_texts_longer_than_a_row_can_be_dropped(tmp_path: Path) -> None:
         ([{"messages": TURNS, "tools": "[{"}], {}, "line 1: tools: bad JSON"),
         ([{"messages": TURNS, "tools": {"a": 1}}], {}, "line 1: tools is dict, not a list"),
         ([{"text": "x"}], {"format": "messages"}, r"data\.format \(messages\): messages: not in"),
+        ([{"messages": [*TURNS, CALLING]}], {}, r"line 1: .*\(plain\) does not write tool_calls, as in turn 6"),
         ([{"words": "x"}], {}, r"data\.text_column \(text\)"),
         ([{"messages": TURNS}], {"chat_template": "nowhere.jinja"}, "no such file"),
         ([{"messages": TURNS[:2]}], {}, "can be learned.*with nothing to learn"),

@@ -165,9 +165,7 @@ def move_later_aside(folder: Path, step: int) -> list[Path]:
             with suppress(UserError):  # it is damaged: nothing is lost with it
                 if (made := read_progress(model).step) > step:
                     shutil.copytree(model, aside / model.name)
-                    say(
-                        f"copied aside: {model.name}, of step {made}; the folder keeps it, too, until this run replaces it"
-                    )
+                    say(f"copied aside: {model.name}, of step {made}; it also stays, until it is replaced")
         for path in later:  # last: where the copies can't be made, the next start tries again
             path.rename(aside / path.name)
     return later

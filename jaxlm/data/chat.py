@@ -63,6 +63,18 @@ def _raise(message: str) -> None:
     raise TemplateError(message)
 
 
+def _not_called(messages: Sequence[Message], text: str) -> int | None:
+    """The first turn that calls a function whose name is not in the text of the conversation."""
+    for number, message in enumerate(messages, 1):
+        calls = message.get("tool_calls")
+        for call in calls if isinstance(calls, list) else ():
+            function = call.get("function", call) if isinstance(call, Mapping) else None
+            name = function.get("name") if isinstance(function, Mapping) else None
+            if isinstance(name, str) and name not in text:
+                return number
+    return None
+
+
 def _to_json(value: Any, **options: Any) -> str:
     return json.dumps(value, **{"ensure_ascii": False} | options)
 
@@ -105,7 +117,7 @@ class ChatTemplate:
         """The text of a conversation; with `prompt` it ends where the assistant begins to speak.
 
         Raises:
-          UserError: the template raises; the message has no place.
+          UserError: the template raises, or leaves out a turn's tool_calls; the message has no place.
         """
         values = {"messages": messages, "tools": tools, "documents": None, "add_generation_prompt": prompt}
         try:
@@ -122,6 +134,8 @@ class ChatTemplate:
                 text += part
         if len(starts) != len(ends):
             raise UserError(f"{self.where}: the conversation holds U+FDD0 or U+FDD1, which stand for no character")
+        if "tool_calls" not in self.source and (left_out := _not_called(messages, text)):
+            raise UserError(f"{self.where} does not write tool_calls, as in turn {left_out}; name another template")
         return Rendered(text, tuple((start, end) for start, end in zip(starts, ends, strict=True) if start < end))
 
     def answers(self, messages: Sequence[Message], last_only: bool, tools: Any = None) -> Rendered:
