@@ -1,5 +1,7 @@
 """The ways a run ends early on purpose; everything else that raises is a bug."""
 
+import os
+
 LONGEST_MESSAGE = 2000  # characters
 
 
@@ -15,8 +17,14 @@ class Diverged(RunFailed):
     """What the numbers of a run have become leaves nothing to train."""
 
 
-class Stopped(BaseException):  # as KeyboardInterrupt: no library may take it for an error of its own
-    """A signal asked the run to stop; its state is saved and the same command goes on. Exit code 75."""
+class Stopped(SystemExit):
+    """The run was asked to stop; its state is saved and the same command goes on. A program that lets it pass, as any
+    SystemExit, ends with exit code 75.
+    """
+
+    def __init__(self, message: str, said: bool = False) -> None:
+        super().__init__(message)
+        self.code, self.said = os.EX_TEMPFAIL, said  # whether the message has been printed
 
 
 def one_line(error: BaseException) -> str:

@@ -21,7 +21,7 @@ from jaxlm.config import Config, check_steps, load_config
 from jaxlm.data.handed_over import Dataset, handed_over
 from jaxlm.data.loader import total_steps
 from jaxlm.data.streaming import StreamedRows
-from jaxlm.errors import RunFailed
+from jaxlm.errors import RunFailed, printable
 from jaxlm.monitor.metrics import MetricsTracker, Throughput, memory_gib, model_flops_utilization
 from jaxlm.monitor.profiling import Profiler
 from jaxlm.monitor.progress import Progress
@@ -29,12 +29,11 @@ from jaxlm.monitor.sinks import Sink, make_sinks
 from jaxlm.monitor.start_report import StartReport
 from jaxlm.monitor.watchdog import OTHER_LIMIT, Watchdog
 from jaxlm.ops.compiler import compiler_options
-from jaxlm.parallel.devices import start_backend
 from jaxlm.parallel.processes import StopVote, barrier, is_leader, say, text_from_any_process
 from jaxlm.report import write_report_of_run
 from jaxlm.run.autotuning import kept_options
-from jaxlm.run.begin import begin, judged_with, with_handed_over
-from jaxlm.run.describe import describe_end, describe_run
+from jaxlm.run.begin import begin, resolve_here
+from jaxlm.run.describe import describe_end, describe_finished, describe_run
 from jaxlm.run.ending import Ending, stops_early
 from jaxlm.run.feed import BatchFeeder, StopsWaiting
 from jaxlm.run.hooks import Hook, Hooks
@@ -42,8 +41,8 @@ from jaxlm.run.judge import NumbersJudge
 from jaxlm.run.models import AGAIN, RunModel
 from jaxlm.run.probes import Probes
 from jaxlm.run.result import Result
-from jaxlm.run.resume import find_resume, is_finished, say_going_on
-from jaxlm.run.setup import compile_steps, keep_compiled_programs, resolve
+from jaxlm.run.resume import find_resume, is_finished, newest, say_going_on
+from jaxlm.run.setup import compile_steps, keep_compiled_programs
 from jaxlm.train.assemble import Resolved, assemble
 from jaxlm.train.evaluate import describe_evaluation
 from jaxlm.train.numbers import at_rate
@@ -79,23 +78,23 @@ class Trainer(RunModel):
         eval_dataset: Dataset | None = None,
         compute_loss: OwnLoss | None = None,
     ) -> None:
-        if isinstance(config, str | os.PathLike):
-            config = load_config(os.fspath(config))
+        config = load_config(os.fspath(config)) if isinstance(config, str | os.PathLike) else config
         data = config.data if isinstance(config, Config) else config.config.data
         self._handed_over, self._own_loss = handed_over(data, train_dataset, eval_dataset), compute_loss
-        named = data.dataset_name
-        if isinstance(config, Config):
-            config = judged_with(config, self._handed_over)
-            config = resolve(config, lambda config: start_backend(config.training), fresh)
-        self.resolved = with_handed_over(config, self._handed_over, named)
-        self._own_sinks, self._ending = sinks, Ending(config.config.training)
+        self._own_sinks, self._own_hooks, self._asked = sinks, hooks, config
+        self._set_up(config, fresh)
+
+    def _set_up(self, config: Config | Resolved, fresh: bool = False) -> None:
+        """Everything up to the first update."""
+        self.resolved = resolve_here(config, self._handed_over, fresh)
+        self._begun, self._ending = False, Ending(self.config.training)
         self._watchdog, self._throughput = Watchdog(self.config.training.watchdog_seconds), Throughput()
-        self._hooks = Hooks(hooks, self, self._watchdog)
+        self._hooks = Hooks(self._own_hooks, self, self._watchdog)
         self.folder = Path(self.config.training.checkpoint_dir).expanduser()
         self._lock = folder.RunFolder(self.folder, fresh)
         with self._lock:  # a start that is refused leaves nothing behind
             keep_compiled_programs(self.resolved)
-            checkpoint = find_resume(self.config, self.folder)
+            checkpoint, self._found = find_resume(self.config, self.folder), folder.checkpoint_steps(self.folder)
             self._prepare_text(checkpoint)
             self._count_steps()
             self.finished = is_finished(self.config, self.folder, checkpoint, self.total_steps)
@@ -114,8 +113,7 @@ class Trainer(RunModel):
     def _count_steps(self) -> None:
         training, rows = self.config.training, sum(map(len, self.text.rows.parts.values()))
         self.total_steps = total_steps(training.num_epochs, rows, self.resolved.batches, training.max_steps)
-        stop = self.total_steps if training.stop_at_step is None else training.stop_at_step
-        self.last_step = min(stop, self.total_steps)
+        self.last_step = min(training.stop_at_step or self.total_steps, self.total_steps)
         check_steps(self.config, self.total_steps, self.last_step)
         self.schedule = build_schedule(training, self.total_steps)
         self._profiler = Profiler(training.profile_steps, self.folder / "logs", self.last_step)
@@ -158,8 +156,7 @@ class Trainer(RunModel):
         if training.stop_at_step is not None and not self.finished:
             say(f"stopping at step {self.last_step}")
         if self.finished:
-            longer = "a larger training.early_stopping_patience goes on, " * (self.current_step < self.total_steps)
-            say(f"this run is finished: {self.folder / 'final_model'} ({longer}--fresh starts it over)")
+            say(describe_finished(self.folder, early=self.current_step < self.total_steps))
         elif checkpoint is not None:
             say_going_on(checkpoint, self.schedule, self.total_steps)
 
@@ -168,14 +165,17 @@ class Trainer(RunModel):
     def train(self) -> Result:
         """Trains to the last step, evaluating, saving and logging on the way; a finished run returns at once.
 
+        Called again, or after another Trainer of the same folder, it goes on from the newest checkpoint.
+
         Raises:
           Stopped: a signal, `stop` or training.max_time asked for it; the state is saved.
           Exception: whatever a hook has raised; the state is saved.
         """
+        self._renew()
         if self.finished:
             self._lock.release()
             return self._result()
-        training = self.config.training
+        training, self._begun = self.config.training, True
         with ExitStack() as opened:
             opened.callback(self._lock.release)
             opened.callback(vars(self).update, _in_update=False)  # an error may end the run within one
@@ -184,10 +184,6 @@ class Trainer(RunModel):
                 counts = self.resolved.batches.counts(range(self.current_step, self.last_step))
                 self.train_step = compile_steps(self.assembly, counts, training.compiled_program)
             self._begin(opened)
-            self._hooks.call("on_start")
-            self._hooks.raise_error("nothing was trained since the start")
-            if self.current_step:
-                self.metrics_tracker.postpone(self.current_step)  # an earlier start has written this row
             with self._ending.signals:
                 stopping = False
                 if training.eval_on_start and self.text.eval_rows and self.current_step == 0:
@@ -226,8 +222,14 @@ class Trainer(RunModel):
                     self._save_final_model()
         return self._end(stopping)
 
+    def _renew(self) -> None:
+        """Sets up again where `train` was called before, or another Trainer has trained in this folder since."""
+        if self._begun or folder.checkpoint_steps(self.folder) != self._found:
+            del self.state, self._start  # which holds it, too
+            self._set_up(newest(self._asked))
+
     def stop(self, reason: str) -> None:
-        """Ends the run after this update as a signal would: saved, to be gone on with; `train` raises Stopped."""
+        """Ends the run as a signal would, after this update or, before the first one, after that; see `train`."""
         self._ending.stop(reason)
 
     def _evaluate_and_log(self) -> None:
@@ -268,6 +270,10 @@ class Trainer(RunModel):
             self.text.rows.begin(self._progress.line, self._while_waiting)
             opened.callback(self.text.rows.end)
             self._watchdog.least = OTHER_LIMIT  # another process may wait for its shard, and this one for that process
+        self._hooks.call("on_start")
+        self._hooks.raise_error("nothing was trained since the start")
+        if self.current_step:
+            self.metrics_tracker.postpone(self.current_step)  # an earlier start has written this row
         self._throughput.restart()
 
     def _while_waiting(self) -> None:
@@ -299,6 +305,7 @@ class Trainer(RunModel):
         self._hooks.call("on_end", result)
         self._hooks.raise_error(going_on)
         if stopped is not None:
+            say(f"stopped: {printable(stopped)}")
             raise stopped
         return result
 
@@ -323,10 +330,8 @@ class Trainer(RunModel):
             "train/skipped_steps": values["skipped"],
             "train/loss_scale": values["loss_scale"],
         }
-        epochs = self.text.rows.epochs(self.resolved.batches.position(self.current_step))
-        row |= {} if epochs is None else {"train/epoch": epochs}
         row |= {name: value for name, value in values.items() if name.startswith("train/")}  # of an own loss
-        row |= memory_gib(jax.local_devices()) | self.train_batches.of_sources(self.current_step)
+        row |= memory_gib(jax.local_devices()) | self.train_batches.taken(self.current_step)
         self.metrics_tracker.update(row, self.current_step)
         self._judge.check(self.current_step, values)
         self._throughput.restart()

@@ -3,6 +3,7 @@
 import gc
 import os
 import signal
+import sys
 import weakref
 
 import numpy as np
@@ -15,6 +16,7 @@ from jaxlm.checkpoints.folder import checkpoint_steps
 from jaxlm.checkpoints.items import read_progress
 from jaxlm.config.validate import seconds_of
 from jaxlm.errors import Stopped, UserError
+from jaxlm.report.runs import read_lines
 
 # So high a learning rate that the losses of the first two evaluations are above that of the untrained model.
 OPTIONS = {
@@ -116,11 +118,18 @@ def test_a_run_that_its_hook_stops_or_fails_goes_on_to_the_same_end(tmp_path, co
     line = "failed: At.on_update raised ZeroDivisionError (division by zero) at step 6; it is saved, the same command"
     assert f"\n{line} goes on\n" in capfd.readouterr().err
     assert last.calls[-1][1] == 5 and "eval/loss" in rows_of(tmp_path / "run")[6]
-    trainer = Trainer(config, hooks=[At(7, lambda run: os.kill(os.getpid(), signal.SIGUSR1))])
-    with pytest.raises(Stopped, match="^SIGUSR1 at step 7"):
+    ending = [At(7, lambda run: os.kill(os.getpid(), signal.SIGUSR1)), At(9, lambda run: sys.exit(3))]
+    trainer, another = Trainer(config, hooks=ending), Trainer(config)
+    with pytest.raises(Stopped, match="^SIGUSR1 at step 7") as stopped:
         trainer.train()
-    Trainer(config).train()
-    assert set(checkpoint_steps(tmp_path / "run")) == {6, 7, 12}
+    assert stopped.value.code == 75, "what a program ends with that lets it pass"
+    with pytest.raises(SystemExit, match="3"):
+        trainer.train()  # goes on
+    assert "stopped: At.on_update raised SystemExit (3) at step 9; it is saved" in capfd.readouterr().err
+    assert another.train().finished, "it goes on, too: its folder is no longer at step 6"
+    assert trainer.train() == Trainer(config).train()
+    assert set(checkpoint_steps(tmp_path / "run")) == {7, 9, 12}
+    assert [start["step"] for start in read_lines(tmp_path / "run" / "starts.jsonl")] == [0, 3, 6, 7, 9]
     assert_ends_as(tmp_path / "run", whole[0])
 
 

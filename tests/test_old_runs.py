@@ -21,7 +21,7 @@ def old(tmp_path: Path, patch: pytest.MonkeyPatch) -> Path:
     """A copy, which is the working folder, as its paths are relative; on one device, as then."""
     shutil.copytree(GOLDEN, tmp_path / "old")
     patch.chdir(tmp_path / "old")
-    patch.setattr("jaxlm.trainer.start_backend", lambda config: jax.devices()[:1])
+    patch.setattr("jaxlm.run.begin.start_backend", lambda config: jax.devices()[:1])
     return tmp_path / "old"
 
 

@@ -11,8 +11,9 @@ from jaxlm.data.handed_over import HandedOver
 from jaxlm.errors import UserError
 from jaxlm.interop.pretrained import Pretrained, open_pretrained
 from jaxlm.model import Transformer
+from jaxlm.parallel.devices import start_backend
 from jaxlm.run.resume import Changes, go_on
-from jaxlm.run.setup import check_same_in_processes, with_text
+from jaxlm.run.setup import check_same_in_processes, resolve, with_text
 from jaxlm.run.text import Text, prepare_text
 from jaxlm.train.assemble import Resolved, assemble
 from jaxlm.train.own_loss import OwnLoss, name_of
@@ -28,13 +29,16 @@ class Beginning(NamedTuple):
     saved: dict[str, Any]  # fields of `Progress` that stay the same all through the run
 
 
-def judged_with(config: Config, given: HandedOver | None) -> Config:
-    """`config`, not judged by the text that it names where a program hands one over."""
-    return config if given is None else replace_fields(config, {"data.dataset_name": PYTHON})
-
-
-def with_handed_over(resolved: Resolved, given: HandedOver | None, named: str) -> Resolved:
-    """`resolved` with the text that a program hands over, if it does, in place of `named`, data.dataset_name."""
+def resolve_here(config: Config | Resolved, given: HandedOver | None, fresh: bool) -> Resolved:
+    """`resolve` on this machine's devices, where that has not been done; without the text that `config` names where a
+    program hands one over.
+    """
+    named = config.data.dataset_name if isinstance(config, Config) else config.config.data.dataset_name
+    if isinstance(config, Config):
+        judged = config if given is None else replace_fields(config, {"data.dataset_name": PYTHON})
+        resolved = resolve(judged, lambda config: start_backend(config.training), fresh)
+    else:
+        resolved = config
     if given is None:
         return resolved
     instead = named not in (PYTHON, DataConfig.dataset_name)

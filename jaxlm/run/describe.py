@@ -25,6 +25,12 @@ def describe_run(folder: Path, config: Config, tokenizer: Tokenizer, start: Star
     start.append_to(folder)
 
 
+def describe_finished(folder: Path, early: bool) -> str:
+    """Why a run that is started once more makes no update."""
+    longer = "a larger training.early_stopping_patience goes on, " * early
+    return f"this run is finished: {folder / 'final_model'} ({longer}--fresh starts it over)"
+
+
 def describe_end(result: Result) -> str:
     """Where a run that has ended as it should has left what."""
     at, best = f"at step {result.step} of {result.total_steps}", result.best_model

@@ -55,11 +55,12 @@ class BatchFeeder:
         finally:
             host_batches.close()
 
-    def of_sources(self, step: int) -> dict[str, float]:
-        """What the updates up to `step` have taken from each source of a mixture, see `Mixture.metrics`."""
-        if not isinstance(self.rows, Mixture):
-            return {}
-        return self.rows.metrics(self.batches.position(step), self.resolved.anneal_row)
+    def taken(self, step: int) -> dict[str, float]:
+        """What the updates up to `step` have taken: train/epoch where the text has an end, see `Mixture.metrics`."""
+        position = self.batches.position(step)
+        epochs = self.rows.epochs(position)
+        of_sources = self.rows.metrics(position, self.resolved.anneal_row) if isinstance(self.rows, Mixture) else {}
+        return ({} if epochs is None else {"train/epoch": epochs}) | of_sources
 
     def dispatched(self, step: int, result: jax.Array) -> None:
         """Update `step` is on its way to `result`; waits until no more than STEPS_AHEAD others are."""

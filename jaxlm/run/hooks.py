@@ -70,7 +70,10 @@ class Hook:
         """After a checkpoint was saved at `path`. Training waits until it is written, only where this is overridden."""
 
     def on_end(self, run: Running, result: Result) -> None:
-        """When all is saved and all rows are written, of a run that is finished or was stopped."""
+        """When all is saved and all rows are written, of a run that has finished or was stopped.
+
+        Called once: the same command again, of a finished run, calls nothing.
+        """
 
 
 class Hooks:
@@ -82,7 +85,7 @@ class Hooks:
 
     def __init__(self, hooks: Sequence[Hook], run: Running, watchdog: Watchdog) -> None:
         self._hooks, self._run, self._watchdog = hooks, weakref.ref(run), watchdog  # a run ends when it is let go
-        self._error: Exception | None = None
+        self._error: BaseException | None = None
         for hook in hooks:
             if not isinstance(hook, Hook):
                 raise UserError(f"hooks ({hook!r}): is no object of a class derived from jaxlm.Hook")
@@ -99,7 +102,7 @@ class Hooks:
             try:
                 with self._watchdog.during(f"{type(hook).__name__}.{method}"):
                     getattr(hook, method)(run, *payload)
-            except Exception as error:
+            except (Exception, SystemExit, KeyboardInterrupt) as error:
                 self._error = error
                 what = f"{type(hook).__name__}.{method} raised {type(error).__name__} ({printable(error)})"
                 self._what = f"{what} at step {run.current_step}"
@@ -113,5 +116,6 @@ class Hooks:
     def raise_error(self, going_on: str) -> None:
         """Raises what a hook has raised, if one has: the user's own error, after a line that names hook and update."""
         if self._error is not None:
-            print(f"failed: {self._what}; {going_on}", file=sys.stderr, flush=True)
+            how = "stopped" if isinstance(self._error, SystemExit) else "failed"
+            print(f"{how}: {self._what}; {going_on}", file=sys.stderr, flush=True)
             raise self._error

@@ -12,6 +12,7 @@ import pytest
 from conftest import make_config
 
 import jaxlm.checkpoints.save
+import jaxlm.run.begin
 import jaxlm.run.feed
 import jaxlm.run.text
 import jaxlm.train.assemble
@@ -27,7 +28,7 @@ STEPS = {"training.max_steps": 9, "training.save_steps": 2, "training.eval_steps
 
 # What is under way when SIGTERM comes: who does it, and how the process ends.
 MOMENTS = {
-    "looking for devices": (jaxlm.trainer, "start_backend", 75),
+    "looking for devices": (jaxlm.run.begin, "start_backend", 75),
     "tokenizing": (jaxlm.run.text, "prepare_all", 75),
     "packing": (jaxlm.run.text, "plan_cached", 75),
     "building the model": (jaxlm.train.assemble, "first_state", 75),
