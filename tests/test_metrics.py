@@ -43,7 +43,7 @@ from jaxlm.monitor.metrics import (
     model_flops_utilization,
 )
 from jaxlm.monitor.progress import Progress
-from jaxlm.monitor.sinks import Histogram, JsonLines, TensorBoard, hyperparameters, make_sinks
+from jaxlm.monitor.sinks import Histogram, JsonLines, TensorBoard, check_own_sinks, hyperparameters, make_sinks
 from jaxlm.monitor.watchdog import Watchdog
 from jaxlm.train.numbers import at_rate
 from jaxlm.train.step import make_loss
@@ -178,24 +178,26 @@ def test_texts_and_histograms_go_to_the_sinks_that_take_them() -> None:
     assert everything.histograms == {("parameters/x", 4): HISTOGRAM}
 
 
-def test_a_lost_disk_or_network_costs_rows_and_a_bug_shows(capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_a_sink_raises_costs_its_rows_and_is_told_once(capsys: pytest.CaptureFixture[str]) -> None:
     class Broken(Recorder):
-        error: Exception = ConnectionError("the tracker is\naway")
+        error: Exception | None = ConnectionError("the tracker is\naway")
 
         def write(self, row: dict[str, float], step: int) -> None:
-            raise self.error
+            if self.error is not None:
+                raise self.error
+            super().write(row, step)
 
     broken, whole = Broken(), Recorder()
     tracker = MetricsTracker([broken, whole])
-    for step in (1, 2):
+    for step, error in enumerate([broken.error, broken.error, None, KeyError("a bug")], 1):
+        broken.error = error
         tracker.update({"x": 1}, step)
         tracker.flush(step)
-    assert capsys.readouterr().err == "Broken: not written: the tracker is away\n"
-    assert len(whole.rows) == 2
-    broken.error = KeyError("a bug")
-    tracker.update({"x": 1}, 3)
-    with pytest.raises(KeyError):
-        tracker.flush(3)
+    assert (len(broken.rows), len(whole.rows)) == (1, 4)
+    assert capsys.readouterr().err.splitlines() == [
+        "Broken.write at step 1: not written: ConnectionError (the tracker is away); the run goes on without it",
+        "Broken.write at step 4: not written: KeyError ('a bug'); the run goes on without it",
+    ]
 
 
 def test_memory() -> None:
@@ -526,6 +528,33 @@ def test_own_sinks_get_the_rows(tmp_path: Path) -> None:
     tracker.close()
     assert own.rows == Mine.made[-1].rows == [(1, {"x": 1.0})]
     assert own.closed
+
+
+class Refusing(Mine):
+    """Has no place for the configuration, or is told not to be made at all."""
+
+    def __init__(self, folder: Path) -> None:
+        raise ConnectionError(f"no tracker for {folder.name}")
+
+
+class Away(Refusing):
+    def __init__(self, folder: Path, config: Config) -> None:
+        assert config is not None
+        super().__init__(folder)
+
+
+def test_own_sinks_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    for name, problem in (
+        ("Refusing", r"is made as Refusing\(folder, config\): too many positional arguments"),
+        ("Away", r"raised ConnectionError \(no tracker for run\) when it was made"),
+    ):
+        config = validate(Config(training=TrainingConfig(report_to=(f"{__name__}:{name}",))))
+        with pytest.raises(UserError, match=rf"^training\.report_to \({__name__}:{name}\): {problem}"):
+            make_sinks(config, tmp_path / "run", 0)
+        if name == "Refusing":
+            with pytest.raises(UserError, match=problem):
+                check_own_sinks(config)  # as a dry run does
 
 
 def test_an_own_sink_is_a_name_in_json() -> None:

@@ -9,7 +9,7 @@ import jax
 from jaxlm.config.validate import LARGEST_INT
 from jaxlm.errors import RunFailed, Stopped
 from jaxlm.monitor.metrics import memory_gib
-from jaxlm.monitor.sinks import Sink
+from jaxlm.monitor.sinks import Sink, check_own_sinks
 from jaxlm.parallel.processes import say
 from jaxlm.run.result import Result
 from jaxlm.train.assemble import Resolved
@@ -40,6 +40,7 @@ class DryRun(Trainer):
         return result
 
     def _open_sinks(self) -> Sequence[Sink]:
+        check_own_sinks(self.config)
         return []
 
     def _nothing(self, path: Any = None, *, average: bool = False) -> None:

@@ -151,15 +151,21 @@ class MetricsTracker:
         self._call_sinks("close")
 
     def _call_sinks(self, method: str, *arguments: Any) -> None:
-        """Calls `method` of every sink. A full disk costs rows, which is reported once, and not the run."""
+        """Calls `method` of every sink.
+
+        What one raises (a full disk, a tracker that is away, a bug) is told once, until it works again, and costs rows,
+        not the run.
+        """
         for i, sink in enumerate(self.sinks):
             if method in OPTIONAL_METHODS and not hasattr(sink, method):
                 continue
             try:
                 getattr(sink, method)(*arguments)
                 self._failing.discard(i)
-            except OSError as error:
+            except Exception as error:
                 if i not in self._failing:
-                    reason = error.strerror or one_line(error)
-                    print(f"{type(sink).__name__}: not written: {reason}", file=sys.stderr, flush=True)
+                    reason = getattr(error, "strerror", None) or f"{type(error).__name__} ({one_line(error)})"
+                    step = f" at step {arguments[-1]}" if arguments else ""
+                    what = f"{type(sink).__name__}.{method}{step}: not written: {reason}"
+                    print(f"{what}; the run goes on without it", file=sys.stderr, flush=True)
                 self._failing.add(i)

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import html
+import inspect
 import json
 import math
 import os
@@ -22,7 +23,7 @@ from jaxlm.config.fields import field_values
 from jaxlm.config.schema import FIELDS
 from jaxlm.config.validate import own_sink
 from jaxlm.data.atomic import atomic_write
-from jaxlm.errors import UserError
+from jaxlm.errors import UserError, one_line
 
 Row = dict[str, float]  # the metrics of a step by name
 # Fields that a resumed run may change although they change the training.
@@ -199,15 +200,43 @@ def _kept_id(path: Path) -> str:
     return path.read_text().strip()
 
 
+def check_own_sinks(config: Config) -> None:
+    """Raises UserError if a class in report_to is not one that is made from a folder and a configuration."""
+    for entry in config.training.report_to:
+        if isinstance(entry, str) and ":" in entry:
+            try:
+                inspect.signature(own_sink(entry)).bind(Path(), config)
+            except TypeError as error:
+                made = f"is made as {entry.partition(':')[2]}(folder, config)"
+                raise UserError(f"training.report_to ({entry}): {made}: {one_line(error)}") from error
+
+
+def _made(entry: str, folder: Path, config: Config) -> Sink:
+    """A sink of the user's own."""
+    try:
+        return own_sink(entry)(folder, config)
+    except Exception as error:
+        what = f"raised {type(error).__name__} ({one_line(error)}) when it was made"
+        raise UserError(f"training.report_to ({entry}): {what}") from error
+
+
 def make_sinks(config: Config, folder: Path, start_step: int) -> list[Sink]:
-    """metrics.jsonl and samples.jsonl, and one sink for each entry of report_to."""
+    """metrics.jsonl and samples.jsonl, and one sink for each entry of report_to.
+
+    Raises:
+      UserError: one cannot be made.
+    """
+    check_own_sinks(config)
     sinks: list[Sink] = [JsonLines(folder)]
     trackers = {"wandb": WeightsAndBiases, "trackio": Trackio}
-    for entry in config.training.report_to:
-        if not isinstance(entry, str):
-            sinks.append(entry)
-        elif entry == "tensorboard":
-            sinks.append(TensorBoard(folder / "logs", start_step, config))
-        elif entry != "jsonl":  # which is always written
-            sinks.append((trackers.get(entry) or own_sink(entry))(folder, config))
+    with contextlib.ExitStack() as opened:
+        for entry in config.training.report_to:
+            opened.callback(sinks[-1].close)  # where the next one can't be made
+            if not isinstance(entry, str):
+                sinks.append(entry)
+            elif entry == "tensorboard":
+                sinks.append(TensorBoard(folder / "logs", start_step, config))
+            elif entry != "jsonl":  # which is always written
+                sinks.append(trackers[entry](folder, config) if entry in trackers else _made(entry, folder, config))
+        opened.pop_all()
     return sinks

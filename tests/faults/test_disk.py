@@ -102,7 +102,8 @@ def test_a_log_that_cannot_be_written_is_said_once(tmp_path, capsys):
         tracker.update({"train/loss": 1.0}, step)
         tracker.flush(step)
     tracker.close()
-    assert capsys.readouterr().err == "Full: not written: No space left on device\n"
+    line = "Full.write at step 0: not written: No space left on device; the run goes on without it"
+    assert capsys.readouterr().err == line + "\n"
     assert tracker.get_latest("train/loss") == 1.0
 
 
