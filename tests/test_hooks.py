@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import weakref
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -241,7 +242,7 @@ def test_what_is_imported_from_the_top(whole, tmp_path, corpus):
     result = Trainer(run / "config.json").train()  # which is finished
     assert isinstance(result, Result) and (result.step, result.total_steps, result.finished) == (12, 12, True)
     loaded, logged = load(run / "final_model"), rows_of(run)[12]["eval/loss"]
-    for found in (evaluate(loaded), evaluate(str(run / "final_model"), file, batch_size=3)):
+    for found in (evaluate(loaded), evaluate(str(run / "final_model"), Path(file), batch_size=3)):
         assert found["loss"] == pytest.approx(logged, rel=1e-5)
     with pytest.raises(UserError, match=r"^batch_size \(0\) must be at least 1$"):
         evaluate(loaded, batch_size=0)

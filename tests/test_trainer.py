@@ -269,6 +269,8 @@ def test_evaluation_of_other_text(reference, corpus, tmp_path):
     trained, doubts = evaluate(train_files=(str(same_as_train),))
     assert trained["documents"] > 3 * own["documents"]
     assert (trained["text"], doubts) == (str(same_as_train), ["warning: the model was trained on this text"])
+    _, doubts = evaluate(validation_files=(held_out, str(same_as_train)))
+    assert doubts == [f"warning: the model was trained on 1 of these 2 files, such as {same_as_train}"]
     part, doubts = evaluate(train_files=(train,), validation_fraction=0.2)
     assert part["documents"] == 24
     assert (part["text"], len(doubts)) == (f"{train}, 0.2 of it held out", 1)

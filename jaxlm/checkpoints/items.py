@@ -6,7 +6,7 @@ Every saved folder holds the same items: `params` (Orbax), `config/config.json`,
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -37,6 +37,7 @@ class Progress:
     # change don't say
     anneal_row: int | None = None  # of the stream, from which on data.anneal_weights hold
     evaluations_since_best: int = 0  # without a lower validation loss
+    files: Sequence[str] = ()  # SHA-256 of those that it was trained on, in hexadecimal; older folders don't say
 
     @property
     def position(self) -> int:

@@ -40,7 +40,7 @@ class Source:
       format: what its rows are.
       question: the messages before the first answer; None: there are none.
       sizes: about how many characters each part has before any of it is held out; None: not known.
-      files: of the training text, by their digests.
+      files: that are trained on, or evaluated, by their SHA-256; none where the text is no files of the user's.
     """
 
     name: str
@@ -166,13 +166,14 @@ def _own_files(data: DataConfig, tokenizer: Tokenizer | None, evaluating: bool) 
         return replace(_source(data, tokenizer, name, train, None, evaluating), files=digests)
     held_out, validated, validation = part(data.validation_files, "data.validation_files")
     if evaluating:
-        return _source(data, tokenizer, held_out, None, validation, evaluating)
+        return replace(_source(data, tokenizer, held_out, None, validation, evaluating), files=validated)
     name, trained, train = part(data.train_files, own)
     if both := validated.keys() & trained.keys():
         file, same = validated[min(both)], trained[min(both)]
         also = "" if file == same else f", as {same}"
         raise UserError(f"data.validation_files ({file}): is in {own}, too{also}; leave it out of one")
-    return _source(data, tokenizer, f"{name}, held out: {held_out}", train, validation, evaluating)
+    source = _source(data, tokenizer, f"{name}, held out: {held_out}", train, validation, evaluating)
+    return replace(source, files=trained)
 
 
 def _hub(data: DataConfig, tokenizer: Tokenizer | None, evaluating: bool) -> Source:

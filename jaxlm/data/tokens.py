@@ -20,7 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from itertools import chain, combinations
 from pathlib import Path
@@ -105,6 +105,7 @@ class Prepared:
     source_name: str
     source_fingerprint: str
     question: list[dict[str, Any]] | None = None  # the messages before the first answer, in conversations
+    files: Mapping[bytes, Path] = field(default_factory=dict)  # as the source has them
 
 
 def cache_root(data: DataConfig) -> Path:
@@ -159,7 +160,7 @@ def prepare_all(
     if tokenizer is None and data.tokenizer_path is not None:
         tokenizer = Tokenizer.load(data.tokenizer_path, data=data)
     sources = {name: open_source(each, evaluating, tokenizer, given) for name, each in texts.items()}
-    if data.sources:
+    if data.sources and not evaluating:
         _check_mixture(sources, data)
     for name, source in sources.items():
         reporter(report, name)(f"text: {source.name}")
@@ -228,7 +229,8 @@ def _prepared(source: Source, data: DataConfig, tokenizer: Tokenizer, root: Path
         choices = told["choices"] + choices
     fingerprint = "+".join([source.fingerprint, *choices])
     train = streamed or parts.get("train")
-    return Prepared(tokenizer, train, parts.get("validation"), source.name, fingerprint, source.question)
+    texts = train, parts.get("validation")
+    return Prepared(tokenizer, *texts, source.name, fingerprint, source.question, source.files)
 
 
 def _tokenized(folder: Path, source: Source, tokenizer: Tokenizer, data: DataConfig, report: Report) -> str:

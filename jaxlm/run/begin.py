@@ -74,4 +74,5 @@ def begin(
     if checkpoint is not None:  # `jaxlm resume` asks for the size that was reached
         of_run = read_progress(checkpoint).requested_vocab_size, *of_run[1:]
     saved = dict(zip(("requested_vocab_size", "data_fingerprint", "model_class", "loss"), of_run, strict=True))
-    return Beginning(resolved, text, pretrained, changed, saved | {"longest_piece": text.longest_piece})
+    of_text = {"longest_piece": text.longest_piece, "files": text.files}
+    return Beginning(resolved, text, pretrained, changed, saved | of_text)

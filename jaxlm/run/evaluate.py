@@ -31,7 +31,7 @@ TEXT = [f"data.{name}" for name in [*NAMES.split(), "sources"]]
 
 def evaluate(
     model: str | os.PathLike[str] | LoadedModel,
-    files: str | Sequence[str] = (),
+    files: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] = (),
     *,
     batch_size: int | None = None,
     **data: Any,
@@ -40,7 +40,7 @@ def evaluate(
 
     Args:
       model: what `load` opens, or what it returned.
-      files: to evaluate all of.
+      files: to evaluate all of; a str as `--data.validation_files` takes it.
       batch_size: rows evaluated at once; None: as in training.
       data: fields of DataConfig, such as dataset_name="python-stdlib".
 
@@ -52,7 +52,8 @@ def evaluate(
     """
     given = {f"data.{name}": value for name, value in data.items()}
     if files:
-        given["data.validation_files"] = files
+        several = [files] if isinstance(files, os.PathLike) else files
+        given["data.validation_files"] = several if isinstance(several, str) else tuple(map(os.fspath, several))
     if batch_size is not None and batch_size < 1:
         raise UserError(f"batch_size ({batch_size}) must be at least 1")
     loaded = model if isinstance(model, LoadedModel) else load(model)
@@ -142,6 +143,9 @@ def _doubts(loaded: LoadedModel, config: Config, prepared: Prepared, longest: in
     share = 1 if prepared.train is None else config.data.validation_fraction
     if text in trained and share > ("-" not in run.data_fingerprint and own.data.validation_fraction):
         yield f"the model was trained on {'this text' if share == 1 else 'a part of this text'}"
+    known = {digest.hex(): path for digest, path in prepared.files.items()}
+    if text not in trained and (both := sorted(known.keys() & {*run.files})):
+        yield f"the model was trained on {len(both)} of these {len(known)} files, such as {known[both[0]]}"
     named = attrgetter(*TEXT)
     if named(config) == named(own) and text not in run.data_fingerprint:
         yield "the text has changed since the run"

@@ -27,6 +27,7 @@ class Text:
     eval_rows: dict[str, Rows]  # by source, as `held_out` has them
     eval_bytes: int  # UTF-8 bytes of the evaluated text
     sample_prompt: Prompt  # what samples go on from, or answer
+    files: list[str]  # SHA-256 of those that are trained on, in hexadecimal
 
     @property
     def longest_piece(self) -> int:
@@ -54,7 +55,8 @@ def prepare_text(config: Config, tokenizer: Tokenizer | None, given: HandedOver 
     evaluated = held_out(data, prepared)
     eval_bytes = sum(documents.kept_bytes(data.min_length) for documents in evaluated.values())
     fingerprint = ";".join(each.source_fingerprint for each in prepared.values())
-    text = Text(asked.tokenizer, fingerprint, rows, pack_all(evaluated, data, say), eval_bytes, prompt)
+    files = sorted(digest.hex() for each in prepared.values() for digest in each.files)
+    text = Text(asked.tokenizer, fingerprint, rows, pack_all(evaluated, data, say), eval_bytes, prompt, files)
     for line in untrained_positions(config, text.longest_piece, config.model.max_seq_len):
         say(line)
     return text
