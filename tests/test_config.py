@@ -20,13 +20,16 @@ from jaxlm.config import (
     ModelConfig,
     TrainingConfig,
     from_dict,
+    load_config,
     replace_fields,
+    shipped_configs,
     to_dict,
     validate,
     with_derived,
 )
 from jaxlm.config.fields import accepts, changed_fields
 from jaxlm.errors import UserError
+from jaxlm.run.setup import resolve
 
 ROOT = Path(__file__).parents[1]
 
@@ -215,6 +218,28 @@ def test_bounds_are_enforced(dotted: str) -> None:
 def test_values_at_the_bounds_are_valid(dotted: str) -> None:
     for value in inside(*FIELDS[dotted]):
         validate(replace_fields(set_to(dotted, value), {} if value is None else of_use(dotted)))
+
+
+def test_options_without_use_are_told() -> None:
+    asked = {"training.muon_momentum": 0.5, "training.loss_scale_window": 9, "model.rope_low_freq_factor": 2.0}
+    asked |= {"training.max_steps": 9, "training.num_epochs": 2.0}
+    assert told(asked) == [
+        "model.rope_low_freq_factor (2.0) has no use with model.rope_scaling none",
+        "training.num_epochs (2.0) has no use with training.max_steps 9",
+        "training.muon_momentum (0.5) has no use with training.optimizer adamw",
+        "training.loss_scale_window (9) has no use with training.amp_dtype bfloat16",
+    ]
+    float16 = {"training.amp_dtype": "float16", "training.optimizer": "muon", "training.max_steps": None}
+    scaled = {"model.positions": "rotary", "model.rope_scaling": "llama3", "model.rope_original_length": 512}
+    assert told(asked | float16 | scaled) == []
+    fixed = ["training.loss_scale_window (9) has no use with training.loss_scale 64.0"]
+    assert told(asked | float16 | scaled | {"training.loss_scale": 64.0}) == fixed
+    for name in shipped_configs():
+        assert resolve(load_config(name), 1).notes == (), name
+
+
+def told(asked: dict[str, Any]) -> list[str]:
+    return list(resolve(replace_fields(Config(), asked), 1).notes)
 
 
 def of_use(dotted: str) -> dict[str, Any]:

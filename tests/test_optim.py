@@ -17,10 +17,11 @@ from flax import nnx
 
 from jaxlm.config import Config, ModelConfig, TrainingConfig, validate
 from jaxlm.config.schema import FROM_OPTAX
+from jaxlm.config.unused import NEEDS
 from jaxlm.errors import UserError
 from jaxlm.model import Transformer
 from jaxlm.train.average import next_average
-from jaxlm.train.optim import NEWTON_SCHULZ, build_optimizer, decay_mask
+from jaxlm.train.optim import NEWTON_SCHULZ, OPTIMIZERS, build_optimizer, decay_mask
 from jaxlm.train.schedules import SCHEDULES, build_schedule, effective_warmup
 
 MODEL = ModelConfig(vocab_size=61, d_model=32, n_heads=2, n_layers=2, d_ff=64, max_seq_len=24)
@@ -103,6 +104,38 @@ def test_warmup_is_at_most_a_tenth(asked, steps, warmup):
     assert effective_warmup(config, steps) == warmup
     rates = rates_of(config, steps)
     assert max(rates) == pytest.approx(TRAINING.learning_rate)
+
+
+@pytest.mark.parametrize("name", [name for name in NEEDS if NEEDS[name][0] == "training.lr_scheduler"])
+def test_which_schedule_an_option_is_for(name):
+    for scheduler in SCHEDULES:
+        config = dataclasses.replace(TRAINING, lr_scheduler=scheduler, warmup_steps=2, min_lr_ratio=0.2)
+        other = dataclasses.replace(config, **{name.partition(".")[2]: 0.7})
+        assert np.array_equal(rates_of(config, 40), rates_of(other, 40)) == (scheduler not in NEEDS[name][1])
+
+
+@pytest.mark.parametrize("name", [name for name in NEEDS if NEEDS[name][0] == "training.optimizer"])
+def test_which_optimizer_an_option_is_for(name):
+    """Two updates of each with another value: others where the table says that it is used, and only there."""
+    kernels = jnp.cos(jnp.arange(2.0 * 4 * 3)).reshape(2, 4, 3)
+    params = {"blocks": {"mlp": {"kernel": kernels}}, "token_embedding": jnp.sin(jnp.arange(15.0)).reshape(5, 3)}
+
+    def updates(config):
+        rule, found = build_optimizer(config), []
+        state = rule.init(params)
+        grads = jax.tree.map(jnp.cos, params)
+        for factor in (1.0, -0.001):  # between lion's weights of the momentum and of the second gradient
+            update, state = rule.update(optax.tree.scale(factor, grads), state, params)
+            found += jax.tree.leaves(update)
+        return found
+
+    value = "polar_express" if name == "training.muon_coefficients" else 0.5
+    for optimizer in OPTIMIZERS:
+        config = dataclasses.replace(TRAINING, optimizer=optimizer)
+        pairs = zip(
+            updates(config), updates(dataclasses.replace(config, **{name.partition(".")[2]: value})), strict=True
+        )
+        assert all(np.array_equal(*pair) for pair in pairs) == (optimizer not in NEEDS[name][1]), optimizer
 
 
 def test_lamb_is_optax_lamb_of_each_layer():

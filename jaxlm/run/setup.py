@@ -16,6 +16,7 @@ from jaxlm.config import (
     mesh_shape,
     replace_fields,
     to_dict,
+    unused_options,
     with_derived,
 )
 from jaxlm.interop import deepspeed, pretrained
@@ -46,6 +47,7 @@ def resolve(config: Config, devices: Devices, fresh: bool = False) -> "Resolved"
       UserError: names what is wrong, its value and what to do.
     """
     check_fields(config)
+    own = config
     asked = pretrained.with_architecture(config, fresh)
     config, _ = deepspeed.apply(asked, world=None)
     check_together(config)
@@ -61,7 +63,8 @@ def resolve(config: Config, devices: Devices, fresh: bool = False) -> "Resolved"
         mesh = make_mesh(list(devices), mesh_shape(config, len(devices)))
     config, notes = deepspeed.apply(asked, world=row_shards(mesh))
     masked = config.data.format not in ("auto", "text") and config.data.loss_on != "all"
-    return Resolved(with_derived(config), mesh, tuple(notes), masked=masked)
+    complete = with_derived(config)
+    return Resolved(complete, mesh, (*notes, *unused_options(own, complete)), masked=masked)
 
 
 def with_text(resolved: "Resolved", text: "Text") -> "Resolved":
