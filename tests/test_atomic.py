@@ -110,3 +110,12 @@ def test_a_folder_does_not_replace_another(tmp_path: Path) -> None:
     assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")) == [
         *("empty", "empty/y", "full", "full/x")
     ]
+
+
+def test_where_no_file_can_be_made_that_is_an_error_at_once(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="No such file or directory"):
+        atomic_write(tmp_path / "missing" / "file", "text")
+    assert not (tmp_path / "missing").exists()
+    if Path("/proc").is_dir():
+        with pytest.raises(OSError, match="No such file or directory"):
+            atomic_write(Path("/proc/file"), "text")

@@ -124,7 +124,7 @@ def test_which_optimizer_an_option_is_for(name):
         rule, found = build_optimizer(config), []
         state = rule.init(params)
         grads = jax.tree.map(jnp.cos, params)
-        for factor in (1.0, -0.001):  # between lion's weights of the momentum and of the second gradient
+        for factor in (1.0, -0.001, 1.0, -0.01):  # whose signs lion changes as either of its decays says
             update, state = rule.update(optax.tree.scale(factor, grads), state, params)
             found += jax.tree.leaves(update)
         return found

@@ -291,6 +291,7 @@ def test_several_runs(tmp_path: Path, run: Path) -> None:
     third = tmp_path / "deep" / "other"
     third.parent.mkdir()
     shutil.copytree(other, third)
+    make_run(tmp_path / "begun", [])
     assert [each.name for each in read_runs([tmp_path])] == sorted(["a <b>run", "other"])  # a folder of runs
     page, _ = render(run, other, third)
     assert "3 runs compared" in page.text

@@ -195,6 +195,12 @@ def test_another_sweep_in_the_same_folder_is_refused(
         sweep("whole", *options)
 
 
+def test_a_run_in_a_sweeps_folder_is_refused(swept: Path) -> None:
+    config = replace_fields(load_config(str(swept / "best_config.json")), {"training.checkpoint_dir": str(swept)})
+    with pytest.raises(UserError, match="holds a sweep, whose runs have folders of their own; name another"):
+        Trainer(config)
+
+
 @pytest.mark.slow
 def test_a_stopped_sweep_goes_on(swept: Path, sweep: Callable[..., Path], patch: pytest.MonkeyPatch) -> None:
     """Its budget ends it after the first run, a signal in the middle of the third; all is as if nothing had been."""
@@ -204,6 +210,7 @@ def test_a_stopped_sweep_goes_on(swept: Path, sweep: Callable[..., Path], patch:
         original(self, loss)
         calls.append(self.current_step)
         if self.folder.name == "learning_rate=0.001,seed=1" and self.current_step == 3:
+            assert trials_in(self.folder.parent)[2].seconds > 0, "noted as it goes, so that a killed run's time counts"
             os.kill(os.getpid(), signal.SIGTERM)
 
     patch.setattr(Trainer, "_log_metrics", interrupted)

@@ -17,6 +17,7 @@ from filelock import FileLock, Timeout
 
 from jaxlm.checkpoints.items import read_progress
 from jaxlm.checkpoints.manifest import MODELS, PREFIX, damage, is_sealed, numbered
+from jaxlm.data.atomic import check_writable
 from jaxlm.errors import UserError
 from jaxlm.parallel.processes import barrier, is_leader, say, text_from_any_process
 
@@ -51,6 +52,7 @@ class RunFolder:
             self._made = [path for path in (folder, *folder.parents) if not path.exists()]
             folder.mkdir(parents=True, exist_ok=True)
             if is_leader():
+                check_writable(folder)
                 self._lock.acquire()
 
     def release(self) -> None:

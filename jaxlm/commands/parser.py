@@ -76,6 +76,8 @@ def add_config_file(parser: Parser) -> None:
 
 def path(text: str) -> Path:
     """The type of an option that is a file or folder; shells leave a ~ behind "=" as it is."""
+    if not text:
+        raise argparse.ArgumentTypeError("is empty; name a file or a folder, or leave it out")
     return Path(os.path.expanduser(text))
 
 

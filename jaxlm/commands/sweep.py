@@ -7,6 +7,7 @@ import math
 import re
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -174,10 +175,11 @@ def _train_all(
         if trial.status in (DONE, FAILED) or sum(each.seconds for each in trials) >= budget:
             continue
         say(f"\nrun {number} of {len(trials)}: {_point(trial)}")
-        started = time.perf_counter()
+        started, before = time.perf_counter(), trial.seconds
+        note = partial(_note, trial, before - started, lambda: sweep.write(folder, asked, trials))
         gc.collect()  # the run before leaves the device to this one
         try:
-            _train(trial, configs[trial.name], folder, lambda: sweep.write(folder, asked, trials))
+            _train(trial, configs[trial.name], folder, note)
         except Diverged as error:
             trial.status, trial.reason = FAILED, printable(error)
         except RuntimeError as error:
@@ -185,18 +187,30 @@ def _train_all(
                 raise
             trial.status, trial.reason = FAILED, OUT_OF_MEMORY
         finally:
-            trial.seconds += time.perf_counter() - started
             if trial.status != sweep.NEW:  # else it was refused: nothing stays
-                sweep.write(folder, asked, trials)
+                note()
         say(f"run {number} of {len(trials)}: {trial.reason or f'validation loss {trial.loss:.4f}'}")
 
 
-def _train(trial: Trial, resolved: "Resolved", folder: Path, begun: Callable[[], None]) -> None:
+def _note(trial: Trial, since: float, write: Callable[[], None]) -> None:
+    """Writes how long `trial` has taken: the time of now and `since`."""
+    trial.seconds = since + time.perf_counter()
+    write()
+
+
+def _train(trial: Trial, resolved: "Resolved", folder: Path, note: Callable[[], None]) -> None:
+    from jaxlm.run.hooks import Hook
     from jaxlm.trainer import Trainer
 
-    trainer = Trainer(resolved)
+    class Noting(Hook):
+        """Keeps the time that a killed run has taken."""
+
+        def on_log(self, *_: object) -> None:
+            note()
+
+    trainer = Trainer(resolved, hooks=[Noting()])
     trial.status, trial.held_out_bytes = sweep.BEGUN, trainer.text.eval_bytes
-    begun()
+    note()
     trainer.train()
     trial.judge(folder / trial.name)
 

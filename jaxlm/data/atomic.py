@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +22,7 @@ def atomic_path(path: Path, goes_on: bool = False) -> Iterator[Path]:
     with `goes_on` it is given that, unless the block ended with a UserError.
     """
     part = _part_of(path)
-    os.stat(path.parent / ".")  # filelock would make a folder that is missing
+    check_writable(path.parent)
     with FileLock(path.with_name(f".{path.name}.lock")) as lock:
         if not goes_on:
             _remove(part)
@@ -60,6 +61,12 @@ def atomic_write(path: Path, text: str) -> None:
     """Writes `text` as UTF-8 to `path`, whole or not at all."""
     with atomic_path(path) as part:
         part.write_text(text, encoding="utf-8")
+
+
+def check_writable(folder: Path) -> None:
+    """Raises OSError where no file can be made: filelock would wait for ever, or make a folder that is missing."""
+    with tempfile.TemporaryFile(dir=folder):
+        pass
 
 
 def sync(path: Path) -> None:

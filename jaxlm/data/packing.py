@@ -120,7 +120,7 @@ def plan_cached(documents: TokenDocuments, data: DataConfig, report: Report) -> 
     report(
         f"{documents.split} rows: {len(result):,} of {data.max_length} tokens, {kind}, {result.efficiency:.1%} full; "
         f"{result.documents:,} document{'s' * (result.documents != 1)}, {result.cut_documents:,} cut, "
-        f"{result.dropped_documents:,} dropped ({took})"
+        f"{result.dropped_documents:,} dropped as too short ({took})"
     )
     return result
 

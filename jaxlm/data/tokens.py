@@ -16,7 +16,6 @@ Of several processes that need the same folder or plan, one makes it and the oth
 import hashlib
 import json
 import os
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -30,7 +29,7 @@ import numpy as np
 
 from jaxlm.config import DataConfig
 from jaxlm.data import shards
-from jaxlm.data.atomic import atomic_path, shared_part
+from jaxlm.data.atomic import atomic_path, check_writable, shared_part
 from jaxlm.data.chat_tokens import why_it_will_not_stop, with_template
 from jaxlm.data.handed_over import HandedOver
 from jaxlm.data.sources import Source, open_source
@@ -114,8 +113,7 @@ def cache_root(data: DataConfig) -> Path:
     root = Path(data.cache_dir if data.cache_dir is not None else f"{home}/jaxlm").expanduser()
     with _writing_to(root):
         root.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=root):
-            pass
+        check_writable(root)
     return root
 
 

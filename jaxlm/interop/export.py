@@ -116,6 +116,7 @@ def export_adapter(loaded: LoadedModel, source: Path, to: Path) -> None:
             f"--adapter: its base ({base}) is no model of transformers; leave it out, and the two are merged"
         )
     family = family_for(loaded.config.model, f"--model ({source})")
+    base = os.path.abspath(own) if own.is_dir() else base  # else it is a name on the Hub
     check_target(to)
     params = {
         path: np.asarray(x) for path, x in flatten_dict(nnx.to_pure_dict(nnx.state(loaded.model)), sep="/").items()

@@ -231,8 +231,11 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
 
 
 def _runs_in(folder: Path) -> list[Path]:
-    inside = [path.parent for path in sorted(folder.glob("*/metrics.jsonl"))]
-    return inside if inside and not os.path.isfile(folder / "metrics.jsonl") else [folder]
+    """`folder`, or the runs in it that have begun."""
+    inside = sorted(folder.glob("*/metrics.jsonl"))
+    if not inside or os.path.isfile(folder / "metrics.jsonl"):
+        return [folder]
+    return [path.parent for path in inside if path.stat().st_size] or [inside[0].parent]
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

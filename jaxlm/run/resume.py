@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -15,6 +16,7 @@ from jaxlm.parallel.mesh import row_shards, show_row_shards
 from jaxlm.parallel.processes import barrier, is_leader, say
 from jaxlm.report.runs import read_lines
 from jaxlm.run.ending import stops_early
+from jaxlm.run.sweep import FILE as SWEEP
 from jaxlm.train.assemble import Resolved
 from jaxlm.train.schedules import Schedule, build_schedule
 
@@ -28,8 +30,11 @@ def find_resume(config: Config, run_folder: Path) -> Path | None:
     Puts the folder in order first, if a crash left it in disorder.
 
     Raises:
-      UserError: the named one is not there or damaged, or all are damaged.
+      UserError: the named one is not there or damaged, or all are damaged; or the folder is a sweep's.
     """
+    if os.path.isfile(run_folder / SWEEP):
+        where = f"training.checkpoint_dir ({run_folder})"
+        raise UserError(f"{where} holds a sweep, whose runs have folders of their own; name another, or one of those")
     if is_leader():
         folder.clean(run_folder)
     barrier("put the folder in order")

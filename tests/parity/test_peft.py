@@ -5,6 +5,7 @@ Run by name, with torch, transformers and peft beside jaxlm: `pytest tests/parit
 
 import dataclasses
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -73,15 +74,18 @@ def logits_of_jaxlm(folder: Path) -> np.ndarray:
 
 @pytest.fixture
 def tuned(tmp_path: Path, corpus: Path, base: Path) -> Path:
-    options = {"training.init_from": str(base), "training.lora_rank": 3, "training.lora_alpha": 5.0}
+    options = {"training.init_from": os.path.relpath(base), "training.lora_rank": 3, "training.lora_alpha": 5.0}
     Trainer(dataclasses.replace(make_config(tmp_path, corpus, **options), model=ModelConfig())).train()
     return tmp_path / "run" / "final_model"
 
 
-def test_adapters_are_opened_by_peft_and_merged_by_transformers(tmp_path: Path, base: Path, tuned: Path) -> None:
+def test_adapters_are_opened_by_peft_and_merged_by_transformers(
+    tmp_path: Path, base: Path, tuned: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     own = logits_of_jaxlm(tuned)
     assert np.abs(own - logits_of_jaxlm(base)).max() > 1e-2
     export_adapter(load(tuned), tuned, tmp_path / "adapter")
+    monkeypatch.chdir(tmp_path)  # the base is found from anywhere
     opened = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
     np.testing.assert_allclose(logits_of(opened), own, atol=1e-4)
     export(load(tuned), tuned, tmp_path / "merged", max_shard_size=10**9, dtype="float32", repo_id="x")
