@@ -1,6 +1,7 @@
 """The ways a run ends early on purpose; everything else that raises is a bug."""
 
 import os
+import sys
 
 LONGEST_MESSAGE = 2000  # characters
 
@@ -22,9 +23,15 @@ class Stopped(SystemExit):
     SystemExit, ends with exit code 75.
     """
 
-    def __init__(self, message: str, said: bool = False) -> None:
+    def __init__(self, message: str) -> None:
         super().__init__(message)
-        self.code, self.said = os.EX_TEMPFAIL, said  # whether the message has been printed
+        self.code, self._said = os.EX_TEMPFAIL, False
+
+    def say(self) -> None:
+        """Prints the message on stderr, once."""
+        if not self._said:
+            print(f"stopped: {printable(self)}", file=sys.stderr, flush=True)
+            self._said = True
 
 
 def one_line(error: BaseException) -> str:

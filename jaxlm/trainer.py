@@ -21,7 +21,7 @@ from jaxlm.config import Config, check_steps, load_config
 from jaxlm.data.handed_over import Dataset, handed_over
 from jaxlm.data.loader import total_steps
 from jaxlm.data.streaming import StreamedRows
-from jaxlm.errors import RunFailed, printable
+from jaxlm.errors import RunFailed
 from jaxlm.monitor.metrics import MetricsTracker, Throughput, memory_gib, model_flops_utilization
 from jaxlm.monitor.profiling import Profiler
 from jaxlm.monitor.progress import Progress
@@ -305,7 +305,7 @@ class Trainer(RunModel):
         self._hooks.call("on_end", result)
         self._hooks.raise_error(going_on)
         if stopped is not None:
-            say(f"stopped: {printable(stopped)}")
+            stopped.say()
             raise stopped
         return result
 

@@ -29,8 +29,7 @@ def run_and_exit(command: Callable[[], None]) -> NoReturn:
     except RunFailed as error:
         _exit(f"failed: {printable(error)}", EXIT_FAILED)
     except Stopped as stopped:
-        if not stopped.said:
-            print(f"stopped: {printable(stopped)}", file=sys.stderr, flush=True)
+        stopped.say()
         if request.signal is not None:  # it may have come while JAX traced, whose state then crashes Python's own end
             os._exit(EXIT_STOPPED)
         sys.exit(EXIT_STOPPED)

@@ -36,7 +36,7 @@ class Ending:
 
     def stopped(self, step: int, going_on: str) -> Stopped:
         """What says that the run has stopped after update `step`; all processes call it together."""
-        return Stopped(f"{text_from_any_process(self.reason)} at step {step}; {going_on}", said=True)
+        return Stopped(f"{text_from_any_process(self.reason)} at step {step}; {going_on}")
 
 
 def stops_early(training: TrainingConfig, evaluations_since_best: int) -> bool:
