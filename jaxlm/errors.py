@@ -18,20 +18,22 @@ class Diverged(RunFailed):
     """What the numbers of a run have become leaves nothing to train."""
 
 
-class Stopped(SystemExit):
-    """The run was asked to stop; its state is saved and the same command goes on. A program that lets it pass, as any
-    SystemExit, ends with exit code 75.
-    """
+class Stopped(BaseException):  # as KeyboardInterrupt: no library may take it for an error of its own
+    """The run was asked to stop; its state is saved and the same command goes on. Exit code 75."""
 
-    def __init__(self, message: str) -> None:
-        super().__init__(message)
-        self.code, self._said = os.EX_TEMPFAIL, False
+    said = False
 
     def say(self) -> None:
         """Prints the message on stderr, once."""
-        if not self._said:
+        if not self.said:
             print(f"stopped: {printable(self)}", file=sys.stderr, flush=True)
-            self._said = True
+            self.said = True
+
+
+class ProgramStopped(Stopped, SystemExit):
+    """A program that lets it pass ends with exit code 75; it would end a session at a prompt, too."""
+
+    code = os.EX_TEMPFAIL
 
 
 def one_line(error: BaseException) -> str:

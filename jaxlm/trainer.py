@@ -21,7 +21,7 @@ from jaxlm.config import Config, check_steps, load_config
 from jaxlm.data.handed_over import Dataset, handed_over
 from jaxlm.data.loader import total_steps
 from jaxlm.data.streaming import StreamedRows
-from jaxlm.errors import RunFailed
+from jaxlm.errors import RunFailed, UserError
 from jaxlm.monitor.metrics import MetricsTracker, Throughput, memory_gib, model_flops_utilization
 from jaxlm.monitor.profiling import Profiler
 from jaxlm.monitor.progress import Progress
@@ -41,7 +41,7 @@ from jaxlm.run.judge import NumbersJudge
 from jaxlm.run.models import AGAIN, RunModel
 from jaxlm.run.probes import Probes
 from jaxlm.run.result import Result
-from jaxlm.run.resume import find_resume, is_finished, newest, say_going_on
+from jaxlm.run.resume import find_resume, is_finished, say_going_on
 from jaxlm.run.setup import compile_steps, keep_compiled_programs
 from jaxlm.train.assemble import Resolved, assemble
 from jaxlm.train.evaluate import describe_evaluation
@@ -81,15 +81,10 @@ class Trainer(RunModel):
         config = load_config(os.fspath(config)) if isinstance(config, str | os.PathLike) else config
         data = config.data if isinstance(config, Config) else config.config.data
         self._handed_over, self._own_loss = handed_over(data, train_dataset, eval_dataset), compute_loss
-        self._own_sinks, self._own_hooks, self._asked = sinks, hooks, config
-        self._set_up(config, fresh)
-
-    def _set_up(self, config: Config | Resolved, fresh: bool = False) -> None:
-        """Everything up to the first update."""
         self.resolved = resolve_here(config, self._handed_over, fresh)
-        self._begun, self._ending = False, Ending(self.config.training)
+        self._own_sinks, self._ending, self._begun = sinks, Ending(self.config.training), False
         self._watchdog, self._throughput = Watchdog(self.config.training.watchdog_seconds), Throughput()
-        self._hooks = Hooks(self._own_hooks, self, self._watchdog)
+        self._hooks = Hooks(hooks, self, self._watchdog)
         self.folder = Path(self.config.training.checkpoint_dir).expanduser()
         self._lock = folder.RunFolder(self.folder, fresh)
         with self._lock:  # a start that is refused leaves nothing behind
@@ -165,17 +160,16 @@ class Trainer(RunModel):
     def train(self) -> Result:
         """Trains to the last step, evaluating, saving and logging on the way; a finished run returns at once.
 
-        Called again, or after another Trainer of the same folder, it goes on from the newest checkpoint.
-
         Raises:
+          UserError: this or another Trainer of this process has trained in the folder since this one was made.
           Stopped: a signal, `stop` or training.max_time asked for it; the state is saved.
           Exception: whatever a hook has raised; the state is saved.
         """
-        self._renew()
         if self.finished:
             self._lock.release()
             return self._result()
-        training, self._begun = self.config.training, True
+        self._begin_once()
+        training = self.config.training
         with ExitStack() as opened:
             opened.callback(self._lock.release)
             opened.callback(vars(self).update, _in_update=False)  # an error may end the run within one
@@ -222,11 +216,13 @@ class Trainer(RunModel):
                     self._save_final_model()
         return self._end(stopping)
 
-    def _renew(self) -> None:
-        """Sets up again where `train` was called before, or another Trainer has trained in this folder since."""
-        if self._begun or folder.checkpoint_steps(self.folder) != self._found:
-            del self.state, self._start  # which holds it, too
-            self._set_up(newest(self._asked))
+    def _begin_once(self) -> None:
+        elsewhere = jax.process_count() == 1 and folder.checkpoint_steps(self.folder) != self._found
+        if self._begun or elsewhere:
+            who = "this Trainer has trained" if self._begun else f"another Trainer has trained in {self.folder}"
+            raise UserError(f"{who} already; make a new one with the same arguments, which goes on from there")
+        self._begun = True
+        self._lock.hold()  # another Trainer of this process may have let it go
 
     def stop(self, reason: str) -> None:
         """Ends the run as a signal would, after this update or, before the first one, after that; see `train`."""
@@ -302,8 +298,9 @@ class Trainer(RunModel):
             if failed is not None:
                 raise RunFailed(f"checkpoint_{self.current_step} was not saved: {failed}; {AGAIN}")
             say(describe_end(result))
+        self.finished = result.finished
         self._hooks.call("on_end", result)
-        self._hooks.raise_error(going_on)
+        self._hooks.raise_error(going_on if stopped else "all is saved, and on_end is not called again")
         if stopped is not None:
             stopped.say()
             raise stopped

@@ -31,9 +31,8 @@ TIERS = [
 TIER = {name: tier for tier, names in enumerate(TIERS) for name in names}
 PACKAGES = {path.name for path in PACKAGE.iterdir() if (path / "__init__.py").exists()}
 # These run the user's own code, which may raise anything.
-MAY_CATCH_EXCEPTION = {
-    PACKAGE / name for name in ("config/files.py", "monitor/metrics.py", "monitor/sinks.py", "run/hooks.py")
-}
+OWN_CODE = "config/files.py", "config/validate.py", "monitor/metrics.py", "monitor/sinks.py", "run/hooks.py"
+MAY_CATCH_EXCEPTION = {PACKAGE / name for name in OWN_CODE}
 MODEL_MAY_IMPORT = {"config", "errors", "ops"}
 LONGEST_FILE, LONGEST_FUNCTION = 350, 60  # lines
 SOURCES = sorted(PACKAGE.rglob("*.py"))

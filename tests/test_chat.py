@@ -66,8 +66,11 @@ def test_text_and_answers_of_the_plain_template() -> None:
 
 
 def test_a_call_that_a_template_leaves_out_is_refused() -> None:
-    with pytest.raises(UserError, match="does not write tool_calls, as in turn 6"):
-        template(CHATML).render([*TURNS, CALLING])
+    named = {"role": "user", "content": "Use add."}  # whatever else names the function
+    with pytest.raises(UserError, match="does not write tool_calls, as in turn 7"):
+        template(CHATML).render([*TURNS, named, CALLING])
+    with pytest.raises(UserError, match="does not write function_call, as in turn 1"):
+        template(PLAIN).render([{"role": "assistant", "content": "", "function_call": {"name": "add"}}])
     assert '"add"' in template("{% for m in messages %}{{ m | tojson }}\n{% endfor %}").render([CALLING]).text
 
 

@@ -222,14 +222,12 @@ def test_values_at_the_bounds_are_valid(dotted: str) -> None:
 
 def test_options_without_use_are_told() -> None:
     asked = {"training.muon_momentum": 0.5, "training.loss_scale_window": 9, "model.rope_low_freq_factor": 2.0}
-    asked |= {"training.max_steps": 9, "training.num_epochs": 2.0}
     assert told(asked) == [
         "model.rope_low_freq_factor (2.0) has no use with model.rope_scaling none",
-        "training.num_epochs (2.0) has no use with training.max_steps 9",
         "training.muon_momentum (0.5) has no use with training.optimizer adamw",
         "training.loss_scale_window (9) has no use with training.amp_dtype bfloat16",
     ]
-    float16 = {"training.amp_dtype": "float16", "training.optimizer": "muon", "training.max_steps": None}
+    float16 = {"training.amp_dtype": "float16", "training.optimizer": "muon"}
     scaled = {"model.positions": "rotary", "model.rope_scaling": "llama3", "model.rope_original_length": 512}
     assert told(asked | float16 | scaled) == []
     fixed = ["training.loss_scale_window (9) has no use with training.loss_scale 64.0"]

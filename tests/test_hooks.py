@@ -119,16 +119,19 @@ def test_a_run_that_its_hook_stops_or_fails_goes_on_to_the_same_end(tmp_path, co
     line = "failed: At.on_update raised ZeroDivisionError (division by zero) at step 6; it is saved, the same command"
     assert f"\n{line} goes on\n" in capfd.readouterr().err
     assert last.calls[-1][1] == 5 and "eval/loss" in rows_of(tmp_path / "run")[6]
-    ending = [At(7, lambda run: os.kill(os.getpid(), signal.SIGUSR1)), At(9, lambda run: sys.exit(3))]
-    trainer, another = Trainer(config, hooks=ending), Trainer(config)
+    trainer = Trainer(config, hooks=[At(7, lambda run: os.kill(os.getpid(), signal.SIGUSR1))])
+    another = Trainer(config)
     with pytest.raises(Stopped, match="^SIGUSR1 at step 7") as stopped:
         trainer.train()
-    assert stopped.value.code == 75, "what a program ends with that lets it pass"
+    assert isinstance(stopped.value, SystemExit) and stopped.value.code == 75, "as a program ends that lets it pass"
+    for each, problem in (trainer, "this Trainer has trained"), (another, "another Trainer has trained in .*run"):
+        with pytest.raises(UserError, match=f"^{problem} already; make a new one with the same arguments"):
+            each.train()
     with pytest.raises(SystemExit, match="3"):
-        trainer.train()  # goes on
+        Trainer(config, hooks=[At(9, lambda run: sys.exit(3))]).train()
     assert "stopped: At.on_update raised SystemExit (3) at step 9; it is saved" in capfd.readouterr().err
-    assert another.train().finished, "it goes on, too: its folder is no longer at step 6"
-    assert trainer.train() == Trainer(config).train()
+    trainer = Trainer(config)
+    assert trainer.train() == trainer.train() == Trainer(config).train(), "of a finished run"
     assert set(checkpoint_steps(tmp_path / "run")) == {7, 9, 12}
     assert [start["step"] for start in read_lines(tmp_path / "run" / "starts.jsonl")] == [0, 3, 6, 7, 9]
     assert_ends_as(tmp_path / "run", whole[0])

@@ -543,10 +543,21 @@ class Away(Refusing):
         super().__init__(folder)
 
 
+class Rows(dict[int, Any]):
+    """Of a class in C, which has no signature."""
+
+    def write(self, row: dict[str, float], step: int) -> None:
+        self[step] = row
+
+    def close(self) -> None:
+        pass
+
+
 def test_own_sinks_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     for name, problem in (
         ("Refusing", r"is made as Refusing\(folder, config\): too many positional arguments"),
+        ("Rows", r"raised TypeError \(dict expected at most 1 argument, got 2\) when it was made"),
         ("Away", r"raised ConnectionError \(no tracker for run\) when it was made"),
     ):
         config = validate(Config(training=TrainingConfig(report_to=(f"{__name__}:{name}",))))

@@ -279,6 +279,8 @@ def test_a_run_that_went_back_or_on(tmp_path: Path) -> None:
     assert not read_run(folder).finished
     ended(folder, 6, evaluations_since_best=2)
     assert read_run(folder).finished
+    (folder / "metrics.jsonl").write_text(json.dumps(row(8, 1.0)) + "\n")
+    assert read_run(folder).points("train/loss") == [(8, 1.0)], "a new file: where older starts began in it is void"
 
 
 def test_rows_without_any_number(tmp_path: Path) -> None:

@@ -55,6 +55,12 @@ class RunFolder:
                 check_writable(folder)
                 self._lock.acquire()
 
+    def hold(self) -> None:
+        """Takes the lock again, if it has been released in this process."""
+        if is_leader() and not self._lock.is_locked:
+            with writing_to(self.folder):
+                self._lock.acquire()
+
     def release(self) -> None:
         """Lets other runs in."""
         self._lock.release(force=True)

@@ -199,16 +199,18 @@ def _note(trial: Trial, since: float, write: Callable[[], None]) -> None:
 
 
 def _train(trial: Trial, resolved: "Resolved", folder: Path, note: Callable[[], None]) -> None:
-    from jaxlm.run.hooks import Hook
     from jaxlm.trainer import Trainer
 
-    class Noting(Hook):
-        """Keeps the time that a killed run has taken."""
+    class Clock:
+        """A sink that keeps the time that a run has taken, should it be killed."""
 
-        def on_log(self, *_: object) -> None:
+        def write(self, row: object, step: int) -> None:
             note()
 
-    trainer = Trainer(resolved, hooks=[Noting()])
+        def close(self) -> None:
+            pass
+
+    trainer = Trainer(resolved, sinks=[Clock()])
     trial.status, trial.held_out_bytes = sweep.BEGUN, trainer.text.eval_bytes
     note()
     trainer.train()
@@ -222,6 +224,7 @@ def _point(trial: Trial) -> str:
 def _conclusion(config: Config, folder: Path, trials: Sequence[Trial], fields: Sequence[str]) -> Iterator[str]:
     """The table and what it says; writes the report and the best configuration."""
     from jaxlm.report import write_report
+    from jaxlm.report.runs import has_rows
 
     # A token is not the same where the text or the tokenizer differs.
     by_bits = any(field == "model.vocab_size" or field.startswith("data.") for field in fields)
@@ -242,7 +245,7 @@ def _conclusion(config: Config, folder: Path, trials: Sequence[Trial], fields: S
     again = {"training.checkpoint_dir": f"{config.training.checkpoint_dir.rstrip('/')}_best"}
     best_config = replace_fields(config, ranked[0].values | again)
     atomic_write(folder / BEST, json.dumps(to_dict(best_config), indent=2) + "\n")
-    runs = [folder / trial.name for trial in trials if (folder / trial.name / "metrics.jsonl").is_file()]
+    runs = [folder / trial.name for trial in trials if has_rows(folder / trial.name)]
     write_report(runs, folder / REPORT)
     yield f"best: {folder / ranked[0].name}, its configuration: {folder / BEST}, all compared: {folder / REPORT}"
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from jaxlm.config.fields import from_dict, meant, nearest
 from jaxlm.config.schema import FIELDS, Config
-from jaxlm.errors import Stopped, UserError, printable
+from jaxlm.errors import UserError, printable
 
 PACKAGE = Path(__file__).parents[1]
 
@@ -46,8 +46,6 @@ def load_config(path: str) -> Config:
         found = runpy.run_path(str(file))
     except SyntaxError as error:
         raise UserError(f"{where}: line {error.lineno}: {error.msg}") from error
-    except Stopped:  # a signal
-        raise
     except (Exception, SystemExit) as error:  # whatever the user's own code raises is a mistake in their file
         unknown = re.search(r"^(\w+)Config\.__init__\(\) got an unexpected keyword argument '(\w+)'$", str(error))
         hint = "" if unknown is None else meant(f"{unknown[1].lower()}.{unknown[2]}", FIELDS)

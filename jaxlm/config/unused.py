@@ -32,7 +32,6 @@ NEEDS: dict[str, tuple[str, tuple[Any, ...]]] = {
     "training.loss_scale_window": ("training.loss_scale", (0,)),
     "training.loss_scale_hysteresis": ("training.loss_scale", (0,)),
     "training.min_loss_scale": ("training.loss_scale", (0,)),
-    "training.num_epochs": ("training.max_steps", (None,)),
     "data.packing_strategy": ("data.pack_sequences", (True,)),
 }
 

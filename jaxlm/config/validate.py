@@ -91,10 +91,11 @@ def own_sink(name: str) -> type:
     where = f"training.report_to ({name})"
     try:
         found = vars(import_module(module)).get(attribute)
-    except ImportError as error:
-        raise UserError(
-            f"{where}: {one_line(error)}; put the module into this folder or that of the configuration, or install it"
-        ) from error
+    except Exception as error:
+        how = "put the module into this folder or that of the configuration, or install it"
+        kind = type(error).__name__
+        what = f"{one_line(error)}; {how}" if isinstance(error, ImportError) else f"raises {kind} ({one_line(error)})"
+        raise UserError(f"{where}: {what}") from error
     if not isinstance(found, type) or not _is_sink(found):
         raise UserError(f"{where}: is not a class with write(row, step) and close(); see jaxlm.monitor.sinks.Sink")
     return found

@@ -23,6 +23,7 @@ Message = Mapping[str, Any]
 Span = tuple[int, int]  # characters of a text, [start, end)
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
+CALLS = ("tool_calls", "function_call")
 START, END = "\ufdd0", "\ufdd1"  # stand in the template's text around an answer; they are no characters
 # Rows that are made today and tomorrow have to be the same, so a template that asks for the date gets this one.
 DATE = datetime.datetime(2024, 7, 26)
@@ -63,16 +64,9 @@ def _raise(message: str) -> None:
     raise TemplateError(message)
 
 
-def _not_called(messages: Sequence[Message], text: str) -> int | None:
-    """The first turn that calls a function whose name is not in the text of the conversation."""
-    for number, message in enumerate(messages, 1):
-        calls = message.get("tool_calls")
-        for call in calls if isinstance(calls, list) else ():
-            function = call.get("function", call) if isinstance(call, Mapping) else None
-            name = function.get("name") if isinstance(function, Mapping) else None
-            if isinstance(name, str) and name not in text:
-                return number
-    return None
+def _calls(messages: Sequence[Message]) -> list[tuple[int, str]]:
+    """Where functions are called: the turn, from 1, and the key."""
+    return [(number, key) for number, message in enumerate(messages, 1) for key in CALLS if message.get(key)]
 
 
 def _to_json(value: Any, **options: Any) -> str:
@@ -134,9 +128,18 @@ class ChatTemplate:
                 text += part
         if len(starts) != len(ends):
             raise UserError(f"{self.where}: the conversation holds U+FDD0 or U+FDD1, which stand for no character")
-        if "tool_calls" not in self.source and (left_out := _not_called(messages, text)):
-            raise UserError(f"{self.where} does not write tool_calls, as in turn {left_out}; name another template")
+        if (calls := _calls(messages)) and self._writes_alike(values, marked):
+            number, key = calls[0]
+            raise UserError(f"{self.where} does not write {key}, as in turn {number}; name another template")
         return Rendered(text, tuple((start, end) for start, end in zip(starts, ends, strict=True) if start < end))
+
+    def _writes_alike(self, values: Mapping[str, Any], marked: str) -> bool:
+        """Whether `values` give the text `marked` without their calls, too."""
+        without = [{key: x for key, x in turn.items() if key not in CALLS} for turn in values["messages"]]
+        try:
+            return self._template.render(**{**values, "messages": without}, **self.tokens) == marked
+        except TEMPLATE_ERRORS:
+            return False
 
     def answers(self, messages: Sequence[Message], last_only: bool, tools: Any = None) -> Rendered:
         """A conversation with its answers, the assistant's turns; `last_only`: the last of them.

@@ -89,7 +89,7 @@ class MetricsTracker:
 
     def __init__(self, sinks: Sequence[Sink] = ()) -> None:
         self.sinks = list(sinks)
-        self._failing: set[int] = set()  # indices of sinks
+        self._failing: set[tuple[int, str]] = set()  # indices of sinks, and which of their methods
         self.history: dict[str, dict[int, float]] = {}  # {name: {step: value}}, written or not
         self._pending: dict[int, Row] = {}
 
@@ -161,11 +161,11 @@ class MetricsTracker:
                 continue
             try:
                 getattr(sink, method)(*arguments)
-                self._failing.discard(i)
+                self._failing.discard((i, method))
             except Exception as error:
-                if i not in self._failing:
+                if (i, method) not in self._failing:
                     reason = getattr(error, "strerror", None) or f"{type(error).__name__} ({one_line(error)})"
                     step = f" at step {arguments[-1]}" if arguments else ""
                     what = f"{type(sink).__name__}.{method}{step}: not written: {reason}"
-                    print(f"{what}; the run goes on without it", file=sys.stderr, flush=True)
-                self._failing.add(i)
+                    print(what + "; the run goes on without it" * (method != "close"), file=sys.stderr, flush=True)
+                self._failing.add((i, method))

@@ -205,7 +205,8 @@ def check_own_sinks(config: Config) -> None:
     for entry in config.training.report_to:
         if isinstance(entry, str) and ":" in entry:
             try:
-                inspect.signature(own_sink(entry)).bind(Path(), config)
+                with contextlib.suppress(ValueError):  # it has no signature, as classes in C may have none
+                    inspect.signature(own_sink(entry)).bind(Path(), config)
             except TypeError as error:
                 made = f"is made as {entry.partition(':')[2]}(folder, config)"
                 raise UserError(f"training.report_to ({entry}): {made}: {one_line(error)}") from error

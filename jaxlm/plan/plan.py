@@ -102,7 +102,7 @@ def plan_of(resolved: Resolved, compiled: CompiledUpdate, cluster: Cluster) -> t
         hours=None if updates is None else updates * found.seconds / 3600,
         parts=found.parts,
         warnings=tuple(_warnings(resolved, program, found, compiled)),
-        notes=(*compiled.notes, *([sizes] * bool(training.batch_schedule))),
+        notes=(*resolved.notes, *compiled.notes, *([sizes] * bool(training.batch_schedule))),
     )
     return made, found
 

@@ -190,7 +190,7 @@ def read_run(folder: Path, name: str | None = None) -> Run:
     }
     return Run(
         name=name or folder.resolve().name,
-        finished=_is_finished(folder, starts, last_step, config.get("training.early_stopping_patience")),
+        finished=_is_finished(folder, starts, rows, config.get("training.early_stopping_patience")),
         series=series,
         last_step=last_step,
         starts=starts,
@@ -205,7 +205,11 @@ def _rows_of_course(lines: Sequence[dict[str, Any] | None], starts: Sequence[Map
 
     Of two rows of a step the later one wins.
     """
-    back = {start["metrics_lines"]: start["step"] for start in starts if "metrics_lines" in start}
+    back, least = dict[int, int](), len(lines)
+    for start in reversed([start for start in starts if "metrics_lines" in start]):
+        if start["metrics_lines"] <= least:  # else the file is another one since
+            least = start["metrics_lines"]
+            back.setdefault(least, start["step"])
     rows: dict[int, Any] = {}
     for number, line in enumerate([*lines, None]):  # a start may have written nothing yet
         if number in back:
@@ -215,12 +219,19 @@ def _rows_of_course(lines: Sequence[dict[str, Any] | None], starts: Sequence[Map
     return rows
 
 
-def _is_finished(folder: Path, starts: Sequence[Mapping[str, Any]], last_step: int, patience: int | None) -> bool:
+def _is_finished(
+    folder: Path, starts: Sequence[Mapping[str, Any]], rows: Mapping[int, Any], patience: int | None
+) -> bool:
     """Whether final_model is that of the run's end: there may be one from before it went back, or was made longer."""
     final = _read_object(folder / "final_model" / "progress" / "progress.json")
-    step, total = final.get("step"), starts[-1].get("total_steps", last_step) if starts else last_step
+    step, total = final.get("step", -1), starts[-1].get("total_steps", max(rows)) if starts else max(rows)
     early = patience is not None and final.get("evaluations_since_best", 0) >= patience
-    return step == last_step and (early or step >= total)
+    return step in rows and (early or bool(step >= total))
+
+
+def has_rows(folder: Path) -> bool:
+    """Whether `read_run` finds a run in `folder`, with rows."""
+    return bool(_rows_of_course(_lines(folder / "metrics.jsonl"), read_lines(folder / "starts.jsonl")))
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:
@@ -235,7 +246,7 @@ def _runs_in(folder: Path) -> list[Path]:
     inside = sorted(folder.glob("*/metrics.jsonl"))
     if not inside or os.path.isfile(folder / "metrics.jsonl"):
         return [folder]
-    return [path.parent for path in inside if path.stat().st_size] or [inside[0].parent]
+    return [path.parent for path in inside if has_rows(path.parent)] or [inside[0].parent]
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

@@ -1,11 +1,12 @@
 """What ends a run before its last update."""
 
 import math
+import sys
 import time
 
 from jaxlm.config import TrainingConfig
 from jaxlm.config.validate import seconds_of
-from jaxlm.errors import Stopped
+from jaxlm.errors import ProgramStopped, Stopped
 from jaxlm.monitor.signals import StopRequest
 from jaxlm.parallel.processes import text_from_any_process
 
@@ -36,7 +37,8 @@ class Ending:
 
     def stopped(self, step: int, going_on: str) -> Stopped:
         """What says that the run has stopped after update `step`; all processes call it together."""
-        return Stopped(f"{text_from_any_process(self.reason)} at step {step}; {going_on}")
+        kind = Stopped if hasattr(sys, "ps1") else ProgramStopped
+        return kind(f"{text_from_any_process(self.reason)} at step {step}; {going_on}")
 
 
 def stops_early(training: TrainingConfig, evaluations_since_best: int) -> bool:

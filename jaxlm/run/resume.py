@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 
 from jaxlm.checkpoints import folder
 from jaxlm.checkpoints.items import read_config, read_progress
-from jaxlm.config import Config, replace_fields
+from jaxlm.config import Config
 from jaxlm.config.fields import changed_fields, plain
 from jaxlm.config.schema import MIDWAY
 from jaxlm.errors import UserError
@@ -45,12 +45,6 @@ def find_resume(config: Config, run_folder: Path) -> Path | None:
     if named is not None and newest is None:
         say(f"training.resume_from_checkpoint ({named}): no checkpoint in {run_folder} yet, the run starts")
     return newest
-
-
-def newest(config: Config | Resolved) -> Config | Resolved:
-    """`config`, to go on from the newest checkpoint."""
-    fields = {"training.resume_from_checkpoint": None}
-    return replace_fields(config, fields) if isinstance(config, Config) else config.with_fields(fields)
 
 
 def go_on(
