@@ -10,7 +10,7 @@ set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 python3 -m venv "$folder/venv"
-"$folder/venv/bin/pip" install -q transformers==5.24.0 gguf==0.19.0 torch==2.13.0
+"$folder/venv/bin/pip" install -q transformers==5.24.0 gguf==0.19.0 torch==2.13.0 accelerate==1.15.0
 cat >"$folder/read.py" <<'PYTHON'
 import sys
 
@@ -58,7 +58,8 @@ for rope in (plain, plain | {"rope_type": "linear", "factor": 4.0}, plain | yarn
             x.add_(torch.randn_like(x) * 0.2)
         write(model, rope)
         for name, given in (("the file", {}), ("with config=", {"config": config})):
-            opened = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], gguf_file="model.gguf", **given).float()
+            given |= {"gguf_file": "model.gguf", "dtype": "float32"}
+            opened = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], **given)
             far = (opened.eval()(ids).logits - model(ids).logits).abs().max()
             print(f"{rope['rope_type']}, {name}: {'agrees' if far < 1e-4 else 'differs'}")
 PYTHON

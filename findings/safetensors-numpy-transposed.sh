@@ -2,10 +2,11 @@
 # safetensors 0.8 writes a transposed NumPy array with its numbers in the wrong places, without a word.
 #
 # safetensors 0.8.0 with numpy 2.4.6; 0.7.0 is right. A kernel is often saved transposed, as JAX has [in, out] and PyTorch
-# [out, in]. One would take safetensors.numpy.save_file for writing what the array says, or for refusing an array that isn't
-# contiguous, as safetensors.torch does. It writes the bytes as they lie in memory under the transposed shape: a file that loads
-# anywhere and is another matrix. Any array that is in Fortran order is hit, also one that scipy or scikit-learn has made, and so
-# is a slice with a step, behind which it reads what lies in between. np.ascontiguousarray before saving is right.
+# [out, in]. One would take safetensors.numpy.save_file for writing what the array says, or for refusing one that isn't
+# contiguous, as safetensors.torch does; its docstring asks for contiguous ones, but nothing looks. It writes the bytes as they
+# lie in memory under the transposed shape: a file that loads anywhere and is another matrix. Any array in Fortran order is hit,
+# also one that scikit-learn has made, and so is a slice with a step, where it writes what lies in between. Right:
+# np.ascontiguousarray before saving.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
