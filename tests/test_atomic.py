@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from jaxlm.data import atomic
 from jaxlm.data.atomic import atomic_path, atomic_write
 
 ROOT = Path(__file__).parents[1]
@@ -110,6 +111,23 @@ def test_a_folder_does_not_replace_another(tmp_path: Path) -> None:
     assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")) == [
         *("empty", "empty/y", "full", "full/x")
     ]
+
+
+def test_a_lock_that_goes_while_a_shared_folder_is_synced_costs_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = atomic.sync
+
+    def sync(path: Path) -> None:
+        (path.parent / ".lock").unlink(missing_ok=True)  # by another process
+        original(path)
+
+    monkeypatch.setattr(atomic, "sync", sync)
+    with atomic_path(tmp_path / "folder") as part:
+        part.mkdir()
+        for name in (".lock", "file"):
+            (part / name).write_text("text")
+    assert [path.name for path in (tmp_path / "folder").iterdir()] == ["file"]
 
 
 def test_where_no_file_can_be_made_that_is_an_error_at_once(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock
@@ -29,8 +29,10 @@ def atomic_path(path: Path, goes_on: bool = False) -> Iterator[Path]:
         try:
             yield part
             if part.exists():
-                for written in (*part.rglob("*"), part):
-                    sync(written)
+                for written in part.rglob("*"):
+                    with suppress(FileNotFoundError):  # a lock, say, of another process that shares the folder
+                        sync(written)
+                sync(part)
                 part.replace(path)
                 sync(path.parent)
         except UserError:
