@@ -298,7 +298,7 @@ class Trainer(RunModel):
             if failed is not None:
                 raise RunFailed(f"checkpoint_{self.current_step} was not saved: {failed}; {AGAIN}")
             say(describe_end(result))
-        self.finished = result.finished
+        self.finished = result.finished and stopped is None  # a signal may have come before the final model
         self._hooks.call("on_end", result)
         self._hooks.raise_error(going_on if stopped else "all is saved, and on_end is not called again")
         if stopped is not None:

@@ -380,6 +380,7 @@ def test_command(run: Path, tmp_path: Path) -> None:
         ([str(tmp_path / "none")], r".*none: no such folder; name a run's folder"),
         ([str(run), str(tmp_path / "empty")], r".*empty: not a run's folder, it has no metrics\.jsonl"),
         ([str(tmp_path / "new")], r".*new: has no rows yet"),
+        ([str(run), "--out", ""], r"argument --out: is empty; name a file or a folder, or leave it out"),
         ([str(run), "--out", str(tmp_path / "no" / "x")], r".*no/x: cannot be written \(No such file"),
     ):
         with pytest.raises(UserError) as refused:

@@ -214,8 +214,9 @@ def check_own_sinks(config: Config) -> None:
 
 def _made(entry: str, folder: Path, config: Config) -> Sink:
     """A sink of the user's own."""
+    kind = own_sink(entry)
     try:
-        return own_sink(entry)(folder, config)
+        return kind(folder, config)
     except Exception as error:
         what = f"raised {type(error).__name__} ({one_line(error)}) when it was made"
         raise UserError(f"training.report_to ({entry}): {what}") from error
