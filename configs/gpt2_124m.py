@@ -2,8 +2,8 @@
 
     python scripts/train.py --config configs/gpt2_124m.py
 
-124,475,904 parameters; predicted (jaxlm plan): 7.4 GiB; 522,000 tokens/s on an H100,
-199,000 on an A100-80GB, 99,000 on an RTX 4090.
+124,475,904 parameters; predicted (jaxlm plan): 7.0 GiB; 552,000 tokens/s on an H100,
+212,000 on an A100-80GB, 105,000 on an RTX 4090.
 One H200, 32 rows an update: 470,000 tokens/s, 11.9 GiB at the peak (benchmarks/LOG.md). No loss has been measured.
 """
 

@@ -2,7 +2,7 @@
 
     python scripts/train.py --config configs/gpt2_350m.py
 
-354,871,296 parameters; predicted for 8 H100s (jaxlm plan --devices 8): 12.8 GiB and 187,000 tokens/s a GPU;
+354,871,296 parameters; predicted for 8 H100s (jaxlm plan --devices 8): 12.4 GiB and 195,000 tokens/s a GPU;
 for 8 A100-80GBs 71,000.
 No GPU figure has been measured: neither speed, nor memory, nor loss.
 """

@@ -2,8 +2,8 @@
 
     python scripts/train.py --config configs/llama_125m.py
 
-124,766,976 parameters; predicted (jaxlm plan): 7.4 GiB; 496,000 tokens/s on an H100,
-194,000 on an A100-80GB, 96,000 on an RTX 4090.
+124,766,976 parameters; predicted (jaxlm plan): 7.1 GiB; 519,000 tokens/s on an H100,
+204,000 on an A100-80GB, 101,000 on an RTX 4090.
 No GPU figure has been measured: neither speed (so no time either), nor memory, nor loss.
 """
 

@@ -2,8 +2,8 @@
 
     python scripts/train.py --config configs/speedrun_124m.py
 
-123,590,400 parameters; predicted (jaxlm plan): 12.8 GiB; 482,000 tokens/s on an H100, so 5.8 hours for ten billion
-tokens, and 94,000 on an RTX 4090, 30 hours. No GPU figure has been measured, and no loss.
+123,590,400 parameters; predicted (jaxlm plan): 12.2 GiB; 504,000 tokens/s on an H100, so 5.5 hours for ten billion
+tokens, and 99,000 on an RTX 4090, 28 hours. No GPU figure has been measured, and no loss.
 """
 
 from jaxlm.config import Config, DataConfig, ModelConfig, TrainingConfig

@@ -2,8 +2,8 @@
 
     python scripts/train.py --config configs/speedrun_350m.py
 
-353,557,504 parameters; predicted (jaxlm plan): 19.3 GiB and 178,000 tokens/s on an H100, so 16 hours for ten billion
-tokens; 16.4 GiB and 34,000 on an RTX 4090, 83 hours. No GPU figure has been measured, and no loss.
+353,557,504 parameters; predicted (jaxlm plan): 18.5 GiB and 184,000 tokens/s on an H100, so 15 hours for ten billion
+tokens; 17.6 GiB and 35,500 on an RTX 4090, 78 hours. No GPU figure has been measured, and no loss.
 """
 
 from jaxlm.config import load_config, replace_fields

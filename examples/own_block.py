@@ -12,18 +12,20 @@ import jax
 from jaxlm import Trainer, load, load_config, replace_fields
 from jaxlm.model import Transformer
 from jaxlm.model.attention import Cache
-from jaxlm.model.dropout import dropout
+from jaxlm.model.layers import Parts
 from jaxlm.model.transformer import Block
+from jaxlm.ops.norm_kernels import Terms
+from jaxlm.ops.norms import added
 
 
 class ParallelBlock(Block):
     """x + attention(norm(x)) + mlp(norm(x)); the second norm is there, and not used."""
 
-    def _residuals(self, x_BTD: jax.Array, attend: Callable[[jax.Array], tuple[jax.Array, Cache]], keys: Any) -> Any:
-        rate = self.config.dropout
-        normed_BTD = self.norm1(x_BTD)
-        attended_BTD, cache = attend(normed_BTD)
-        return x_BTD + dropout(attended_BTD, keys[0], rate) + dropout(self.mlp(normed_BTD), keys[1], rate), cache
+    def _residuals(self, terms: Terms, attend: Callable[[jax.Array], tuple[Parts, Cache]], keys: Any) -> Any:
+        x_BTD, y_BTD = self.before(self.norm1, terms)
+        attended, cache = attend(y_BTD)
+        x_BTD = added(self.after(x_BTD, attended, keys[0], self.norm1))
+        return self.after(x_BTD, self.mlp(y_BTD, keys[1]), keys[1], self.norm2), cache
 
 
 class ParallelTransformer(Transformer):

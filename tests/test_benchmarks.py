@@ -163,13 +163,18 @@ def test_gpu_suite_from_end_to_end(tmp_path: Path) -> None:
     for result in report["results"]:
         parts.setdefault(result["part"], []).append(result)
     checks = [result for result in parts["kernels"] if result["what"] == "check"]
-    assert {result["implementation"] for result in checks} == {"blockwise", "pallas"}
-    assert {(result["head_size"], result["dtype"]) for result in checks} == {
+    of_attention = [result for result in checks if result["implementation"] in ("blockwise", "pallas")]
+    fused = {result["implementation"] for result in checks if result not in of_attention}
+    assert fused == {"norm", "norm and product", "loss"}
+    assert {(result["head_size"], result["dtype"]) for result in of_attention} == {
         (64, "bfloat16"),
         (80, "float16"),
         (64, "float32"),
     }
-    assert all(result["passed"] and result["bit_equal"] and result["errors"].keys() == FOUR for result in checks)
+    assert all(result["passed"] and result["bit_equal"] for result in checks)
+    assert all(result["errors"].keys() == FOUR for result in of_attention)
+    (beside,) = (result for result in parts["kernels"] if result["what"] == "beside plain JAX")
+    assert beside["own_ms"] > 0 and beside["plain_ms"] > 0
     assert all(result["both_ms"] > 0 for result in parts["kernels"] if result["what"] == "time")
     losses = {result["precision"]: result for result in parts["losses"]}
     assert losses.keys() == {"float32", "bfloat16 with dropout"}
@@ -349,15 +354,16 @@ def test_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
     assert [line.split(" | ")[-1] for line in lines[2:]] == [f"{ratio:.2f} x |" for ratio in best]
 
 
-def test_the_attention_kernels_compile_for_gpus() -> None:
+def test_the_kernels_compile_for_gpus() -> None:
     """Down to what NVIDIA's assembler says of them, for A100s and H100s."""
     pytest.importorskip("triton")
-    command = [sys.executable, str(BENCHMARKS / "gpu" / "sass.py"), "--sizes", "64"]
+    command = [sys.executable, str(BENCHMARKS / "gpu" / "sass.py"), "--sizes", "64", "--widths", "768"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     for kernel in ("forward_kernel", "keys_kernel", "queries_kernel"):
         (for_80, for_90) = (line for line in done.stdout.splitlines() if f"| {kernel} |" in line)
         assert for_80.endswith("| mma |") and for_90.endswith("| wgmma |")
+    assert {"norm_forward_kernel", "norm_backward_kernel", "loss_kernel"} <= set(done.stdout.split())
 
 
 UPDATES = """

@@ -1,4 +1,4 @@
-"""Attention kernels: right to rounding, the same every time, and how fast. A part of suite.py."""
+"""This package's kernels: right to rounding, the same every time, and how fast. A part of suite.py."""
 
 import dataclasses
 import itertools
@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from typing import Any
 
+import fused
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -122,6 +123,22 @@ def clock(pool: Executor, case: Case, capability: float | None) -> Iterator[dict
         yield about | times | rates
 
 
+def fused_results(cut: bool) -> Iterator[dict[str, Any]]:
+    """Of the kernels for norms and for the loss, which compile within seconds."""
+    for case in fused.checked(cut):
+        about = {"what": "check", "implementation": case.kernel, **dataclasses.asdict(case)}
+        try:
+            yield about | fused.check(case, FLOOR["bfloat16"])
+        except Exception as error:  # whatever a compiler or a GPU raises; the other cases go on
+            yield about | {"error": reason(error)}
+    for case in fused.timed(cut):
+        about = {"what": "beside plain JAX", "implementation": case.kernel, **dataclasses.asdict(case)}
+        try:
+            yield about | dict(fused.clock(case, seconds_a_call))
+        except Exception as error:
+            yield about | {"error": reason(error)}
+
+
 def left_out(what: str, cases: Sequence[Case]) -> Iterator[dict[str, Any]]:
     return ({"what": what, **dataclasses.asdict(case), "left_out": "no time"} for case in cases)
 
@@ -129,6 +146,7 @@ def left_out(what: str, cases: Sequence[Case]) -> Iterator[dict[str, Any]]:
 def results(spec: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """All that the time allows; a third of it is kept for timing."""
     capability, begin = compute_capability(find_devices()[0]), time.monotonic()
+    yield from fused_results(spec["cut"])
     with ThreadPoolExecutor(COMPILERS) as pool:
         cases = checked(spec["cut"])
         coming = [programs(pool, case, capability) for case in cases]
@@ -153,9 +171,14 @@ def main() -> None:
     for result in results(json.loads(sys.argv[1])):
         answer(result)
         name = result.get("implementation", "left out")
-        shown = f"{result['both_ms']:.3f} ms" if "both_ms" in result else result.get("error", "")
+        times = [f"{result[what]:.3f} ms" for what in ("both_ms", "own_ms") if what in result]
+        shown = "".join(times) or result.get("error", "")
         passed = {None: "", True: "right", False: "WRONG"}[result.get("passed")]
-        say(f"  {name}, {result['head_size']} x {result['length']} {result['dtype']}: {passed}{shown}")
+        if "length" in result:
+            shape = f"{result['head_size']} x {result['length']} {result['dtype']}"
+        else:
+            shape = f"{result['width']} x {result['tokens']}"
+        say(f"  {name}, {shape}: {passed}{shown}")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""What the fused attention kernels compile to, without a GPU: python benchmarks/gpu/sass.py [--sizes 64 128]
+"""What the GPU kernels compile to, without a GPU: python benchmarks/gpu/sass.py [--sizes 64 128] [--widths 768]
 
-JAX lowers them for CUDA to Triton's IR, packed and with dropout, in bfloat16; the triton package (pip install
-"triton==3.9.*"), which brings NVIDIA's assembler along, compiles that for each compute capability. XLA has a Triton of
-its own, of another version: what is shown here is near what a GPU will run, not the same.
+JAX lowers them for CUDA to Triton's IR, in bfloat16 (attention packed and with dropout); the triton package (pip
+install "triton==3.9.*"), which brings NVIDIA's assembler along, compiles that for each compute capability. XLA has a
+Triton of its own, of another version: what is shown here is near what a GPU will run, not the same.
 """
 
 import argparse
@@ -10,7 +10,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,22 +18,34 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm.ops.flash import flash_attention
-from jaxlm.ops.flash_kernels import TILES, Tile
+from jaxlm.ops.flash_kernels import TILES
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import fused
 from lib.report import markdown
 
 SMALLEST_SHARED = 99 * 1024  # bytes that a program may have on the smallest GPUs of compute capability 8.0 and later
 FEW = 64  # bytes a thread that a kernel may spill: some indices, outside of the loops
 ROWS, LENGTH, HEADS, GROUPS = 2, 1024, 4, 2
+PARTS = {"norm_forward_kernel": "norm", "norm_backward_kernel": "norm and product", "loss_kernel": "loss"}
+
+
+class Lowered(NamedTuple):
+    """One kernel, for the triton package."""
+
+    size: int  # of heads, channels or the vocabulary
+    name: str
+    text: str  # Triton's IR
+    warps: int
+    stages: int
 
 
 class Compiled(NamedTuple):
     """One kernel, as the assembler reports it."""
 
-    head_size: int
+    size: int
     kernel: str
-    tile: Tile
+    warps: int
     capability: int  # 80 for 8.0
     registers: int  # a thread
     spilled: int  # bytes a thread that registers had no room for
@@ -47,11 +59,33 @@ def as_h100(mesh: jax.sharding.AbstractMesh) -> jax.sharding.AbstractMesh:
     return mesh.update(abstract_device=device)
 
 
-def triton_ir(size: int) -> Iterator[tuple[str, str]]:
-    """(name, Triton's IR as text) of the kernels of a forward and a backward pass."""
+def lowered(size: int, function: Callable[..., Any], *arguments: Any) -> Iterator[Lowered]:
+    """The kernels that a function of arrays, or of their shapes, uses."""
     from jaxlib.mlir import ir
     from jaxlib.triton import dialect
 
+    with jax.sharding.use_abstract_mesh(as_h100(jax.sharding.AbstractMesh((), ()))):
+        traced = jax.jit(function).trace(*arguments)
+        module = traced.lower(lowering_platforms=("cuda",)).compiler_ir("stablehlo")
+    found: list[dict[str, Any]] = []
+
+    def visit(operation: Any) -> Any:
+        attributes = operation.operation.attributes
+        if "call_target_name" in attributes and "triton" in str(attributes["call_target_name"]):
+            found.append({item.name: item.attr for item in attributes["mhlo.backend_config"]})
+        return ir.WalkResult.ADVANCE
+
+    module.operation.walk(visit)
+    context = ir.Context()
+    dialect.register_dialect(context)
+    with context:
+        for settings in found:
+            name, text = str(settings["name"]).strip('"'), str(ir.Module.parse(settings["ir"].value_bytes))
+            yield Lowered(size, name, text, int(settings["num_warps"]), int(settings["num_stages"]))
+
+
+def of_attention(size: int) -> Iterator[Lowered]:
+    """The kernels of a forward and a backward pass."""
     array = lambda heads: jax.ShapeDtypeStruct((ROWS, LENGTH, heads, size), jnp.bfloat16)  # noqa: E731
     segments = jax.ShapeDtypeStruct((ROWS, LENGTH), jnp.int32)
     key = jax.ShapeDtypeStruct((ROWS, 2), jnp.uint32)
@@ -60,34 +94,25 @@ def triton_ir(size: int) -> Iterator[tuple[str, str]]:
         loss = lambda *x: flash_attention(*x, segments, key, 0.1).astype(jnp.float32).sum()  # noqa: E731
         return jax.grad(loss, (0, 1, 2))(q, k, v)
 
-    with jax.sharding.use_abstract_mesh(as_h100(jax.sharding.AbstractMesh((), ()))):
-        traced = jax.jit(gradients).trace(array(HEADS), array(GROUPS), array(GROUPS), segments, key)
-        module = traced.lower(lowering_platforms=("cuda",)).compiler_ir("stablehlo")
-    found: list[tuple[str, bytes]] = []
-
-    def visit(operation: Any) -> Any:
-        attributes = operation.operation.attributes
-        if "call_target_name" in attributes and "triton" in str(attributes["call_target_name"]):
-            settings = {item.name: item.attr for item in attributes["mhlo.backend_config"]}
-            found.append((str(settings["name"]).strip('"'), settings["ir"].value_bytes))
-        return ir.WalkResult.ADVANCE
-
-    module.operation.walk(visit)
-    context = ir.Context()
-    dialect.register_dialect(context)
-    with context:
-        yield from ((name, str(ir.Module.parse(bytecode))) for name, bytecode in found)
+    return lowered(size, gradients, array(HEADS), array(GROUPS), array(GROUPS), segments, key)
 
 
-def assemble(text: str, capability: int, tile: Tile) -> tuple[int, int, int, str]:
-    """(registers, bytes spilled, bytes of shared memory, instruction for products) of one kernel."""
+def of_fused(name: str, width: int) -> Lowered:
+    """A kernel of PARTS."""
+    case = fused.Fused(PARTS[name], width, 256)
+    shapes = jax.eval_shape(lambda: fused.arguments(case, "bfloat16"))
+    return next(kernel for kernel in lowered(width, fused.function(case, own=True), *shapes) if kernel.name == name)
+
+
+def assemble(lowered: Lowered, capability: int) -> Compiled:
+    """A kernel, compiled for a compute capability."""
     import triton
     from triton.backends.compiler import GPUTarget
 
     with tempfile.TemporaryDirectory() as folder:
         source, ptx = Path(folder) / "kernel.ttir", Path(folder) / "kernel.ptx"
-        source.write_text(text)
-        options = {"num_warps": tile.warps, "num_stages": tile.stages}
+        source.write_text(lowered.text)
+        options = {"num_warps": lowered.warps, "num_stages": lowered.stages}
         kernel = triton.compile(str(source), target=GPUTarget("cuda", capability, 32), options=options)
         ptx.write_text(kernel.asm["ptx"])
         assembler = next((Path(triton.__file__).parent / "backends" / "nvidia" / "bin").glob("ptxas*"))
@@ -96,28 +121,24 @@ def assemble(text: str, capability: int, tile: Tile) -> tuple[int, int, int, str
         said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     registers, spilled = (int(re.search(what, said)[1]) for what in (r"Used (\d+) registers", r"(\d+) bytes spill st"))
     products = next((name for name in ("wgmma", "mma") if f"{name}." in kernel.asm["ptx"]), "none")
-    return registers, spilled, kernel.metadata.shared, products
-
-
-def compiled(size: int, capabilities: list[int]) -> Iterator[Compiled]:
-    """The three kernels of a head size, for each compute capability."""
-    tiles = TILES[size]
-    of = {"forward_kernel": tiles.forward, "keys_kernel": tiles.keys_and_values, "queries_kernel": tiles.queries}
-    for name, text in triton_ir(size):
-        for capability in capabilities:
-            yield Compiled(size, name, of[name], capability, *assemble(text, capability, of[name]))
+    shared = kernel.metadata.shared
+    return Compiled(lowered.size, lowered.name, lowered.warps, capability, registers, spilled, shared, products)
 
 
 def main(arguments: list[str]) -> int:
     """Prints a table; 1 if a kernel spills registers or takes more shared memory than the smallest GPUs have."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--sizes", nargs="+", type=int, choices=TILES, default=list(TILES), help="head sizes")
+    parser.add_argument("--widths", nargs="*", type=int, default=[768, 1600, 8192], help="channels of norms")
+    parser.add_argument("--vocabularies", nargs="*", type=int, default=[50304, 65536], help="tokens of the loss")
     parser.add_argument("--capabilities", nargs="+", type=int, default=[80, 90], help="such as 80 90 (the default)")
     options = parser.parse_args(arguments)
-    found = [kernel for size in options.sizes for kernel in compiled(size, options.capabilities)]
-    heads = [">head size", "kernel", "tile", ">capability", ">registers", ">spilled", ">shared", "products"]
-    rows = [[str(x) if not isinstance(x, Tile) else " x ".join(map(str, x[:2])) for x in kernel] for kernel in found]
-    print(markdown(heads, rows))
+    kernels = [kernel for size in options.sizes for kernel in of_attention(size)]
+    kernels += [of_fused(name, width) for width in options.widths for name in PARTS if name != "loss_kernel"]
+    kernels += [of_fused("loss_kernel", width) for width in options.vocabularies]
+    found = [assemble(kernel, capability) for kernel in kernels for capability in options.capabilities]
+    heads = [">size", "kernel", ">warps", ">capability", ">registers", ">spilled", ">shared", "products"]
+    print(markdown(heads, [[str(x) for x in kernel] for kernel in found]))
     too_large = [kernel for kernel in found if kernel.spilled > FEW or kernel.shared > SMALLEST_SHARED]
     for kernel in too_large:
         print(f"too large: {kernel}", file=sys.stderr)

@@ -38,18 +38,22 @@ def instead(result: Content) -> str:
 
 
 def _kernels(results: list[Content]) -> str:
-    """One row a kernel and head size for what was checked, then one row a time."""
+    """One row a kernel and size (of heads, channels, the vocabulary) for what was checked, then one row a time."""
     checks = [result for result in results if result["what"] == "check" and "implementation" in result]
     groups: dict[tuple[str, int], list[Content]] = {}
     for result in checks:
-        groups.setdefault((result["implementation"], result["head_size"]), []).append(result)
+        size = result["head_size"] if "head_size" in result else result["width"]
+        groups.setdefault((result["implementation"], size), []).append(result)
     rows = [[name, str(size), *_checked(found)] for (name, size), found in sorted(groups.items())]
-    heads = ["kernel", ">head size", ">cases", ">wrong", ">failed", ">largest error, of the limit", ">two calls differ"]
+    heads = ["kernel", ">size", ">cases", ">wrong", ">failed", ">largest error, of the limit", ">two calls differ"]
     blocks = [markdown(heads, rows)] if rows else []
     timed = [result for result in results if result["what"] == "time" and "implementation" in result]
     if timed:
         heads = ["kernel", "shape", "", ">forward", ">TFLOP/s", ">forward and backward", ">TFLOP/s"]
         blocks.append(markdown(heads, _times(timed)))
+    beside = [result for result in results if result["what"] == "beside plain JAX"]
+    if beside:
+        blocks.append(markdown(["kernel", "shape", ">with gradients", ">plain JAX", ">time"], _beside(beside)))
     missing = sum("left_out" in result for result in results)
     return "\n\n".join([*blocks, *([f"{missing} cases of kernels were left out: no time."] if missing else [])])
 
@@ -60,6 +64,17 @@ def _checked(results: list[Content]) -> list[str]:
     wrong = [str(sum(not result["passed"] for result in done)), str(sum("error" in result for result in results))]
     differ = str(sum(not result["bit_equal"] for result in done))
     return [str(len(results)), *wrong, f"{max(shares):.2f}" if shares else "", differ]
+
+
+def _beside(results: list[Content]) -> list[list[str]]:
+    rows = []
+    for result in results:
+        shown = [instead(result), "", ""]
+        if "own_ms" in result:
+            own, plain = result["own_ms"], result["plain_ms"]
+            shown = [f"{own:.3f} ms", f"{plain:.3f} ms", f"{own / plain:.2f} x"]
+        rows.append([result["implementation"], f"{result['tokens']} x {result['width']}", *shown])
+    return rows
 
 
 def _times(results: list[Content]) -> list[list[str]]:

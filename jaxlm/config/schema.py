@@ -226,6 +226,7 @@ class TrainingConfig(Section):
         "on GPUs only operations that repeat bit for bit, so that a resumed run does; false may be faster",
         resumable=True,
     )
+    own_kernels: bool = option(True, "GPU kernels of jaxlm for norms and the loss; false: XLA's", resumable=True)
     xla_preset: str = option(
         "none",
         "options of XLA on GPUs: overlap for communication while computing, over several GPUs; none: XLA's own choice",

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxlm.config import ModelConfig
-from jaxlm.model.layers import Linear, Norm, residual_std
+from jaxlm.model.layers import Linear, Norm, Parts, residual_std
 from jaxlm.model.positions import rotate
 from jaxlm.ops.attention_kernels import causal_attention
 from jaxlm.ops.flash import flash_attention_of_product
@@ -82,7 +82,8 @@ class Attention(nnx.Module):
         positions_BT: jax.Array,
         key_B2: jax.Array | None,
         embedded_BTGK: jax.Array | None,
-    ) -> tuple[jax.Array, Cache]:
+    ) -> tuple[Parts, Cache]:
+        """The output's product and bias; keys and values."""
         if self.implementation == "pallas" and self.reads_product:
             y_BTHK, cache = self._of_product(x_BTD, segments_BT, key_B2)
         else:
@@ -90,7 +91,7 @@ class Attention(nnx.Module):
             options = self.config.attention_dropout, self.config.attention_softcap
             y_BTHK = causal_attention(q, k, v, segments_BT, key_B2, *options, implementation=self.implementation)
             cache = k, v
-        return self.out(y_BTHK.reshape(*x_BTD.shape[:2], -1), key_B2), cache
+        return self.out.parts(y_BTHK.reshape(*x_BTD.shape[:2], -1), key_B2), cache
 
     def _of_product(
         self, x_BTD: jax.Array, segments_BT: jax.Array | None, key_B2: jax.Array | None
@@ -106,13 +107,13 @@ class Attention(nnx.Module):
 
     def decode(
         self, x_B1D: jax.Array, position_B: jax.Array, cache: Cache, embedded_B1GK: jax.Array | None
-    ) -> tuple[jax.Array, Cache]:
+    ) -> tuple[Parts, Cache]:
         """One position a row, at index `position_B`, with the keys and values before it; returns the cache with it."""
         q, k, v = self.heads(x_B1D, position_B[:, None], embedded_B1GK)
         write = lambda x, new: x.at[jnp.arange(len(new)), :, position_B].set(new[:, 0].astype(x.dtype))  # noqa: E731
         keys, values = write(cache[0], k), write(cache[1], v)
         y_B1HK = cached_attention(q, keys, values, position_B + 1, self.config.attention_softcap)
-        return self.out(y_B1HK.reshape(*x_B1D.shape[:2], -1)), (keys, values)
+        return self.out.parts(y_B1HK.reshape(*x_B1D.shape[:2], -1)), (keys, values)
 
 
 def cached_attention(

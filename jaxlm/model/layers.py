@@ -13,7 +13,8 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jaxlm.config import ModelConfig
 from jaxlm.ops.matmul import add_bias, matmul
-from jaxlm.ops.norms import normalise
+from jaxlm.ops.norm_kernels import Factors, Terms, multiply_norm
+from jaxlm.ops.norms import normalise, normalise_sum
 from jaxlm.ops.scheduling import recomputed
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {  # of float32 values
@@ -24,6 +25,7 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {  # of float32 value
     "swish": jax.nn.swish,
 }
 GATES = {"swiglu": "swish", "geglu": "gelu"}  # the activation of the gate
+Parts = tuple[jax.Array, jax.Array | None]  # a product and its bias, not added yet
 PRODUCT = "product"  # checkpoint name of the products, which remat_policy dots keeps
 
 
@@ -62,7 +64,7 @@ class Linear(nnx.Module):
         if use_bias:
             self.bias = nnx.Param(jnp.zeros(d_out))
 
-    def parts(self, x_BTI: jax.Array, key_B2: jax.Array | None = None) -> tuple[jax.Array, jax.Array | None]:
+    def parts(self, x_BTI: jax.Array, key_B2: jax.Array | None = None) -> Parts:
         """x @ kernel, and the bias, for those who can add it as they read the product.
 
         The product has what an adapter adds to it (`adapters.add_adapters`); `key_B2` is for that one's dropout.
@@ -71,6 +73,12 @@ class Linear(nnx.Module):
         if self.use_adapter:
             y_BTO = y_BTO + self.adapter(x_BTI, key_B2)
         return checkpoint_name(y_BTO, PRODUCT), self.bias[...].astype(self.dtype) if self.use_bias else None
+
+    def parts_of_norm(self, norm: "Norm", terms: Terms) -> tuple[jax.Array, Parts]:
+        """The sum of the terms, and the `parts` of its norm, which is not kept for the backward pass; on GPUs."""
+        w = self.kernel[...].astype(self.dtype)
+        x_BTI, y_BTO = multiply_norm(terms, norm.factors(), w, norm.epsilon, norm.centred)
+        return x_BTI, (checkpoint_name(y_BTO, PRODUCT), self.bias[...].astype(self.dtype) if self.use_bias else None)
 
     def __call__(self, x_BTI: jax.Array, key_B2: jax.Array | None = None) -> jax.Array:
         y_BTO, bias_O = self.parts(x_BTI, key_B2)
@@ -91,9 +99,17 @@ class Norm(nnx.Module):
         if self.use_bias:
             self.bias = nnx.Param(jnp.zeros(size))
 
+    def factors(self) -> Factors:
+        return Factors(self.scale[...] if self.use_scale else None, self.bias[...] if self.use_bias else None)
+
     def __call__(self, x_ND: jax.Array) -> jax.Array:
-        scale, bias = self.scale[...] if self.use_scale else None, self.bias[...] if self.use_bias else None
-        return normalise(x_ND, scale, bias, self.epsilon, self.centred)
+        return normalise(x_ND, *self.factors(), self.epsilon, self.centred)
+
+    def of_sum(self, terms: Terms, own_kernels: bool, goes_on: bool = True) -> tuple[jax.Array, jax.Array]:
+        """`ops.norms.normalise_sum`: the sum of the terms, [B, T, D], and its norm."""
+        return normalise_sum(
+            terms, self.factors(), self.epsilon, self.centred, own_kernels=own_kernels, goes_on=goes_on
+        )
 
 
 class Mlp(nnx.Module):
@@ -109,5 +125,14 @@ class Mlp(nnx.Module):
         self.up = Linear(d, (2, f) if config.activation in GATES else (f,), 0.02, dtype, rngs, use_bias=bias)
         self.down = Linear(f, (d,), residual_std(config), dtype, rngs, use_bias=bias)
 
-    def __call__(self, x_BTD: jax.Array, key_B2: jax.Array | None = None) -> jax.Array:
-        return self.down(activate(*self.up.parts(x_BTD, key_B2), self.activation), key_B2)
+    def __call__(self, x_BTD: jax.Array, key_B2: jax.Array | None = None) -> Parts:
+        """A product and its bias, as `Linear.parts`."""
+        return self._after(self.up.parts(x_BTD, key_B2), key_B2)
+
+    def of_norm(self, norm: Norm, terms: Terms, key_B2: jax.Array | None = None) -> tuple[jax.Array, Parts]:
+        """The sum of the terms, and the feed-forward part of its norm: `Linear.parts_of_norm`."""
+        x_BTD, parts = self.up.parts_of_norm(norm, terms)
+        return x_BTD, self._after(parts, key_B2)
+
+    def _after(self, parts: Parts, key_B2: jax.Array | None) -> Parts:
+        return self.down.parts(activate(*parts, self.activation), key_B2)

@@ -16,11 +16,13 @@ from flax import nnx
 from jaxlm.config import ModelConfig
 from jaxlm.model.attention import Attention, Cache
 from jaxlm.model.dropout import dropout
-from jaxlm.model.layers import PRODUCT, Mlp, Norm
+from jaxlm.model.layers import PRODUCT, Mlp, Norm, Parts
 from jaxlm.model.positions import sinusoids
 from jaxlm.ops.embedding import take_rows
-from jaxlm.ops.matmul import einsum
-from jaxlm.ops.reductions import per_token
+from jaxlm.ops.matmul import add_bias, einsum
+from jaxlm.ops.norm_kernels import Terms
+from jaxlm.ops.norms import added
+from jaxlm.ops.own_kernels import NORMS
 
 REMAT_POLICIES = {"full": None, "dots": jax.checkpoint_policies.save_only_these_names(PRODUCT)}
 
@@ -42,7 +44,12 @@ def _unstack(tree: Any, n: int) -> list[Any]:
 
 
 class Block(nnx.Module):
-    """Attention and feed-forward, each with a residual, a norm (before, after or both) and dropout."""
+    """Attention and feed-forward, each with a residual, a norm (before, after or both) and dropout.
+
+    It takes and returns `Terms`, whose sum is the residual stream: the next norm adds them as it reads them.
+    """
+
+    own_kernels = False  # whether norms are computed by this package's kernels for GPUs
 
     def __init__(self, config: ModelConfig, implementation: str, dtype: Any, rngs: nnx.Rngs):
         self.config = config
@@ -54,27 +61,55 @@ class Block(nnx.Module):
             self.norm1_out = Norm(config.d_model, config, kind=config.norm)
             self.norm2_out = Norm(config.d_model, config, kind=config.norm)
 
-    def _residuals(self, x_BTD: jax.Array, attend: Callable[[jax.Array], tuple[jax.Array, Cache]], keys: Any) -> Any:
-        config, rate = self.config, self.config.dropout
-        before = lambda norm, x: per_token(norm, x) if config.pre_norm else x  # noqa: E731
-        after = lambda norm, x: x if config.pre_norm else per_token(norm, x)  # noqa: E731
-        y, cache = attend(before(self.norm1, x_BTD))
-        if config.sandwich_norm:
-            y = per_token(self.norm1_out, y)
-        attended = after(self.norm1, x_BTD + dropout(y, keys[0], rate))
-        y = self.mlp(before(self.norm2, x_BTD if config.parallel_residual else attended), keys[1])
-        if config.sandwich_norm:
-            y = per_token(self.norm2_out, y)
-        return after(self.norm2, attended + dropout(y, keys[1], rate)), cache
+    def before(self, norm: Norm, terms: Terms) -> tuple[jax.Array, jax.Array]:
+        """The sum of the terms, and what attention or the feed-forward part reads of it: its norm, with `pre_norm`."""
+        if self.config.pre_norm:
+            return norm.of_sum(terms, self.own_kernels)
+        x_BTD = added(terms)
+        return x_BTD, x_BTD
+
+    def after(
+        self, x_BTD: jax.Array, parts: Parts, key_B2: jax.Array | None, norm: Norm, norm_out: Norm | None = None
+    ) -> Terms:
+        """The residual stream with one more update."""
+        (y_BTD, bias_D), rate = parts, self.config.dropout
+        if self.own_kernels and norm_out is None and (key_B2 is None or rate == 0.0):
+            terms = Terms(x_BTD, y_BTD, bias_D)
+        else:
+            y_BTD = y_BTD if bias_D is None else add_bias(y_BTD, bias_D)
+            y_BTD = y_BTD if norm_out is None else norm_out.of_sum(Terms(y_BTD), self.own_kernels, goes_on=False)[1]
+            terms = Terms(x_BTD + dropout(y_BTD, key_B2, rate))
+        return terms if self.config.pre_norm else Terms(norm.of_sum(terms, self.own_kernels, goes_on=False)[1])
+
+    def _keeps_no_norm(self) -> bool:
+        """Whether the feed-forward part's input is made again for the backward pass, without the rest of the block."""
+        config = self.config
+        once = config.pre_norm and not config.gradient_checkpointing
+        return self.own_kernels and once and not self.mlp.up.use_adapter
+
+    def _residuals(self, terms: Terms, attend: Callable[[jax.Array], tuple[Parts, Cache]], keys: Any) -> Any:
+        sandwich = self.config.sandwich_norm
+        x_BTD, y_BTD = self.before(self.norm1, terms)
+        parts, cache = attend(y_BTD)
+        terms = self.after(x_BTD, parts, keys[0], self.norm1, self.norm1_out if sandwich else None)
+        if self.config.parallel_residual:
+            y_BTD = self.before(self.norm2, Terms(x_BTD))[1]
+            x_BTD, parts = added(terms), self.mlp(y_BTD, keys[1])
+        elif self._keeps_no_norm():
+            x_BTD, parts = self.mlp.of_norm(self.norm2, terms, keys[1])
+        else:
+            x_BTD, y_BTD = self.before(self.norm2, terms)
+            parts = self.mlp(y_BTD, keys[1])
+        return self.after(x_BTD, parts, keys[1], self.norm2, self.norm2_out if sandwich else None), cache
 
     def __call__(
         self,
-        x_BTD: jax.Array,
+        terms: Terms,
         segments_BT: jax.Array | None,
         positions_BT: jax.Array,
         keys_SB2: jax.Array | None,
         embedded_BTGK: jax.Array | None = None,
-    ) -> tuple[jax.Array, Cache]:
+    ) -> tuple[Terms, Cache]:
         """Returns the output, and the keys and values.
 
         Args:
@@ -83,14 +118,15 @@ class Block(nnx.Module):
         """
         attention_key, *residual_keys = (None, None, None) if keys_SB2 is None else tuple(keys_SB2)
         attend = lambda y: self.attention(y, segments_BT, positions_BT, attention_key, embedded_BTGK)  # noqa: E731
-        return self._residuals(x_BTD, attend, residual_keys)
+        return self._residuals(terms, attend, residual_keys)
 
     def decode(
         self, x_B1D: jax.Array, position_B: jax.Array, cache: Cache, embedded_B1GK: jax.Array | None = None
     ) -> tuple[jax.Array, Cache]:
         """One position a row, at index `position_B`, with the keys and values [B, G, T, K] before it in `cache`."""
         attend = lambda y: self.attention.decode(y, position_B, cache, embedded_B1GK)  # noqa: E731
-        return self._residuals(x_B1D, attend, (None, None))
+        terms, cache = self._residuals(Terms(x_B1D), attend, (None, None))
+        return added(terms), cache
 
 
 class Transformer(nnx.Module):
@@ -105,10 +141,12 @@ class Transformer(nnx.Module):
 
     Attributes:
       fetch: makes a block's parameters just before it runs; None: they are stored as they are used.
+      own_kernels: what this package's kernels for GPUs are used for (`ops.own_kernels`).
     """
 
     block_class: type[Block] = Block
     fetch: Fetch | None = None
+    own_kernels: frozenset[str] = frozenset()
 
     def __init__(
         self, config: ModelConfig, *, implementation: str = "blockwise", dtype: Any = jnp.float32, rngs: nnx.Rngs
@@ -150,8 +188,10 @@ class Transformer(nnx.Module):
         x_BTE = take_rows(self.value_embedding[...], tokens_BT).astype(self.dtype)
         return x_BTE.reshape(*tokens_BT.shape, self.config.kv_heads, -1)
 
-    def _finish(self, x_BTD: jax.Array) -> jax.Array:
-        return per_token(self.final_norm, x_BTD) if self.config.pre_norm else x_BTD
+    def _finish(self, terms: Terms) -> jax.Array:
+        if not self.config.pre_norm:
+            return added(terms)
+        return self.final_norm.of_sum(terms, NORMS in self.own_kernels, goes_on=False)[1]
 
     def __call__(
         self,
@@ -173,7 +213,7 @@ class Transformer(nnx.Module):
         x_BTD = self.embed(tokens_BT, positions_BT)
         x_BTD = dropout(x_BTD, None if keys is None else keys[-1, 0], self.config.dropout)
         values = self.embed_values(tokens_BT)
-        run = lambda block, x_BTD, keys: (block(x_BTD, segments_BT, positions_BT, keys, values)[0], None)  # noqa: E731
+        run = lambda block, terms, keys: (block(terms, segments_BT, positions_BT, keys, values)[0], None)  # noqa: E731
         return self._run_blocks(run, x_BTD, None if keys is None else keys[:-1])[0]
 
     def hidden_states(self, batch: Mapping[str, jax.Array], keys: jax.Array | None = None) -> jax.Array:
@@ -181,29 +221,34 @@ class Transformer(nnx.Module):
         return self(batch["tokens"], batch["segments"], batch["positions"], keys)
 
     def _run_blocks(
-        self, run: Callable[..., tuple[jax.Array, Any]], x_BTD: jax.Array, keys: jax.Array | None
+        self, run: Callable[..., tuple[Terms, Any]], x_BTD: jax.Array, keys: jax.Array | None
     ) -> tuple[jax.Array, Any]:
-        """The final hidden states, and the outputs of all layers, stacked, of `run(block, x, keys) -> (x, output)`."""
+        """The final hidden states, and the outputs of all layers, stacked, of `run(block, terms, keys)`."""
         config, fetch = self.config, self.fetch
         graphdef, state = nnx.split(self.blocks)
+        # What is kept between layers to run them again, or has one shape for all of them, is one array.
+        sums_up = config.gradient_checkpointing or fetch is not None or config.scan_layers
 
-        def body(x_BTD: jax.Array, layer: tuple[Any, jax.Array | None]) -> tuple[jax.Array, Any]:
+        def body(terms: Terms, layer: tuple[Any, jax.Array | None]) -> tuple[Terms, Any]:
             params = layer[0] if fetch is None else fetch[0](layer[0])
-            return run(nnx.merge(graphdef, params), x_BTD, layer[1])
+            block = nnx.merge(graphdef, params)
+            block.own_kernels = NORMS in self.own_kernels
+            terms, output = run(block, terms, layer[1])
+            return Terms(added(terms)) if sums_up else terms, output
 
         if config.gradient_checkpointing or fetch is not None:
             policy = REMAT_POLICIES[config.remat_policy] if config.gradient_checkpointing or fetch is None else fetch[1]
             body = jax.checkpoint(body, policy=policy, prevent_cse=not config.scan_layers)
-        layers = nnx.to_pure_dict(state), keys
+        layers, terms = (nnx.to_pure_dict(state), keys), Terms(x_BTD)
         if config.scan_layers:
-            x_BTD, outputs = jax.lax.scan(body, x_BTD, layers)
+            terms, outputs = jax.lax.scan(body, terms, layers)
         else:
             body, each = jax.jit(body), []  # traced once for all layers
             for layer in _unstack(layers, config.n_layers):
-                x_BTD, output = body(x_BTD, layer)
+                terms, output = body(terms, layer)
                 each.append(output)
             outputs = jax.tree.map(lambda *layers: jnp.stack(layers), *each)
-        return self._finish(x_BTD), outputs
+        return self._finish(terms), outputs
 
     def logits(self, hidden_BTD: jax.Array) -> jax.Array:
         """float32 [B, T, V]. For short sequences; training never holds all of them (`train.loss`)."""
@@ -216,7 +261,7 @@ class Transformer(nnx.Module):
         """Hidden states [B, T, D] of a prompt, and each layer's keys and values [B, G, T, K]."""
         positions_BT = _count(tokens_BT)
         values = self.embed_values(tokens_BT)
-        run = lambda block, x_BTD, keys: block(x_BTD, None, positions_BT, keys, values)  # noqa: E731
+        run = lambda block, terms, keys: block(terms, None, positions_BT, keys, values)  # noqa: E731
         hidden_BTD, kept = self._run_blocks(run, self.embed(tokens_BT, positions_BT), None)
         k, v = (x_LBTGK.swapaxes(2, 3) for x_LBTGK in kept)
         return hidden_BTD, tuple(zip(k, v, strict=True))
@@ -244,4 +289,4 @@ class Transformer(nnx.Module):
         for layer, cache in enumerate(caches):
             x_B1D, cache = step(jax.tree.map(lambda x: x[layer], params), x_B1D, cache)  # noqa: B023 - called at once
             after.append(cache)
-        return self.logits(self._finish(x_B1D))[:, 0], tuple(after)
+        return self.logits(self._finish(Terms(x_B1D)))[:, 0], tuple(after)

@@ -23,6 +23,7 @@ from jaxlm.monitor.metrics import model_flops_per_token
 from jaxlm.monitor.sinks import open_lines
 from jaxlm.ops import compiler
 from jaxlm.ops.attention_kernels import why_not_fused
+from jaxlm.ops.own_kernels import LOSS
 from jaxlm.ops.platform import cpu_has_bfloat16
 from jaxlm.ops.reductions import logits_dtype
 from jaxlm.parallel.mesh import show_row_shards
@@ -86,7 +87,9 @@ class StartReport:
         in_16_bits = ", float16 logits" if logits_dtype(training, layout.platform) == "float16" else ""
         own = name_of(self.assembly.own_loss)
         loss = f"chunked cross entropy{in_16_bits}" if own is None else f"own loss ({own})"
-        yield f"kernels: {self.assembly.attention} attention, {loss}"
+        used = self.assembly.own_kernels - (frozenset() if own is None else {LOSS})
+        ours = "".join(f", pallas {name}" for name in sorted(used, reverse=True))
+        yield f"kernels: {self.assembly.attention} attention{ours}, {loss}"
         if not_fused := why_not_fused(config, self.resolved.capability):
             yield f"attention is not fused: {not_fused}"
         if self._compiler is not None:

@@ -7,17 +7,15 @@ Shapes: B rows, T positions, H query heads, G heads of keys and values, K channe
 - `blockwise`: plain JAX (blockwise.py), for everything, on every backend.
 """
 
-import importlib.util
-
 import jax
 
 from jaxlm.config import Config
 from jaxlm.errors import UserError
 from jaxlm.ops.blockwise import blockwise_attention
 from jaxlm.ops.flash import MAX_HEAD_SIZE, flash_attention
+from jaxlm.ops.own_kernels import why_no_triton, why_not_on
 
 FUSED = ("cudnn", "pallas")  # GPU kernels, in the order of preference
-FUSED_FROM = 8.0  # lowest compute capability that they run on, the A100's
 
 
 def causal_attention(
@@ -67,17 +65,15 @@ def why_unsupported(kernel: str, config: Config, capability: float | None) -> st
     """
     model, training = config.model, config.training
     head_size = model.head_size
-    if capability is None:
-        return "needs an NVIDIA GPU"
-    if capability < FUSED_FROM:
-        return f"needs a GPU of compute capability {FUSED_FROM:g} or later, not {capability:g}"
+    if (why := why_not_on(capability)) is not None:
+        return why
     if not training.use_amp:
         return "has no float32 (training.use_amp false)"
     if model.attention_softcap is not None:
         return f"can't squash scores (model.attention_softcap {model.attention_softcap:g})"
     if kernel == "pallas":
-        if importlib.util.find_spec("jax.experimental.pallas.triton") is None:
-            return f"is written for Triton, which Pallas of JAX {jax.__version__} does not have"
+        if (why := why_no_triton()) is not None:
+            return why
         if head_size > MAX_HEAD_SIZE:
             return f"needs a head size up to {MAX_HEAD_SIZE}, not {head_size}"
         split = model.kv_heads % training.tensor_parallel == 0
@@ -86,6 +82,7 @@ def why_unsupported(kernel: str, config: Config, capability: float | None) -> st
         return "can't keep packed documents apart (data.pack_sequences)"
     if model.attention_dropout:
         return "has no dropout that a resumed run can repeat (model.attention_dropout)"
+    assert capability is not None
     largest = 256 if capability >= 9 else 128
     fits = head_size % 8 == 0 and head_size <= largest
     return None if fits else f"needs a head size that is a multiple of 8 up to {largest}, not {head_size}"

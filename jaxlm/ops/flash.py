@@ -14,7 +14,6 @@ for tests. JAX 0.11 raises a DeprecationWarning when it lowers them (pyproject.t
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,10 +21,10 @@ from jax.experimental import pallas as pl
 from jax.sharding import AxisType, PartitionSpec
 
 from jaxlm.ops.flash_kernels import TILES, Constants, Inputs, Tile, forward_kernel, keys_kernel, queries_kernel
+from jaxlm.ops.launch import Outputs, launch
 
 MAX_HEAD_SIZE = 256
 Partition = tuple[tuple[int, int, int], Inputs]  # a kernel's grid, and the parts that a program gets
-Outputs = list[tuple[pl.BlockSpec, tuple[int, ...], Any]]  # the part that a program writes, shape and dtype of each
 
 
 def padded_head_size(head_size: int) -> int:
@@ -152,28 +151,21 @@ def _launch(
     outputs: Outputs,
     into: jax.Array | None = None,
 ) -> list[jax.Array]:
-    """Calls a kernel; on CPU it is interpreted. The first output is `into` but for what is written."""
-    from jax.experimental.pallas import triton
-
+    """Calls a kernel. The first output is `into` but for what is written."""
     grid, specs = partition
-    in_specs = [Inputs(*(None if array is None else spec for array, spec in zip(x, specs, strict=True)))]
-    arguments = [x] if into is None else [x, into]
-
-    def call(arguments: list[Any], interpret: bool) -> list[jax.Array]:
-        return pl.pallas_call(
-            functools.partial(kernel, constants=constants),
-            name=kernel.__name__,
-            grid=grid,
-            in_specs=in_specs if into is None else [*in_specs, outputs[0][0]],
-            out_specs=[spec for spec, _, _ in outputs],
-            out_shape=[jax.ShapeDtypeStruct(shape, dtype) for _, shape, dtype in outputs],
-            input_output_aliases={} if into is None else {len(jax.tree.leaves(x)): 0},
-            compiler_params=triton.CompilerParams(num_warps=tile.warps, num_stages=tile.stages),
-            interpret=interpret,
-        )(*arguments)
-
-    interpreted, compiled = (functools.partial(call, interpret=interpret) for interpret in (True, False))
-    return jax.lax.platform_dependent(arguments, cpu=interpreted, default=compiled)
+    of_inputs = Inputs(*(None if array is None else spec for array, spec in zip(x, specs, strict=True)))
+    more, of_more = ((), ()) if into is None else ((into,), (outputs[0][0],))
+    return launch(
+        kernel,
+        (x, *more),
+        (of_inputs, *of_more),
+        outputs,
+        grid=grid,
+        warps=tile.warps,
+        stages=tile.stages,
+        in_place=into is not None,
+        constants=constants,
+    )
 
 
 def forward(x: Inputs, constants: Constants) -> tuple[jax.Array, Inputs]:

@@ -45,6 +45,18 @@ def matmul(x_BTI: jax.Array, w_IO: jax.Array) -> jax.Array:
     return einsum(f"bti,i{o}->bt{o}", x_BTI, w_IO)
 
 
+def gradient_of_factor(g_BTO: jax.Array, w_IO: jax.Array) -> jax.Array:
+    """The gradient of x, [B, T, I], in x @ w, from that of the product; on GPUs."""
+    o = "no"[1 - w_IO.ndim :]
+    return jnp.einsum(f"bt{o},i{o}->bti", g_BTO, w_IO)
+
+
+def gradient_of_matrix(x_BTI: jax.Array, g_BTO: jax.Array) -> jax.Array:
+    """The gradient of w, [I, O], in x @ w, from that of the product; on GPUs."""
+    o = "no"[2 - g_BTO.ndim :]
+    return jnp.einsum(f"bti,bt{o}->i{o}", x_BTI, g_BTO)
+
+
 def _matmul_backward(saved: tuple[jax.Array, jax.Array], g_BTO: jax.Array) -> tuple[jax.Array, jax.Array]:
     x_BTI, w_IO = saved
     o = "no"[1 - w_IO.ndim :]
@@ -60,8 +72,7 @@ def _matmul_backward(saved: tuple[jax.Array, jax.Array], g_BTO: jax.Array) -> tu
 
     def on_gpu(x: jax.Array, w: jax.Array, g: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Both at once: XLA would leave the weights' gradients to the end, and keep what they are made of till then."""
-        both = jnp.einsum(f"bt{o},i{o}->bti", g, w), jnp.einsum(f"bti,bt{o}->i{o}", x, g)
-        return jax.lax.optimization_barrier(both)
+        return jax.lax.optimization_barrier((gradient_of_factor(g, w), gradient_of_matrix(x, g)))
 
     return jax.lax.platform_dependent(x_BTI, w_IO, g_BTO, cpu=on_cpu, default=on_gpu)
 

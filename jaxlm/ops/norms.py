@@ -1,12 +1,18 @@
 """Normalisation over the last axis, with a backward pass that keeps little and reads little.
 
 Shapes: N vectors (any number of axes), D channels. Statistics and sums are float32.
+
+`normalise` is plain JAX. `normalise_sum` adds up what is normalised, too, on GPUs by this package's kernels.
 """
 
 from functools import partial
 
 import jax
 import jax.numpy as jnp
+
+from jaxlm.ops.matmul import add_bias
+from jaxlm.ops.norm_kernels import Factors, Terms, normalise_by_kernels
+from jaxlm.ops.reductions import per_token
 
 Saved = tuple[jax.Array, jax.Array | None, jax.Array | None, jax.Array | None, jax.Array]
 
@@ -66,3 +72,25 @@ def _backward(
 
 
 normalise.defvjp(_forward, _backward)
+
+
+def added(terms: Terms) -> jax.Array:
+    """The sum of the terms, [B, T, D]."""
+    if terms.update is None:
+        return terms.x
+    return terms.x + (terms.update if terms.bias is None else add_bias(terms.update, terms.bias))
+
+
+def normalise_sum(
+    terms: Terms, factors: Factors, epsilon: float, centred: bool, *, own_kernels: bool, goes_on: bool = True
+) -> tuple[jax.Array, jax.Array]:
+    """The sum of the terms, [B, T, D], and `normalise` of it.
+
+    Args:
+      own_kernels: whether by norm_kernels.py, which needs a GPU.
+      goes_on: whether the sum is used for something else, too; if not, its gradient isn't looked at.
+    """
+    if own_kernels:
+        return normalise_by_kernels(terms, factors, epsilon, centred, goes_on)
+    x_BTD = added(terms)
+    return x_BTD, per_token(lambda x_ND: normalise(x_ND, *factors, epsilon, centred), x_BTD)

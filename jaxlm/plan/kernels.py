@@ -1,8 +1,8 @@
 """What each kernel of an optimized GPU program reads, writes and multiplies, and which part of the model it is.
 
 Bytes are those that the hardware moves: a slice that a fusion reads of a larger array counts as the slice, an array
-that is updated in place as what is written, a loop's body as often as it runs, and our attention kernels as what their
-grid loads. Caches are left out.
+that is updated in place as what is written, a loop's body as often as it runs, and our own kernels as what their grid
+loads. Caches are left out.
 """
 
 import math
@@ -13,6 +13,7 @@ from fractions import Fraction
 from pathlib import Path
 
 from jaxlm.ops.flash_kernels import TILES, Tile
+from jaxlm.ops.norm_kernels import BACKWARD, FORWARD
 from jaxlm.plan.hlo import ITEM_BYTES, Computation, Frame, Instruction, Program
 
 PARTS = ("products", "attention", "loss", "norms", "activations", "embeddings", "optimizer", "other")
@@ -23,6 +24,7 @@ _NO_KERNELS = {
 _SLICES = ("slice", "dynamic-slice", "gather")
 _IN_PLACE = ("dynamic-update-slice", "scatter")
 _OWN = re.compile(r"\b(forward|keys|queries)_kernel")  # of ops/flash_kernels.py
+_OWN_NORM = re.compile(r"\bnorm_(forward|backward)_kernel")  # of ops/norm_kernels.py
 _OWN_PRODUCTS = {"forward": 2, "keys": 4, "queries": 3}  # of each block of queries and block of keys
 _OURS = re.compile(r"(?:^|/)jaxlm/((?:[a-z_]+/)?[a-z_]+\.py)$")
 
@@ -53,6 +55,9 @@ def kernel_of(instruction: Instruction, computation: Computation, program: Progr
         kind = "forward" if own[1] == "forward" else "backward"
         return Kernel(instruction.name, "attention", moved, flops, 0, source_of(stack), kind)
     moved = _moved(instruction, computation, program)
+    if opcode == "custom-call" and (own := _OWN_NORM.search(instruction.attributes)):
+        moved += _loaded_again(FORWARD if own[1] == "forward" else BACKWARD, instruction, computation)
+        return Kernel(instruction.name, "norms", moved, 0, 0, source_of(stack))
     if cudnn := re.search(r'custom_call_target="__cudnn\$fmha\w*?(Backward)?"', instruction.attributes):
         rows, length, heads, size = computation.instructions[instruction.operands[0]].arrays[0][1]
         flops = rows * heads * length * length * size * (5 if cudnn[1] else 2)  # products, of half of the pairs each
@@ -76,7 +81,7 @@ def part_of(stack: list[Frame], flops: int) -> str:
         return "products"
     if next(_ours(stack), ("", "", 0))[1].startswith("make_train_step"):
         return "optimizer"  # whose last operation is the choice between the old state and the new
-    for part, pattern in (("norms", r"Norm\.|per_token|_norm"), ("embeddings", r"embed"), ("activations", r"Mlp\.")):
+    for part, pattern in (("activations", r"Mlp\."), ("norms", r"Norm\.|per_token|_norm"), ("embeddings", "embed")):
         if re.search(pattern, functions):
             return part
     return "other"
@@ -180,6 +185,14 @@ def _numbers(name: str, instruction: Instruction) -> list[int]:
     """Of name={1,2}, or of a cuBLAS call's "name":["1","2"]."""
     found = re.search(name + r'\w*"?[=:][\[{]([\d,"]*)', instruction.attributes)
     return [int(d) for d in re.findall(r"\d+", found[1])] if found else []
+
+
+def _loaded_again(vectors: int, instruction: Instruction, computation: Computation) -> int:
+    """Bytes of a norm's parameters that the programs of a kernel load, each of them those of all, but for the first."""
+    arrays = [computation.instructions[x].arrays[0] for x in instruction.operands]
+    n, d = next(dims for _, dims in arrays if len(dims) == 2)
+    programs = math.ceil(n / vectors)
+    return (programs - 1) * sum(d * ITEM_BYTES[kind] for kind, dims in arrays if dims == (d,) != (n,))
 
 
 def _own_kernel(name: str, instruction: Instruction, computation: Computation) -> tuple[int, int]:

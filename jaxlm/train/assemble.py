@@ -18,8 +18,9 @@ from jaxlm.config import Config, TrainingConfig, replace_fields
 from jaxlm.config.batches import Batches, read_schedule
 from jaxlm.config.validate import LARGEST_INT
 from jaxlm.model import Transformer
-from jaxlm.ops.attention_kernels import FUSED_FROM, choose_attention, compute_capability
+from jaxlm.ops.attention_kernels import choose_attention, compute_capability
 from jaxlm.ops.compiler import Options
+from jaxlm.ops.own_kernels import LOWEST_CAPABILITY, choose_kernels
 from jaxlm.parallel.layout import Layout
 from jaxlm.parallel.mesh import TRAIN_BATCH, AnyMesh, replicated, row_shards
 from jaxlm.parallel.split import Params, path_name
@@ -55,7 +56,7 @@ class Resolved:
     @property
     def capability(self) -> float | None:
         """Compute capability of the GPUs, None for CPUs; an abstract mesh stands for GPUs with fused attention."""
-        return compute_capability(self.devices[0]) if self.devices else FUSED_FROM
+        return compute_capability(self.devices[0]) if self.devices else LOWEST_CAPABILITY
 
     @property
     def batches(self) -> Batches:
@@ -98,6 +99,7 @@ class Assembly:
     Args:
       config: of the program.
       attention: the kernel.
+      own_kernels: of `choose_kernels`.
       options: of XLA, in pairs.
       masked: whether batches have a loss_mask.
       own_loss: None: the cross entropy.
@@ -112,14 +114,17 @@ class Assembly:
         mesh: AnyMesh,
         model_class: type[Transformer],
         attention: str,
+        own_kernels: frozenset[str],
         options: tuple[tuple[str, str | bool], ...],
         masked: bool,
         own_loss: OwnLoss | None = None,
     ) -> None:
         self.masked, self.own_loss = masked, own_loss
         self.config, self.mesh, self.model_class, self.attention = config, mesh, model_class, attention
-        self.options: Options = dict(options)
-        self.graphdef, abstract = nnx.split(abstract_model(config, attention, model_class))
+        self.own_kernels, self.options = own_kernels, dict(options)
+        model = abstract_model(config, attention, model_class)
+        model.own_kernels = own_kernels
+        self.graphdef, abstract = nnx.split(model)
         training, params = config.training, nnx.to_pure_dict(abstract)
         check_trains(training, [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)])
         trained, _ = divided(params, training)
@@ -132,8 +137,8 @@ class Assembly:
         if count == self.config.training.gradient_accumulation_steps:
             return self
         config = replace_fields(self.config, {"training.gradient_accumulation_steps": count})
-        in_pairs = tuple(sorted(self.options.items()))
-        return _assembly(config, self.mesh, self.model_class, self.attention, in_pairs, self.masked, self.own_loss)
+        in_pairs, kernels = tuple(sorted(self.options.items())), (self.attention, self.own_kernels)
+        return _assembly(config, self.mesh, self.model_class, *kernels, in_pairs, self.masked, self.own_loss)
 
     def _check_own_loss(self, own_loss: OwnLoss, params: Params) -> None:
         batch = {name: jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for name, x in self.abstract_batch.items()}
@@ -262,6 +267,7 @@ def assemble(
     resolved: Resolved,
     model_class: type[Transformer] = Transformer,
     attention: str | None = None,
+    own_kernels: frozenset[str] | None = None,
     options: Options | None = None,
     own_loss: OwnLoss | None = None,
 ) -> Assembly:
@@ -269,6 +275,7 @@ def assemble(
 
     Args:
       attention: the kernel; None: the one that the configuration and the devices ask for.
+      own_kernels: of `ops.own_kernels.choose_kernels`; None: those that the configuration and the devices ask for.
       options: of XLA.
       own_loss: None: the cross entropy.
 
@@ -276,6 +283,8 @@ def assemble(
       UserError: the configuration asks for an attention kernel that can't do it on these devices; the own loss is none.
     """
     attention = attention or choose_attention(resolved.config, resolved.capability)
+    own_kernels = choose_kernels(resolved.config, resolved.capability) if own_kernels is None else own_kernels
     in_pairs = tuple(sorted((options or {}).items()))
     config = program_config(resolved.config)
-    return _assembly(config, resolved.mesh, model_class, attention, in_pairs, resolved.masked, own_loss)
+    kernels = attention, own_kernels
+    return _assembly(config, resolved.mesh, model_class, *kernels, in_pairs, resolved.masked, own_loss)

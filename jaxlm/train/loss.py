@@ -1,6 +1,6 @@
 """Cross entropy straight from hidden states, without the [tokens, vocabulary] logits.
 
-Shapes: B rows, T positions, C positions of a chunk, D model width, V vocabulary.
+Shapes: B rows, T positions, C tokens of a chunk, D model width, V vocabulary.
 """
 
 from collections.abc import Mapping
@@ -13,6 +13,7 @@ from jax.typing import DTypeLike
 
 from jaxlm.ops.matmul import einsum, transpose_product
 from jaxlm.ops.reductions import CPU_CHUNK, is_target, softmax_statistics
+from jaxlm.ops.softmax_kernel import TokenInputs, softmax_gradient
 
 Sums = tuple[jax.Array, jax.Array]  # the objective and the cross entropy, float32 scalars
 Gradients = tuple[jax.Array, jax.Array]  # of the hidden states and of the output matrix
@@ -25,7 +26,7 @@ def learned(batch: Mapping[str, jax.Array]) -> jax.Array:
 
 
 class _Tokens(NamedTuple):
-    """What the loss of some tokens is computed from: [B, T, ...], or [T/C, B, C, ...] in chunks."""
+    """What the loss of some tokens is computed from: [B, T, ...], or [chunks, C, ...]."""
 
     hidden: jax.Array
     targets: jax.Array
@@ -33,66 +34,111 @@ class _Tokens(NamedTuple):
 
 
 def _in_chunks(tokens: _Tokens, vocabulary: int, chunk_bytes: int, dtype: DTypeLike = jnp.float32) -> _Tokens:
-    """Chunks whose logits, kept as `dtype`, fit `chunk_bytes`; T is padded with weight 0."""
-    b, t = tokens.targets.shape
-    fit = max(1, chunk_bytes // (jnp.dtype(dtype).itemsize * b * vocabulary))
-    n = -(-t // fit)
-    c = -(-t // n)
+    """Chunks whose logits, kept as `dtype`, fit `chunk_bytes`.
 
-    def split(x_BT: jax.Array) -> jax.Array:
-        padded = jnp.pad(x_BT, ((0, 0), (0, n * c - t)) + ((0, 0),) * (x_BT.ndim - 2))
-        return jnp.moveaxis(padded.reshape(b, n, c, *x_BT.shape[2:]), 1, 0)
+    All of one size: the largest that divides the tokens, or, where that is less than half of what fits, one that
+    doesn't, with weights of 0 behind the last token.
+    """
+    count = tokens.targets.size
+    fit = min(count, max(1, chunk_bytes // (jnp.dtype(dtype).itemsize * vocabulary)))
+    fewest = -(-count // fit)
+    n = next((n for n in range(fewest, 2 * fewest) if count % n == 0), fewest)
+    c = -(-count // n)
 
-    return _Tokens(*map(split, tokens))
+    def split(x: jax.Array, axes: int) -> jax.Array:
+        flat = x.reshape(count, *x.shape[2:])
+        return jnp.pad(flat, ((0, n * c - count), *((0, 0),) * axes)).reshape(n, c, *x.shape[2:])
+
+    return _Tokens(split(tokens.hidden, 1), split(tokens.targets, 0), split(tokens.weights, 0))
+
+
+class _Options(NamedTuple):
+    """Of `loss_sums`."""
+
+    softcap: float | None
+    z_loss: float
+    chunk_bytes: int
+    kept_as: DTypeLike
+    own_kernel: bool
+
+
+class _Losses(NamedTuple):
+    """Of the tokens of a chunk, float32."""
+
+    cross_entropy_C: jax.Array
+    log_total_C: jax.Array  # log of the sum over the vocabulary of exp(logits)
 
 
 class _Softmax(NamedTuple):
     """What the loss of a chunk and its gradient are computed from, float32."""
 
-    cross_entropy_BC: jax.Array
-    log_total_BC: jax.Array  # log of the sum over the vocabulary of exp(logits)
-    exp_BCV: jax.Array  # exp(logits - max)
-    total_BC1: jax.Array  # its sum
-    is_target_BCV: jax.Array
-    slope_BCV: jax.Array | None  # d logits / d raw logits, where they are capped
+    losses: _Losses
+    exp_CV: jax.Array  # exp(logits - max)
+    total_C1: jax.Array  # its sum
+    is_target_CV: jax.Array
+    slope_CV: jax.Array | None  # d logits / d raw logits, where they are capped
 
 
-def _logits(hidden_BCD: jax.Array, w_VD: jax.Array, targets_BC: jax.Array, kept_as: DTypeLike) -> jax.Array:
+def _of_targets(hidden_CD: jax.Array, w_VD: jax.Array, targets_C: jax.Array) -> jax.Array:
+    """The targets' logits, float32 [C]."""
+    return einsum("cd,cd->c", hidden_CD, w_VD[targets_C], jnp.float32)
+
+
+def _logits(hidden_CD: jax.Array, w_VD: jax.Array, targets_C: jax.Array, kept_as: DTypeLike) -> jax.Array:
     """float32 logits that are kept in memory as `kept_as`, but for the targets'."""
-    logits_BCV = einsum("bcd,vd->bcv", hidden_BCD, w_VD, kept_as)
-    if logits_BCV.dtype == jnp.float32:
-        return logits_BCV
-    of_target_BC = einsum("bcd,bcd->bc", hidden_BCD, w_VD[targets_BC], jnp.float32)
-    return jnp.where(is_target(logits_BCV, targets_BC), of_target_BC[..., None], logits_BCV.astype(jnp.float32))
+    logits_CV = einsum("cd,vd->cv", hidden_CD, w_VD, kept_as)
+    if logits_CV.dtype == jnp.float32:
+        return logits_CV
+    of_target_C1 = _of_targets(hidden_CD, w_VD, targets_C)[:, None]
+    return jnp.where(is_target(logits_CV, targets_C), of_target_C1, logits_CV.astype(jnp.float32))
 
 
 def _softmax(
-    hidden_BCD: jax.Array,
+    hidden_CD: jax.Array,
     w_VD: jax.Array,
-    targets_BC: jax.Array,
+    targets_C: jax.Array,
     softcap: float | None,
     kept_as: DTypeLike = jnp.float32,
 ) -> _Softmax:
-    logits_BCV = _logits(hidden_BCD, w_VD, targets_BC, kept_as)
-    slope_BCV = None
+    logits_CV = _logits(hidden_CD, w_VD, targets_C, kept_as)
+    slope_CV = None
     if softcap is not None:
-        tanh_BCV = jnp.tanh(logits_BCV / softcap)
-        logits_BCV, slope_BCV = softcap * tanh_BCV, 1 - tanh_BCV * tanh_BCV
-    max_BC1, total_BC1, target_BC = softmax_statistics(logits_BCV, targets_BC)
-    exp_BCV = jnp.exp(logits_BCV - max_BC1)
-    log_BC, is_target_BCV = jnp.log(total_BC1[..., 0]), is_target(logits_BCV, targets_BC)
-    return _Softmax(log_BC - target_BC, log_BC + max_BC1[..., 0], exp_BCV, total_BC1, is_target_BCV, slope_BCV)
+        tanh_CV = jnp.tanh(logits_CV / softcap)
+        logits_CV, slope_CV = softcap * tanh_CV, 1 - tanh_CV * tanh_CV
+    max_C1, total_C1, target_C = softmax_statistics(logits_CV, targets_C)
+    exp_CV = jnp.exp(logits_CV - max_C1)
+    log_C, is_target_CV = jnp.log(total_C1[:, 0]), is_target(logits_CV, targets_C)
+    losses = _Losses(log_C - target_C, log_C + max_C1[:, 0])
+    return _Softmax(losses, exp_CV, total_C1, is_target_CV, slope_CV)
+
+
+def _gradient(chunk: _Tokens, w_VD: jax.Array, options: _Options) -> tuple[jax.Array, _Losses]:
+    """The gradient of a chunk's logits, [C, V] in the dtype of w, and its losses."""
+    softcap, z_loss, _, kept_as, own_kernel = options
+    if own_kernel:
+        logits_CV = einsum("cd,vd->cv", chunk.hidden, w_VD, kept_as)
+        inputs = TokenInputs(chunk.targets, _of_targets(chunk.hidden, w_VD, chunk.targets), chunk.weights)
+        gradient_CV, *losses = softmax_gradient(logits_CV, inputs, softcap, z_loss, w_VD.dtype)
+        return gradient_CV, _Losses(*losses)
+    softmax = _softmax(chunk.hidden, w_VD, chunk.targets, softcap, kept_as)
+    scale_C1 = chunk.weights[:, None] / softmax.total_C1
+    if z_loss:
+        scale_C1 = scale_C1 * (1 + 2 * z_loss * softmax.losses.log_total_C[:, None])
+    gradient_CV = softmax.exp_CV * scale_C1 - jnp.where(softmax.is_target_CV, chunk.weights[:, None], 0.0)
+    if softmax.slope_CV is not None:
+        gradient_CV = gradient_CV * softmax.slope_CV
+    return gradient_CV.astype(w_VD.dtype), softmax.losses
 
 
 def _zeros() -> Sums:
     return (jnp.zeros((), jnp.float32),) * 2
 
 
-def _add(sums: Sums, softmax: _Softmax, weights_BC: jax.Array, z_loss: float) -> Sums:
-    objective_BC = softmax.cross_entropy_BC
+def _add(sums: Sums, losses: _Losses, weights_C: jax.Array, z_loss: float) -> Sums:
+    objective_C = losses.cross_entropy_C
     if z_loss:
-        objective_BC = objective_BC + z_loss * softmax.log_total_BC**2
-    return sums[0] + (objective_BC * weights_BC).sum(), sums[1] + (softmax.cross_entropy_BC * weights_BC).sum()
+        objective_C = objective_C + z_loss * losses.log_total_C**2
+    return sums[0] + (objective_C * weights_C).sum(), sums[1] + (losses.cross_entropy_C * weights_C).sum()
 
 
 def loss_sums(
@@ -104,12 +150,13 @@ def loss_sums(
     z_loss: float = 0.0,
     chunk_bytes: int = CPU_CHUNK,
     kept_as: DTypeLike = jnp.float32,
+    own_kernel: bool = False,
 ) -> Sums:
     """Sums over tokens of weight * (cross entropy + z_loss * log(Z)^2) and of weight * cross entropy, float32 scalars.
 
     The first is to be minimised; the second, in nats, is for reports: no gradient comes from it. Z is the softmax's
     denominator (PaLM, arXiv:2204.02311, section 5). The gradient is computed together with the loss, one chunk of
-    positions at a time, so that the logits are computed once and never held whole (as in Liger's fused linear cross
+    tokens at a time, so that the logits are computed once and never held whole (as in Liger's fused linear cross
     entropy, arXiv:2410.10989).
 
     Args:
@@ -122,53 +169,46 @@ def loss_sums(
       chunk_bytes: of logits at a time.
       kept_as: where there is a gradient, the dtype in which logits are in memory; those of the targets, and everything
         that is made of logits, are float32. In float16 a logit beyond 65504 is infinite, and so is the loss.
+      own_kernel: where there is a gradient, whether it is made by `ops.softmax_kernel`.
     """
-    options = softcap, z_loss, chunk_bytes, jnp.dtype(kept_as)
-    return _sums(_Tokens(hidden_BTD, targets_BT, weights_BT), w_VD, *options)
+    options = _Options(softcap, z_loss, chunk_bytes, jnp.dtype(kept_as), own_kernel)
+    return _sums(_Tokens(hidden_BTD, targets_BT, weights_BT), w_VD, options)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5))
-def _sums(
-    tokens: _Tokens, w_VD: jax.Array, softcap: float | None, z_loss: float, chunk_bytes: int, kept_as: DTypeLike
-) -> Sums:
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _sums(tokens: _Tokens, w_VD: jax.Array, options: _Options) -> Sums:
     w = w_VD.astype(tokens.hidden.dtype)
 
     def add_chunk(sums: Sums, chunk: _Tokens) -> tuple[Sums, None]:
-        return _add(sums, _softmax(chunk.hidden, w, chunk.targets, softcap), chunk.weights, z_loss), None
+        losses = _softmax(chunk.hidden, w, chunk.targets, options.softcap).losses
+        return _add(sums, losses, chunk.weights, options.z_loss), None
 
-    return jax.lax.scan(add_chunk, _zeros(), _in_chunks(tokens, len(w), chunk_bytes))[0]
+    return jax.lax.scan(add_chunk, _zeros(), _in_chunks(tokens, len(w), options.chunk_bytes))[0]
 
 
-def _forward(
-    tokens: _Tokens, w_VD: jax.Array, softcap: float | None, z_loss: float, chunk_bytes: int, kept_as: DTypeLike
-) -> tuple[Sums, Gradients]:
+def _forward(tokens: _Tokens, w_VD: jax.Array, options: _Options) -> tuple[Sums, Gradients]:
     """The sums, and the gradients of the first of them."""
     w = w_VD.astype(tokens.hidden.dtype)
 
-    def add_chunk(carry: tuple[Sums, jax.Array], chunk: _Tokens) -> tuple[tuple[Sums, jax.Array], jax.Array]:
-        sums, dw_DV = carry
-        softmax = _softmax(chunk.hidden, w, chunk.targets, softcap, kept_as)
-        scale_BC1 = chunk.weights[..., None] / softmax.total_BC1
-        if z_loss:
-            scale_BC1 = scale_BC1 * (1 + 2 * z_loss * softmax.log_total_BC[..., None])
-        dlogits = softmax.exp_BCV * scale_BC1 - jnp.where(softmax.is_target_BCV, chunk.weights[..., None], 0.0)
-        if softmax.slope_BCV is not None:
-            dlogits = dlogits * softmax.slope_BCV
-        dlogits = dlogits.astype(w.dtype)
-        dhidden = einsum("bcv,vd->bcd", dlogits, w, jnp.float32).astype(w.dtype)
+    chunks = _in_chunks(tokens, len(w), options.chunk_bytes, options.kept_as)
+
+    def add_chunk(i: jax.Array, carry: tuple[Sums, jax.Array, jax.Array]) -> tuple[Sums, jax.Array, jax.Array]:
+        """The gradient of a chunk's hidden states is written where they are."""
+        sums, dw_DV, hidden = carry
+        chunk = _Tokens(hidden[i], chunks.targets[i], chunks.weights[i])
+        dlogits, losses = _gradient(chunk, w, options)
+        dhidden_CD = einsum("cv,vd->cd", dlogits, w, jnp.float32).astype(w.dtype)
         # As [D, V]: transposing the hidden states is cheap, transposing the logits' gradient is not.
-        dw_DV = dw_DV + einsum("bcd,bcv->dv", chunk.hidden, dlogits, jnp.float32)
-        return (_add(sums, softmax, chunk.weights, z_loss), dw_DV), dhidden
+        dw_DV = dw_DV + einsum("cd,cv->dv", chunk.hidden, dlogits, jnp.float32)
+        return _add(sums, losses, chunk.weights, options.z_loss), dw_DV, hidden.at[i].set(dhidden_CD)
 
-    start = _zeros(), jnp.zeros(w_VD.shape[::-1], jnp.float32)
-    (sums, dw_DV), dhidden = jax.lax.scan(add_chunk, start, _in_chunks(tokens, len(w), chunk_bytes, kept_as))
+    start = _zeros(), jnp.zeros(w_VD.shape[::-1], jnp.float32), chunks.hidden
+    sums, dw_DV, dhidden = jax.lax.fori_loop(0, len(chunks.hidden), add_chunk, start)
     b, t, d = tokens.hidden.shape
-    return sums, (jnp.moveaxis(dhidden, 0, 1).reshape(b, -1, d)[:, :t], transpose_product(dw_DV))
+    return sums, (dhidden.reshape(-1, d)[: b * t].reshape(b, t, d), transpose_product(dw_DV))
 
 
-def _backward(
-    softcap: float | None, z_loss: float, chunk_bytes: int, kept_as: DTypeLike, gradients: Gradients, g: Sums
-) -> tuple[_Tokens, jax.Array]:
+def _backward(options: _Options, gradients: Gradients, g: Sums) -> tuple[_Tokens, jax.Array]:
     dhidden_BTD, dw_VD = gradients
     return _Tokens._make((dhidden_BTD * g[0].astype(dhidden_BTD.dtype), None, None)), dw_VD * g[0]
 

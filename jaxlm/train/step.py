@@ -21,6 +21,7 @@ from jax.typing import ArrayLike
 
 from jaxlm.config import Config
 from jaxlm.model.dropout import row_keys
+from jaxlm.ops.own_kernels import LOSS
 from jaxlm.ops.reductions import logits_chunk_bytes, logits_dtype
 from jaxlm.ops.scheduling import sum_over_rows
 from jaxlm.parallel.layout import Layout
@@ -97,7 +98,7 @@ def make_loss(
             segments = rows["segments"] if config.data.pack_sequences else None  # causality hides padding at the end
             hidden = network(rows["tokens"], segments, rows["positions"], keys)
             weights = jnp.where(learned(rows), jnp.asarray(factor, jnp.float32), 0.0)
-            options = model.logit_softcap, training.z_loss, chunk_bytes, kept_as
+            options = model.logit_softcap, training.z_loss, chunk_bytes, kept_as, LOSS in network.own_kernels
             objective, nats = loss_sums(hidden, network.output_matrix(), rows["targets"], weights, *options)
             return objective, (nats, {})
 
