@@ -13,8 +13,9 @@ from jaxlm.data.documents import Document, LeftOut
 from jaxlm.data.tokenizer import Tokenizer, in_batches
 from jaxlm.errors import UserError
 
-BATCH_CHARACTERS = 2**20  # text tokenized in one call: enough for every thread, little enough for memory
-CALLS = 2  # of the tokenizers library at a time, so that its threads have work while the ids of one call are written
+# Text in one call of the tokenizers library, and calls at a time: together little enough for memory, and enough for its
+# threads to have work while the ids of some calls become arrays, which Python's lock lets one thread do at a time.
+BATCH_CHARACTERS, CALLS = 2**18, 8
 NOTHING, CUT_AWAY = "with nothing to learn", "with nothing to learn in the first {} tokens (data.max_length)"
 
 

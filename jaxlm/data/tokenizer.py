@@ -30,8 +30,9 @@ NAMES = {"bos": BOS_NAMES, "eos": EOS_NAMES, "pad": PAD_NAMES}
 
 Item = TypeVar("Item")
 
-# A text longer than this is tokenized in parts, so that a book in one file uses all threads and little memory.
-PART_CHARACTERS = 2**16
+# A text longer than this is tokenized in parts, so that a book in one file uses all threads and little memory, and no
+# thread is left alone with a long last part.
+PART_CHARACTERS = 2**14
 CALL_CHARACTERS = 2**22  # of parts in one call of the library, whose answer takes some 50 bytes a character
 # GPT-2's pattern splits the last character off a run of white space that a word follows. Where that is a line end, it
 # is a word of its own. So a cut just before such a line end leaves every word, and every id, as it was.
