@@ -3,7 +3,7 @@
     python scripts/train.py --config configs/gpt2_1300m.py
 
 1,315,819,520 parameters; predicted for 8 H100s (jaxlm plan --devices 8): 33.1 GiB and 60,100 tokens/s a GPU;
-for 8 A100-80GBs 21,000.
+for 8 A100-80GBs 21,600.
 ZeRO stage 2, and 8 rows a micro-batch, as jaxlm plan --search found. The text is small for it: 0.1B tokens.
 No GPU figure has been measured: neither speed, nor memory, nor loss.
 """

@@ -3,7 +3,7 @@
     python scripts/train.py --config configs/gpt2_6700m.py
 
 6,658,596,864 parameters; predicted for 8 H100s (jaxlm plan --devices 8): 22.7 GiB and 11,100 tokens/s a GPU;
-for 8 A100-80GBs 3,700.
+for 8 A100-80GBs 3,600.
 ZeRO stage 3, activations recomputed. The text is far too small for it: 0.1B tokens.
 No GPU figure has been measured: neither speed, nor memory, nor loss.
 """

@@ -4,7 +4,7 @@
 
 use_deepspeed without a file means ZeRO stage 2: optimizer state and gradients are sharded over the devices.
 355,608,576 parameters; predicted for 8 H100s (jaxlm plan --devices 8): 4.1 GiB and 129,000 tokens/s a GPU;
-for 8 A100-80GBs 48,700.
+for 8 A100-80GBs 49,500.
 Not yet run on a GPU: no time, no memory and no loss has been measured.
 """
 

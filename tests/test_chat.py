@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 from conftest import make_config
@@ -16,10 +17,13 @@ from jaxlm import Trainer, evaluate, load
 from jaxlm.__main__ import run_named
 from jaxlm.commands.inspect import describe_row
 from jaxlm.config import DataConfig
+from jaxlm.data import files
 from jaxlm.data.chat import PLAIN, ChatTemplate, check_messages
 from jaxlm.data.chat_tokens import chat_template, turn_end, why_it_will_not_stop, with_template
-from jaxlm.data.documents import Document
+from jaxlm.data.documents import Document, Found
 from jaxlm.data.formats import ConversationRows
+from jaxlm.data.handed_over import PythonRows
+from jaxlm.data.hub import read_split
 from jaxlm.data.loader import Rows
 from jaxlm.data.packing import plan_cached
 from jaxlm.data.tokenizer import Tokenizer
@@ -235,6 +239,42 @@ def test_parquet_and_json_say_the_same(tmp_path: Path, talks: str) -> None:
     assert first.folder != second.folder
     assert (first.tokens == second.tokens).all()
     assert (first.learned == second.learned).all()
+
+
+WITH_TOOLS = (
+    "{% for tool in tools or [] %}{{ tool | tojson }}{% endfor %}{% for m in messages %}[{{ m.role }}]"
+    "{{ m.content if m.content is not none else '(none)' }}"
+    "{% for call in m.tool_calls or [] %}{{ call.function.arguments | tojson }}{% endfor %}{% endfor %}"
+)
+
+
+def test_calls_in_a_table_have_their_own_arguments_alone(tmp_path: Path) -> None:
+    """In a table each has those of all others, too, as nulls; in JSON lines a null was meant."""
+
+    def row(tool: str, arguments: dict[str, Any]) -> dict[str, Any]:
+        call = {"type": "function", "function": {"name": tool, "arguments": arguments}}
+        turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": None, "tool_calls": [call]}]
+        properties = {name: {"type": type(value).__name__} for name, value in arguments.items()}
+        return {"messages": turns, "tools": [{"name": tool, "parameters": {"properties": properties}}]}
+
+    given = [row("weather", {"city": "Bern", "content": "short"}), row("add", {"x": [1, 2]})]
+    table = datasets.Dataset.from_list(given)
+    table.to_parquet(tmp_path / "rows.parquet")
+    written = ConversationRows("messages", template(WITH_TOOLS), "all")
+
+    def texts_of(found: Found) -> list[str]:
+        documents = list(found)
+        assert all(isinstance(document, Document) for document in documents), documents
+        return [document.text for document in documents if isinstance(document, Document)]
+
+    expected = texts_of(PythonRows(given, "train_dataset", DataConfig()).read(written))
+    assert expected[1].endswith('}[user]q[assistant](none){"x": [1, 2]}')
+    assert texts_of(PythonRows(table, "train_dataset", DataConfig()).read(written)) == expected
+    assert texts_of(read_split(table, "train", written, "train")) == expected
+    assert texts_of(files.read_files([tmp_path / "rows.parquet"], written, "data.train_files")) == expected
+    given[1]["messages"][1]["tool_calls"][0]["function"]["arguments"]["x"] = None
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(x) + "\n" for x in given))
+    assert texts_of(files.read_files([tmp_path / "rows.jsonl"], written, "data.train_files"))[1].endswith('{"x": null}')
 
 
 def test_tools_may_be_json(tmp_path: Path) -> None:

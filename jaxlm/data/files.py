@@ -24,6 +24,7 @@ from typing import IO, Any, NamedTuple, TextIO
 from jaxlm.config import DataConfig
 from jaxlm.config.mixture import mixture_options
 from jaxlm.data.documents import Document, Found, RowFormat, encoding_fault
+from jaxlm.data.nested import cleaner
 from jaxlm.errors import UserError, one_line
 
 # Extensions of files that are one document each; none at all stands for names such as enwik8 and LICENSE.
@@ -268,12 +269,15 @@ def _read_parquet(path: Path, columns: Columns, where: str) -> Rows:
         with parquet.ParquetFile(path) as file:
             wanted = columns(file.schema_arrow.names, where)  # "a.b" may be b of a, too
             batches = file.iter_batches(batch_size=1024, columns=wanted)
+            schema = file.schema_arrow
+            clean = [cleaner(schema.field(schema.names.index(name)).type) for name in wanted]
             columns_of = lambda batch: [batch.column(batch.schema.names.index(name)) for name in wanted]  # noqa: E731
             cells = chain.from_iterable(zip(*columns_of(batch), strict=True) for batch in batches)
             for row, values in enumerate(cells, 1):
                 place = f"{where}: row {row}"
                 try:
-                    yield Row({name: x.as_py() for name, x in zip(wanted, values, strict=True)}, place)
+                    found = zip(wanted, clean, values, strict=True)
+                    yield Row({name: cleaned(x.as_py()) for name, cleaned, x in found}, place)
                 except UnicodeDecodeError as error:
                     yield UserError(f"{place} is not UTF-8 (byte {error.object[error.start]:#x})")
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:  # the last: names of columns

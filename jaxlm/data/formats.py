@@ -63,7 +63,7 @@ class ConversationRows:
     def __init__(self, kind: str, template: ChatTemplate | None, loss_on: str) -> None:
         self.kind, self.template, self._loss_on = kind, template, loss_on
         self._needed = [MESSAGES] if kind == "messages" else [PROMPT, COMPLETION]
-        self.fingerprint = f"{kind} {loss_on}"
+        self.fingerprint = f"{kind} {loss_on} 2"  # the number: of what the same rows give
 
     def columns(self, names: Collection[str], where: str) -> list[str]:
         return _with_all(self.kind, self._needed, names, where) + [TOOLS] * (TOOLS in names)

@@ -10,6 +10,7 @@ import numpy as np
 from jaxlm.config import DataConfig
 from jaxlm.data.documents import Found, RowFormat
 from jaxlm.data.formats import INPUT_IDS, columns_read
+from jaxlm.data.nested import cleaner
 from jaxlm.errors import UserError
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ class PythonRows:
     def __init__(self, given: Dataset, name: str, data: DataConfig) -> None:
         self.name, self._column = name, data.text_column
         self._columns: list[str] | None = None
+        self._clean: dict[str, Callable[[Any], Any]] = {}
         if isinstance(given, str | bytes) or hasattr(given, "keys"):  # a dict of columns, a DatasetDict, a DataFrame
             raise UserError(f"{name} is one {_kind(given)}, not rows; hand over a list or a datasets.Dataset")
         if isinstance(given, Iterator):
@@ -53,6 +55,9 @@ class PythonRows:
             self._columns = table.column_names
             if known := [column for column in columns_read(data) if column in (self._columns or ())]:
                 self._given = table.select_columns(known)
+                if table.features is not None:  # a stream may not know them
+                    schema = table.features.arrow_schema
+                    self._clean = {column: cleaner(schema.field(column).type) for column in known}
 
     def _pass(self) -> Iterator[Any]:
         given = self._given
@@ -68,7 +73,7 @@ class PythonRows:
         for i, row in enumerate(self._pass()):
             place = f"{self.name}[{i}]"
             if isinstance(row, Mapping):
-                yield place, row
+                yield place, {**row, **{name: clean(row[name]) for name, clean in self._clean.items()}}
             elif isinstance(row, str):
                 yield place, {self._column: row}
             elif isinstance(row, list | tuple) or hasattr(row, "__array__"):

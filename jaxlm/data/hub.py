@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from jaxlm.config import nearest
 from jaxlm.data.documents import Found, RowFormat
+from jaxlm.data.nested import cleaner
 from jaxlm.errors import UserError, one_line
 
 if TYPE_CHECKING:
@@ -119,7 +120,9 @@ def first_row(dataset: "datasets.Dataset", columns: list[str]) -> dict[str, Any]
 def read_split(dataset: "datasets.Dataset", split: str, format_: RowFormat, where: str) -> Found:
     """The documents of a split; `where` begins their places. Raises UserError where a column is missing."""
     columns = format_.columns(dataset.column_names, f"split {split}")
+    clean = [cleaner(dataset.features.arrow_schema.field(column).type) for column in columns]
     batches = dataset.select_columns(columns).iter(batch_size=1024)
     rows = chain.from_iterable(zip(*(batch[column] for column in columns), strict=True) for batch in batches)
     for number, values in enumerate(rows, 1):
-        yield format_.document(dict(zip(columns, values, strict=True)), f"{where}: row {number}")
+        row = {column: cleaned(x) for column, cleaned, x in zip(columns, clean, values, strict=True)}
+        yield format_.document(row, f"{where}: row {number}")
