@@ -19,7 +19,7 @@ from jaxlm.ops.norms import added
 
 
 class ParallelBlock(Block):
-    """x + attention(norm(x)) + mlp(norm(x)); the second norm is there, and not used."""
+    """x + attention(norm(x)) + mlp(norm(x)), with model.pre_norm; the second norm is there, and not used."""
 
     def _residuals(self, terms: Terms, attend: Callable[[jax.Array], tuple[Parts, Cache]], keys: Any) -> Any:
         x_BTD, y_BTD = self.before(self.norm1, terms)

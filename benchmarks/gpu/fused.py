@@ -79,7 +79,7 @@ def function(case: Fused, own: bool) -> Callable[..., Any]:
     def outputs(terms: Terms, factors: Factors, *w: jax.Array) -> tuple[jax.Array, jax.Array]:
         if own and w:
             return multiply_norm(terms, factors, *w, EPSILON, case.centred)
-        total, y = normalise_sum(terms, factors, EPSILON, case.centred, own_kernels=own)
+        total, y = normalise_sum(terms, factors, EPSILON, case.centred, by_kernels=own)
         return total, matmul(y, *w) if w else y
 
     def both(*x: Any) -> Any:
@@ -94,13 +94,14 @@ def off(found: Any, exact: Any) -> float:
     """The largest difference of any array, of the largest value there; NaN counts as infinite."""
     pairs = zip(jax.tree.leaves(found), jax.tree.leaves(exact), strict=True)
     wide = [(np.asarray(x, np.float32), np.asarray(y, np.float32)) for x, y in pairs]
-    largest = max(float(np.abs(x - y).max() / np.abs(y).max()) for x, y in wide)
+    largest = float(np.max([np.abs(x - y).max() / np.abs(y).max() for x, y in wide]))
     return largest if np.isfinite(largest) else 1e30
 
 
 def check(case: Fused, floor: float) -> dict[str, Any]:
     """How far the kernel is from plain JAX in float32, beside plain JAX in bfloat16, which may be as far off twice."""
-    exact = jax.jit(function(case, own=False))(*arguments(case, "float32"))
+    with jax.default_matmul_precision("highest"):
+        exact = jax.jit(function(case, own=False))(*arguments(case, "float32"))
     given = arguments(case, "bfloat16")
     plain, program = jax.jit(function(case, own=False))(*given), jax.jit(function(case, own=True))
     first, second = program(*given), program(*given)

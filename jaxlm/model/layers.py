@@ -105,11 +105,9 @@ class Norm(nnx.Module):
     def __call__(self, x_ND: jax.Array) -> jax.Array:
         return normalise(x_ND, *self.factors(), self.epsilon, self.centred)
 
-    def of_sum(self, terms: Terms, own_kernels: bool, goes_on: bool = True) -> tuple[jax.Array, jax.Array]:
+    def of_sum(self, terms: Terms, by_kernels: bool, goes_on: bool = True) -> tuple[jax.Array, jax.Array]:
         """`ops.norms.normalise_sum`: the sum of the terms, [B, T, D], and its norm."""
-        return normalise_sum(
-            terms, self.factors(), self.epsilon, self.centred, own_kernels=own_kernels, goes_on=goes_on
-        )
+        return normalise_sum(terms, self.factors(), self.epsilon, self.centred, by_kernels=by_kernels, goes_on=goes_on)
 
 
 class Mlp(nnx.Module):

@@ -49,7 +49,7 @@ class Block(nnx.Module):
     It takes and returns `Terms`, whose sum is the residual stream: the next norm adds them as it reads them.
     """
 
-    own_kernels = False  # whether norms are computed by this package's kernels for GPUs
+    by_kernels = False  # whether norms are computed by this package's kernels for GPUs
 
     def __init__(self, config: ModelConfig, implementation: str, dtype: Any, rngs: nnx.Rngs):
         self.config = config
@@ -61,10 +61,10 @@ class Block(nnx.Module):
             self.norm1_out = Norm(config.d_model, config, kind=config.norm)
             self.norm2_out = Norm(config.d_model, config, kind=config.norm)
 
-    def before(self, norm: Norm, terms: Terms) -> tuple[jax.Array, jax.Array]:
+    def before(self, norm: Norm, terms: Terms, goes_on: bool = True) -> tuple[jax.Array, jax.Array]:
         """The sum of the terms, and what attention or the feed-forward part reads of it: its norm, with `pre_norm`."""
         if self.config.pre_norm:
-            return norm.of_sum(terms, self.own_kernels)
+            return norm.of_sum(terms, self.by_kernels, goes_on)
         x_BTD = added(terms)
         return x_BTD, x_BTD
 
@@ -73,19 +73,19 @@ class Block(nnx.Module):
     ) -> Terms:
         """The residual stream with one more update."""
         (y_BTD, bias_D), rate = parts, self.config.dropout
-        if self.own_kernels and norm_out is None and (key_B2 is None or rate == 0.0):
+        if self.by_kernels and norm_out is None and (key_B2 is None or rate == 0.0):
             terms = Terms(x_BTD, y_BTD, bias_D)
         else:
             y_BTD = y_BTD if bias_D is None else add_bias(y_BTD, bias_D)
-            y_BTD = y_BTD if norm_out is None else norm_out.of_sum(Terms(y_BTD), self.own_kernels, goes_on=False)[1]
+            y_BTD = y_BTD if norm_out is None else norm_out.of_sum(Terms(y_BTD), self.by_kernels, goes_on=False)[1]
             terms = Terms(x_BTD + dropout(y_BTD, key_B2, rate))
-        return terms if self.config.pre_norm else Terms(norm.of_sum(terms, self.own_kernels, goes_on=False)[1])
+        return terms if self.config.pre_norm else Terms(norm.of_sum(terms, self.by_kernels, goes_on=False)[1])
 
     def _keeps_no_norm(self) -> bool:
         """Whether the feed-forward part's input is made again for the backward pass, without the rest of the block."""
         config = self.config
         once = config.pre_norm and not config.gradient_checkpointing
-        return self.own_kernels and once and not self.mlp.up.use_adapter
+        return self.by_kernels and once and not self.mlp.up.use_adapter
 
     def _residuals(self, terms: Terms, attend: Callable[[jax.Array], tuple[Parts, Cache]], keys: Any) -> Any:
         sandwich = self.config.sandwich_norm
@@ -93,7 +93,7 @@ class Block(nnx.Module):
         parts, cache = attend(y_BTD)
         terms = self.after(x_BTD, parts, keys[0], self.norm1, self.norm1_out if sandwich else None)
         if self.config.parallel_residual:
-            y_BTD = self.before(self.norm2, Terms(x_BTD))[1]
+            y_BTD = self.before(self.norm2, Terms(x_BTD), goes_on=False)[1]
             x_BTD, parts = added(terms), self.mlp(y_BTD, keys[1])
         elif self._keeps_no_norm():
             x_BTD, parts = self.mlp.of_norm(self.norm2, terms, keys[1])
@@ -232,7 +232,7 @@ class Transformer(nnx.Module):
         def body(terms: Terms, layer: tuple[Any, jax.Array | None]) -> tuple[Terms, Any]:
             params = layer[0] if fetch is None else fetch[0](layer[0])
             block = nnx.merge(graphdef, params)
-            block.own_kernels = NORMS in self.own_kernels
+            block.by_kernels = NORMS in self.own_kernels
             terms, output = run(block, terms, layer[1])
             return Terms(added(terms)) if sums_up else terms, output
 

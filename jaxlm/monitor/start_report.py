@@ -142,6 +142,7 @@ class StartReport:
             "processes": jax.process_count(),
             "layout": self.assembly.layout.describe(),
             "attention": self.assembly.attention,
+            "own_kernels": ", ".join(sorted(self.assembly.own_kernels)),
             "own_loss": name_of(self.assembly.own_loss),
             "compiler": self._compiler,
             "rows_an_update": self.resolved.global_batch,

@@ -17,7 +17,7 @@ from jaxlm.ops.launch import Outputs, launch, powers_of_two
 from jaxlm.ops.matmul import gradient_of_factor, gradient_of_matrix, matmul
 
 LARGEST_WIDTH = 8192  # channels; of more a program would run out of registers
-_PER_THREAD = 8  # elements of each array
+_PER_THREAD = 8  # elements of each array, where 16 warps suffice
 # Vectors that a program works on, one after the other. Each loads the parameters, and writes sums of gradients.
 FORWARD, BACKWARD = 32, 64
 

@@ -82,15 +82,15 @@ def added(terms: Terms) -> jax.Array:
 
 
 def normalise_sum(
-    terms: Terms, factors: Factors, epsilon: float, centred: bool, *, own_kernels: bool, goes_on: bool = True
+    terms: Terms, factors: Factors, epsilon: float, centred: bool, *, by_kernels: bool, goes_on: bool = True
 ) -> tuple[jax.Array, jax.Array]:
     """The sum of the terms, [B, T, D], and `normalise` of it.
 
     Args:
-      own_kernels: whether by norm_kernels.py, which needs a GPU.
+      by_kernels: whether by norm_kernels.py, which needs a GPU.
       goes_on: whether the sum is used for something else, too; if not, its gradient isn't looked at.
     """
-    if own_kernels:
+    if by_kernels:
         return normalise_by_kernels(terms, factors, epsilon, centred, goes_on)
     x_BTD = added(terms)
     return x_BTD, per_token(lambda x_ND: normalise(x_ND, *factors, epsilon, centred), x_BTD)

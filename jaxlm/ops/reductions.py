@@ -1,6 +1,6 @@
 """Reductions over the last axis: the norms' and the softmax's of the loss.
 
-Shapes: B rows, T positions, D channels, C tokens of a chunk, V vocabulary.
+Shapes: B rows, T positions, D channels, C positions of a chunk, V vocabulary.
 """
 
 from collections.abc import Callable
@@ -39,27 +39,27 @@ def per_token(f: Callable[[jax.Array], jax.Array], x_BTD: jax.Array) -> jax.Arra
     return f(x_BTD.reshape(-1, x_BTD.shape[-1])).reshape(x_BTD.shape)
 
 
-def is_target(logits_CV: jax.Array, targets_C: jax.Array) -> jax.Array:
-    """bool [C, V]: the one-hot targets."""
-    return targets_C[:, None] == jnp.arange(logits_CV.shape[-1], dtype=targets_C.dtype)[None]
+def is_target(logits_BCV: jax.Array, targets_BC: jax.Array) -> jax.Array:
+    """bool [B, C, V]: the one-hot targets."""
+    return targets_BC[..., None] == jnp.arange(logits_BCV.shape[-1], dtype=targets_BC.dtype)[None, None]
 
 
-def softmax_statistics(logits_CV: jax.Array, targets_C: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The largest logit and the sum of exp(logits - largest), [C, 1]; the target's logit less the largest, [C].
+def softmax_statistics(logits_BCV: jax.Array, targets_BC: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The largest logit and the sum of exp(logits - largest), [B, C, 1]; the target's logit less the largest, [B, C].
 
     A GPU takes as long for a pass over the logits as it takes to read them, so there all is done in one pass.
     """
-    return jax.lax.platform_dependent(logits_CV, targets_C, cpu=_in_three_passes, default=_in_one_pass)
+    return jax.lax.platform_dependent(logits_BCV, targets_BC, cpu=_in_three_passes, default=_in_one_pass)
 
 
-def _in_three_passes(logits_CV: jax.Array, targets_C: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    max_C1 = logits_CV.max(-1, keepdims=True)
-    shifted_CV = logits_CV - max_C1
-    target_C = jnp.where(is_target(logits_CV, targets_C), shifted_CV, 0.0).sum(-1)
-    return max_C1, jnp.exp(shifted_CV).sum(-1, keepdims=True), target_C
+def _in_three_passes(logits_BCV: jax.Array, targets_BC: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    max_BC1 = logits_BCV.max(-1, keepdims=True)
+    shifted_BCV = logits_BCV - max_BC1
+    target_BC = jnp.where(is_target(logits_BCV, targets_BC), shifted_BCV, 0.0).sum(-1)
+    return max_BC1, jnp.exp(shifted_BCV).sum(-1, keepdims=True), target_BC
 
 
-def _in_one_pass(logits_CV: jax.Array, targets_C: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _in_one_pass(logits_BCV: jax.Array, targets_BC: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """An online softmax: (largest so far, sum of exponentials relative to it)."""
 
     def join(x: tuple[jax.Array, jax.Array], y: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
@@ -67,6 +67,6 @@ def _in_one_pass(logits_CV: jax.Array, targets_C: jax.Array) -> tuple[jax.Array,
         return largest, x[1] * jnp.exp(x[0] - largest) + y[1] * jnp.exp(y[0] - largest)
 
     start = jnp.float32(jnp.finfo(jnp.float32).min), jnp.float32(0)
-    max_C, total_C = jax.lax.reduce((logits_CV, jnp.ones_like(logits_CV)), start, join, (1,))
-    target_C1 = jnp.take_along_axis(logits_CV, targets_C[:, None], axis=-1)
-    return max_C[:, None], total_C[:, None], target_C1[:, 0] - max_C
+    max_BC, total_BC = jax.lax.reduce((logits_BCV, jnp.ones_like(logits_BCV)), start, join, (2,))
+    target_BC1 = jnp.take_along_axis(logits_BCV, targets_BC[..., None], axis=-1)
+    return max_BC[..., None], total_BC[..., None], target_BC1[..., 0] - max_BC

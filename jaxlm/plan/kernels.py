@@ -192,7 +192,7 @@ def _loaded_again(vectors: int, instruction: Instruction, computation: Computati
     arrays = [computation.instructions[x].arrays[0] for x in instruction.operands]
     n, d = next(dims for _, dims in arrays if len(dims) == 2)
     programs = math.ceil(n / vectors)
-    return (programs - 1) * sum(d * ITEM_BYTES[kind] for kind, dims in arrays if dims == (d,) != (n,))
+    return (programs - 1) * sum(d * ITEM_BYTES[kind] for kind, dims in arrays if dims == (d,) and d != n)
 
 
 def _own_kernel(name: str, instruction: Instruction, computation: Computation) -> tuple[int, int]:

@@ -1,6 +1,6 @@
 """Cross entropy straight from hidden states, without the [tokens, vocabulary] logits.
 
-Shapes: B rows, T positions, C tokens of a chunk, D model width, V vocabulary.
+Shapes: B rows, T positions, C positions of a chunk, D model width, V vocabulary.
 """
 
 from collections.abc import Mapping
@@ -26,7 +26,7 @@ def learned(batch: Mapping[str, jax.Array]) -> jax.Array:
 
 
 class _Tokens(NamedTuple):
-    """What the loss of some tokens is computed from: [B, T, ...], or [chunks, C, ...]."""
+    """What the loss of some tokens is computed from: [B, T, ...], or [T/C, B, C, ...] in chunks."""
 
     hidden: jax.Array
     targets: jax.Array
@@ -34,22 +34,18 @@ class _Tokens(NamedTuple):
 
 
 def _in_chunks(tokens: _Tokens, vocabulary: int, chunk_bytes: int, dtype: DTypeLike = jnp.float32) -> _Tokens:
-    """Chunks whose logits, kept as `dtype`, fit `chunk_bytes`.
+    """Chunks whose logits, kept as `dtype`, fit `chunk_bytes`; T is padded with weight 0 if no good size divides it."""
+    b, t = tokens.targets.shape
+    fit = max(1, chunk_bytes // (jnp.dtype(dtype).itemsize * b * vocabulary))
+    fewest = -(-t // fit)
+    n = next((n for n in range(fewest, 2 * fewest) if t % n == 0), fewest)
+    c = -(-t // n)
 
-    All of one size: the largest that divides the tokens, or, where that is less than half of what fits, one that
-    doesn't, with weights of 0 behind the last token.
-    """
-    count = tokens.targets.size
-    fit = min(count, max(1, chunk_bytes // (jnp.dtype(dtype).itemsize * vocabulary)))
-    fewest = -(-count // fit)
-    n = next((n for n in range(fewest, 2 * fewest) if count % n == 0), fewest)
-    c = -(-count // n)
+    def split(x_BT: jax.Array) -> jax.Array:
+        padded = jnp.pad(x_BT, ((0, 0), (0, n * c - t)) + ((0, 0),) * (x_BT.ndim - 2))
+        return jnp.moveaxis(padded.reshape(b, n, c, *x_BT.shape[2:]), 1, 0)
 
-    def split(x: jax.Array, axes: int) -> jax.Array:
-        flat = x.reshape(count, *x.shape[2:])
-        return jnp.pad(flat, ((0, n * c - count), *((0, 0),) * axes)).reshape(n, c, *x.shape[2:])
-
-    return _Tokens(split(tokens.hidden, 1), split(tokens.targets, 0), split(tokens.weights, 0))
+    return _Tokens(*map(split, tokens))
 
 
 class _Options(NamedTuple):
@@ -65,80 +61,80 @@ class _Options(NamedTuple):
 class _Losses(NamedTuple):
     """Of the tokens of a chunk, float32."""
 
-    cross_entropy_C: jax.Array
-    log_total_C: jax.Array  # log of the sum over the vocabulary of exp(logits)
+    cross_entropy_BC: jax.Array
+    log_total_BC: jax.Array  # log of the sum over the vocabulary of exp(logits)
 
 
 class _Softmax(NamedTuple):
     """What the loss of a chunk and its gradient are computed from, float32."""
 
     losses: _Losses
-    exp_CV: jax.Array  # exp(logits - max)
-    total_C1: jax.Array  # its sum
-    is_target_CV: jax.Array
-    slope_CV: jax.Array | None  # d logits / d raw logits, where they are capped
+    exp_BCV: jax.Array  # exp(logits - max)
+    total_BC1: jax.Array  # its sum
+    is_target_BCV: jax.Array
+    slope_BCV: jax.Array | None  # d logits / d raw logits, where they are capped
 
 
-def _of_targets(hidden_CD: jax.Array, w_VD: jax.Array, targets_C: jax.Array) -> jax.Array:
-    """The targets' logits, float32 [C]."""
-    return einsum("cd,cd->c", hidden_CD, w_VD[targets_C], jnp.float32)
+def _of_targets(hidden_BCD: jax.Array, w_VD: jax.Array, targets_BC: jax.Array) -> jax.Array:
+    """The targets' logits, float32 [B, C]."""
+    return einsum("bcd,bcd->bc", hidden_BCD, w_VD[targets_BC], jnp.float32)
 
 
-def _logits(hidden_CD: jax.Array, w_VD: jax.Array, targets_C: jax.Array, kept_as: DTypeLike) -> jax.Array:
+def _logits(hidden_BCD: jax.Array, w_VD: jax.Array, targets_BC: jax.Array, kept_as: DTypeLike) -> jax.Array:
     """float32 logits that are kept in memory as `kept_as`, but for the targets'."""
-    logits_CV = einsum("cd,vd->cv", hidden_CD, w_VD, kept_as)
-    if logits_CV.dtype == jnp.float32:
-        return logits_CV
-    of_target_C1 = _of_targets(hidden_CD, w_VD, targets_C)[:, None]
-    return jnp.where(is_target(logits_CV, targets_C), of_target_C1, logits_CV.astype(jnp.float32))
+    logits_BCV = einsum("bcd,vd->bcv", hidden_BCD, w_VD, kept_as)
+    if logits_BCV.dtype == jnp.float32:
+        return logits_BCV
+    of_target_BC1 = _of_targets(hidden_BCD, w_VD, targets_BC)[..., None]
+    return jnp.where(is_target(logits_BCV, targets_BC), of_target_BC1, logits_BCV.astype(jnp.float32))
 
 
 def _softmax(
-    hidden_CD: jax.Array,
+    hidden_BCD: jax.Array,
     w_VD: jax.Array,
-    targets_C: jax.Array,
+    targets_BC: jax.Array,
     softcap: float | None,
     kept_as: DTypeLike = jnp.float32,
 ) -> _Softmax:
-    logits_CV = _logits(hidden_CD, w_VD, targets_C, kept_as)
-    slope_CV = None
+    logits_BCV = _logits(hidden_BCD, w_VD, targets_BC, kept_as)
+    slope_BCV = None
     if softcap is not None:
-        tanh_CV = jnp.tanh(logits_CV / softcap)
-        logits_CV, slope_CV = softcap * tanh_CV, 1 - tanh_CV * tanh_CV
-    max_C1, total_C1, target_C = softmax_statistics(logits_CV, targets_C)
-    exp_CV = jnp.exp(logits_CV - max_C1)
-    log_C, is_target_CV = jnp.log(total_C1[:, 0]), is_target(logits_CV, targets_C)
-    losses = _Losses(log_C - target_C, log_C + max_C1[:, 0])
-    return _Softmax(losses, exp_CV, total_C1, is_target_CV, slope_CV)
+        tanh_BCV = jnp.tanh(logits_BCV / softcap)
+        logits_BCV, slope_BCV = softcap * tanh_BCV, 1 - tanh_BCV * tanh_BCV
+    max_BC1, total_BC1, target_BC = softmax_statistics(logits_BCV, targets_BC)
+    exp_BCV = jnp.exp(logits_BCV - max_BC1)
+    log_BC, is_target_BCV = jnp.log(total_BC1[..., 0]), is_target(logits_BCV, targets_BC)
+    losses = _Losses(log_BC - target_BC, log_BC + max_BC1[..., 0])
+    return _Softmax(losses, exp_BCV, total_BC1, is_target_BCV, slope_BCV)
 
 
 def _gradient(chunk: _Tokens, w_VD: jax.Array, options: _Options) -> tuple[jax.Array, _Losses]:
-    """The gradient of a chunk's logits, [C, V] in the dtype of w, and its losses."""
+    """The gradient of a chunk's logits, [B, C, V] in the dtype of w, and its losses."""
     softcap, z_loss, _, kept_as, own_kernel = options
     if own_kernel:
-        logits_CV = einsum("cd,vd->cv", chunk.hidden, w_VD, kept_as)
+        logits_BCV = einsum("bcd,vd->bcv", chunk.hidden, w_VD, kept_as)
         inputs = TokenInputs(chunk.targets, _of_targets(chunk.hidden, w_VD, chunk.targets), chunk.weights)
-        gradient_CV, *losses = softmax_gradient(logits_CV, inputs, softcap, z_loss, w_VD.dtype)
-        return gradient_CV, _Losses(*losses)
+        gradient_BCV, *losses = softmax_gradient(logits_BCV, inputs, softcap, z_loss, w_VD.dtype)
+        return gradient_BCV, _Losses(*losses)
     softmax = _softmax(chunk.hidden, w_VD, chunk.targets, softcap, kept_as)
-    scale_C1 = chunk.weights[:, None] / softmax.total_C1
+    scale_BC1 = chunk.weights[..., None] / softmax.total_BC1
     if z_loss:
-        scale_C1 = scale_C1 * (1 + 2 * z_loss * softmax.losses.log_total_C[:, None])
-    gradient_CV = softmax.exp_CV * scale_C1 - jnp.where(softmax.is_target_CV, chunk.weights[:, None], 0.0)
-    if softmax.slope_CV is not None:
-        gradient_CV = gradient_CV * softmax.slope_CV
-    return gradient_CV.astype(w_VD.dtype), softmax.losses
+        scale_BC1 = scale_BC1 * (1 + 2 * z_loss * softmax.losses.log_total_BC[..., None])
+    gradient_BCV = softmax.exp_BCV * scale_BC1 - jnp.where(softmax.is_target_BCV, chunk.weights[..., None], 0.0)
+    if softmax.slope_BCV is not None:
+        gradient_BCV = gradient_BCV * softmax.slope_BCV
+    return gradient_BCV.astype(w_VD.dtype), softmax.losses
 
 
 def _zeros() -> Sums:
     return (jnp.zeros((), jnp.float32),) * 2
 
 
-def _add(sums: Sums, losses: _Losses, weights_C: jax.Array, z_loss: float) -> Sums:
-    objective_C = losses.cross_entropy_C
+def _add(sums: Sums, losses: _Losses, weights_BC: jax.Array, z_loss: float) -> Sums:
+    objective_BC = losses.cross_entropy_BC
     if z_loss:
-        objective_C = objective_C + z_loss * losses.log_total_C**2
-    return sums[0] + (objective_C * weights_C).sum(), sums[1] + (losses.cross_entropy_C * weights_C).sum()
+        objective_BC = objective_BC + z_loss * losses.log_total_BC**2
+    return sums[0] + (objective_BC * weights_BC).sum(), sums[1] + (losses.cross_entropy_BC * weights_BC).sum()
 
 
 def loss_sums(
@@ -156,7 +152,7 @@ def loss_sums(
 
     The first is to be minimised; the second, in nats, is for reports: no gradient comes from it. Z is the softmax's
     denominator (PaLM, arXiv:2204.02311, section 5). The gradient is computed together with the loss, one chunk of
-    tokens at a time, so that the logits are computed once and never held whole (as in Liger's fused linear cross
+    positions at a time, so that the logits are computed once and never held whole (as in Liger's fused linear cross
     entropy, arXiv:2410.10989).
 
     Args:
@@ -172,7 +168,10 @@ def loss_sums(
       own_kernel: where there is a gradient, whether it is made by `ops.softmax_kernel`.
     """
     options = _Options(softcap, z_loss, chunk_bytes, jnp.dtype(kept_as), own_kernel)
-    return _sums(_Tokens(hidden_BTD, targets_BT, weights_BT), w_VD, options)
+    tokens = _Tokens(hidden_BTD, targets_BT, weights_BT)
+    if own_kernel:  # on GPUs, chunks of consecutive tokens of all rows need no copies; on CPU they would be slower
+        tokens = _Tokens(*(x.reshape(1, -1, *x.shape[2:]) for x in tokens))
+    return _sums(tokens, w_VD, options)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -190,22 +189,19 @@ def _forward(tokens: _Tokens, w_VD: jax.Array, options: _Options) -> tuple[Sums,
     """The sums, and the gradients of the first of them."""
     w = w_VD.astype(tokens.hidden.dtype)
 
-    chunks = _in_chunks(tokens, len(w), options.chunk_bytes, options.kept_as)
-
-    def add_chunk(i: jax.Array, carry: tuple[Sums, jax.Array, jax.Array]) -> tuple[Sums, jax.Array, jax.Array]:
-        """The gradient of a chunk's hidden states is written where they are."""
-        sums, dw_DV, hidden = carry
-        chunk = _Tokens(hidden[i], chunks.targets[i], chunks.weights[i])
+    def add_chunk(carry: tuple[Sums, jax.Array], chunk: _Tokens) -> tuple[tuple[Sums, jax.Array], jax.Array]:
+        sums, dw_DV = carry
         dlogits, losses = _gradient(chunk, w, options)
-        dhidden_CD = einsum("cv,vd->cd", dlogits, w, jnp.float32).astype(w.dtype)
+        dhidden = einsum("bcv,vd->bcd", dlogits, w, jnp.float32).astype(w.dtype)
         # As [D, V]: transposing the hidden states is cheap, transposing the logits' gradient is not.
-        dw_DV = dw_DV + einsum("cd,cv->dv", chunk.hidden, dlogits, jnp.float32)
-        return _add(sums, losses, chunk.weights, options.z_loss), dw_DV, hidden.at[i].set(dhidden_CD)
+        dw_DV = dw_DV + einsum("bcd,bcv->dv", chunk.hidden, dlogits, jnp.float32)
+        return (_add(sums, losses, chunk.weights, options.z_loss), dw_DV), dhidden
 
-    start = _zeros(), jnp.zeros(w_VD.shape[::-1], jnp.float32), chunks.hidden
-    sums, dw_DV, dhidden = jax.lax.fori_loop(0, len(chunks.hidden), add_chunk, start)
+    start = _zeros(), jnp.zeros(w_VD.shape[::-1], jnp.float32)
+    chunks = _in_chunks(tokens, len(w), options.chunk_bytes, options.kept_as)
+    (sums, dw_DV), dhidden = jax.lax.scan(add_chunk, start, chunks)
     b, t, d = tokens.hidden.shape
-    return sums, (dhidden.reshape(-1, d)[: b * t].reshape(b, t, d), transpose_product(dw_DV))
+    return sums, (jnp.moveaxis(dhidden, 0, 1).reshape(b, -1, d)[:, :t], transpose_product(dw_DV))
 
 
 def _backward(options: _Options, gradients: Gradients, g: Sums) -> tuple[_Tokens, jax.Array]:
