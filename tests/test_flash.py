@@ -235,7 +235,8 @@ def test_the_update_lowers_for_cuda_without_a_square_array(corpus, tmp_path, as_
     """The whole update of packed bfloat16 training with dropout, over several devices."""
     fields = {"model.attention_dropout": 0.1, "training.use_amp": True, "data.max_length": 290}
     fields |= {"training.gradient_accumulation_steps": 2}
-    config = replace_fields(make_config(tmp_path, corpus, **fields), {"model.max_seq_len": 290})
+    sizes = {"model.max_seq_len": 290, "model.vocab_size": 384}
+    config = replace_fields(make_config(tmp_path, corpus, **fields), sizes)
     mesh = as_h100(abstract_mesh((1, 2, 1)))
     assembly = assemble(Resolved(config, mesh), attention="pallas")
     step = make_train_step(assembly.graphdef, config, assembly.layout)

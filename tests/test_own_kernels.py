@@ -153,7 +153,7 @@ def test_a_model_with_dropout_learns_the_same_with_its_kernels():
 
 
 def test_which_kernels_are_used():
-    config = replace_fields(config_of(STILL), {"training.use_amp": True})
+    config = replace_fields(config_of(STILL), {"training.use_amp": True, "model.vocab_size": 384})
     of = lambda capability=8.0, **fields: choose_kernels(  # noqa: E731
         replace_fields(config, {name.replace("__", "."): value for name, value in fields.items()}), capability
     )
@@ -162,4 +162,6 @@ def test_which_kernels_are_used():
     assert of(training__own_kernels=False) == of(training__use_amp=False) == frozenset()
     assert of(training__tensor_parallel=2) == frozenset(), "the compiler divides arrays, not a kernel"
     assert of(model__d_model=2 * LARGEST_WIDTH) == {LOSS}
-    assert of(model__vocab_size=LARGEST_VOCABULARY + 1) == {NORMS}
+    assert of(model__vocab_size=LARGEST_VOCABULARY) == BOTH
+    assert of(model__vocab_size=2 * LARGEST_VOCABULARY) == of(model__vocab_size=385) == {NORMS}
+    assert of(model__vocab_size=LARGEST_VOCABULARY - 16) == {NORMS}, "in sixteen pieces"

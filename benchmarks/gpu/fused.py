@@ -36,7 +36,7 @@ def checked(cut: bool) -> list[Fused]:
             Fused("loss", 97, 12, capped=True),
         ]
     norms = [Fused(name, width, 4096) for width in (768, 1600, 2048, 8192) for name in ("norm", "norm and product")]
-    losses = [Fused("loss", width, 1024, capped=capped) for width in (50304, 50257, 65536) for capped in (False, True)]
+    losses = [Fused("loss", width, 1024, capped=capped) for width in (50304, 32000, 65536) for capped in (False, True)]
     return [*norms, *losses, *(Fused("norm", width, 1001, centred=False) for width in (768, 5120))]
 
 

@@ -6,7 +6,7 @@ import jax
 
 from jaxlm.config import Config
 from jaxlm.ops.norm_kernels import LARGEST_WIDTH
-from jaxlm.ops.softmax_kernel import LARGEST_VOCABULARY
+from jaxlm.ops.softmax_kernel import takes_vocabulary
 
 NORMS, LOSS = "norms", "loss"
 LOWEST_CAPABILITY = 8.0  # compute capability that they are made for, the A100's
@@ -35,5 +35,5 @@ def choose_kernels(config: Config, capability: float | None) -> frozenset[str]:
     possible = why_not_on(capability) is None and why_no_triton() is None and training.use_amp and not split
     if not possible or not training.own_kernels:
         return frozenset()
-    fits = {NORMS: model.d_model <= LARGEST_WIDTH, LOSS: model.vocab_size <= LARGEST_VOCABULARY}
+    fits = {NORMS: model.d_model <= LARGEST_WIDTH, LOSS: takes_vocabulary(model.vocab_size)}
     return frozenset(name for name, small in fits.items() if small)

@@ -13,7 +13,12 @@ from jax.experimental import pallas as pl
 from jaxlm.ops.launch import launch, powers_of_two
 
 LARGEST_VOCABULARY = 64 * 1024  # of 16-bit logits, so that those of a token take half of a multiprocessor's registers
-_PIECE, _WARPS = 8192, 16
+_PIECE, _MOST_PIECES, _WARPS = 8192, 11, 16
+
+
+def takes_vocabulary(size: int) -> bool:
+    """Whether all logits of a token stay in registers: rows that begin at whole words of memory, and in few pieces."""
+    return size <= LARGEST_VOCABULARY and size % 16 == 0 and len(powers_of_two(size, _PIECE)) <= _MOST_PIECES
 
 
 class TokenInputs(NamedTuple):
@@ -48,11 +53,11 @@ def loss_kernel(
         tanh = jnp.tanh(x / softcap)
         return softcap * tanh, 1 - tanh * tanh
 
-    def wide(i: int, again: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+    def wide(i: int, zero: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
         """A piece in float32, with the target's logit; and where that is."""
         x = kept[i]
-        if again is not None:  # or the compiler keeps the first time's results, for which there are no registers
-            x = jax.lax.bitcast_convert_type(jax.lax.bitcast_convert_type(x, jnp.uint16) ^ again, x.dtype)
+        if zero is not None:  # one that the compiler can't foresee, or it keeps the first time's results: too many
+            x = jax.lax.bitcast_convert_type(jax.lax.bitcast_convert_type(x, zero.dtype) ^ zero, x.dtype)
         start, size = pieces[i]
         is_target = start + jnp.arange(size, dtype=jnp.int32) == target
         return jnp.where(is_target, of_target, x.astype(jnp.float32)), is_target
@@ -63,12 +68,12 @@ def loss_kernel(
         before, largest = largest, jnp.maximum(largest, x.max())
         total = total * jnp.exp(before - largest) + jnp.exp(x - largest).sum()
     log_total = jnp.log(total) + largest
-    again = (total < 0).astype(jnp.uint16)  # 0
+    zero = (total < 0).astype(jnp.uint16 if logits_ref.dtype.itemsize == 2 else jnp.uint32)
     scale = weight / total
     if z_loss:
         scale = scale * (1 + 2 * z_loss * log_total)
     for i, (start, size) in enumerate(pieces):
-        x, is_target = wide(i, again)
+        x, is_target = wide(i, zero)
         logits, slope = capped(x)
         gradient = (jnp.exp(logits - largest) * scale - jnp.where(is_target, weight, 0.0)) * slope
         written = jax.lax.bitcast_convert_type(gradient.astype(dtype), gradient_ref.dtype)
