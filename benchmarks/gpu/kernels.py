@@ -125,17 +125,15 @@ def clock(pool: Executor, case: Case, capability: float | None) -> Iterator[dict
 
 def fused_results(cut: bool) -> Iterator[dict[str, Any]]:
     """Of the kernels for norms and for the loss, which compile within seconds."""
-    for case in fused.checked(cut):
-        about = {"what": "check", "implementation": case.kernel, **dataclasses.asdict(case)}
+    check = lambda case: fused.check(case, FLOOR["bfloat16"])  # noqa: E731
+    clocked = lambda case: dict(fused.clock(case, seconds_a_call))  # noqa: E731
+    checks = [("check", case, check) for case in fused.checked(cut)]
+    times = [("beside plain JAX", case, clocked) for case in fused.timed(cut)]
+    for what, case, found in (*checks, *times):
+        about = {"what": what, "implementation": case.kernel, **dataclasses.asdict(case)}
         try:
-            yield about | fused.check(case, FLOOR["bfloat16"])
-        except Exception as error:  # whatever a compiler or a GPU raises; the other cases go on
-            yield about | {"error": reason(error)}
-    for case in fused.timed(cut):
-        about = {"what": "beside plain JAX", "implementation": case.kernel, **dataclasses.asdict(case)}
-        try:
-            yield about | dict(fused.clock(case, seconds_a_call))
-        except Exception as error:
+            yield about | found(case)
+        except Exception as error:  # whatever Pallas, a compiler or a GPU raises; the other cases go on
             yield about | {"error": reason(error)}
 
 

@@ -73,7 +73,7 @@ class PythonRows:
         for i, row in enumerate(self._pass()):
             place = f"{self.name}[{i}]"
             if isinstance(row, Mapping):
-                yield place, {**row, **{name: clean(row[name]) for name, clean in self._clean.items()}}
+                yield place, row
             elif isinstance(row, str):
                 yield place, {self._column: row}
             elif isinstance(row, list | tuple) or hasattr(row, "__array__"):
@@ -88,7 +88,10 @@ class PythonRows:
         """A new pass over the documents. Raises UserError where a column is missing."""
         if self._columns is not None:
             format_.columns(self._columns, self.name)
-        return (format_.document(row, place) for place, row in self)
+        return (format_.document(self._cleaned(row), place) for place, row in self)
+
+    def _cleaned(self, row: Mapping[str, Any]) -> Mapping[str, Any]:
+        return {**row, **{name: clean(row[name]) for name, clean in self._clean.items()}} if self._clean else row
 
     def measured(self, data: DataConfig) -> tuple[int, str]:
         """How many there are, and a hash of what is read of them; UserError: there is none."""

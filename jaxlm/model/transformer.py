@@ -243,7 +243,10 @@ class Transformer(nnx.Module):
         if config.scan_layers:
             terms, outputs = jax.lax.scan(body, terms, layers)
         else:
-            body, each = jax.jit(body), []  # traced once for all layers
+            body, each = (
+                jax.jit(body),
+                [],
+            )  # traced once for all layers, or once more for the first
             for layer in _unstack(layers, config.n_layers):
                 terms, output = body(terms, layer)
                 each.append(output)
