@@ -195,12 +195,32 @@ def test_without_pallas_for_triton_runs_take_another_kernel(tmp_path, corpus, mo
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "jax.experimental.pallas.triton", None)
     config = Config()
-    assert config.data.pack_sequences and choose_attention(config, H100) == "blockwise"
+    assert config.data.pack_sequences and choose_attention(config, A100) == "blockwise"
     why = f"pallas is written for Triton, which Pallas of JAX {jax.__version__} does not have"
-    assert why_not_fused(config, H100) == why
+    assert why_not_fused(config, A100) == f"{why}; mosaic is made for compute capability 9, not 8"
     with pytest.raises(UserError, match=r"model.attention \(pallas\) is written for Triton.*; use auto or blockwise"):
         choose_attention(replace_fields(config, {"model.attention": "pallas"}), H100)
     Trainer(make_config(tmp_path, corpus, **{"training.max_steps": 1})).train()
+
+
+@pytest.mark.parametrize(
+    ("version", "plugin", "capability", "size", "kernel", "why"),
+    [
+        ((0, 12, 0), True, 9.0, 64, "mosaic", None),
+        ((0, 11, 2), True, 9.0, 128, "mosaic", None),
+        ((0, 11, 2), True, 9.0, 160, "blockwise", "needs a head size up to 128, not 160"),
+        ((0, 11, 2), False, 9.0, 64, "blockwise", 'needs CUDA 13: pip install -e ".[cuda13]"'),
+        ((0, 10, 2), True, 9.0, 64, "blockwise", f"needs JAX 0.11, not {jax.__version__}"),
+        ((0, 12, 0), True, 10.0, 64, "blockwise", "is made for compute capability 9, not 10"),
+    ],
+)
+def test_the_way_on_without_triton(monkeypatch, version, plugin, capability, size, kernel, why):
+    monkeypatch.setattr("jaxlm.ops.attention_kernels.why_no_triton", lambda: "is gone")
+    monkeypatch.setattr(jax, "__version_info__", version)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name if plugin else None)
+    config = replace_fields(Config(), {"model.head_dim": size})
+    assert choose_attention(config, capability) == kernel
+    assert why_not_fused(config, capability) == (why and f"pallas is gone; mosaic {why}")
 
 
 @pytest.fixture

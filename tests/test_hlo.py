@@ -1,8 +1,9 @@
-"""jaxlm/plan/hlo.py: the bytes of collectives, however XLA writes the rest of an instruction."""
+"""jaxlm/plan/hlo.py and kernels.py: what moves, however XLA writes the rest of an instruction."""
 
 import pytest
 
 from jaxlm.plan import hlo
+from jaxlm.plan.kernels import kernel_of
 
 PROGRAM = """HloModule jit_step, is_scheduled=true
 
@@ -45,3 +46,61 @@ def test_bytes_moved(groups: str) -> None:
 def test_what_is_no_program_is_refused() -> None:
     with pytest.raises(ValueError, match="entry"):
         hlo.parse("HloModule jit_step")
+
+
+SCANNED = """HloModule jit_step, is_scheduled=true
+
+%slice_of.1 (all.1: f32[12,64,8], i.1: s32[]) -> f32[1,64,8] {
+  %all.1 = f32[12,64,8]{2,1,0} parameter(0)
+  %i.1 = s32[] parameter(1)
+  %zero.1 = s32[] constant(0)
+  ROOT %one.1 = f32[1,64,8]{2,1,0} dynamic-slice(%all.1, %i.1, %zero.1, %zero.1), dynamic_slice_sizes={1,64,8}
+}
+
+ENTRY %main.3 (layers.1: f32[12,64,8], layer.1: s32[]) -> f32[1,64,8] {
+  %layers.1 = f32[12,64,8]{2,1,0} parameter(0)
+  %layer.1 = s32[] parameter(1)
+  START
+}
+"""
+ALONE = "ROOT %f.1 = f32[1,64,8]{2,1,0} fusion(%layers.1, %layer.1), kind=kLoop, calls=%slice_of.1"
+BESIDE = """%f.1 = ((f32[12,64,8]{2,1,0}, s32[]), f32[1,64,8]{2,1,0}, u32[]) fusion-start(%layers.1, %layer.1), \
+kind=kLoop, calls=%slice_of.1
+  ROOT %d.1 = f32[1,64,8]{2,1,0} fusion-done(%f.1)"""
+
+
+@pytest.mark.parametrize("start", [ALONE, BESIDE])
+def test_a_fusion_that_runs_beside_others_moves_what_one_alone_does(start: str) -> None:
+    """The slice, read and written, and its index; JAX 0.11 has such fusions in scanned layers."""
+    program = hlo.parse(SCANNED.replace("START", start))
+    found = [kernel_of(x, computation, program) for x, computation, _ in program.run()]
+    assert [kernel.bytes for kernel in found if kernel is not None] == [2 * 64 * 8 * 4 + 4]
+
+
+IN_PLACE = """HloModule jit_step, is_scheduled=true
+
+%call_with_slice.1 (all.1: bf16[12,64,64], x.1: bf16[32,64]) -> bf16[32,64] {
+  %all.1 = bf16[12,64,64]{2,1,0} parameter(0)
+  %x.1 = bf16[32,64]{1,0} parameter(1)
+  %layer.1 = bf16[1,64,64]{2,1,0} slice(%all.1), slice={[3:4], [0:64], [0:64]}
+  %matrix.1 = bf16[64,64]{1,0} bitcast(%layer.1)
+  ROOT %y.1 = bf16[32,64]{1,0} custom-call(%x.1, %matrix.1), custom_call_target="__cublas$gemm", \
+backend_config={"gemm_backend_config":{"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"]}}}
+}
+
+ENTRY %main.3 (layers.1: bf16[12,64,64], x.2: bf16[32,64]) -> bf16[32,64] {
+  %layers.1 = bf16[12,64,64]{2,1,0} parameter(0)
+  %x.2 = bf16[32,64]{1,0} parameter(1)
+  %room.1 = bf16[32,64]{1,0} custom-call(), custom_call_target="AllocateBuffer"
+  ROOT %f.1 = bf16[32,64]{1,0} fusion(%layers.1, %x.2), kind=kCustom, calls=%call_with_slice.1
+}
+"""
+
+
+def test_a_librarys_kernel_that_reads_a_slice_where_it_stands() -> None:
+    """Its products count, and the slice alone; room for a result is no kernel."""
+    program = hlo.parse(IN_PLACE)
+    found = [kernel_of(x, computation, program) for x, computation, _ in program.run()]
+    (kernel,) = (x for x in found if x is not None)
+    assert kernel.name == "f.1" and kernel.flops == 2 * 32 * 64 * 64
+    assert kernel.bytes == 2 * (2 * 32 * 64 + 64 * 64)

@@ -32,7 +32,7 @@ from jaxlm.parallel.gpus import peak_flops
 
 BENCHMARKS = Path(__file__).resolve().parents[1]
 PROGRAMS = {"ours": "ours.py", "gpt": "peer_gpt.py", "compiled": "peer_torch.py"}
-NEEDS = {"ours": [], "gpt": ["torch"], "compiled": ["torch", "transformers"]}
+NEEDS = {"before": [], "ours": [], "gpt": ["torch"], "compiled": ["torch", "transformers"]}
 SIZES = ("vocab_size", "d_model", "n_heads", "n_layers", "d_ff")
 MODELS = {"124m": "gpt2_124m", "350m": "gpt2_350m", "1300m": "gpt2_1300m"}  # names of configurations
 ROWS = {"124m": 32, "350m": 16, "1300m": 8}  # an update; all fit in 80 GB, as METHOD.md reckons
@@ -78,11 +78,16 @@ CELLS = (  # in order of importance
 CUT = (CELLS[0], Cell("124m", packed=False, dropout=0.1, remat=True))
 
 
-def cells(models: list[str], ab: list[list[Any]], fixed: dict[str, Any], cut: bool) -> list[Cell]:
-    """Those of `models`; with `ab`, [[name, value], ...], ours alone with each of these in turn on top of `fixed`."""
+def cells(models: list[str], ab: list[list[Any]], fixed: dict[str, Any], cut: bool, before: str | None) -> list[Cell]:
+    """Those of `models`, the first beside an earlier jaxlm if `before` names one.
+
+    With `ab`, [[name, value], ...], ours alone with each of these in turn on top of `fixed`.
+    """
     if not ab:
         cut_cells = [dataclasses.replace(cell, model=models[0]) for cell in CUT]
         chosen = cut_cells if cut else [cell for cell in CELLS if cell.model in models]
+        if before is not None:
+            chosen[0] = dataclasses.replace(chosen[0], contenders=("before", *chosen[0].contenders))
         return [dataclasses.replace(cell, overrides=tuple(fixed.items())) for cell in chosen]
     tried = [tuple((fixed | {name: value}).items()) for name, value in ab]
     return [Cell(model, overrides=overrides, warm=True) for model in models for overrides in tried]
@@ -110,11 +115,13 @@ def cell_spec(spec: dict[str, Any], cell: Cell, folder: Path) -> dict[str, Any]:
     }
 
 
-def environment(spec: dict[str, Any], caches: Path) -> dict[str, str]:
+def environment(spec: dict[str, Any], contender: str, caches: Path) -> dict[str, str]:
     """What a contender's process adds to ours; what is compiled goes to `caches`."""
     names = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "CUDA_CACHE_PATH")
     own = {name: str(caches / name.lower()) for name in names}
     own |= {"TORCH_COMPILE_DISABLE": "1"} if spec["cut"] else {}  # it takes half a minute
+    if contender == "before":
+        own["PYTHONPATH"] = spec["before"]
     return own | {"JAX_PLATFORMS": spec["platform"]}
 
 
@@ -126,13 +133,16 @@ def linked_caches(caches: Path, text: Path) -> None:
             (caches / name).symlink_to(text / name)
 
 
-def measured(contender: str, cell: Cell, contender_spec: dict[str, Any], own: dict[str, str], end: float) -> Any:
+def measured(
+    contender: str, cell: Cell, contender_spec: dict[str, Any], own: dict[str, str], before: str, end: float
+) -> Any:
     """What one contender answers: seconds to its first update, cold and perhaps warm, and its turns.
 
     Raises:
       WorkerFailed: it ended; `end` (of `time.monotonic`) has come, its memory did not suffice, or something is wrong.
     """
-    command = [sys.executable, str(BENCHMARKS / PROGRAMS[contender])]
+    program = Path(before) / "benchmarks/ours.py" if contender == "before" else BENCHMARKS / PROGRAMS[contender]
+    command = [sys.executable, str(program)]
     log = Path(contender_spec["folder"]) / f"{contender}.log"
 
     def first(worker: Worker) -> tuple[dict[str, Any], float]:
@@ -194,7 +204,7 @@ def why(failure: WorkerFailed, log: Path, late: bool) -> dict[str, str]:
 def results(spec: dict[str, Any], folder: Path) -> Iterator[dict[str, Any]]:
     """Of every contender in every cell, in order, those too that were left out."""
     end = time.monotonic() + spec["seconds"]
-    for number, cell in enumerate(cells(spec["models"], spec["ab"], spec["fixed"], spec["cut"])):
+    for number, cell in enumerate(cells(spec["models"], spec["ab"], spec["fixed"], spec["cut"], spec["before"])):
         home = folder / str(number)
         home.mkdir()
         cell_facts = cell_spec(spec, cell, home)
@@ -215,7 +225,9 @@ def results(spec: dict[str, Any], folder: Path) -> Iterator[dict[str, Any]]:
             linked_caches(caches, Path(spec["cache_dir"]))
             contender_spec = cell_facts | {"contender": contender, "cache_dir": str(caches)}
             try:
-                found = measured(contender, cell, contender_spec, environment(spec, caches), end)
+                found = measured(
+                    contender, cell, contender_spec, environment(spec, contender, caches), spec["before"], end
+                )
             except WorkerFailed as failure:
                 yield about | {"contender": contender} | why(failure, home / f"{contender}.log", time.monotonic() > end)
                 continue

@@ -95,6 +95,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--set", nargs="+", default=[], metavar="NAME=VALUE", help="an option of ours in all speed cells"
     )
+    parser.add_argument("--before", metavar="FOLDER", help="an earlier jaxlm, whose speed comes first")
     parser.add_argument("--text", nargs="+", metavar="FILE", help="to train on, instead of the standard library")
     parser.add_argument("--cut", action="store_true", help="tiny shapes: a test of the suite, not of the machine")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON file (default: ../results)")
@@ -107,10 +108,13 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         parser.error(str(error))
     if options.rows.keys() != ROWS.keys() or min(options.rows.values()) < 1:
         parser.error(f"--rows takes a number of rows for any of {', '.join(ROWS)}")
+    if options.before is not None and not (Path(options.before) / "benchmarks/ours.py").is_file():
+        parser.error(f"--before ({options.before}) holds no checkout: git archive COMMIT | tar x -C FOLDER makes one")
     if options.ab:
         options.only = ["speed"]
     options.models = options.models or (["124m"] if options.ab else list(MODELS))
     options.only = [part for part in PARTS if part in options.only]
+    options.before = options.before and str(Path(options.before).resolve())
     options.text = [str(Path(file).resolve()) for file in options.text] if options.text else None
     return options
 
@@ -184,7 +188,7 @@ def main(arguments: list[str]) -> int:
         text = options.text or (small_text(Path(folder)) if options.cut else None)
         caches = Path(folder) / "caches"
         caches.mkdir()
-        spec = {name: getattr(options, name) for name in ("cut", "models", "rows", "ab", "fixed")}
+        spec = {name: getattr(options, name) for name in ("cut", "models", "rows", "ab", "fixed", "before")}
         spec |= {"text": text, "cache_dir": str(caches), "platform": platform, "gpu": here and here["name"]}
         for part in options.only:
             say(f"{part}, {max(0.0, end - time.monotonic()):.0f} s left")

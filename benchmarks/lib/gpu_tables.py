@@ -5,7 +5,12 @@ from typing import Any
 from lib.report import markdown
 
 Content = dict[str, Any]
-LABELS = {"ours": "jaxlm", "gpt": "plain GPT, torch.compile", "compiled": "transformers, torch.compile"}
+LABELS = {
+    "before": "jaxlm, before",
+    "ours": "jaxlm",
+    "gpt": "plain GPT, torch.compile",
+    "compiled": "transformers, torch.compile",
+}
 GIB = 2**30
 
 
@@ -134,7 +139,7 @@ def best_peer(results: list[Content], result: Content) -> float | None:
     same = [
         other["tokens_per_second"]["median"]
         for other in results
-        if other["contender"] != "ours"
+        if other["contender"] not in ("before", "ours")
         and "tokens_per_second" in other
         and all(other[name] == result[name] for name in ("model", "dropout", "rows", "seq_len"))
     ]

@@ -101,8 +101,9 @@ class ModelConfig(Section):
     attention: str = option(
         "auto",
         "attention kernel: blockwise runs everywhere; on GPUs and in 16 bits, cudnn is for rows without packing and "
-        "attention_dropout, pallas for all; auto takes the first that can of cudnn, pallas, blockwise",
-        choices=("auto", "blockwise", "cudnn", "pallas"),
+        "attention_dropout, pallas for all, mosaic for all on Hopper (H100); auto takes the first that can of cudnn, "
+        "pallas, mosaic, blockwise",
+        choices=("auto", "blockwise", "cudnn", "mosaic", "pallas"),
     )
 
     @property

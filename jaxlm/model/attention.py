@@ -13,8 +13,7 @@ from flax import nnx
 from jaxlm.config import ModelConfig
 from jaxlm.model.layers import Linear, Norm, Parts, residual_std
 from jaxlm.model.positions import rotate
-from jaxlm.ops.attention_kernels import causal_attention
-from jaxlm.ops.flash import flash_attention_of_product
+from jaxlm.ops.attention_kernels import OURS, attention_of_product, causal_attention
 from jaxlm.ops.masks import MASKED
 from jaxlm.ops.matmul import einsum
 
@@ -84,7 +83,7 @@ class Attention(nnx.Module):
         embedded_BTGK: jax.Array | None,
     ) -> tuple[Parts, Cache]:
         """The output's product and bias; keys and values."""
-        if self.implementation == "pallas" and self.reads_product:
+        if self.implementation in OURS and self.reads_product:
             y_BTHK, cache = self._of_product(x_BTD, segments_BT, key_B2)
         else:
             q, k, v = self.heads(x_BTD, positions_BT, embedded_BTGK, key_B2)
@@ -101,7 +100,8 @@ class Attention(nnx.Module):
         by_head = lambda x: x.reshape(*x.shape[:-1], self.config.n_heads, -1)  # noqa: E731
         bias_3HK = None if bias_3D is None else by_head(bias_3D)
         rate = self.config.attention_dropout
-        y_BTHK = flash_attention_of_product(by_head(product_BT3D), bias_3HK, segments_BT, key_B2, rate)
+        rest = bias_3HK, segments_BT, key_B2, rate
+        y_BTHK = attention_of_product(by_head(product_BT3D), *rest, implementation=self.implementation)
         biased = by_head(product_BT3D if bias_3D is None else product_BT3D + bias_3D[None, None])
         return y_BTHK, (biased[:, :, 1], biased[:, :, 2])
 

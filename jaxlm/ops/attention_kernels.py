@@ -4,6 +4,7 @@ Shapes: B rows, T positions, H query heads, G heads of keys and values, K channe
 
 - `cudnn`: NVIDIA's flash attention, for plain causal attention on GPUs.
 - `pallas`: this package's GPU kernels (flash.py), which also do packed documents and dropout.
+- `mosaic`: the same for Hopper, without Triton (hopper.py).
 - `blockwise`: plain JAX (blockwise.py), for everything, on every backend.
 """
 
@@ -12,10 +13,12 @@ import jax
 from jaxlm.config import Config
 from jaxlm.errors import UserError
 from jaxlm.ops.blockwise import blockwise_attention
-from jaxlm.ops.flash import MAX_HEAD_SIZE, flash_attention
-from jaxlm.ops.own_kernels import why_no_triton, why_not_on
+from jaxlm.ops.flash import MAX_HEAD_SIZE, flash_attention, flash_attention_of_product
+from jaxlm.ops.own_kernels import why_no_mosaic, why_no_triton, why_not_on
 
-FUSED = ("cudnn", "pallas")  # GPU kernels, in the order of preference
+FUSED = ("cudnn", "pallas", "mosaic")  # GPU kernels, in the order of preference
+OURS = FUSED[1:]
+HEAD_SIZES = {"pallas": MAX_HEAD_SIZE, "mosaic": 128}  # the largest
 
 
 def causal_attention(
@@ -38,8 +41,8 @@ def causal_attention(
       key_B2: uint32 dropout key of each row; None: no dropout.
       rate: dropout rate of the attention weights.
       softcap: scores become softcap * tanh(scores / softcap); None: they stay. "blockwise" alone can do it.
-      implementation: "blockwise", "cudnn" (needs a GPU, 16-bit inputs, no segments, no dropout) or "pallas" (needs a
-        GPU, or is interpreted; the positions of a segment lie together).
+      implementation: "blockwise", "cudnn" (needs a GPU, 16-bit inputs, no segments, no dropout), "pallas" (needs a
+        GPU, or is interpreted; the positions of a segment lie together) or "mosaic" (needs Hopper and 16-bit inputs).
 
     Returns:
       [B, T, H, K] in the dtype of `q_BTHK`.
@@ -48,8 +51,28 @@ def causal_attention(
         return jax.nn.dot_product_attention(q_BTHK, k_BTGK, v_BTGK, is_causal=True, implementation="cudnn")
     if implementation == "pallas":
         return flash_attention(q_BTHK, k_BTGK, v_BTGK, segments_BT, key_B2, rate)
+    if implementation == "mosaic":
+        from jaxlm.ops.hopper import hopper_attention  # only where it is chosen: JAX 0.10 can't import it
+
+        return hopper_attention(q_BTHK, k_BTGK, v_BTGK, segments_BT, key_B2, rate)
     assert implementation == "blockwise", implementation
     return blockwise_attention(q_BTHK, k_BTGK, v_BTGK, segments_BT, key_B2, rate, softcap)
+
+
+def attention_of_product(
+    qkv_BT3HK: jax.Array,
+    bias_3HK: jax.Array | None,
+    segments_BT: jax.Array | None,
+    key_B2: jax.Array | None,
+    rate: float,
+    *,
+    implementation: str,
+) -> jax.Array:
+    """`causal_attention` of the parts of a product, with their biases, read where they stand by the kernels of OURS."""
+    attend = flash_attention_of_product
+    if implementation == "mosaic":
+        from jaxlm.ops.hopper import hopper_attention_of_product as attend
+    return attend(qkv_BT3HK, bias_3HK, segments_BT, key_B2, rate)
 
 
 def compute_capability(device: jax.Device) -> float | None:
@@ -58,7 +81,7 @@ def compute_capability(device: jax.Device) -> float | None:
 
 
 def why_unsupported(kernel: str, config: Config, capability: float | None) -> str | None:
-    """Why a fused kernel, "cudnn" or "pallas", can't do what the configuration needs; None if it can.
+    """Why a fused kernel, one of FUSED, can't do what the configuration needs; None if it can.
 
     Args:
       capability: the GPU's, as `compute_capability` gives it.
@@ -71,18 +94,19 @@ def why_unsupported(kernel: str, config: Config, capability: float | None) -> st
         return "has no float32 (training.use_amp false)"
     if model.attention_softcap is not None:
         return f"can't squash scores (model.attention_softcap {model.attention_softcap:g})"
-    if kernel == "pallas":
-        if (why := why_no_triton()) is not None:
+    assert capability is not None
+    if kernel in OURS:
+        why = why_no_triton() if kernel == "pallas" else why_no_mosaic(capability)
+        if why is not None:
             return why
-        if head_size > MAX_HEAD_SIZE:
-            return f"needs a head size up to {MAX_HEAD_SIZE}, not {head_size}"
+        if head_size > HEAD_SIZES[kernel]:
+            return f"needs a head size up to {HEAD_SIZES[kernel]}, not {head_size}"
         split = model.kv_heads % training.tensor_parallel == 0
         return None if split else f"can't split {model.kv_heads} heads (training.tensor_parallel)"
     if config.data.pack_sequences:
         return "can't keep packed documents apart (data.pack_sequences)"
     if model.attention_dropout:
         return "has no dropout that a resumed run can repeat (model.attention_dropout)"
-    assert capability is not None
     largest = 256 if capability >= 9 else 128
     fits = head_size % 8 == 0 and head_size <= largest
     return None if fits else f"needs a head size that is a multiple of 8 up to {largest}, not {head_size}"
@@ -107,4 +131,5 @@ def why_not_fused(config: Config, capability: float | None) -> str | None:
     """Why `auto` chose no fused kernel on a GPU; None if it chose one, or on a CPU."""
     if capability is None or config.model.attention != "auto" or choose_attention(config, capability) in FUSED:
         return None
-    return f"pallas {why_unsupported('pallas', config, capability)}"
+    whys = {kernel: why_unsupported(kernel, config, capability) for kernel in OURS}
+    return "; ".join(f"{kernel} {why}" for kernel, why in whys.items())

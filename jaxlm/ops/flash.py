@@ -24,6 +24,7 @@ from jaxlm.ops.flash_kernels import TILES, Constants, Inputs, Tile, forward_kern
 from jaxlm.ops.launch import Outputs, launch
 
 MAX_HEAD_SIZE = 256
+Attend = Callable[[Inputs, jax.Array | int], jax.Array]
 Partition = tuple[tuple[int, int, int], Inputs]  # a kernel's grid, and the parts that a program gets
 
 
@@ -41,27 +42,27 @@ def flash_attention(
     q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None, key: jax.Array | None, rate: float
 ) -> jax.Array:
     """`attention_kernels.causal_attention`, [B, T, H, K], of any floating-point dtype and of K up to MAX_HEAD_SIZE."""
-    return _attend(Inputs(q, k, v, None, segments, key), rate)
+    return on_each_device(Inputs(q, k, v, segments=segments, key=key), functools.partial(_attend, rate=rate))
 
 
 def flash_attention_of_product(
     qkv: jax.Array, bias: jax.Array | None, segments: jax.Array | None, key: jax.Array | None, rate: float
 ) -> jax.Array:
     """`flash_attention` of the parts of qkv + bias; qkv [B, T, 3, H, K], bias [3, H, K]."""
-    return _attend(Inputs(qkv, None, None, bias, segments, key), rate)
+    return on_each_device(Inputs(qkv, bias=bias, segments=segments, key=key), functools.partial(_attend, rate=rate))
 
 
-def _attend(x: Inputs, rate: float) -> jax.Array:
-    """On all devices that the compiler divides heads over (tensor parallelism), each with its own heads."""
+def on_each_device(x: Inputs, attend: Attend) -> jax.Array:
+    """`attend(x, first head)` on all devices that the compiler divides heads over (tensor parallelism)."""
     mesh = jax.sharding.get_abstract_mesh()
     kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
     axes = tuple(name for name, kind in kinds if kind == AxisType.Auto and mesh.shape[name] > 1)
     if not axes:
-        return _attend_here(x, rate)
+        return attend(x, 0)
 
     def here(x: Inputs) -> jax.Array:
         heads = x.q.shape[-2]
-        return _attend_here(x, rate, jax.lax.axis_index(axes) * heads)
+        return attend(x, jax.lax.axis_index(axes) * heads)
 
     specs = Inputs(*(None if y is None else PartitionSpec(*[None] * (y.ndim - 2), axes, None) for y in x[:4]))
     specs = specs._replace(**{name: PartitionSpec() for name in ("segments", "key") if getattr(x, name) is not None})
@@ -69,43 +70,56 @@ def _attend(x: Inputs, rate: float) -> jax.Array:
     return jax.shard_map(here, in_specs=(specs,), out_specs=out, axis_names=set(axes), check_vma=False)(x)
 
 
-def _attend_here(x: Inputs, rate: float, first_head: jax.Array | int = 0) -> jax.Array:
+def pad(x: Inputs, block: int, width: int) -> Inputs:
+    """With zeros behind: positions up to a multiple of `block`, channels up to `width`."""
+    missing, more = -x.q.shape[1] % block, width - x.q.shape[-1]
+
+    def padded(y: jax.Array | None, positions: int, channels: int) -> jax.Array | None:
+        if y is None:
+            return None
+        widths = [(0, 0)] * (y.ndim - 1) + [(0, channels)]
+        widths[1] = (0, positions) if positions else widths[1]
+        return jnp.pad(y, widths)
+
+    arrays = {name: padded(getattr(x, name), missing, more) for name in ("q", "k", "v")}
+    segments = None if x.segments is None else jnp.pad(x.segments, ((0, 0), (0, missing)))
+    return x._replace(**arrays, bias=padded(x.bias, 0, more), segments=segments)
+
+
+def _attend(x: Inputs, first_head: jax.Array | int, rate: float) -> jax.Array:
     t, size = x.q.shape[1], x.q.shape[-1]
     width = padded_head_size(size)
     constants = Constants(size**-0.5, 0.0 if x.key is None else rate, TILES[width])
-
-    def pad(y: jax.Array | None, positions: int) -> jax.Array | None:
-        """With `positions` more of them, if y has some, and the channels of the kernels."""
-        if y is None:
-            return None
-        missing = [(0, 0)] * (y.ndim - 1) + [(0, width - size)]
-        missing[1] = (0, positions)
-        return jnp.pad(y, missing)
-
-    missing = -t % constants.tiles.longest
-    q, k, v, bias = pad(x.q, missing), pad(x.k, missing), pad(x.v, missing), pad(x.bias, 0)
-    segments = None if x.segments is None else jnp.pad(x.segments, ((0, 0), (0, missing)))
     key = kernel_key(x.key, first_head) if constants.rate else None
-    return _flash(Inputs(q, k, v, bias, segments, key), constants)[:, :t, :, :size]
+    return _flash(pad(x._replace(key=key), constants.tiles.longest, width), constants)[:, :t, :, :size]
 
 
-def _limits(segments_BT: jax.Array | None, tile: Tile, of_keys: bool = False) -> jax.Array | None:
-    """int32 [B, T / M]: for each block of queries the first block of keys that any of them sees.
-
-    `of_keys`: [B, T / N], for each block of keys the block of queries after the last that sees any of them.
-    """
-    if segments_BT is None:
-        return None
+def bounds(segments_BT: jax.Array, of_keys: bool = False) -> jax.Array:
+    """int32 [B, T]: the first position that each one sees; `of_keys`: the last one that sees it, or a later one."""
     t = segments_BT.shape[1]
     positions_1T = jnp.arange(t, dtype=jnp.int32)[None]
     changes = segments_BT[:, 1:] != segments_BT[:, :-1]
     if of_keys:
         ends_BT = jnp.pad(changes, ((0, 0), (0, 1)))
-        last_BT = jax.lax.cummin(jnp.where(ends_BT, positions_1T, t - 1), axis=1, reverse=True)  # of the segment
-        return last_BT[:, tile.keys - 1 :: tile.keys] // tile.queries + 1
+        return jax.lax.cummin(jnp.where(ends_BT, positions_1T, t - 1), axis=1, reverse=True)
     starts_BT = jnp.pad(changes, ((0, 0), (1, 0)))
-    first_BT = jax.lax.cummax(jnp.where(starts_BT, positions_1T, 0), axis=1)
-    return first_BT[:, :: tile.queries] // tile.keys
+    return jax.lax.cummax(jnp.where(starts_BT, positions_1T, 0), axis=1)
+
+
+def limits(bounds_BT: jax.Array, queries: int, keys: int, of_keys: bool = False) -> jax.Array:
+    """int32 [B, T / M]: for each block of queries the first block of keys that any of them sees.
+
+    `of_keys`: [B, T / N], for each block of keys the block of queries after the last that sees any of them.
+    """
+    if of_keys:
+        return bounds_BT[:, keys - 1 :: keys] // queries + 1
+    return bounds_BT[:, ::queries] // keys
+
+
+def _limits(segments_BT: jax.Array | None, tile: Tile, of_keys: bool = False) -> jax.Array | None:
+    if segments_BT is None:
+        return None
+    return limits(bounds(segments_BT, of_keys), tile.queries, tile.keys, of_keys)
 
 
 def _specs(x: Inputs, q: pl.BlockSpec, keys: pl.BlockSpec, g: pl.BlockSpec, rows: pl.BlockSpec) -> Inputs:
@@ -117,8 +131,8 @@ def _specs(x: Inputs, q: pl.BlockSpec, keys: pl.BlockSpec, g: pl.BlockSpec, rows
     bias = pl.BlockSpec((3, None, width), lambda block, b, head: (0, head, 0))
     segments = pl.BlockSpec((None, length), lambda block, b, head: (b, 0))
     key = pl.BlockSpec((None, 3), lambda block, b, head: (b, 0))
-    limits = pl.BlockSpec((None, None), lambda block, b, head: (b, block))
-    return Inputs(q, keys, keys, bias, segments, key, limits, g, g, rows, rows)
+    limit = pl.BlockSpec((None, None), lambda block, b, head: (b, block))
+    return Inputs(q, keys, keys, bias, segments, key, limit, g, g, rows, rows)
 
 
 def _by_queries(x: Inputs, tile: Tile) -> Partition:

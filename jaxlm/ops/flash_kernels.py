@@ -18,7 +18,7 @@ from jax.experimental import pallas as pl
 
 from jaxlm.ops.masks import MASKED, keep_elements
 
-_LOG2_E = math.log2(math.e)  # the kernels' exponentials and logarithms are of base 2
+LOG2_E = math.log2(math.e)  # the kernels' exponentials and logarithms are of base 2
 
 
 class Tile(NamedTuple):
@@ -51,6 +51,9 @@ TILES = {
     128: Tiles(Tile(128, 64, 8, 2), Tile(64, 64, 8, 2), Tile(64, 64, 8, 2)),
     256: Tiles(Tile(64, 32, 8, 2), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
 }
+# Of hopper_kernels.py, for all head sizes: 64 rows for each of two of the three warpgroups of four warps, and as many
+# columns as registers hold (MOSAIC_GPU_DUMP_PTXAS=1 jaxlm plan --model.attention mosaic).
+HOPPER_TILES = Tiles(Tile(128, 128, 12, 2), Tile(64, 128, 12, 2), Tile(128, 64, 12, 2))
 
 
 class Constants(NamedTuple):
@@ -81,6 +84,8 @@ class Inputs(NamedTuple):
     out: Any = None  # the output, [B, T, H, K]
     lse: Any = None  # log-sum-exp of the scores, base 2, float32 [B, H, T]
     delta: Any = None  # sum over K of output * gradient, float32 [B, H, T]
+    bounds: Any = None  # for hopper_kernels.py: int32 [B, T], of `flash.bounds`
+    biased: Any = None  # for hopper_kernels.py: the queries of a product with their bias, [B, T, H, K]
 
 
 def _dot(x: jax.Array, y: jax.Array, *, trans_b: bool = False) -> jax.Array:
@@ -96,7 +101,7 @@ def _scores(x: jax.Array, y: jax.Array, positions: Pair, segments: Pair | None, 
     visible = positions[1] <= positions[0]
     if segments is not None:
         visible = visible & (segments[0] == segments[1])
-    return jnp.where(visible, _dot(x, y, trans_b=True) * (constants.scale * _LOG2_E), MASKED)
+    return jnp.where(visible, _dot(x, y, trans_b=True) * (constants.scale * LOG2_E), MASKED)
 
 
 def _kept(key: jax.Ref | None, head: jax.Array, positions: Pair, rate: float) -> jax.Array:

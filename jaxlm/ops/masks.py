@@ -18,6 +18,22 @@ def _mix(x: jax.Array) -> jax.Array:
     return x ^ (x >> 16)
 
 
+def mix_coordinates(
+    key0: jax.Array, key1: jax.Array, coordinates: tuple[jax.Array, ...]
+) -> tuple[jax.Array, jax.Array]:
+    """The two words of a key, uint32, for all but the last of an element's coordinates."""
+    for coordinate in coordinates:  # few elements: a full mix for each coordinate
+        key0 = _mix(key0 ^ (coordinate * jnp.uint32(_WEYL)))
+        key1 = _mix(key1 + key0)
+    return key0, key1
+
+
+def keep_bits(key0: jax.Array, key1: jax.Array, last: jax.Array, rate: float) -> jax.Array:
+    """`keep_elements` of the key of `mix_coordinates` and the last coordinate."""
+    bits = _mix((key0 ^ (last * jnp.uint32(_WEYL))) + key1)
+    return bits >= jnp.uint32(round(rate * 2**32))
+
+
 def keep_elements(key0: jax.Array, key1: jax.Array, coordinates: tuple[jax.Array, ...], rate: float) -> jax.Array:
     """Boolean mask, True with probability 1 - rate, of the shape that all arguments broadcast to.
 
@@ -26,11 +42,7 @@ def keep_elements(key0: jax.Array, key1: jax.Array, coordinates: tuple[jax.Array
       coordinates: uint32, in the row; the last one varies fastest.
       rate: probability of False.
     """
-    for coordinate in coordinates[:-1]:  # few elements: a full mix for each coordinate
-        key0 = _mix(key0 ^ (coordinate * jnp.uint32(_WEYL)))
-        key1 = _mix(key1 + key0)
-    bits = _mix((key0 ^ (coordinates[-1] * jnp.uint32(_WEYL))) + key1)
-    return bits >= jnp.uint32(round(rate * 2**32))
+    return keep_bits(*mix_coordinates(key0, key1, coordinates[:-1]), coordinates[-1], rate)
 
 
 def keep_mask(key_B2: jax.Array, coordinates: tuple[jax.Array, ...], rate: float) -> jax.Array:

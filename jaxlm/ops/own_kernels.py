@@ -9,6 +9,7 @@ from jaxlm.ops.norm_kernels import LARGEST_WIDTH
 from jaxlm.ops.softmax_kernel import takes_vocabulary
 
 NORMS, LOSS = "norms", "loss"
+HOPPER = 9.0  # compute capability
 LOWEST_CAPABILITY = 8.0  # compute capability that they are made for, the A100's
 
 
@@ -25,6 +26,21 @@ def why_no_triton() -> str | None:
     """Why this package's kernels can't be compiled; None if they can."""
     if importlib.util.find_spec("jax.experimental.pallas.triton") is None:
         return f"is written for Triton, which Pallas of JAX {jax.__version__} does not have"
+    return None
+
+
+def why_no_mosaic(capability: float) -> str | None:
+    """Why the attention kernels of hopper.py can't be compiled; None if they can.
+
+    JAX's own refuse CUDA 12.8 to 12.9.0 for a causal mask, which its assembler gets wrong there (jax 0.11.2,
+    pallas/ops/gpu/attention_mgpu.py).
+    """
+    if capability != HOPPER:
+        return f"is made for compute capability {HOPPER:g}, not {capability:g}"
+    if jax.__version_info__ < (0, 11):
+        return f"needs JAX 0.11, not {jax.__version__}"
+    if importlib.util.find_spec("jax_cuda13_plugin") is None:
+        return 'needs CUDA 13: pip install -e ".[cuda13]"'
     return None
 
 

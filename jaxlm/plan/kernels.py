@@ -8,11 +8,11 @@ loads. Caches are left out.
 import math
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 
-from jaxlm.ops.flash_kernels import TILES, Tile
+from jaxlm.ops.flash_kernels import HOPPER_TILES, TILES, Tile
 from jaxlm.ops.norm_kernels import BACKWARD, FORWARD
 from jaxlm.plan.hlo import ITEM_BYTES, Computation, Frame, Instruction, Program
 
@@ -21,9 +21,10 @@ _NO_KERNELS = {
     *("parameter", "constant", "get-tuple-element", "tuple", "bitcast", "while", "call", "conditional", "after-all"),
     *("opt-barrier", "partition-id", "replica-id", "iota", "async-start", "async-update", "async-done", "copy-done"),
 }
+_ALLOCATES = 'custom_call_target="AllocateBuffer"'
 _SLICES = ("slice", "dynamic-slice", "gather")
 _IN_PLACE = ("dynamic-update-slice", "scatter")
-_OWN = re.compile(r"\b(forward|keys|queries)_kernel")  # of ops/flash_kernels.py
+_OWN = re.compile(r"\b(forward|keys|queries)_kernel")  # of ops/flash_kernels.py and hopper_kernels.py
 _OWN_NORM = re.compile(r"\bnorm_(forward|backward)_kernel")  # of ops/norm_kernels.py
 _OWN_PRODUCTS = {"forward": 2, "keys": 4, "queries": 3}  # of each block of queries and block of keys
 _OURS = re.compile(r"(?:^|/)jaxlm/((?:[a-z_]+/)?[a-z_]+\.py)$")
@@ -47,8 +48,16 @@ class Kernel:
 def kernel_of(instruction: Instruction, computation: Computation, program: Program) -> Kernel | None:
     """The kernel that an instruction of the schedule is; None if it is none, such as a loop or a collective."""
     opcode = instruction.opcode
-    if opcode in _NO_KERNELS or instruction.collective or opcode.endswith("-done"):
+    if (
+        opcode in _NO_KERNELS
+        or instruction.collective
+        or opcode.endswith("-done")
+        or _ALLOCATES in instruction.attributes
+    ):
         return None
+    if opcode == "fusion" and (called := _call_in(program.computations[instruction.calls[0]])) is not None:
+        kernel = kernel_of(called, program.computations[instruction.calls[0]], program)
+        return kernel and replace(kernel, name=instruction.name)
     stack = program.stack(instruction)
     if opcode == "custom-call" and (own := _OWN.search(instruction.attributes)):
         flops, moved = _own_kernel(own[1], instruction, computation)
@@ -67,13 +76,18 @@ def kernel_of(instruction: Instruction, computation: Computation, program: Progr
     return Kernel(instruction.name, part_of(stack, whole + half), moved, half, whole, source_of(stack))
 
 
+def _call_in(fused: Computation) -> Instruction | None:
+    """The kernel of a library, or of ours, that reads slices where they stand: XLA shows it as a fusion with them."""
+    return next((x for x in fused.instructions.values() if x.opcode == "custom-call"), None)
+
+
 def part_of(stack: list[Frame], flops: int) -> str:
     """The part of the model that a kernel belongs to, by where in the source its root operation stands."""
     files = {Path(file).name for file, _, _ in stack}
     functions = " ".join(function for _, function, _ in stack)
     if "loss.py" in files:
         return "loss"
-    if files & {"flash.py", "flash_kernels.py", "blockwise.py", "attention_kernels.py"}:
+    if files & {"flash.py", "flash_kernels.py", "hopper.py", "blockwise.py", "attention_kernels.py"}:
         return "attention"
     if "optim.py" in files or any("optax" in file for file, _, _ in stack):
         return "optimizer"
@@ -200,10 +214,12 @@ def _own_kernel(name: str, instruction: Instruction, computation: Computation) -
 
     Each program loads its own block, and for each block of the other side that it sees one block of two arrays.
     """
-    arrays = [computation.instructions[x].arrays[0] for x in instruction.operands]
+    written = {int(i) for i in re.findall(r"\}: \((\d+), \{", instruction.attributes)}  # operands that become outputs
+    read = [name for i, name in enumerate(instruction.operands) if i not in written]
+    arrays = [computation.instructions[x].arrays[0] for x in read]
     heads = [(kind, dims) for kind, dims in arrays if len(dims) >= 4]  # q (and its gradient), k, v, or all in one
     (kind, (rows, length, *_, queries, size)), groups = heads[0], min(dims[-2] for _, dims in heads)
-    tiles = TILES[size]
+    tiles = HOPPER_TILES if "mosaic" in instruction.attributes else TILES[size]
     tile: Tile = {"forward": tiles.forward, "keys": tiles.keys_and_values, "queries": tiles.queries}[name]
     m, n = tile.queries, tile.keys
     visible = sum(math.ceil((i + 1) * m / n) for i in range(length // m))  # pairs of blocks, of one head
