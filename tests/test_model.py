@@ -20,6 +20,7 @@ from jaxlm.ops import blockwise
 from jaxlm.ops.attention_kernels import causal_attention
 from jaxlm.ops.embedding import take_rows
 from jaxlm.ops.masks import keep_mask
+from jaxlm.ops.norms import normalise
 from jaxlm.train.loss import loss_sums
 
 SMALL = ModelConfig(vocab_size=97, d_model=32, n_heads=4, n_layers=2, d_ff=64, max_seq_len=64)
@@ -473,6 +474,20 @@ def test_logits_in_sixteen_bits_change_less_than_the_compute_dtype(dtype, offset
         assert jnp.linalg.norm(ours - true) < 1.5 * jnp.linalg.norm(theirs - true)
 
 
+@pytest.mark.parametrize("mean", [100.0, 4000.0])
+def test_a_large_mean_leaves_a_norm_as_it_is(mean):
+    """The mean of squares less the square of the mean, which is Flax's default, would be rounding alone."""
+    x = jnp.asarray(mean + np.random.default_rng(0).normal(size=(4, 64)), jnp.float32)
+    wide = np.asarray(x, np.float64)
+    expected = (wide - wide.mean(-1, keepdims=True)) / wide.std(-1, keepdims=True)
+    y, pull = jax.vjp(lambda x: normalise(x, None, None, 1e-6, True), x)
+    np.testing.assert_allclose(y, expected, atol=mean * 1e-6)
+    g = jnp.asarray(np.random.default_rng(1).normal(size=x.shape), jnp.float32)
+    _, pull_centred = jax.vjp(lambda x: normalise(x, None, None, 1e-6, True), jnp.asarray(wide - mean, jnp.float32))
+    close(pull(g), pull_centred(g), 1e-3)
+    assert np.abs(normalise(jnp.full((1, 64), mean), None, None, 1e-6, True)).max() < 1e-3
+
+
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize(
     "kind",
@@ -488,7 +503,7 @@ def test_norms_and_their_gradients_are_those_of_flax(kind, dtype):
     if kind.startswith("rmsnorm"):
         flax = nnx.RMSNorm(24, **options)
     else:
-        flax = nnx.LayerNorm(24, use_bias=config.use_bias, **options)
+        flax = nnx.LayerNorm(24, use_bias=config.use_bias, use_fast_variance=False, **options)
 
     def run(norm, x, g):
         graphdef, params = nnx.split(norm)

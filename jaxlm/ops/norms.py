@@ -33,9 +33,8 @@ def _forward(
 ) -> tuple[jax.Array, Saved]:
     wide_ND = x_ND.astype(jnp.float32)
     mean_N1 = wide_ND.mean(-1, keepdims=True) if centred else None
-    square_N1 = (wide_ND * wide_ND).mean(-1, keepdims=True)
-    variance_N1 = square_N1 if mean_N1 is None else jnp.maximum(square_N1 - mean_N1 * mean_N1, 0.0)
-    inverse_N1 = jax.lax.rsqrt(variance_N1 + epsilon)
+    centred_ND = wide_ND if mean_N1 is None else wide_ND - mean_N1  # squares less the mean's cancel where it is large
+    inverse_N1 = jax.lax.rsqrt((centred_ND * centred_ND).mean(-1, keepdims=True) + epsilon)
     y_ND = _scaled(_unit(wide_ND, mean_N1, inverse_N1), scale_D)
     if bias_D is not None:
         y_ND = y_ND + _row(bias_D, x_ND)
