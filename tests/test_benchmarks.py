@@ -261,12 +261,19 @@ def test_options_of_the_gpu_suite(gpu_modules: Callable[[str], Any], capsys: pyt
     suite, speed = gpu_modules("suite"), gpu_modules("speed")
     options = suite.parse(["--ab", "model.scan_layers=true,none", "--set", "model.dropout=0.1", "--rows", "124m=4"])
     assert options.only == ["speed"] and options.rows == speed.ROWS | {"124m": 4}
-    cells = speed.cells(options.models, options.ab, options.fixed, False)
+    cells = speed.cells(options.models, options.ab, options.fixed, False, None)
     assert [dict(cell.overrides) for cell in cells] == [
         {"model.dropout": 0.1, "model.scan_layers": True},
         {"model.dropout": 0.1, "model.scan_layers": None},
     ]
+    options = suite.parse(["--before", str(BENCHMARKS.parent), "--models", "124m", "--set", "model.dropout=0.1"])
+    first, *others = speed.cells(options.models, options.ab, options.fixed, False, options.before)
+    assert first.contenders == ("before", *speed.ALL) and all("before" not in cell.contenders for cell in others)
+    own = speed.environment({"cut": True, "platform": "cpu", "before": options.before}, "before", Path())
+    assert own["PYTHONPATH"] == str(BENCHMARKS.parent)
+    assert {"model.dropout": 0.1, "model.scan_layers": True} in [dict(cell.overrides) for cell in others]
     for arguments, named in (
+        (["--before", "nowhere"], "git archive"),
         (["--ab", "model.atention=blockwise"], "model.atention"),
         (["--ab", "model.attention"], "NAME=VALUE"),
         (["--set", "model.attention=fast"], "model.attention"),

@@ -18,6 +18,8 @@ from jaxlm.ops.masks import keep_mask
 
 Attention = Callable[..., Any]
 RATE = 0.1  # of dropout
+CANDIDATE = "cudnn, packed"  # the program does not choose it yet: no GPU has told whether it is right, and faster
+MOST = 32  # documents a row of a case; cuDNN keeps a row of numbers for each
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +90,18 @@ def implementations(case: Case, capability: float | None) -> list[str]:
         training=TrainingConfig(use_amp=case.dtype != "float32"),
         data=DataConfig(pack_sequences=case.segments),
     )
-    return [*(kernel for kernel in FUSED if why_unsupported(kernel, config, capability) is None), "blockwise"]
+    fused = [kernel for kernel in FUSED if why_unsupported(kernel, config, capability) is None]
+    candidates = [CANDIDATE] if why_no_candidate(case, capability) is None else []
+    return [*fused, *candidates, "blockwise"]
+
+
+def why_no_candidate(case: Case, capability: float) -> str | None:
+    """Why `cudnn_packed` can't do a case; None if it can."""
+    if not case.segments or case.dropout or case.dtype == "float32" or case.head_size > 128:
+        return "is for packed rows in 16 bits without dropout, of heads up to 128"
+    if capability < 9:
+        return "needs compute capability 9.0"
+    return "was wrong with grouped heads before JAX 0.11" if case.grouped and jax.__version_info__ < (0, 11) else None
 
 
 def inputs(case: Case) -> tuple[jax.Array, ...]:
@@ -98,7 +111,7 @@ def inputs(case: Case) -> tuple[jax.Array, ...]:
     groups = case.heads // 2 if case.grouped else case.heads
     q, g = (rng.standard_normal((b, t, case.heads, k), np.float32) for _ in range(2))
     keys_and_values = (rng.standard_normal((b, t, groups, k), np.float32) for _ in range(2))
-    segments_BT = 1 + np.cumsum(rng.random((b, t)) < 4 / t, axis=1, dtype=np.int32)
+    segments_BT = np.minimum(1 + np.cumsum(rng.random((b, t)) < 4 / t, axis=1, dtype=np.int32), MOST)
     keys_B2 = rng.integers(0, 2**32, (b, 2), np.uint32)
     arrays = (jnp.asarray(x, case.dtype) for x in (q, *keys_and_values, g))
     return (*arrays, jnp.asarray(segments_BT), jnp.asarray(keys_B2))
@@ -133,8 +146,25 @@ def dense(case: Case, dtype: str, precision: str | None) -> Attention:
     return attend
 
 
+def cudnn_packed(
+    q_BTHK: jax.Array, k_BTGK: jax.Array, v_BTGK: jax.Array, segments_BT: jax.Array, key_B2: jax.Array
+) -> jax.Array:
+    """NVIDIA's kernel for packed documents, which JAX has in its private part; segments 1, 2, ... up to MOST a row."""
+    from jax._src.cudnn.fused_attention_stablehlo import MaskType, dot_product_attention
+
+    lengths_BD = (segments_BT[:, :, None] == jnp.arange(1, MOST + 1, dtype=jnp.int32)).sum(1, dtype=jnp.int32)
+    ends_BD, used_BD = jnp.cumsum(lengths_BD, axis=1, dtype=jnp.int32), lengths_BD > 0
+    offsets = jnp.pad(jnp.where(used_BD, ends_BD, -1), ((0, 0), (1, 0)))
+    lengths = jnp.where(used_BD, lengths_BD, -1)
+    where = {"q_seqlen": lengths, "kv_seqlen": lengths, "q_offsets": offsets, "kv_offsets": offsets}
+    scale = q_BTHK.shape[-1] ** -0.5
+    return dot_product_attention(q_BTHK, k_BTGK, v_BTGK, **where, scale=scale, mask_type=MaskType.PADDING_CAUSAL)
+
+
 def kernel(case: Case, implementation: str, attention: Attention = causal_attention) -> Attention:
-    """The program's attention, called as the model calls it."""
+    """The program's attention, called as the model calls it; or the candidate."""
+    if implementation == CANDIDATE:
+        return cudnn_packed
 
     def attend(
         q_BTHK: jax.Array, k_BTGK: jax.Array, v_BTGK: jax.Array, segments_BT: jax.Array, key_B2: jax.Array

@@ -53,7 +53,7 @@ class Cell:
     packed: bool = True
     dropout: float = 0.0
     remat: bool = False
-    overrides: tuple[tuple[str, Any], ...] = ()  # of an A/B test
+    overrides: tuple[tuple[str, Any], ...] = ()  # options of ours
     warm: bool = False  # whether ours is started again, with what it compiled
 
 
@@ -64,6 +64,7 @@ CELLS = (  # in order of importance
     Cell("350m", ("ours", "gpt"), warm=True),
     Cell("1300m", ("ours", "gpt"), warm=True),
     Cell("124m", packed=False, dropout=0.1),
+    Cell("124m", overrides=(("model.scan_layers", True),)),
     Cell("124m", remat=True),
     Cell("1300m", remat=True),
     Cell("350m", dropout=0.1),
@@ -88,7 +89,7 @@ def cells(models: list[str], ab: list[list[Any]], fixed: dict[str, Any], cut: bo
         chosen = cut_cells if cut else [cell for cell in CELLS if cell.model in models]
         if before is not None:
             chosen[0] = dataclasses.replace(chosen[0], contenders=("before", *chosen[0].contenders))
-        return [dataclasses.replace(cell, overrides=tuple(fixed.items())) for cell in chosen]
+        return [dataclasses.replace(cell, overrides=tuple((dict(cell.overrides) | fixed).items())) for cell in chosen]
     tried = [tuple((fixed | {name: value}).items()) for name, value in ab]
     return [Cell(model, overrides=overrides, warm=True) for model in models for overrides in tried]
 

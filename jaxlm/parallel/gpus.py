@@ -59,12 +59,18 @@ def memory_of(gpu: str) -> int:
     return GPUS[asked].memory_mib * 2**20
 
 
-def peak_flops(device_kind: str) -> float:
-    """Dense 16-bit peak in FLOP/s of a device by the name that JAX gives it ("NVIDIA H100 PCIe"); NaN: not known."""
+def gpu_of(device_kind: str) -> str | None:
+    """The name in `GPUS` of a device that JAX or nvidia-smi calls so ("NVIDIA H100 PCIe"); None: it is not there."""
     kind = device_kind.upper()
     other = r"(?!.*\b(TI|SUPER|D|LAPTOP|MAX-Q|MIG)\b)"  # behind a name they make it another device, or a part of one
     names = (name for name in sorted(GPUS, key=len, reverse=True) if re.search(rf"\b{model_of(name)}\b{other}", kind))
-    return next((GPUS[name].peak for name in names), math.nan)
+    return next(names, None)
+
+
+def peak_flops(device_kind: str) -> float:
+    """Dense 16-bit peak in FLOP/s of a device by the name that JAX gives it; NaN: not known."""
+    name = gpu_of(device_kind)
+    return math.nan if name is None else GPUS[name].peak
 
 
 def model_of(name: str) -> str:

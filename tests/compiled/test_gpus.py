@@ -77,6 +77,18 @@ def test_what_lies_beside_the_program() -> None:
     assert split.memory.sampling > 7 * split.memory.parameters
 
 
+def test_predicted_beside_measured_is_a_command(tmp_path: Path) -> None:
+    cell = {"contender": "ours", "model": "124m", "packed": True, "dropout": 0.0, "remat": False, "rows": 1}
+    cell |= {"overrides": {"model.n_layers": 1}, "vocab_size": 512, "tokens_per_second": {"median": 1000.0}}
+    content = {"date": "2026-01-02T0304", "gpu": {"name": "NVIDIA H100 80GB HBM3"}, "results": [cell]}
+    (tmp_path / "measured.json").write_text(json.dumps(content))
+    command = [sys.executable, "benchmarks/gpu/predicted.py", str(tmp_path / "measured.json")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    row = done.stdout.splitlines()[-1]
+    assert row.startswith("| 2026-01-02 | NVIDIA H100 80GB HBM3 | 124m, packed, dropout 0, model.n_layers=1 | 1,000 | ")
+    assert float(row.split("|")[5].replace(",", "")) > 100_000
+
+
 def test_attention_that_cannot_be_compiled_here_is_said() -> None:
     found = plan(small(data__pack_sequences=False), "H100")
     assert found.attention == "cudnn" or any("cuDNN" in note for note in found.notes)
