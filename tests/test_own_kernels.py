@@ -6,14 +6,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import slow
+from conftest import make_config, slow
 from test_step import HALF, STILL, config_of, make_batch
 
+from jaxlm import Trainer
 from jaxlm.config import replace_fields
 from jaxlm.ops.matmul import matmul
 from jaxlm.ops.norm_kernels import BACKWARD, LARGEST_WIDTH, Factors, Terms, multiply_norm, normalise_by_kernels
 from jaxlm.ops.norms import normalise_sum
-from jaxlm.ops.own_kernels import LOSS, NORMS, choose_kernels
+from jaxlm.ops.own_kernels import LOSS, NORMS, choose_kernels, left_to_xla
 from jaxlm.ops.softmax_kernel import LARGEST_VOCABULARY
 from jaxlm.parallel.mesh import make_mesh
 from jaxlm.train.assemble import Resolved, assemble
@@ -165,3 +166,17 @@ def test_which_kernels_are_used():
     assert of(model__vocab_size=LARGEST_VOCABULARY) == BOTH
     assert of(model__vocab_size=2 * LARGEST_VOCABULARY) == of(model__vocab_size=385) == {NORMS}
     assert of(model__vocab_size=LARGEST_VOCABULARY - 16) == {NORMS}, "in sixteen pieces"
+
+
+def test_what_is_left_to_xla_is_said(tmp_path, corpus, monkeypatch):
+    """Where a GPU is and nobody asked for it."""
+    trainer = Trainer(make_config(tmp_path, corpus, **{"training.max_steps": 1}))
+    trainer.train()
+    monkeypatch.setattr(Resolved, "capability", 8.0)
+    assert "norms by XLA: our kernel has no float32 (training.use_amp false)" in list(trainer._start.lines())
+    config = replace_fields(config_of(STILL), {"training.use_amp": True, "model.vocab_size": 50_257})
+    odd = "loss by XLA: our kernel takes a vocabulary of a multiple of 16 in few powers of two, not 50257"
+    assert left_to_xla(config, 8.0) == [odd]
+    assert left_to_xla(config, None) == left_to_xla(replace_fields(config, {"training.own_kernels": False}), 8.0) == []
+    old = "our kernel needs a GPU of compute capability 8 or later, not 7.5"
+    assert left_to_xla(config, 7.5) == [f"norms by XLA: {old}", f"loss by XLA: {old}"]

@@ -94,13 +94,13 @@ ENTRY %main (x: f32[10,1000], y: f32[1,1000]) -> f32[10,1000] {
 
 @pytest.fixture(scope="module")
 def measured() -> CompiledUpdate:
-    return CompiledUpdate(**MEASURED | {"notes": ()})
+    return CompiledUpdate(**MEASURED | {"own_kernels": (), "notes": ()})
 
 
 def measured_plan() -> plans.Plan:
     """The plan of the update that was measured, for 10,000 of them."""
     config = replace_fields(load_config("gpt2_124m"), FIELDS | {"training.max_steps": 10_000})
-    found = CompiledUpdate(**MEASURED | {"notes": ()})
+    found = CompiledUpdate(**MEASURED | {"own_kernels": (), "notes": ()})
     return plans.plan_of(resolve(config, 1), found, Cluster("H200", 1, 1))[0]
 
 

@@ -37,7 +37,7 @@ def restore_item(path: Path, item: str, target: Any, shards: int) -> Any:
         return checkpointer.restore(folder, target, strict=stored == wanted)
 
 
-def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+def _shapes(tree: object) -> dict[str, tuple[int, ...]]:
     return {path_name(path): tuple(x.shape) for path, x in jax.tree_util.tree_leaves_with_path(tree)}
 
 

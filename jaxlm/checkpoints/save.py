@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
@@ -132,7 +131,7 @@ class Checkpoints:
             clean(self.folder)  # what threads of a save that was given up still wrote
 
 
-def _check_room(folder: Path, arrays: Any) -> None:
+def _check_room(folder: Path, arrays: object) -> None:
     """Raises OSError if `arrays` don't fit on the disk; Orbax would find out too, but only after some hundred lines."""
     needed, free = sum(x.nbytes for x in jax.tree.leaves(arrays)), shutil.disk_usage(folder).free
     lacking = f"{os.strerror(errno.ENOSPC)}, {needed / 2**20:,.1f} MiB needed and {free / 2**20:,.1f} MiB free"

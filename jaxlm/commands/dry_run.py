@@ -43,7 +43,7 @@ class DryRun(Trainer):
         check_own_sinks(self.config)
         return []
 
-    def _nothing(self, path: Any = None, *, average: bool = False) -> None:
+    def _nothing(self, path: object = None, *, average: bool = False) -> None:
         """Of all that a run writes."""
 
     save_checkpoint = save_model = _write_report = _nothing

@@ -3,7 +3,8 @@
 import os
 import sys
 from collections.abc import Callable
-from typing import Any, NoReturn
+from types import TracebackType
+from typing import NoReturn
 
 from jaxlm.errors import RunFailed, Stopped, UserError, printable
 from jaxlm.monitor.signals import StopRequest
@@ -57,8 +58,8 @@ def _is_one_of_several() -> bool:
     return jax is not None and jax.distributed.is_initialized() and jax.process_count() > 1
 
 
-def _on_bug(*error: Any) -> None:
-    sys.__excepthook__(*error)
+def _on_bug(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    sys.__excepthook__(kind, error, trace)
     if _is_one_of_several():
         _exit("failed: by the error above, or because another process ended; the same command goes on", EXIT_FAILED)
 

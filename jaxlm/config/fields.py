@@ -58,7 +58,7 @@ def check_choice(name: str, value: str, choices: Collection[str]) -> None:
         raise UserError(f"{name} ({value[:SHOWN]}) is not one of {', '.join(choices)}{nearest(value, choices)}")
 
 
-def accepts(annotation: Any, value: Any) -> bool:
+def accepts(annotation: Any, value: object) -> bool:
     """Whether `value` has the declared type: an int passes for a float, a bool passes for neither."""
     if typing.get_origin(annotation) is tuple:
         item_type = typing.get_args(annotation)[0]
@@ -77,7 +77,7 @@ def type_name(annotation: Any) -> str:
     return " or ".join(names.get(kind, kind.__name__) for kind in kinds_of(annotation))
 
 
-def excerpt(value: Any, write: Callable[[Any], str] = repr) -> str:
+def excerpt(value: object, write: Callable[[object], str] = repr) -> str:
     """`value` for a message, as `write` has it, cut where it is long."""
     try:
         text = write(value)
@@ -86,7 +86,7 @@ def excerpt(value: Any, write: Callable[[Any], str] = repr) -> str:
     return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
 
 
-def shown(value: Any) -> str:
+def shown(value: object) -> str:
     """A field's value as the command line takes it: true, none, 0.1, a,b or []."""
     if isinstance(value, tuple | list):
         return ",".join(map(str, map(plain, value))) or "[]"
@@ -172,7 +172,7 @@ def plain(value: Any) -> Any:
     return f"{type(value).__module__}:{type(value).__qualname__}"
 
 
-def from_dict(values: Any, where: str) -> Config:
+def from_dict(values: object, where: str) -> Config:
     """The configuration held by the JSON object `values`; fields left out keep their defaults.
 
     Raises:

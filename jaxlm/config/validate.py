@@ -1,5 +1,6 @@
 """The one place where a configuration is judged."""
 
+import dataclasses
 import operator
 import os
 import re
@@ -7,7 +8,6 @@ from collections.abc import Iterator
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 from jaxlm.config.batches import read_schedule
 from jaxlm.config.fields import accepts, check_choice, excerpt, field_values, nearest, shown, type_name, without_use
@@ -25,7 +25,7 @@ BOUNDS = {
 }
 
 
-def check_field(dotted: str, field: Any, value: Any) -> None:
+def check_field(dotted: str, field: dataclasses.Field, value: object) -> None:
     """Checks one value against its declared type and bounds; UserError names it `dotted`."""
     if not accepts(field.type, value):
         raise UserError(f"{dotted} ({excerpt(value)}) must be {type_name(field.type)}")
@@ -101,7 +101,7 @@ def own_sink(name: str) -> type:
     return found
 
 
-def _check_report_to(report_to: tuple[Any, ...]) -> None:
+def _check_report_to(report_to: tuple[object, ...]) -> None:
     known = FIELDS["training.report_to"].metadata["choices"]
     for sink in report_to:
         if sink in SINK_PACKAGES and find_spec(sink) is None:

@@ -69,7 +69,7 @@ def _calls(messages: Sequence[Message]) -> list[tuple[int, str]]:
     return [(number, key) for number, message in enumerate(messages, 1) for key in CALLS if message.get(key)]
 
 
-def _to_json(value: Any, **options: Any) -> str:
+def _to_json(value: object, **options: Any) -> str:
     return json.dumps(value, **{"ensure_ascii": False} | options)
 
 
@@ -176,7 +176,7 @@ class ChatTemplate:
         return whole._replace(answers=((len(before), len(whole.text)),))
 
 
-def check_messages(messages: Any) -> list[dict[str, Any]]:
+def check_messages(messages: object) -> list[dict[str, Any]]:
     """The turns of a conversation, without keys that hold nothing (tables have each key in each turn).
 
     Raises:

@@ -2,7 +2,6 @@
 
 import os
 from pathlib import Path
-from typing import Any
 
 from jaxlm.config import DataConfig
 from jaxlm.data.chat import PLAIN, ChatTemplate
@@ -53,7 +52,7 @@ def _names(tokenizer: Tokenizer) -> dict[str, str]:
     return {f"{role}_token": tokenizer.token(getattr(tokenizer, f"{role}_id")) for role in ROLES}
 
 
-def _default(said: Any) -> str | None:
+def _default(said: object) -> str | None:
     """The template of a folder, which may list several with names."""
     if isinstance(said, list):
         by_name = {entry["name"]: entry["template"] for entry in said if {"name", "template"} <= set(entry)}

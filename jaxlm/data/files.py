@@ -201,7 +201,7 @@ def _read_jsonl(path: Path, columns: Columns, where: str) -> Rows:
                 yield encoding_fault(line, place) or _row(_json_value(line, place), place)
 
 
-def _json_value(text: str, place: str) -> Any:
+def _json_value(text: str, place: str) -> object:
     """What the JSON of `text` says, or the error."""
     try:
         return json.loads(text)
@@ -211,7 +211,7 @@ def _json_value(text: str, place: str) -> Any:
         return UserError(f"{place}: JSON out of bounds: {one_line(error)}")
 
 
-def _row(value: Any, place: str) -> Row | UserError:
+def _row(value: object, place: str) -> Row | UserError:
     if isinstance(value, UserError):
         return value
     return Row(value, place) if isinstance(value, dict) else UserError(f"{place} is not a JSON object")

@@ -133,7 +133,7 @@ class TokenRows:
         return Document(self._tokenizer.decode(ids), place, ids=ids)
 
 
-def _tools(value: Any) -> list[Any] | None:
+def _tools(value: object) -> list[Any] | None:
     """The tools of a row, which may be JSON; UserError: they are no list."""
     try:
         tools = json.loads(value) if isinstance(value, str) and value else value or None

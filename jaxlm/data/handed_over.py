@@ -108,7 +108,7 @@ def _kind(value: object) -> str:
     return type(value).__name__
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     """What JSON has instead of an array, or of what is no text: it has to tell any two contents apart."""
     if not isinstance(value, bytes) and (isinstance(value, Sequence) or hasattr(value, "__array__")):
         return np.asarray(value).tolist()

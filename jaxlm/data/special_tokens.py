@@ -88,7 +88,7 @@ def _own(folder: Path, where: str) -> dict[str, Any]:
     return own if "added_tokens_decoder" in own else own | read_object(folder / LEGACY, where)
 
 
-def _text(token: Any) -> str | None:
+def _text(token: object) -> str | None:
     """A token's text, which may be in an object with its settings."""
     text = token.get("content") if isinstance(token, dict) else token
     return text if isinstance(text, str) else None

@@ -79,7 +79,7 @@ class Clock:
     compiling: float = 0.0
     slides: int = 0
 
-    def call(self, measured: Throughput, function: Callable[..., T], *arguments: Any) -> T:
+    def call(self, measured: Throughput, function: Callable[..., T], *arguments: object) -> T:
         """The finished result of `function(...)`; adds its seconds to `measured`, or to `compiling` if it compiled."""
         compilations = _record_compilations()
         before, begin = len(compilations), time.perf_counter()

@@ -130,7 +130,7 @@ def export_adapter(loaded: LoadedModel, source: Path, to: Path) -> None:
         raise UserError(f"--to ({to}): cannot be written ({reason_of(error)}); name another folder") from error
 
 
-def _json(value: Any) -> str:
+def _json(value: object) -> str:
     return json.dumps(value, indent=2) + "\n"
 
 

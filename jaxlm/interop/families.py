@@ -69,7 +69,7 @@ def to_config(model: ModelConfig, family: Family) -> dict[str, Any]:
     }
 
 
-def from_config(config: Any, where: str) -> tuple[Family, ModelConfig]:
+def from_config(config: object, where: str) -> tuple[Family, ModelConfig]:
     """The class of the model in config.json, its architecture, and its dropouts where that has one value for each.
 
     Args:

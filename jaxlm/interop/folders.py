@@ -73,7 +73,7 @@ class OwnFolder:
 class HuggingFaceFolder:
     """A folder that transformers has saved, with parameters in safetensors; they are read later."""
 
-    def __init__(self, folder: Path, config: Any, where: str, data: DataConfig) -> None:
+    def __init__(self, folder: Path, config: object, where: str, data: DataConfig) -> None:
         self.folder, self.where = folder, where
         self.family, self.model = from_config(config, where)
         self.kind = self.family.architecture

@@ -120,7 +120,7 @@ def _short(name: str) -> str:
     return ".".join(re.sub(r"\.lora_[AB]\.weight$", "", name).split(".")[-2:])
 
 
-def _is_plain(key: str, value: Any) -> bool:
+def _is_plain(key: str, value: object) -> bool:
     """Whether an entry of adapter_config.json leaves the adapter what it is here."""
     if key not in KNOWN:
         return False

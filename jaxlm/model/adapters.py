@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
 from jaxlm.model.dropout import derived_key, dropout
 from jaxlm.model.layers import Linear
@@ -26,7 +27,14 @@ class Adapter(nnx.Module):
     """
 
     def __init__(
-        self, shape: tuple[int, ...], rank: int, scale: float, rate: float, number: int, dtype: Any, rngs: nnx.Rngs
+        self,
+        shape: tuple[int, ...],
+        rank: int,
+        scale: float,
+        rate: float,
+        number: int,
+        dtype: DTypeLike,
+        rngs: nnx.Rngs,
     ):
         self.scale, self.rate, self.number, self.dtype = scale, rate, number, dtype
         d_in, *matrices, d_out = shape

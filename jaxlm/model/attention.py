@@ -4,11 +4,10 @@ Shapes: B rows, T positions, D model width, H query heads, G heads of keys and v
 one, K channels of a head.
 """
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
 from jaxlm.config import ModelConfig
 from jaxlm.model.layers import Linear, Norm, Parts, residual_std
@@ -27,7 +26,7 @@ class Attention(nnx.Module):
     (grouped-query attention, Ainslie et al. 2023, arXiv:2305.13245) from two, [D, H * K] and [D, 2, G * K].
     """
 
-    def __init__(self, config: ModelConfig, implementation: str, dtype: Any, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, implementation: str, dtype: DTypeLike, rngs: nnx.Rngs):
         self.config, self.implementation = config, implementation
         d, head_size = config.d_model, config.head_size
         width, bias = config.n_heads * head_size, config.use_bias if config.qkv_bias is None else config.qkv_bias

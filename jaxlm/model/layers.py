@@ -4,12 +4,12 @@ Shapes: B rows, T positions, D model width, F feed-forward width; I and O, the i
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+from jax.typing import DTypeLike
 
 from jaxlm.config import ModelConfig
 from jaxlm.ops.matmul import add_bias, matmul
@@ -57,7 +57,7 @@ class Linear(nnx.Module):
     adapter: Callable[[jax.Array, jax.Array | None], jax.Array]  # where there is one
 
     def __init__(
-        self, d_in: int, d_out: tuple[int, ...], std: float, dtype: Any, rngs: nnx.Rngs, *, use_bias: bool = True
+        self, d_in: int, d_out: tuple[int, ...], std: float, dtype: DTypeLike, rngs: nnx.Rngs, *, use_bias: bool = True
     ):
         self.dtype, self.use_bias, self.use_adapter = dtype, use_bias, False
         self.kernel = nnx.Param(nnx.initializers.normal(std)(rngs.params(), (d_in, *d_out)))
@@ -117,7 +117,7 @@ class Mlp(nnx.Module):
     applied, and its factor.
     """
 
-    def __init__(self, config: ModelConfig, dtype: Any, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, dtype: DTypeLike, rngs: nnx.Rngs):
         self.activation = config.activation
         d, f, bias = config.d_model, config.d_ff, config.use_bias
         self.up = Linear(d, (2, f) if config.activation in GATES else (f,), 0.02, dtype, rngs, use_bias=bias)

@@ -7,11 +7,12 @@ fast) or the same scan unrolled (runs fast).
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
 from jaxlm.config import ModelConfig
 from jaxlm.model.attention import Attention, Cache
@@ -24,6 +25,7 @@ from jaxlm.ops.norm_kernels import Terms
 from jaxlm.ops.norms import added
 from jaxlm.ops.own_kernels import NORMS
 
+Tree = TypeVar("Tree")  # of arrays
 REMAT_POLICIES = {"full": None, "dots": jax.checkpoint_policies.save_only_these_names(PRODUCT)}
 
 # A function from a block's parameters as they are stored to those it computes with, and the policy (`jax.checkpoint`)
@@ -36,7 +38,7 @@ def _count(tokens_BT: jax.Array) -> jax.Array:
     return jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32), tokens_BT.shape)
 
 
-def _unstack(tree: Any, n: int) -> list[Any]:
+def _unstack(tree: Tree, n: int) -> list[Tree]:
     """The `n` layers of a tree with a leading layer axis, split so that the gradients are joined by one operation."""
     parts = jax.tree.map(lambda x: jax.lax.split(x, (1,) * n), tree)
     layer = lambda i: jax.tree.map(lambda _, layers: layers[i][0], tree, parts)  # noqa: E731
@@ -51,7 +53,7 @@ class Block(nnx.Module):
 
     by_kernels = False  # whether norms are computed by this package's kernels for GPUs
 
-    def __init__(self, config: ModelConfig, implementation: str, dtype: Any, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, implementation: str, dtype: DTypeLike, rngs: nnx.Rngs):
         self.config = config
         self.attention = Attention(config, implementation, dtype, rngs)
         self.mlp = Mlp(config, dtype, rngs)
@@ -149,7 +151,7 @@ class Transformer(nnx.Module):
     own_kernels: frozenset[str] = frozenset()
 
     def __init__(
-        self, config: ModelConfig, *, implementation: str = "blockwise", dtype: Any = jnp.float32, rngs: nnx.Rngs
+        self, config: ModelConfig, *, implementation: str = "blockwise", dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs
     ):
         self.config, self.dtype = config, dtype
         normal = nnx.initializers.normal(0.02)

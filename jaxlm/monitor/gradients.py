@@ -36,7 +36,7 @@ def mean_gradients(gradients_of: Gradients, state: TrainState, batch: Batch, num
     return jax.tree.map(lambda x: x / scale, gradients)
 
 
-def stacked(tree: Any) -> dict[str, jax.Array]:
+def stacked(tree: object) -> dict[str, jax.Array]:
     """{"KIND/path": array with a layer axis in front} of {"KIND": parameters}; the axis is 1 for what has no layers."""
     named = {path_name(path): x for path, x in jax.tree_util.tree_leaves_with_path(tree)}
     return {name: x if name.split("/")[1] == STACKED else x[None] for name, x in named.items()}

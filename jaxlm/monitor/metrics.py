@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, SupportsFloat
+from typing import TYPE_CHECKING, SupportsFloat
 
 from jaxlm.config import Config
 from jaxlm.data.atomic import atomic_write
@@ -150,7 +150,7 @@ class MetricsTracker:
         self.flush(max(self._pending, default=0))
         self._call_sinks("close")
 
-    def _call_sinks(self, method: str, *arguments: Any) -> None:
+    def _call_sinks(self, method: str, *arguments: object) -> None:
         """Calls `method` of every sink.
 
         What one raises (a full disk, a tracker that is away, a bug) is told once, until it works again, and costs rows,

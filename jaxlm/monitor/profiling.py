@@ -1,7 +1,6 @@
 """A trace of some updates (training.profile_steps), for TensorBoard's profile page or Perfetto."""
 
 from pathlib import Path
-from typing import Any
 
 import jax
 
@@ -17,7 +16,7 @@ class Profiler:
         self.first, last = (0, 0) if steps is None or not is_leader() else profiled_steps(steps)
         self.last = min(last, last_step)
 
-    def update(self, step: int, before: Any) -> jax.profiler.StepTraceAnnotation:
+    def update(self, step: int, before: object) -> jax.profiler.StepTraceAnnotation:
         """A context for the call that starts update `step`; `before`: the arrays that the updates before it compute."""
         if self.first <= step <= self.last and not self.running:  # a run may go on in the midst of them
             self.first = step
@@ -26,7 +25,7 @@ class Profiler:
             self.running = True
         return jax.profiler.StepTraceAnnotation("update", step_num=step)
 
-    def stop_after(self, step: int, results: Any) -> None:
+    def stop_after(self, step: int, results: object) -> None:
         """Ends the trace if `step` is its last update, after waiting for `results`, the arrays that it computes."""
         if self.running and step == self.last:
             jax.block_until_ready(results)

@@ -23,7 +23,7 @@ from jaxlm.monitor.metrics import model_flops_per_token
 from jaxlm.monitor.sinks import open_lines
 from jaxlm.ops import compiler
 from jaxlm.ops.attention_kernels import why_not_fused
-from jaxlm.ops.own_kernels import LOSS
+from jaxlm.ops.own_kernels import LOSS, left_to_xla
 from jaxlm.ops.platform import cpu_has_bfloat16
 from jaxlm.ops.reductions import logits_dtype
 from jaxlm.parallel.mesh import show_row_shards
@@ -92,6 +92,7 @@ class StartReport:
         yield f"kernels: {self.assembly.attention} attention{ours}, {loss}"
         if not_fused := why_not_fused(config, self.resolved.capability):
             yield f"attention is not fused: {not_fused}"
+        yield from left_to_xla(config, self.resolved.capability)
         if self._compiler is not None:
             yield f"compiler: {self._compiler}"
         state = layout.bytes_of_state(self.assembly.abstract_state)

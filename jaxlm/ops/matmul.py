@@ -8,21 +8,21 @@ product, for which it has no 16-bit implementation and a slow one in float32.
 """
 
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from jaxlm.ops.platform import cpu_has_bfloat16
 
 
-def einsum(spec: str, x: jax.Array, y: jax.Array, dtype: Any = None) -> jax.Array:
+def einsum(spec: str, x: jax.Array, y: jax.Array, dtype: DTypeLike | None = None) -> jax.Array:
     """`jnp.einsum` with the result in `dtype`, by default that of `x`."""
     default = partial(jnp.einsum, spec, preferred_element_type=dtype)
     return jax.lax.platform_dependent(x, y, cpu=partial(_einsum_on_cpu, spec, dtype=dtype), default=default)
 
 
-def _einsum_on_cpu(spec: str, x: jax.Array, y: jax.Array, dtype: Any = None) -> jax.Array:
+def _einsum_on_cpu(spec: str, x: jax.Array, y: jax.Array, dtype: DTypeLike | None = None) -> jax.Array:
     if "bh" in spec:  # rows and heads are flattened, by which XLA leaves transpositions before the product alone
         flat_x, flat_y = (z.reshape(-1, *z.shape[2:]) for z in (x, y))
         z = _einsum_on_cpu(spec.replace("bh", "b"), flat_x, flat_y, dtype)

@@ -44,12 +44,33 @@ def why_no_mosaic(capability: float) -> str | None:
     return None
 
 
-def choose_kernels(config: Config, capability: float | None) -> frozenset[str]:
-    """NORMS, of the residual stream, and LOSS, the softmax of the loss with its gradient; those that can run."""
+def why_not_own(config: Config, capability: float | None) -> dict[str, str]:
+    """Of NORMS, of the residual stream, and LOSS, the softmax of the loss with its gradient: why XLA's kernels run."""
     model, training = config.model, config.training
-    split = training.tensor_parallel > 1  # the compiler divides the work, and can't divide a kernel's
-    possible = why_not_on(capability) is None and why_no_triton() is None and training.use_amp and not split
-    if not possible or not training.own_kernels:
-        return frozenset()
-    fits = {NORMS: model.d_model <= LARGEST_WIDTH, LOSS: takes_vocabulary(model.vocab_size)}
-    return frozenset(name for name, small in fits.items() if small)
+    why = why_not_on(capability) or why_no_triton()
+    if not training.own_kernels:
+        why = "is not asked for (training.own_kernels false)"
+    elif why is None and not training.use_amp:
+        why = "has no float32 (training.use_amp false)"
+    elif why is None and training.tensor_parallel > 1:
+        why = "can't be split (training.tensor_parallel)"
+    if why is not None:
+        return dict.fromkeys((NORMS, LOSS), why)
+    found = {}
+    if model.d_model > LARGEST_WIDTH:
+        found[NORMS] = f"takes vectors of up to {LARGEST_WIDTH}, not {model.d_model} (model.d_model)"
+    if not takes_vocabulary(model.vocab_size):
+        found[LOSS] = f"takes a vocabulary of a multiple of 16 in few powers of two, not {model.vocab_size}"
+    return found
+
+
+def choose_kernels(config: Config, capability: float | None) -> frozenset[str]:
+    """NORMS and LOSS, those that can run."""
+    return frozenset({NORMS, LOSS} - why_not_own(config, capability).keys())
+
+
+def left_to_xla(config: Config, capability: float | None) -> list[str]:
+    """What else XLA makes the kernels of on a GPU, and why, a line each; none as asked."""
+    if capability is None or not config.training.own_kernels:
+        return []
+    return [f"{name} by XLA: our kernel {why}" for name, why in why_not_own(config, capability).items()]

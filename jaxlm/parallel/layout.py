@@ -13,7 +13,7 @@ ZeRO is Rajbhandari et al. 2020, arXiv:1910.02054:
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,7 @@ from jaxlm.parallel.mesh import AXES, DATA, EVERYWHERE, REPLICA, ROWS, TENSOR, A
 from jaxlm.parallel.split import STACKED, Params, Path, Split, path_name, split_parameter
 
 HOST_MEMORY = "pinned_host"
+Tree = TypeVar("Tree")  # of arrays, or of what stands for them
 
 # (the shards of one block's parameters -> the whole ones; the checkpoint policy that gathers them again)
 GatherBlock: TypeAlias = tuple[Callable[[Params], Params], Callable[..., bool]]
@@ -89,7 +90,7 @@ class Layout:
         sharded = f"{names[self.stage]} sharded over {self.shards}" if self.stage else names[0]
         return f"{shape}; ZeRO stage {self.stage} ({sharded}){', optimizer in host memory' if self.offload else ''}"
 
-    def bytes_of_state(self, abstract_state: Any) -> int:
+    def bytes_of_state(self, abstract_state: object) -> int:
         """Bytes a device of the placed state, and of gradients as they are kept between micro-batches."""
         gradients = jax.tree.map(lambda split: split.placed(self.mesh, sharded=self.stage >= 2), self.trained)
         return bytes_a_device(abstract_state) + bytes_a_device(gradients)
@@ -125,13 +126,13 @@ class Layout:
         """Held parameters or reduced gradients in their own shapes; the compiler decides where they live."""
         return self._map(Split.crop, tree)
 
-    def on_device(self, opt_state: Any) -> Any:
+    def on_device(self, opt_state: Tree) -> Tree:
         """The optimizer state to compute with, fetched from host memory if it is kept there."""
         if not self.offload:
             return opt_state
         return jax.device_put(opt_state, jax.memory.Space.Device)
 
-    def place(self, abstract_state: Any) -> Any:
+    def place(self, abstract_state: Tree) -> Tree:
         """The shapes and dtypes of the tree `abstract_state` (a TrainState), each with its sharding.
 
         A leaf whose path ends in that of a parameter and has its shape (padded, where it is sharded) is laid out like
@@ -198,7 +199,7 @@ class Layout:
             gradients = self._map(lambda s, g: reduce_scatter(g, s), gradients)
         return self.sum_over((REPLICA,), gradients)
 
-    def sum_over(self, axes: tuple[str, ...], tree: Any) -> Any:
+    def sum_over(self, axes: tuple[str, ...], tree: Tree) -> Tree:
         """The sum over the devices along `axes`, on each of them."""
         axes = tuple(axis for axis in axes if self.mesh.shape[axis] > 1)  # the partitioner fails on sums over none
         return jax.lax.psum(tree, axes) if axes else tree
@@ -213,7 +214,7 @@ def like(splits: Params, tree: Params) -> Params:
     return {name: like(splits[name], x) if isinstance(x, dict) else splits[name] for name, x in tree.items()}
 
 
-def bytes_a_device(abstract: Any) -> int:
+def bytes_a_device(abstract: object) -> int:
     """Bytes that one device holds of the placed tree `abstract`, host memory left out."""
     return sum(
         math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize

@@ -8,6 +8,7 @@ import jax
 from jaxlm.config import Config, shown
 from jaxlm.monitor.metrics import model_flops_per_token
 from jaxlm.ops.attention_kernels import why_not_fused
+from jaxlm.ops.own_kernels import left_to_xla
 from jaxlm.parallel.gpus import GPUS
 from jaxlm.plan import hlo, memory
 from jaxlm.plan.predict import Cluster, Prediction, Share, predict
@@ -26,6 +27,7 @@ class Plan:
     devices: int
     hosts: int
     attention: str
+    own_kernels: tuple[str, ...]  # what else this package's kernels do
     jax: str
     memory: memory.Memory
     memory_bytes: int  # at the peak
@@ -82,6 +84,7 @@ def plan_of(resolved: Resolved, compiled: CompiledUpdate, cluster: Cluster) -> t
         devices=cluster.devices,
         hosts=cluster.hosts,
         attention=compiled.attention,
+        own_kernels=compiled.own_kernels,
         jax=jax.__version__,
         memory=takes,
         memory_bytes=takes.total,
@@ -114,6 +117,7 @@ def _warnings(resolved: Resolved, program: hlo.Program, found: Prediction, compi
     if compiled.attention == "blockwise":
         why = why_not_fused(config, resolved.capability) or "model.attention asks for it"
         lines.append(f"attention is blockwise, without a fused kernel: {why}")
+    lines += left_to_xla(config, resolved.capability)
     gathered = copied = 0
     for x, computation, times in program.run():
         if x.collective == "all-gather" and x.arrays[-1][0] == "f32" and config.training.use_amp:

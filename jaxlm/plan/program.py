@@ -31,6 +31,7 @@ class CompiledUpdate:
 
     text: str  # the optimized program as scheduled
     attention: str
+    own_kernels: tuple[str, ...]  # what else this package's kernels do
     arguments: int
     outputs: int
     aliased: int  # outputs that take the place of arguments
@@ -94,7 +95,7 @@ def _read(kept: Path) -> CompiledUpdate | None:
     """What an earlier call has kept; None if it is not there, or was cut short by a full disk."""
     try:
         fields = json.loads(lzma.decompress(kept.read_bytes()))
-        return CompiledUpdate(**fields | {"notes": tuple(fields["notes"])})
+        return CompiledUpdate(**fields | {name: tuple(fields[name]) for name in ("own_kernels", "notes")})
     except (OSError, EOFError, lzma.LZMAError, ValueError, KeyError, TypeError):
         return None
 
@@ -162,6 +163,7 @@ def _of(assembly: Assembly, compiled: jax.stages.Compiled, notes: list[str]) -> 
     return CompiledUpdate(
         text,
         assembly.attention,
+        tuple(sorted(assembly.own_kernels, reverse=True)),
         use.argument_size_in_bytes,
         use.output_size_in_bytes,
         use.alias_size_in_bytes,

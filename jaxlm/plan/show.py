@@ -28,9 +28,10 @@ def memory(found: Memory) -> list[str]:
 def plan(made: Plan, price: float | None) -> str:
     """The whole plan."""
     where = f"{made.devices} x {made.gpu}" + (f" on {made.hosts} hosts" if made.hosts > 1 else "")
+    ours = "".join(f", pallas {name}" for name in made.own_kernels)
     verdict = "fits" if made.fits else "DOES NOT FIT"
     lines = [
-        f"{where}, {made.attention} attention, compiled by jax {made.jax}",
+        f"{where}, {made.attention} attention{ours}, compiled by jax {made.jax}",
         "",
         "memory of each GPU",
         *memory(made.memory),

@@ -93,7 +93,7 @@ class Hooks:
                 if name.startswith("on_") and not hasattr(Hook, name):
                     raise UserError(f"hooks ({type(hook).__name__}.{name}): never called{nearest(name, dir(Hook))}")
 
-    def call(self, method: str, *payload: Any) -> None:
+    def call(self, method: str, *payload: object) -> None:
         """Calls `method` of each hook."""
         run = self._run()
         if run is None or self._error is not None:
