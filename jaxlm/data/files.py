@@ -85,10 +85,10 @@ def below(folder: Path, without: Collection[str] = ()) -> list[Path]:
 
     Subfolders called as in `without` are not even listed: they can be large.
     """
-    names = []
+    names, above = [], len(os.path.join(folder, ""))
     for at, folders, found in os.walk(folder):
         folders[:] = [name for name in folders if name not in without and not name.startswith(".")]
-        names += [os.path.relpath(os.path.join(at, name), folder) for name in found if not name.startswith(".")]
+        names += [os.path.join(at, name)[above:] for name in found if not name.startswith(".")]
     return [folder / name for name in sorted(names)]
 
 
@@ -183,14 +183,19 @@ def reading(where: str) -> Iterator[None]:
 # ---- One reader a format ---------------------------------------------------------------------------------------------
 
 
-def read_txt(path: Path, columns: Columns, where: str) -> Rows:
+def _read_txt(path: Path, columns: Columns, where: str) -> Rows:
     with _open(path) as file:
         content = file.read()
+    yield text_row(content, where)
+
+
+def text_row(content: bytes, where: str) -> Row | UserError:
+    """Of plain text."""
     try:
-        yield Row(content.decode().removeprefix("\ufeff"), where)
+        return Row(content.decode().removeprefix("\ufeff"), where)
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
-        yield UserError(f"{where}: line {line} is not UTF-8 (byte {content[error.start]:#x} at offset {error.start})")
+        return UserError(f"{where}: line {line} is not UTF-8 (byte {content[error.start]:#x} at offset {error.start})")
 
 
 def _read_jsonl(path: Path, columns: Columns, where: str) -> Rows:
@@ -289,7 +294,7 @@ def _read_parquet(path: Path, columns: Columns, where: str) -> Rows:
 
 # (file, the columns needed, the beginning of places and messages) -> rows
 READERS: dict[str, Callable[[Path, Columns, str], Rows]] = {
-    **dict.fromkeys(["", *PLAIN.split()], read_txt),
+    **dict.fromkeys(["", *PLAIN.split()], _read_txt),
     ".jsonl": _read_jsonl,
     ".ndjson": _read_jsonl,
     ".json": _read_json,

@@ -201,16 +201,17 @@ def _standard_library(data: DataConfig, tokenizer: Tokenizer | None, evaluating:
     paths, digest = [path for path in files.below(root, _NOT_STDLIB) if path.suffix == ".py"], hashlib.sha256()
     if not paths:
         raise UserError(f"{where}: no Python source files in {root}; use data.train_files")
+    rows, size = [], 0  # kept, as they are few: opening hundreds of small files takes longer than reading them
     for path in paths:
         with files.reading(f"{where}: {path}"):
             content = path.read_bytes()
         digest.update(len(content).to_bytes(8, "big") + content)
+        size += len(content)
+        rows.append(files.text_row(content, f"{where}: {path}"))
 
     def read(format_: RowFormat) -> Found:
-        for path in paths:
-            for row in files.read_txt(path, format_.columns, f"{where}: {path}"):
-                yield row if isinstance(row, UserError) else Document(str(row.values), row.place)
+        return (row if isinstance(row, UserError) else Document(str(row.values), row.place) for row in rows)
 
     name = f"{STDLIB} {platform.python_version()} ({len(paths)} files)"
-    train = _Part(where, digest.hexdigest(), lambda: None, read, files.text_size(paths))
+    train = _Part(where, digest.hexdigest(), lambda: None, read, size)
     return _source(data, tokenizer, name, train, None, evaluating)

@@ -57,9 +57,10 @@ def hopper_attention_of_product(
 
 
 def _attend(x: Inputs, first_head: jax.Array | int, rate: float) -> jax.Array:
-    x, (t, size) = pad(x, BLOCK, -(-x.q.shape[-1] // SWIZZLED) * SWIZZLED), (x.q.shape[1], x.q.shape[-1])
-    key = kernel_key(x.key, first_head) if rate else None
-    return _flash(x._replace(key=key), Constants(size**-0.5, rate))[:, :t, :, :size]
+    t, size = x.q.shape[1], x.q.shape[-1]
+    x = x._replace(key=kernel_key(x.key, first_head) if rate else None)
+    padded = pad(x, BLOCK, -(-size // SWIZZLED) * SWIZZLED)
+    return _flash(padded, Constants(size**-0.5, rate))[:, :t, :, :size]
 
 
 def _launch(

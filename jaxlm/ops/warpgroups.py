@@ -90,7 +90,7 @@ def fetch(sources: Iterable[Ref], group: jax.Array, scratch: Scratch) -> list[Re
 
 
 def write(values: Iterable[jax.Array], buffers: Sequence[Ref], targets: Sequence[Ref]) -> None:
-    """Through shared memory; what lies in it goes first to the targets that no value is for."""
+    """Copies buffers in shared memory to their targets, the first of them with these values."""
     for value, buffer in zip(values, buffers, strict=False):
         buffer[...] = value.astype(buffer.dtype)
     mosaic.commit_smem()
@@ -102,9 +102,9 @@ def write(values: Iterable[jax.Array], buffers: Sequence[Ref], targets: Sequence
 def product(x: jax.Array | Ref, y: Ref) -> jax.Array:
     """x @ y, [64, columns] float32."""
 
-    def multiply(sums: Ref) -> jax.Array:
-        mosaic.wgmma(sums, x, y)
-        return sums[...]
+    def multiply(total: Ref) -> jax.Array:
+        mosaic.wgmma(total, x, y)
+        return total[...]
 
     return pl.run_scoped(multiply, sums(x.shape[0], y.shape[1]))
 
@@ -115,10 +115,10 @@ def sums(rows: int, columns: int) -> Any:
 
 
 def rounded(weights: jax.Array, dtype: Any, spare: Ref | None, group: jax.Array) -> jax.Array | Ref:
-    """The left factor of a product."""
-    rounded = weights.astype(dtype)
+    """Weights as the left factor of a product with an array of this dtype."""
+    factor = weights.astype(dtype)
     if spare is None:
-        return rounded
-    spare.at[group][...] = rounded
+        return factor
+    spare.at[group][...] = factor
     mosaic.commit_smem()
     return spare.at[group]
