@@ -209,7 +209,7 @@ def test_without_pallas_for_triton_runs_take_another_kernel(tmp_path, corpus, mo
         ((0, 12, 0), True, 9.0, 64, "mosaic", None),
         ((0, 11, 2), True, 9.0, 128, "mosaic", None),
         ((0, 11, 2), True, 9.0, 160, "blockwise", "needs a head size up to 128, not 160"),
-        ((0, 11, 2), False, 9.0, 64, "blockwise", 'needs CUDA 13: pip install -e ".[cuda13]"'),
+        ((0, 11, 2), False, 9.0, 64, "blockwise", 'needs CUDA 13: pip install -e ".[cuda13]", or ".[plan]" elsewhere'),
         ((0, 10, 2), True, 9.0, 64, "blockwise", f"needs JAX 0.11, not {jax.__version__}"),
         ((0, 12, 0), True, 10.0, 64, "blockwise", "is made for compute capability 9, not 10"),
     ],

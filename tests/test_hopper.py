@@ -13,6 +13,7 @@ if jax.__version_info__ < (0, 11):
 from jax.experimental.pallas import mosaic_gpu
 
 from jaxlm.ops import hopper
+from jaxlm.ops.flash_kernels import HOPPER_TILES
 from jaxlm.ops.hopper import hopper_attention, hopper_attention_of_product
 
 # T, heads, heads of keys, head size, documents a row, dropout
@@ -42,6 +43,18 @@ def test_it_is_nearer_than_dense_attention_in_sixteen_bits(name):
     found = both(lambda q, k, v: hopper_attention(q, k, v, segments, key, rate), *arrays)
     for ours, theirs in zip(errors(found, exact), errors(dense, exact), strict=True):
         assert 0 < ours < max(theirs, 2**-8)
+
+
+def test_without_keys_nothing_is_dropped():
+    """As an evaluation of a model with dropout has none."""
+    q, k, v, _, _, _ = case(70, 1, 1, 64, 1, 0.0, dtype=jnp.bfloat16, rows=1)
+    run = jax.jit(lambda rate: hopper_attention(q, k, v, None, None, rate), static_argnums=0)
+    np.testing.assert_array_equal(run(0.1), run(0.0))
+
+
+def test_programs_are_as_large_as_their_tiles_say():
+    forward, keys, queries = HOPPER_TILES
+    assert forward.queries == keys.keys == queries.queries == hopper.BLOCK
 
 
 @pytest.mark.parametrize("biased", [True, slow(False)])

@@ -175,8 +175,9 @@ def test_what_is_left_to_xla_is_said(tmp_path, corpus, monkeypatch):
     monkeypatch.setattr(Resolved, "capability", 8.0)
     assert "norms by XLA: our kernel has no float32 (training.use_amp false)" in list(trainer._start.lines())
     config = replace_fields(config_of(STILL), {"training.use_amp": True, "model.vocab_size": 50_257})
-    odd = "loss by XLA: our kernel takes a vocabulary of a multiple of 16 in few powers of two, not 50257"
-    assert left_to_xla(config, 8.0) == [odd]
+    few = "needs a vocabulary that is a multiple of 16 and the sum of few powers of two, not 50257 (model.vocab_size)"
+    assert left_to_xla(config, 8.0) == [f"loss by XLA: our kernel {few}"]
+    assert not left_to_xla(config, 8.0, frozenset({LOSS}))
     assert left_to_xla(config, None) == left_to_xla(replace_fields(config, {"training.own_kernels": False}), 8.0) == []
     old = "our kernel needs a GPU of compute capability 8 or later, not 7.5"
     assert left_to_xla(config, 7.5) == [f"norms by XLA: {old}", f"loss by XLA: {old}"]

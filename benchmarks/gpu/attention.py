@@ -149,7 +149,7 @@ def dense(case: Case, dtype: str, precision: str | None) -> Attention:
 def cudnn_packed(
     q_BTHK: jax.Array, k_BTGK: jax.Array, v_BTGK: jax.Array, segments_BT: jax.Array, key_B2: jax.Array
 ) -> jax.Array:
-    """NVIDIA's kernel for packed documents, which JAX has in its private part; segments 1, 2, ... up to MOST a row."""
+    """NVIDIA's kernel for packed documents, of JAX's private modules; segments 1, 2, ... up to MOST a row."""
     from jax._src.cudnn.fused_attention_stablehlo import MaskType, dot_product_attention
 
     lengths_BD = (segments_BT[:, :, None] == jnp.arange(1, MOST + 1, dtype=jnp.int32)).sum(1, dtype=jnp.int32)

@@ -52,6 +52,8 @@ def main() -> int:
     rows = []
     for file in parser.parse_args().files:
         content = json.loads(file.read_text())
+        if content["benchmark"] == "gpu-cut" or content["gpu"] is None:
+            parser.error(f"{file}: was cut down, and says nothing of a GPU")
         measured = [x for x in content["results"] if x.get("contender") == "ours" and "tokens_per_second" in x]
         for result in measured:
             try:

@@ -135,14 +135,15 @@ def linked_caches(caches: Path, text: Path) -> None:
 
 
 def measured(
-    contender: str, cell: Cell, contender_spec: dict[str, Any], own: dict[str, str], before: str, end: float
+    contender: str, cell: Cell, contender_spec: dict[str, Any], own: dict[str, str], before: str | None, end: float
 ) -> Any:
     """What one contender answers: seconds to its first update, cold and perhaps warm, and its turns.
 
     Raises:
       WorkerFailed: it ended; `end` (of `time.monotonic`) has come, its memory did not suffice, or something is wrong.
     """
-    program = Path(before) / "benchmarks/ours.py" if contender == "before" else BENCHMARKS / PROGRAMS[contender]
+    earlier = before is not None and contender == "before"
+    program = Path(str(before), "benchmarks/ours.py") if earlier else BENCHMARKS / PROGRAMS[contender]
     command = [sys.executable, str(program)]
     log = Path(contender_spec["folder"]) / f"{contender}.log"
 

@@ -110,6 +110,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         parser.error(f"--rows takes a number of rows for any of {', '.join(ROWS)}")
     if options.before is not None and not (Path(options.before) / "benchmarks/ours.py").is_file():
         parser.error(f"--before ({options.before}) holds no checkout: git archive COMMIT | tar x -C FOLDER makes one")
+    if options.before is not None and (options.ab or "speed" not in options.only):
+        parser.error(f"--before ({options.before}) is measured in the first cell of speed, which is left out here")
     if options.ab:
         options.only = ["speed"]
     options.models = options.models or (["124m"] if options.ab else list(MODELS))

@@ -101,8 +101,8 @@ class ModelConfig(Section):
     attention: str = option(
         "auto",
         "attention kernel: blockwise runs everywhere; on GPUs and in 16 bits, cudnn is for rows without packing and "
-        "attention_dropout, pallas for all, mosaic for all on Hopper (H100); auto takes the first that can of cudnn, "
-        "pallas, mosaic, blockwise",
+        "attention_dropout, pallas for all, mosaic for heads up to 128 on Hopper (H100; JAX 0.11 with CUDA 13); "
+        "auto takes the first that can of cudnn, pallas, mosaic, blockwise",
         choices=("auto", "blockwise", "cudnn", "mosaic", "pallas"),
     )
 

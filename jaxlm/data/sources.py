@@ -1,6 +1,7 @@
 """Where the text comes from: a program, the standard library, own files, or the Hugging Face Hub.
 
-Nothing here keeps the text in memory: a source is read again, from the start, each time that its text is asked for.
+Nothing here keeps a text in memory, but that of the standard library: a source is read again, from the start, each
+time that its text is asked for.
 """
 
 import hashlib

@@ -136,7 +136,7 @@ class Transformer(nnx.Module):
 
     Args:
       config: shapes and options; `config.vocab_size` is the tokenizer's.
-      implementation: attention kernel, "blockwise", "cudnn" or "pallas" (`ops.attention_kernels`).
+      implementation: attention kernel, "blockwise" or one of `ops.attention_kernels.FUSED`.
       dtype: compute dtype, float32, bfloat16 or float16.
 
     A subclass may set `block_class` to a `Block` of its own.

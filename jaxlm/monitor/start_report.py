@@ -92,7 +92,7 @@ class StartReport:
         yield f"kernels: {self.assembly.attention} attention{ours}, {loss}"
         if not_fused := why_not_fused(config, self.resolved.capability):
             yield f"attention is not fused: {not_fused}"
-        yield from left_to_xla(config, self.resolved.capability)
+        yield from left_to_xla(config, self.resolved.capability, frozenset() if own is None else frozenset({LOSS}))
         if self._compiler is not None:
             yield f"compiler: {self._compiler}"
         state = layout.bytes_of_state(self.assembly.abstract_state)

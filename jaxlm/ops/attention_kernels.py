@@ -127,9 +127,16 @@ def choose_attention(config: Config, capability: float | None) -> str:
     return asked
 
 
+def choose_ours(config: Config, capability: float | None) -> str:
+    """The first of OURS that supports the configuration, else blockwise: what can do whatever cudnn can't."""
+    return next((kernel for kernel in OURS if why_unsupported(kernel, config, capability) is None), "blockwise")
+
+
 def why_not_fused(config: Config, capability: float | None) -> str | None:
     """Why `auto` chose no fused kernel on a GPU; None if it chose one, or on a CPU."""
     if capability is None or config.model.attention != "auto" or choose_attention(config, capability) in FUSED:
         return None
-    whys = {kernel: why_unsupported(kernel, config, capability) for kernel in OURS}
-    return "; ".join(f"{kernel} {why}" for kernel, why in whys.items())
+    whys: dict[str | None, list[str]] = {}
+    for kernel in OURS:
+        whys.setdefault(why_unsupported(kernel, config, capability), []).append(kernel)
+    return "; ".join(f"{' and '.join(kernels)} {why}" for why, kernels in whys.items())

@@ -7,6 +7,7 @@ XLA doesn't know ends the process. Options that the user has set in XLA_FLAGS ar
 import os
 import re
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import jax
@@ -33,6 +34,10 @@ LOAD, DUMP = "xla_gpu_load_autotune_results_from", "xla_gpu_dump_autotune_result
 REPEATABLE: Options = {"xla_gpu_exclude_nondeterministic_ops": True}
 
 
+# XLA would run the forward kernel of a scanned layer twice, once in a fusion that writes its results into those of all.
+_OF_KERNELS: dict[str, Options] = {"mosaic": {"xla_gpu_enable_dynamic_slice_fusion": False}}
+
+
 def keep_programs(folder: Path) -> None:
     """Lets JAX keep compiled programs in `folder`, and find them there again after it was moved or copied."""
     jax.config.update("jax_compilation_cache_dir", str(folder))
@@ -52,6 +57,13 @@ def compiler_options(training: TrainingConfig, platform: str, report: Callable[[
     wanted |= dict(xla_option(text) for text in training.xla_options)
     in_environment = set(re.findall(r"--(\w+)", os.environ.get("XLA_FLAGS", "")))
     return {name: value for name, value in wanted.items() if _may_set(name, value, in_environment, report)}
+
+
+@cache
+def options_of_kernel(attention: str) -> Options:
+    """The options for programs with this attention kernel that the installed XLA knows."""
+    wanted = _OF_KERNELS.get(attention, {})
+    return {name: value for name, value in wanted.items() if _may_set(name, value, set(), lambda line: None)}
 
 
 def _may_set(name: str, value: str | bool, in_environment: set[str], report: Callable[[str], None]) -> bool:

@@ -58,6 +58,7 @@ def hopper_attention_of_product(
 
 def _attend(x: Inputs, first_head: jax.Array | int, rate: float) -> jax.Array:
     t, size = x.q.shape[1], x.q.shape[-1]
+    rate = 0.0 if x.key is None else rate
     x = x._replace(key=kernel_key(x.key, first_head) if rate else None)
     padded = pad(x, BLOCK, -(-size // SWIZZLED) * SWIZZLED)
     return _flash(padded, Constants(size**-0.5, rate))[:, :t, :, :size]

@@ -40,7 +40,7 @@ def why_no_mosaic(capability: float) -> str | None:
     if jax.__version_info__ < (0, 11):
         return f"needs JAX 0.11, not {jax.__version__}"
     if importlib.util.find_spec("jax_cuda13_plugin") is None:
-        return 'needs CUDA 13: pip install -e ".[cuda13]"'
+        return 'needs CUDA 13: pip install -e ".[cuda13]", or ".[plan]" elsewhere'
     return None
 
 
@@ -60,7 +60,8 @@ def why_not_own(config: Config, capability: float | None) -> dict[str, str]:
     if model.d_model > LARGEST_WIDTH:
         found[NORMS] = f"takes vectors of up to {LARGEST_WIDTH}, not {model.d_model} (model.d_model)"
     if not takes_vocabulary(model.vocab_size):
-        found[LOSS] = f"takes a vocabulary of a multiple of 16 in few powers of two, not {model.vocab_size}"
+        size = f"not {model.vocab_size} (model.vocab_size)"
+        found[LOSS] = f"needs a vocabulary that is a multiple of 16 and the sum of few powers of two, {size}"
     return found
 
 
@@ -69,8 +70,9 @@ def choose_kernels(config: Config, capability: float | None) -> frozenset[str]:
     return frozenset({NORMS, LOSS} - why_not_own(config, capability).keys())
 
 
-def left_to_xla(config: Config, capability: float | None) -> list[str]:
-    """What else XLA makes the kernels of on a GPU, and why, a line each; none as asked."""
+def left_to_xla(config: Config, capability: float | None, others: frozenset[str] = frozenset()) -> list[str]:
+    """What XLA makes the kernels of on a GPU though nobody asked for it, and why, a line each; without `others`."""
     if capability is None or not config.training.own_kernels:
         return []
-    return [f"{name} by XLA: our kernel {why}" for name, why in why_not_own(config, capability).items()]
+    whys = why_not_own(config, capability)
+    return [f"{name} by XLA: our kernel {why}" for name, why in whys.items() if name not in others]

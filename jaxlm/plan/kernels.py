@@ -219,7 +219,7 @@ def _own_kernel(name: str, instruction: Instruction, computation: Computation) -
     arrays = [computation.instructions[x].arrays[0] for x in read]
     heads = [(kind, dims) for kind, dims in arrays if len(dims) >= 4]  # q (and its gradient), k, v, or all in one
     (kind, (rows, length, *_, queries, size)), groups = heads[0], min(dims[-2] for _, dims in heads)
-    tiles = HOPPER_TILES if "mosaic" in instruction.attributes else TILES[size]
+    tiles = HOPPER_TILES if 'custom_call_target="mosaic_gpu' in instruction.attributes else TILES[size]
     tile: Tile = {"forward": tiles.forward, "keys": tiles.keys_and_values, "queries": tiles.queries}[name]
     m, n = tile.queries, tile.keys
     visible = sum(math.ceil((i + 1) * m / n) for i in range(length // m))  # pairs of blocks, of one head

@@ -13,6 +13,7 @@ from jaxlm.config import Config, to_dict
 from jaxlm.data.atomic import atomic_path
 from jaxlm.data.tokens import cache_root
 from jaxlm.errors import UserError
+from jaxlm.ops.attention_kernels import choose_ours
 from jaxlm.ops.compiler import REPEATABLE, Options, compiler_options
 from jaxlm.parallel.processes import say
 from jaxlm.plan.targets import TARGETS, device_line, plugin, topology
@@ -152,7 +153,7 @@ def _compiled(
             elif assembly.attention == "cudnn" and "cuDNN" in str(error):
                 missing = "as nvidia-cudnn is not installed here"
                 notes.append(f"attention: a run takes cuDNN's kernel; ours stands for it, {missing}")
-                attention = "pallas"
+                attention = choose_ours(resolved.config, resolved.capability)
             else:
                 raise UserError(f"XLA can't compile this for the GPU: {str(error).splitlines()[0][:300]}") from error
 

@@ -12,7 +12,7 @@ from jaxlm.config.fields import check_choice
 from jaxlm.errors import UserError
 from jaxlm.interop.pretrained import OwnFolder, Pretrained, open_model
 from jaxlm.model import Transformer
-from jaxlm.ops.attention_kernels import OURS, compute_capability, why_unsupported
+from jaxlm.ops.attention_kernels import choose_ours, compute_capability
 from jaxlm.parallel.processes import say
 from jaxlm.train.assemble import abstract_model
 
@@ -59,8 +59,7 @@ def load(
 
 def _model(found: Pretrained, config: Config, model_class: type[Transformer], dtype: str | None) -> Transformer:
     device = jax.devices()[0]
-    possible = (kernel for kernel in OURS if why_unsupported(kernel, config, compute_capability(device)) is None)
-    attention = next(possible, "blockwise")  # cudnn can't do every prompt
+    attention = choose_ours(config, compute_capability(device))  # cudnn can't do every prompt
     graphdef, abstract = nnx.split(abstract_model(config, attention, model_class))
     placed = jax.sharding.SingleDeviceSharding(device)
     target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placed), nnx.to_pure_dict(abstract))

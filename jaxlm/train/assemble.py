@@ -19,7 +19,7 @@ from jaxlm.config.batches import Batches, read_schedule
 from jaxlm.config.validate import LARGEST_INT
 from jaxlm.model import Transformer
 from jaxlm.ops.attention_kernels import choose_attention, compute_capability
-from jaxlm.ops.compiler import Options
+from jaxlm.ops.compiler import Options, options_of_kernel
 from jaxlm.ops.own_kernels import LOWEST_CAPABILITY, choose_kernels
 from jaxlm.parallel.layout import Layout
 from jaxlm.parallel.mesh import TRAIN_BATCH, AnyMesh, replicated, row_shards
@@ -284,7 +284,7 @@ def assemble(
     """
     attention = attention or choose_attention(resolved.config, resolved.capability)
     own_kernels = choose_kernels(resolved.config, resolved.capability) if own_kernels is None else own_kernels
-    in_pairs = tuple(sorted((options or {}).items()))
+    in_pairs = tuple(sorted((options_of_kernel(attention) | (options or {})).items()))
     config = program_config(resolved.config)
     kernels = attention, own_kernels
     return _assembly(config, resolved.mesh, model_class, *kernels, in_pairs, resolved.masked, own_loss)

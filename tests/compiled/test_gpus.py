@@ -80,7 +80,12 @@ def test_what_lies_beside_the_program() -> None:
 def test_predicted_beside_measured_is_a_command(tmp_path: Path) -> None:
     cell = {"contender": "ours", "model": "124m", "packed": True, "dropout": 0.0, "remat": False, "rows": 1}
     cell |= {"overrides": {"model.n_layers": 1}, "vocab_size": 512, "tokens_per_second": {"median": 1000.0}}
-    content = {"date": "2026-01-02T0304", "gpu": {"name": "NVIDIA H100 80GB HBM3"}, "results": [cell]}
+    content = {
+        "benchmark": "gpu",
+        "date": "2026-01-02T0304",
+        "gpu": {"name": "NVIDIA H100 80GB HBM3"},
+        "results": [cell],
+    }
     (tmp_path / "measured.json").write_text(json.dumps(content))
     command = [sys.executable, "benchmarks/gpu/predicted.py", str(tmp_path / "measured.json")]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
