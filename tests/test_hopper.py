@@ -55,6 +55,7 @@ def test_without_keys_nothing_is_dropped():
 def test_programs_are_as_large_as_their_tiles_say():
     forward, keys, queries = HOPPER_TILES
     assert forward.queries == keys.keys == queries.queries == hopper.BLOCK
+    assert {(tile.warps, tile.stages) for tile in HOPPER_TILES} == {(4 * (hopper.GROUPS + 1), hopper.STAGES)}
 
 
 @pytest.mark.parametrize("biased", [True, slow(False)])

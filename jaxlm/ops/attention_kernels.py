@@ -52,7 +52,9 @@ def causal_attention(
     if implementation == "pallas":
         return flash_attention(q_BTHK, k_BTGK, v_BTGK, segments_BT, key_B2, rate)
     if implementation == "mosaic":
-        from jaxlm.ops.hopper import hopper_attention  # only where it is chosen: JAX 0.10 can't import it
+        from jaxlm.ops.hopper import (
+            hopper_attention,  # only where it is chosen, like Triton: its dialect changes with JAX
+        )
 
         return hopper_attention(q_BTHK, k_BTGK, v_BTGK, segments_BT, key_B2, rate)
     assert implementation == "blockwise", implementation

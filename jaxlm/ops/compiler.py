@@ -54,16 +54,18 @@ def compiler_options(training: TrainingConfig, platform: str, report: Callable[[
     wanted: Options = {}
     if platform == "gpu":
         wanted |= PRESETS[training.xla_preset] | (REPEATABLE if training.deterministic else {})
-    wanted |= dict(xla_option(text) for text in training.xla_options)
-    in_environment = set(re.findall(r"--(\w+)", os.environ.get("XLA_FLAGS", "")))
-    return {name: value for name, value in wanted.items() if _may_set(name, value, in_environment, report)}
+    return _that_may_be_set(wanted | dict(xla_option(text) for text in training.xla_options), report)
 
 
 @cache
-def options_of_kernel(attention: str) -> Options:
-    """The options for programs with this attention kernel that the installed XLA knows."""
-    wanted = _OF_KERNELS.get(attention, {})
-    return {name: value for name, value in wanted.items() if _may_set(name, value, set(), lambda line: None)}
+def options_of_kernel(attention: str, report: Callable[[str], None]) -> Options:
+    """The options for programs with this attention kernel, as those of `compiler_options`."""
+    return _that_may_be_set(_OF_KERNELS.get(attention, {}), report)
+
+
+def _that_may_be_set(wanted: Options, report: Callable[[str], None]) -> Options:
+    in_environment = set(re.findall(r"--(\w+)", os.environ.get("XLA_FLAGS", "")))
+    return {name: value for name, value in wanted.items() if _may_set(name, value, in_environment, report)}
 
 
 def _may_set(name: str, value: str | bool, in_environment: set[str], report: Callable[[str], None]) -> bool:

@@ -23,6 +23,7 @@ from jaxlm.ops.compiler import Options, options_of_kernel
 from jaxlm.ops.own_kernels import LOWEST_CAPABILITY, choose_kernels
 from jaxlm.parallel.layout import Layout
 from jaxlm.parallel.mesh import TRAIN_BATCH, AnyMesh, replicated, row_shards
+from jaxlm.parallel.processes import say
 from jaxlm.parallel.split import Params, path_name
 from jaxlm.train.numbers import Numbers, abstract_numbers, program_config, run_numbers
 from jaxlm.train.own_loss import OwnLoss, check_own_loss
@@ -284,7 +285,7 @@ def assemble(
     """
     attention = attention or choose_attention(resolved.config, resolved.capability)
     own_kernels = choose_kernels(resolved.config, resolved.capability) if own_kernels is None else own_kernels
-    in_pairs = tuple(sorted((options_of_kernel(attention) | (options or {})).items()))
+    in_pairs = tuple(sorted((options_of_kernel(attention, say) | (options or {})).items()))
     config = program_config(resolved.config)
     kernels = attention, own_kernels
     return _assembly(config, resolved.mesh, model_class, *kernels, in_pairs, resolved.masked, own_loss)

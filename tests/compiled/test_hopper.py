@@ -31,8 +31,10 @@ jax.config.update("jax_traceback_in_locations_limit", 10)
     ("size", "groups", "packed", "rate", "spilled"),
     [
         (64, 4, True, 0.1, (0, 0)),
+        (64, 4, False, 0.0, (0, 0)),
         (64, None, True, 0.1, (0, 0)),
         (128, 2, True, 0.1, (0, 192)),
+        (128, 4, True, 0.0, (0, 64)),
         (128, None, True, 0.1, (64, 192)),
     ],
 )
