@@ -297,7 +297,9 @@ SIMPLE = {
     "no such file": train(r"data\.train_files \(none\.txt\) does not exist", "--data.train_files", "none.txt"),
     "glob without match": train(r"data\.train_files \(no\*\.txt\) matches no file", "--data.train_files", "no*.txt"),
     "empty file": text("a.txt", "", r"data\.train_files \({folder}/a\.txt\) is empty"),
-    "not UTF-8": text("a.txt", b"caf\xe9", r"a\.txt\): line 1 is not UTF-8 \(byte 0xe9.*data\.on_bad_document skip"),
+    "not UTF-8": text(
+        "a.txt", b"caf\xe9", r"a\.txt\) is not UTF-8 \(byte 0xe9 at character 4\).*data\.on_bad_document skip"
+    ),
     "bad line": text(
         "a.jsonl",
         '{"text": "a"}\n{"text": \n',

@@ -84,6 +84,18 @@ def test_updates_and_generation_multiply_what_the_cpu_can(cpu, flags, expected):
         assert factors_of(function, params, target="cuda", exact=exact) == {"bf16"}
 
 
+@pytest.mark.parametrize(("spec", "expected"), [("bsk,btk->bst", "bf16"), ("bsnr,nro->bsno", "f32")])
+def test_what_the_cpu_has_no_product_for_is_widened(cpu, spec, expected):
+    """XLA compiles the second in bfloat16, too, for CPUs that multiply it, and can't run it."""
+    cpu("flags : avx2 avx512_bf16 amx_bf16\n")
+    shapes = (
+        [dict(zip("bstnrok", (2, 8, 8, 3, 4, 16, 16), strict=True))[axis] for axis in x]
+        for x in spec.split("->")[0].split(",")
+    )
+    x, y = (jnp.ones(shape, jnp.bfloat16) for shape in shapes)
+    assert factors_of(lambda x, y: einsum(spec, x, y), x, y) == {expected}
+
+
 def test_the_result_is_the_same(cpu):
     x, y = (jax.random.normal(jax.random.key(i), (8, 64), jnp.bfloat16) for i in range(2))
     exact = np.asarray(x, np.float64) @ np.asarray(y, np.float64).T

@@ -22,11 +22,13 @@ from pathlib import Path
 import numpy as np
 import pyarrow
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from pyarrow import parquet
 
 from jaxlm.config import DataConfig
 from jaxlm.data import tokens
-from jaxlm.data.documents import Document
+from jaxlm.data.documents import Document, split_at
 from jaxlm.data.held_out import HeldOut
 from jaxlm.data.shards import Shard
 from jaxlm.data.sources import Source, open_source
@@ -338,6 +340,44 @@ def test_separator_splits_documents(tmp_path) -> None:
     ]
 
 
+MARKS = ["-", "* *", "<s>", "[]", " ", "\t", "\n", "\r\n", "\r", "a", "é"]
+
+
+@given(
+    separator=st.sampled_from(["", "-", "* *", "<s>", "[]"]),
+    text=st.lists(st.sampled_from(MARKS), max_size=12).map("".join),
+)
+def test_separators_are_those_of_a_pattern(separator: str, text: str) -> None:
+    anywhere = f"|{re.escape(separator)}" if separator in ("<s>", "[]") else ""
+    pattern = re.compile(rf"^[ \t]*{re.escape(separator)}[ \t]*(?:\r?\n|\Z){anywhere}", re.MULTILINE)
+    found = split_at(separator, io.StringIO(text))
+    assert [part for part in found if part.strip()] == [part for part in pattern.split(text) if part.strip()]
+
+
+@pytest.mark.parametrize("piece", [1, 7, 30, 2**24])
+def test_long_texts_are_read_in_pieces(tmp_path, monkeypatch, piece: int) -> None:
+    """What is in them does not depend on their size; a byte that is not UTF-8 costs its document alone."""
+    monkeypatch.setattr("jaxlm.data.files.PIECE", piece)
+    text = "\ufeffone\r\n---\ntwo é\n\n---\n \n---\nthree\n  ---  \nfour --- \r\nfour".encode()
+    for name, content in (
+        ("a.txt", text),
+        ("bad.txt", text.replace(b"three", b"\n\xff")),
+        ("cut.gz", gzip.compress(text)),
+    ):
+        (tmp_path / name).write_bytes(content if name != "cut.gz" else content[:-9])
+    source = whole(files(tmp_path / "a.txt", document_separator="---"))
+    assert texts(source.parts["train"]()) == ["one\r\n", "two é\n\n", "three\n", "four --- \r\nfour"]
+    assert texts_of(files(tmp_path / "a.txt")) == [text.decode().removeprefix("\ufeff")]
+    bad = whole(files(tmp_path / "bad.txt", document_separator="---", on_bad_document="skip"))
+    assert texts(bad.parts["train"]()) == ["one\r\n", "two é\n\n", "four --- \r\nfour"]
+    assert (
+        "part 3 is not UTF-8 (byte 0xff at character 1 of its line 2)" in bad.left_out["training text"].lines("text")[0]
+    )
+    assert len(source.left_out["training text"].lines("text")) == 0
+    with pytest.raises(UserError, match="is damaged"):
+        texts_of(files(tmp_path / "cut.gz"))
+
+
 WRONG = {
     "none.txt": (None, r"none\.txt\) does not exist"),
     "*.nothing": (None, r"\*\.nothing\) matches no file"),
@@ -380,8 +420,12 @@ GOOD = '{"text": "good words"}\n'
 # A file with one good document or none, what is said of the bad one, and what is left without it.
 BAD: dict[str, tuple[bytes, str, list[str]]] = {
     "empty.txt": (b"", r"empty\.txt\) is empty", []),
-    "latin.txt": ("abc\ndé\n".encode("latin-1"), r"latin\.txt\): line 2 is not UTF-8 \(byte 0xe9 at offset 5\)", []),
-    "cut.txt": ("漢".encode()[:-1], r"cut\.txt\): line 1 is not UTF-8", []),
+    "latin.txt": (
+        "abc\ndé\n".encode("latin-1"),
+        r"latin\.txt\) is not UTF-8 \(byte 0xe9 at character 2 of its line 2\)",
+        [],
+    ),
+    "cut.txt": ("漢".encode()[:-1], r"cut\.txt\) is not UTF-8 \(byte 0xe6", []),
     "latin.jsonl": (
         GOOD.encode() + b'{"text": "\xe9"}\n',
         r"latin\.jsonl\): line 2 is not UTF-8 \(byte 0xe9 at character 11\)",
@@ -499,21 +543,21 @@ def test_prepared_tokens_are_the_text(data: DataConfig) -> None:
     lines: list[str] = []
     prepared = prepare(data, 300, None, lines.append)
     source = open_source(data)
-    for documents, given in (
+    for documents, wanted in (
         (prepared.train, texts(source.parts["train"]())),
         (prepared.validation, texts(source.parts["validation"]())),
     ):
-        assert len(documents) == len(given)
+        assert len(documents) == len(wanted)
         assert documents.tokens.dtype == "uint16"
         assert documents.offsets.dtype == documents.document_bytes.dtype == "int64"
-        for i, text in enumerate(given):
+        for i, text in enumerate(wanted):
             ids = documents.tokens[documents.offsets[i] : documents.offsets[i + 1]]
             assert (ids[0], ids[-1]) == (1, 2)
             assert prepared.tokenizer.decode(ids) == text
             assert documents.document_bytes[i] == len(text.encode())
-        assert documents.kept_bytes(0) == sum(len(text.encode()) for text in given)
-        sizes = [len(prepared.tokenizer.encode(text)) + 2 for text in given]
-        kept = [len(text.encode()) for text, size in zip(given, sizes, strict=True) if size >= 40]
+        assert documents.kept_bytes(0) == sum(len(text.encode()) for text in wanted)
+        sizes = [len(prepared.tokenizer.encode(text)) + 2 for text in wanted]
+        kept = [len(text.encode()) for text, size in zip(wanted, sizes, strict=True) if size >= 40]
         assert documents.kept_bytes(40) == sum(kept)
     assert prepared.source_fingerprint == source.fingerprint
     assert any("trained 300 tokens" in line for line in lines)

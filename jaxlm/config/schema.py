@@ -301,7 +301,8 @@ class DataConfig(Section):
     )
     document_separator: str | None = option(
         None,
-        "line that ends a document within a text, such as ***; in brackets, such as [SEP], anywhere; none: nothing",
+        "line that ends a document within a text, such as ***, or an empty one; in brackets, such as [SEP], anywhere; "
+        "none: nothing",
     )
     on_bad_document: str = option(
         "stop",

@@ -334,14 +334,14 @@ def _conflicts(config: Config) -> Iterator[str]:
         if value not in (None, FIELDS[name].default):
             none = "" if by == "data.dataset_name" else f", or set {by} {'[]' if by.endswith('files') else 'none'}"
             yield f"{name} ({shown(value)}) has no use beside {by} ({shown(reason)}); leave it out{none}"
+    if "\n" in (data.document_separator or ""):
+        yield f"data.document_separator ({data.document_separator!r}) holds a line end; name a line ('': an empty one)"
     if data.min_length > data.max_length:
         yield f"data.min_length ({data.min_length}) exceeds data.max_length ({data.max_length}); lower it"
     power = training.initial_loss_scale_power
     if not training.loss_scale and training.min_loss_scale > 2**power:
-        yield (
-            f"training.min_loss_scale ({training.min_loss_scale:g}) exceeds what the dynamic loss scale starts at, "
-            f"2 to training.initial_loss_scale_power ({power}); lower it"
-        )
+        first = f"what the dynamic loss scale starts at, 2 to training.initial_loss_scale_power ({power})"
+        yield f"training.min_loss_scale ({training.min_loss_scale:g}) exceeds {first}; lower it"
     if training.checkpoint_dir == "":
         yield "training.checkpoint_dir is empty; name a folder"
     file = Path(training.resume_from_checkpoint or "")

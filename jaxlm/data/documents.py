@@ -1,8 +1,10 @@
 """A document of text with its place, and the count of documents that a pass over the text leaves out."""
 
+import io
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from jaxlm.config import DataConfig
@@ -17,7 +19,10 @@ SHOWN = 3  # bad documents that are named, of those left out
 
 
 class Document(NamedTuple):
-    """A text, and its place: the file and the line or row in it."""
+    """A text, and its place: the file and the line or row in it.
+
+    A reader may hand out a long text in pieces of whole lines, as documents of which all but the last have `more`.
+    """
 
     text: str
     place: str
@@ -25,6 +30,7 @@ class Document(NamedTuple):
     complete: bool = False  # whether its own text says where it begins and ends: nothing is put around it
     ids: "np.ndarray | None" = None  # of its tokens, as they stand; `text` is what they decode to
     part: str = "train"  # or "validation": of the text
+    more: bool = False  # whether the next one goes on with its text
 
 
 Documents = Callable[[], Iterator[Document]]  # each call starts a new pass over the text
@@ -74,9 +80,11 @@ class LeftOut:
         """
         self.empty, self.bad, self.first, self.parts = 0, 0, [], 0
         taken = 0
-        for document in read() if self._separator is None else self._split(read(), self._separator):
+        for document in self._whole(read()):
             if isinstance(document, UserError):
                 self.add(document)
+            elif fault := encoding_fault(document.text, document.place):
+                self.add(fault)
             elif document.text:
                 taken += 1
                 yield document if part == document.part else document._replace(part=part)
@@ -87,18 +95,33 @@ class LeftOut:
         if not taken:
             raise UserError("; ".join([f"{where} holds no text", *self._bad_ones()]))
 
-    def _split(self, found: Found, separator: str) -> Found:
-        """The documents, split where `separator` is a line; in angle or square brackets, wherever it is."""
-        text = re.escape(separator)
-        anywhere = f"|{text}" if separator[:1] + separator[-1:] in ("<>", "[]") else ""
-        pattern = re.compile(rf"^[ \t]*{text}[ \t]*(?:\r?\n|\Z){anywhere}", re.MULTILINE)
-        for document in found:
-            if isinstance(document, UserError) or not pattern.search(document.text):
-                yield document
-            else:
-                texts = [text for text in pattern.split(document.text) if text.strip()]
-                self.parts += len(texts)
-                yield from (Document(text, f"{document.place}, part {i}") for i, text in enumerate(texts, 1))
+    def _whole(self, found: Found) -> Found:
+        """The documents, of pieces that belong together one, but split at the separator."""
+        for first in found:
+            if isinstance(first, UserError):
+                yield first
+                continue
+            pieces = _pieces(first, found)
+            try:
+                if self._separator is not None:
+                    yield from self._split(first, pieces, self._separator)
+                else:
+                    yield first._replace(text="".join(pieces), more=False) if first.more else first
+            except UserError as fault:
+                yield fault
+
+    def _split(self, document: Document, pieces: Iterator[str], separator: str) -> Iterator[Document]:
+        texts = split_at(separator, (line for piece in pieces for line in io.StringIO(piece)))
+        first, second = next(texts), next(texts, None)
+        if second is None:
+            yield document._replace(text=first, more=False)
+            return
+        number = 0
+        for text in chain([first, second], texts):
+            if text.strip():
+                number += 1
+                self.parts += 1
+                yield Document(text, f"{document.place}, part {number}")
 
     def add(self, fault: UserError) -> None:
         """Counts a bad document; raises UserError unless it is skipped."""
@@ -141,6 +164,44 @@ class LeftOut:
         return [f"{self.bad:,} bad document(s) left out: {_first(self.first, self.bad)}"] if self.bad else []
 
 
+def _pieces(first: Document, rest: Found) -> Iterator[str]:
+    """The text of `first`, and of those in `rest` that go on with it; raises the UserError that may stand for one."""
+    document: Document | UserError = first
+    while not isinstance(document, UserError):
+        yield document.text
+        if not document.more:
+            return
+        document = next(rest)
+    raise document
+
+
+def split_at(separator: str, lines: Iterable[str]) -> Iterator[str]:
+    """The texts between the lines that are `separator`, apart from blanks and tabs around it; an empty one is a line
+    without anything. In angle or square brackets it separates within lines, too.
+
+    Args:
+      separator: without a line end.
+      lines: of a text, each but the last with its line end; what they hold together is never in memory as a whole.
+    """
+    alone = re.compile(rf"[ \t]*{re.escape(separator)}[ \t]*(?:\r?\n)?")
+    anywhere = separator[:1] + separator[-1:] in ("<>", "[]")
+    text = list[str]()
+    for line in lines:
+        if separator not in line:
+            text.append(line)
+        elif alone.fullmatch(line):
+            yield "".join(text)
+            text = []
+        elif anywhere:
+            first, *between, last = line.split(separator)
+            yield "".join([*text, first])
+            yield from between
+            text = [last]
+        else:
+            text.append(line)
+    yield "".join(text)
+
+
 def _first(named: list[str], count: int) -> str:
     """The first of `count` things, those that are named."""
     more = [f"and {count - SHOWN:,} more"] if count > SHOWN else []
@@ -156,6 +217,8 @@ def encoding_fault(text: str, place: str) -> UserError | None:
     except UnicodeEncodeError as error:
         code = ord(text[error.start])
         if 0xDC80 <= code <= 0xDCFF:  # how errors="surrogateescape" represents a byte that is not UTF-8
-            return UserError(f"{place} is not UTF-8 (byte {code - 0xDC00:#x} at character {error.start + 1})")
+            *above, line = text[: error.start].split("\n")
+            at = f"character {len(line) + 1}" + f" of its line {len(above) + 1}" * bool(above)
+            return UserError(f"{place} is not UTF-8 (byte {code - 0xDC00:#x} at {at})")
         return UserError(f"{place}: {text[error.start]!r} is half a surrogate pair, not text")
     return None

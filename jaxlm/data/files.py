@@ -32,6 +32,8 @@ PLAIN = """
 .txt .text .md .markdown .rst .tex .org .adoc .html .htm .xml .py .pyi .c .h .cc .cpp .cxx .hpp .cu .cuh .m .java .kt
 .scala .go .rs .swift .js .mjs .jsx .ts .tsx .vue .css .scss .rb .php .pl .lua .r .jl .hs .ml .ex .erl .clj .lisp .scm
 .el .sh .sql .proto .dart .f90 .asm .s .zig .nim .cs .fs .vb .yaml .yml .toml .ini .cfg .srt .log"""
+PIECE = 2**24  # bytes of a file of plain text that are read at a time, to the end of a line
+ESCAPED = "surrogateescape"  # bytes that are not UTF-8 become lone surrogates, for `encoding_fault` to find
 KINDS = "name .jsonl, .json, .csv, .tsv or text such as .txt, .md or .py, also as .gz, .bz2, .xz or .zst; or .parquet"
 
 
@@ -127,7 +129,7 @@ def read_files(paths: Iterable[Path], format_: RowFormat, field: str) -> Found:
         elif not isinstance(row.values, str):
             yield format_.document(row.values, row.place)
         elif format_.kind == "text":
-            yield Document(row.values, row.place)
+            yield Document(row.values, row.place, more=row.more)
         else:
             yield UserError(f"data.format ({format_.kind}): {row.place} is plain text")
 
@@ -146,10 +148,11 @@ def first_row(paths: Iterable[Path], columns: Collection[str], field: str) -> Ma
 
 
 class Row(NamedTuple):
-    """What a row or a file of plain text holds, and its place."""
+    """What a row or a file of plain text holds, and its place; or a piece of such a file, in which there is `more`."""
 
     values: Mapping[str, Any] | str
     place: str
+    more: bool = False
 
 
 Rows = Generator[Row | UserError]
@@ -185,17 +188,17 @@ def reading(where: str) -> Iterator[None]:
 
 def _read_txt(path: Path, columns: Columns, where: str) -> Rows:
     with _open(path) as file:
-        content = file.read()
-    yield text_row(content, where)
+        read = lambda: file.read(PIECE) + file.readline()  # noqa: E731
+        piece, following = read(), read()
+        yield Row(text_of(piece), where, bool(following))
+        while following:
+            piece, following = following, read()
+            yield Row(piece.decode(errors=ESCAPED), where, bool(following))
 
 
-def text_row(content: bytes, where: str) -> Row | UserError:
-    """Of plain text."""
-    try:
-        return Row(content.decode().removeprefix("\ufeff"), where)
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        return UserError(f"{where}: line {line} is not UTF-8 (byte {content[error.start]:#x} at offset {error.start})")
+def text_of(content: bytes) -> str:
+    """The text of a file that begins with `content`; see `encoding_fault`."""
+    return content.decode(errors=ESCAPED).removeprefix("\ufeff")
 
 
 def _read_jsonl(path: Path, columns: Columns, where: str) -> Rows:
@@ -326,4 +329,4 @@ def _open(path: Path) -> IO[bytes]:
 
 def _open_text(path: Path) -> TextIO:
     """Bytes that are not UTF-8 become surrogates, so that only their line is lost; see `encoding_fault`."""
-    return io.TextIOWrapper(_open(path), encoding="utf-8-sig", errors="surrogateescape", newline="")
+    return io.TextIOWrapper(_open(path), encoding="utf-8-sig", errors=ESCAPED, newline="")

@@ -10,7 +10,7 @@ import numpy as np
 from jaxlm.config import DataConfig, nearest
 from jaxlm.data.chat import ChatTemplate, check_messages
 from jaxlm.data.chat_tokens import chat_template
-from jaxlm.data.documents import Document, RowFormat, encoding_fault
+from jaxlm.data.documents import Document, RowFormat
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.errors import UserError, one_line
 
@@ -50,7 +50,7 @@ class TextRows:
         value = row[self.column]
         if not isinstance(value, str):
             return UserError(f"data.text_column ({self.column}): {place} holds {type(value).__name__}, not text")
-        return encoding_fault(value, place) or Document(value, place)
+        return Document(value, place)
 
 
 class ConversationRows:
@@ -78,7 +78,7 @@ class ConversationRows:
             return UserError(f"{place}: {fault}")
         if self._loss_on == "all":
             document = document._replace(learned=None)
-        return encoding_fault(document.text, place) or document
+        return document
 
     def _conversation(self, row: Mapping[str, Any], place: str) -> Document:
         values = [row[column] for column in self._needed]

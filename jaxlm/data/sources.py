@@ -208,10 +208,10 @@ def _standard_library(data: DataConfig, tokenizer: Tokenizer | None, evaluating:
             content = path.read_bytes()
         digest.update(len(content).to_bytes(8, "big") + content)
         size += len(content)
-        rows.append(files.text_row(content, f"{where}: {path}"))
+        rows.append(Document(files.text_of(content), f"{where}: {path}"))
 
     def read(format_: RowFormat) -> Found:
-        return (row if isinstance(row, UserError) else Document(str(row.values), row.place) for row in rows)
+        return iter(rows)
 
     name = f"{STDLIB} {platform.python_version()} ({len(paths)} files)"
     train = _Part(where, digest.hexdigest(), lambda: None, read, size)
