@@ -340,6 +340,17 @@ def test_separator_splits_documents(tmp_path) -> None:
     ]
 
 
+def test_that_nothing_was_split_is_said_where_it_is_so(tmp_path) -> None:
+    (tmp_path / "a.txt").write_text("\n---\n".join(LINES))
+    for separator, count in (("---", 0), ("***", 1)):
+        data, said = (
+            files(tmp_path / "a.txt", document_separator=separator, cache_dir=str(tmp_path / "cache")),
+            list[str](),
+        )
+        prepare(data, 300, None, said.append)
+        assert len([line for line in said if "nothing was split" in line]) == count, said
+
+
 MARKS = ["-", "* *", "<s>", "[]", " ", "\t", "\n", "\r\n", "\r", "a", "é"]
 
 

@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -111,7 +112,8 @@ def notes(made: Made, source: Source, tokenizer: Tokenizer, data: DataConfig) ->
     markers = Counter[str]()
     lines, shares = [line for part, counted in source.left_out.items() for line in counted.lines(part)], list[str]()
     for name, (shards, number) in made.parts.items():
-        parts, untrained = [shards.counts(i) for i in range(number)], LeftOut(data)
+        parts = [shards.counts(i) for i in range(number)]
+        untrained = LeftOut(replace(data, document_separator=None))  # at which they are split by now
         for counts in parts:
             untrained.include(counts.left_out)
             markers.update(counts.markers)
