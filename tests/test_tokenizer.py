@@ -112,6 +112,20 @@ def test_decode_leaves_special_tokens_out() -> None:
     assert TOKENIZER.decode(np.array([1, *TOKENIZER.encode("hi"), 2, 0])) == "hi"
 
 
+def test_added_tokens_come_back_as_they_are() -> None:
+    """The library reads letters of added tokens as bytes, see findings/tokenizers-added-tokens-come-back-broken.sh."""
+    backend = tokenizers.Tokenizer.from_str(Tokenizer.train(["a caf\u00e9 "] * 9, 300).to_json())
+    backend.add_tokens(["na\u00efve", "plain"])
+    backend.add_special_tokens(["<fin\u00e9>"])
+    own = Tokenizer.from_json(backend.to_str())
+    text = "plain caf\u00e9 na\u00efvena\u00efve \u732b<fin\u00e9>na\u00efve"
+    ids = own.encode(text)
+    assert own.decode(ids, special=True) == text
+    assert own.decode(ids) == text.replace("<fin\u00e9>", "")
+    assert own.decode([]) == own.decode([own.eos_id]) == ""
+    assert own.decode([own.encode("\u732b")[0]]) == "\ufffd"
+
+
 def test_saved_and_loaded_is_the_same(tmp_path) -> None:
     TOKENIZER.save(tmp_path / "run" / "tokenizer")
     assert [path.name for path in (tmp_path / "run" / "tokenizer").iterdir()] == ["tokenizer.json"]

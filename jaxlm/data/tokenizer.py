@@ -268,7 +268,22 @@ class Tokenizer:
 
     def decode(self, ids: Iterable[int], special: bool = False) -> str:
         """The text of `ids`, with the `special` tokens or without; bytes that are not UTF-8 become U+FFFD."""
-        return self._backend.decode([int(i) for i in ids], skip_special_tokens=not special)
+        texts = []
+        for added, run in groupby(map(int, ids), self._decoded_wrongly.get):
+            if added is None:
+                texts.append(self._backend.decode([*run], skip_special_tokens=not special))
+            elif special or added not in self._special:
+                texts.append(added * len([*run]))
+        return "".join(texts)
+
+    @cached_property
+    def _decoded_wrongly(self) -> dict[int, str]:
+        """Added tokens that the library decodes to broken bytes: it reads letters such as é in them as one byte each
+        (tokenizers 0.23.3, the decoder ByteLevel; findings/tokenizers-added-tokens-come-back-broken.sh).
+        """
+        added = {number: token.content for number, token in self._backend.get_added_tokens_decoder().items()}
+        decoded = {number: self._backend.decode([number], skip_special_tokens=False) for number in added}
+        return {number: text for number, text in added.items() if "\ufffd" in decoded[number].replace(text, "")}
 
     @cached_property
     def _splits_safely(self) -> bool:
