@@ -143,6 +143,14 @@ def test_latest_and_average_count_what_is_not_yet_written() -> None:
     assert tracker.get_average("x", window=99) == 3.0
 
 
+def test_a_metric_called_step_is_refused() -> None:
+    tracker = MetricsTracker([sink := Recorder()])
+    with pytest.raises(ValueError, match="custom/step"):
+        tracker.update({"step": 7.0}, 1)
+    tracker.flush(1)
+    assert not sink.rows
+
+
 def test_values_are_what_float_takes() -> None:
     import jax.numpy as jnp
 

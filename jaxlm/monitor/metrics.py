@@ -94,7 +94,13 @@ class MetricsTracker:
         self._pending: dict[int, Row] = {}
 
     def update(self, metrics: Mapping[str, SupportsFloat | str], step: int) -> None:
-        """Adds values (anything `float()` takes) to the row of `step`; a name given twice keeps the later value."""
+        """Adds values (anything `float()` takes) to the row of `step`; a name given twice keeps the later value.
+
+        Raises:
+          ValueError: one is called "step", which each row has of its own.
+        """
+        if "step" in metrics:
+            raise ValueError('a metric can\'t be called "step", as each row has one; call it "custom/step"')
         row = {name: float(value) for name, value in metrics.items()}
         self._pending.setdefault(step, {}).update(row)
         for name, value in row.items():
