@@ -279,6 +279,7 @@ def of_use(dotted: str) -> dict[str, Any]:
             {"training.early_stopping_patience": 3, "data.validation_split": None, "data.validation_fraction": 0},
             "training.early_stopping_patience (3) needs held-out text, and data.validation_fraction is 0",
         ),
+        ({"data.document_separator": "a\nb"}, r"data.document_separator ('a\nb') holds a line end; name a line"),
         ({"data.min_length": 1025}, "data.min_length (1025) exceeds data.max_length (1024)"),
         ({"model.vocab_size": 258}, "model.vocab_size (258) must be at least 259"),
         (

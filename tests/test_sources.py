@@ -343,10 +343,8 @@ def test_separator_splits_documents(tmp_path) -> None:
 def test_that_nothing_was_split_is_said_where_it_is_so(tmp_path) -> None:
     (tmp_path / "a.txt").write_text("\n---\n".join(LINES))
     for separator, count in (("---", 0), ("***", 1)):
-        data, said = (
-            files(tmp_path / "a.txt", document_separator=separator, cache_dir=str(tmp_path / "cache")),
-            list[str](),
-        )
+        said: list[str] = []
+        data = files(tmp_path / "a.txt", document_separator=separator, cache_dir=str(tmp_path / "cache"))
         prepare(data, 300, None, said.append)
         assert len([line for line in said if "nothing was split" in line]) == count, said
 
@@ -370,21 +368,17 @@ def test_long_texts_are_read_in_pieces(tmp_path, monkeypatch, piece: int) -> Non
     """What is in them does not depend on their size; a byte that is not UTF-8 costs its document alone."""
     monkeypatch.setattr("jaxlm.data.files.PIECE", piece)
     text = "\ufeffone\r\n---\ntwo é\n\n---\n \n---\nthree\n  ---  \nfour --- \r\nfour".encode()
-    for name, content in (
-        ("a.txt", text),
-        ("bad.txt", text.replace(b"three", b"\n\xff")),
-        ("cut.gz", gzip.compress(text)),
-    ):
-        (tmp_path / name).write_bytes(content if name != "cut.gz" else content[:-9])
+    contents = {"a.txt": text, "bad.txt": text.replace(b"three", b"\n\xff"), "cut.gz": gzip.compress(text)[:-9]}
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
     source = whole(files(tmp_path / "a.txt", document_separator="---"))
     assert texts(source.parts["train"]()) == ["one\r\n", "two é\n\n", "three\n", "four --- \r\nfour"]
     assert texts_of(files(tmp_path / "a.txt")) == [text.decode().removeprefix("\ufeff")]
     bad = whole(files(tmp_path / "bad.txt", document_separator="---", on_bad_document="skip"))
     assert texts(bad.parts["train"]()) == ["one\r\n", "two é\n\n", "four --- \r\nfour"]
-    assert (
-        "part 3 is not UTF-8 (byte 0xff at character 1 of its line 2)" in bad.left_out["training text"].lines("text")[0]
-    )
-    assert len(source.left_out["training text"].lines("text")) == 0
+    (said,) = bad.left_out["training text"].lines("text")
+    assert "part 3 is not UTF-8 (byte 0xff at character 1 of its line 2)" in said
+    assert not source.left_out["training text"].lines("text")
     with pytest.raises(UserError, match="is damaged"):
         texts_of(files(tmp_path / "cut.gz"))
 

@@ -1,4 +1,4 @@
-"""A document of text with its place, and the count of documents that a pass over the text leaves out."""
+"""A document of text with its place; documents put together of pieces, or split; and the count of what is left out."""
 
 import io
 import re

@@ -188,12 +188,13 @@ def reading(where: str) -> Iterator[None]:
 
 def _read_txt(path: Path, columns: Columns, where: str) -> Rows:
     with _open(path) as file:
-        read = lambda: file.read(PIECE) + file.readline()  # noqa: E731
-        piece, following = read(), read()
-        yield Row(text_of(piece), where, bool(following))
-        while following:
-            piece, following = following, read()
-            yield Row(piece.decode(errors=ESCAPED), where, bool(following))
+        size = min(PIECE, path.stat().st_size)  # not PIECE: Python would make room for all of it
+        piece = file.read(size) + file.readline()
+        text = text_of(piece)
+        while following := file.read(size) + file.readline() if len(piece) >= size else b"":
+            yield Row(text, where, more=True)
+            piece, text = following, following.decode(errors=ESCAPED)
+        yield Row(text, where)
 
 
 def text_of(content: bytes) -> str:
