@@ -73,8 +73,8 @@ def _matmul_backward(saved: tuple[jax.Array, jax.Array], g_BTO: jax.Array) -> tu
     o = "no"[1 - w_IO.ndim :]
 
     def narrow_first(x: jax.Array, g: jax.Array) -> jax.Array:
-        """XLA transposes the first factor, in float32 slowly, so that should be the smaller one."""
-        if x.dtype != jnp.float32 or x[0, 0].size <= g[0, 0].size:
+        """XLA transposes the first factor, which should be the smaller one."""
+        if x[0, 0].size <= g[0, 0].size:
             return _einsum_on_cpu(f"bti,bt{o}->i{o}", x, g)
         return transpose_product(_einsum_on_cpu(f"bt{o},bti->{o}i", g, x))
 
@@ -104,18 +104,9 @@ def add_bias(x_BTO: jax.Array, bias_O: jax.Array) -> jax.Array:
 
 
 def _add_bias_backward(_: None, g_BTO: jax.Array) -> tuple[jax.Array, jax.Array]:
-    o = "no"[2 - g_BTO.ndim :]
-
-    def on_cpu(g: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """By a product with ones, since XLA sums over rows slowly."""
-        return g, _einsum_on_cpu(f"bt,bt{o}->{o}", jnp.ones(g.shape[:2], g.dtype), g)
-
-    def on_gpu(g: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Such products of all layers would be merged into one, of all their gradients."""
-        g = as_stored(g)
-        return g, g.sum((0, 1), dtype=jnp.float32).astype(g.dtype)
-
-    return jax.lax.platform_dependent(g_BTO, cpu=on_cpu, default=on_gpu)
+    # On a CPU rounding would be a pass of its own.
+    g_BTO = jax.lax.platform_dependent(g_BTO, cpu=lambda g: g, default=as_stored)
+    return g_BTO, g_BTO.sum((0, 1), dtype=jnp.float32).astype(g_BTO.dtype)
 
 
 add_bias.defvjp(lambda x, bias: (add_bias(x, bias), None), _add_bias_backward)

@@ -189,7 +189,7 @@ def _approximate_temporaries(resolved: Resolved) -> int:
     live = elements if stage < 3 else shard + 2 * count(layout.splits) // model.n_layers
     held = (shard if stage >= 2 else elements) if training.gradient_accumulation_steps > 1 else 0
     weights = 0 if c == 4 or stage == 3 else c * elements
-    logits = min(logits_chunk_bytes(training, "gpu"), c * tokens * model.vocab_size)
+    logits = min(logits_chunk_bytes(training, model.vocab_size, "gpu"), c * tokens * model.vocab_size)
     return tokens * kept + 4 * (live + held) + weights + logits // tensor
 
 

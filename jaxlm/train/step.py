@@ -82,8 +82,8 @@ def make_loss(
     dropout.
     """
     model, training = config.model, config.training
-    dtype, chunk_bytes = compute_dtype(training), logits_chunk_bytes(training, layout.platform)
-    kept_as = logits_dtype(training, layout.platform)
+    dtype, kept_as = compute_dtype(training), logits_dtype(training, layout.platform)
+    chunk_bytes = logits_chunk_bytes(training, model.vocab_size, layout.platform)
     uses_dropout = model.dropout > 0 or model.attention_dropout > 0 or training.lora_dropout > 0
 
     def loss(held: Params, batch: Batch, key: jax.Array | None = None, factor: ArrayLike = 1.0) -> Any:
