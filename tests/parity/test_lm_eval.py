@@ -22,6 +22,7 @@ from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.generation.api import encode_prompts
 from jaxlm.train.loss import loss_sums
 
+MAX_LENGTH = 256
 TASKS = {
     "whole_text": """
 task: whole_text
@@ -50,12 +51,16 @@ metric_list:
 
 
 def nats(loaded: LoadedModel, ids: list[int], scored: int) -> float:
-    """Our cross entropy of the last `scored` tokens of `ids`, which begin with <bos>."""
-    tokens_BT = np.array([ids], np.int32)
-    targets_BT = tokens_BT[:, 1:]
-    weights_BT = (np.arange(targets_BT.shape[1]) >= targets_BT.shape[1] - scored).astype(np.float32)[None]
+    """Our cross entropy of the last `scored` tokens of `ids`, which begin with <bos>.
+
+    Texts are filled up behind, where no token looks, so that JAX has one shape to compile for.
+    """
+    tokens_BT = np.zeros((1, MAX_LENGTH), np.int32)
+    tokens_BT[0, : len(ids)] = ids
+    place_T = np.arange(MAX_LENGTH - 1)
+    weights_BT = ((place_T >= len(ids) - 1 - scored) & (place_T < len(ids) - 1)).astype(np.float32)[None]
     hidden = loaded.model(tokens_BT[:, :-1])
-    return float(loss_sums(hidden, loaded.model.output_matrix(), targets_BT, weights_BT)[1])
+    return float(loss_sums(hidden, loaded.model.output_matrix(), tokens_BT[:, 1:], weights_BT)[1])
 
 
 def harness(folder: Path, model: str, task: str, model_args: str = "", *options: str) -> dict[str, Any]:
@@ -79,9 +84,9 @@ def harness(folder: Path, model: str, task: str, model_args: str = "", *options:
 @pytest.fixture
 def case(tmp_path: Path) -> tuple[LoadedModel, str, list[str]]:
     tokenizer = Tokenizer.train(documents(20, 1), 300)
-    loaded = loaded_model({**LLAMA, "max_seq_len": 256, "n_kv_heads": 2}, tokenizer)
+    loaded = loaded_model({**LLAMA, "max_seq_len": MAX_LENGTH, "n_kv_heads": 2}, tokenizer)
     texts = [text.strip() for text in documents(12, 7) if len(text.split()) > 3]
-    assert max(len(tokenizer.encode(text)) for text in texts) < 255
+    assert max(len(tokenizer.encode(text)) for text in texts) < MAX_LENGTH - 1
     (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     for name, task in TASKS.items():
         (tmp_path / f"{name}.yaml").write_text(task.replace("FILE", str(tmp_path / "text.jsonl")))
@@ -119,7 +124,7 @@ def test_likelihood_of_answers(tmp_path: Path, case: tuple[LoadedModel, str, lis
     theirs, each = AutoTokenizer.from_pretrained(folder), []
     for text in texts:
         question, _, answer = text.rpartition(" ")
-        (asked,) = encode_prompts(tokenizer, [[{"role": "user", "content": question}]], 256)
+        (asked,) = encode_prompts(tokenizer, [[{"role": "user", "content": question}]], MAX_LENGTH)
         prompt = theirs.decode(asked)
         ids_of = lambda text: theirs(text, add_special_tokens=False)["input_ids"]  # noqa: E731
         context, whole = ids_of(prompt.rstrip()), ids_of(f"{prompt} {answer}")
