@@ -216,7 +216,7 @@ class TrainingConfig(Section):
     offload_optimizer: bool = option(False, "keep the optimizer state in host memory", resumable=True)
     loss_chunk_mib: int | None = option(
         None,
-        "MiB of logits that a device holds at a time; none: those of 512 tokens, at most 64, on CPU, and 512 on a GPU",
+        "MiB of logits that a device holds at a time; none: those of 512 tokens on CPU, at most 64; 512 on a GPU",
         low=1,
         high=2**20,
         resumable=True,

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxlm.config import TrainingConfig
 
 # Logits alive at a time. A CPU finds those of few tokens in its caches, but with each chunk it reads and writes the
-# gradient of the output matrix: of 256 to 4,096 tokens 512 and 1,024 were the fastest, at vocabularies of 4,096 and
+# gradient of the output matrix: of 128 to 2,048 tokens 512 and 1,024 were the fastest, at vocabularies of 4,096 and
 # 32,768. A GPU needs some thousand tokens at a time to be busy; its figure is not measured yet.
 CPU_TOKENS, CPU_CHUNK, GPU_CHUNK = 512, 64 * 2**20, 512 * 2**20
 
