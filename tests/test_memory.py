@@ -3,12 +3,14 @@
 import dataclasses
 import itertools
 import json
+import platform
 import re
 from pathlib import Path
 
 import jax
 import pytest
 from conftest import slow
+from forked import Server
 
 from jaxlm.__main__ import run
 from jaxlm.config import Config, DataConfig, ModelConfig, TrainingConfig, load_config, replace_fields
@@ -267,3 +269,43 @@ def test_the_configurations_say_what_they_need(name):
     assert f"configs/{name}.py" in text and f"{assemble(resolve(config, 1)).parameters:,} parameters" in text
     figures = [gib for (of, _, at), gib in planned().items() if (of, at) == (name, stage)]
     assert figures and any(f"{gib} GiB" in text for gib in figures), f"its docstring names none of {figures}"
+
+
+MALLOC = """
+import ctypes, resource, threading
+from jaxlm.config import TrainingConfig
+from jaxlm.parallel.devices import start_backend
+
+start_backend(TrainingConfig())
+library = ctypes.CDLL(None)
+library.malloc.restype, library.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+library.free.argtypes = [ctypes.c_void_p]
+
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    address = library.malloc(2**28)
+    ctypes.memset(address, 1, 2**28)
+    library.free(address)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+
+def own_arena():
+    size = ctypes.c_size_t.from_address(library.malloc(2**20) - ctypes.sizeof(ctypes.c_size_t)).value
+    print("an arena of its own" if size & 4 else "that of the main thread")  # glibc's NON_MAIN_ARENA
+
+
+first, second = faults(), faults()
+assert second < first / 100, (first, second)
+thread = threading.Thread(target=own_arena)
+thread.start()
+thread.join()
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="it is for glibc's malloc")
+def test_freed_memory_is_kept_and_threads_do_not_share_it(tmp_path: Path, server: Server) -> None:
+    """An update finds the pages of the one before. With one arena for all, tokenizing took four times as long."""
+    out, errors = tmp_path / "out", tmp_path / "errors"
+    code = server.start(["-c", MALLOC], tmp_path, out, errors, devices=1).wait()
+    assert (code, out.read_text()) == (0, "an arena of its own\n"), errors.read_text()

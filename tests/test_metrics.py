@@ -23,6 +23,7 @@ import numpy as np
 import optax
 import pytest
 from conftest import make_config
+from forked import Server
 from jax.flatten_util import ravel_pytree
 from tensorboardX.proto.event_pb2 import Event
 
@@ -103,6 +104,30 @@ HISTOGRAM = Histogram(np.array([1, 0, 3]), low=-1.0, high=2.0, total=3.5, square
 
 
 # ---- The tracker
+
+
+WITHOUT_TORCH = """
+import sys
+from pathlib import Path
+from jaxlm.config import Config
+from jaxlm.monitor.sinks import TensorBoard
+
+assert "tensorboardX" not in sys.modules, "imported by a module of jaxlm, with all that it imports"
+sys.path.insert(0, ".")
+TensorBoard(Path("logs"), 0, Config()).close()
+try:
+    import torch
+except AttributeError:  # as it should be: the one that stands here
+    print("done")
+"""
+
+
+def test_tensorboard_leaves_torch_alone(tmp_path: Path, server: Server) -> None:
+    """tensorboardX imports it where it is installed: half of the time that a start takes, and half of its memory."""
+    (tmp_path / "torch.py").write_text("raise AttributeError")
+    out, errors = tmp_path / "out", tmp_path / "errors"
+    code = server.start(["-c", WITHOUT_TORCH], tmp_path, out, errors, devices=1).wait()
+    assert (code, out.read_text()) == (0, "done\n"), errors.read_text()
 
 
 def test_row_of_a_step_is_written_once_with_all_that_came_for_it() -> None:

@@ -10,13 +10,11 @@ import os
 import sys
 import time
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
 import numpy as np
-from tensorboardX import summary
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto import event_pb2
 
 from jaxlm.config import Config, to_dict
 from jaxlm.config.fields import field_values
@@ -93,6 +91,12 @@ class TensorBoard:
     """
 
     def __init__(self, folder: Path, start_step: int, config: Config) -> None:
+        with _hidden("torch"):  # tensorboardX would import it, if it is installed, to annotate a type
+            from tensorboardX import summary
+            from tensorboardX.event_file_writer import EventsWriter
+            from tensorboardX.proto import event_pb2
+
+        self._summary, self._events = summary, event_pb2
         folder.mkdir(parents=True, exist_ok=True)
         self._file = EventsWriter(str(folder / "events"))
         self._add(start_step + 1, session_log=event_pb2.SessionLog(status=event_pb2.SessionLog.START))
@@ -102,19 +106,19 @@ class TensorBoard:
         self._file.flush()
 
     def _add(self, step: int, **content: Any) -> None:
-        self._file.write_event(event_pb2.Event(wall_time=time.time(), step=step, **content))
+        self._file.write_event(self._events.Event(wall_time=time.time(), step=step, **content))
 
     def write(self, row: Row, step: int) -> None:
         for name, value in row.items():
             if math.isfinite(value):  # TensorBoard cannot draw others
-                self._add(step, summary=summary.scalar(name, value))
+                self._add(step, summary=self._summary.scalar(name, value))
         self._file.flush()
 
     def write_text(self, name: str, text: str, step: int) -> None:
-        self._add(step, summary=summary.text(name, _markdown(text)))
+        self._add(step, summary=self._summary.text(name, _markdown(text)))
 
     def write_histogram(self, name: str, histogram: Histogram, step: int) -> None:
-        content = summary.histogram_raw(
+        content = self._summary.histogram_raw(
             name,
             min=histogram.low,
             max=histogram.high,
@@ -129,6 +133,19 @@ class TensorBoard:
     def close(self) -> None:
         self._add(0, summary=self._session_end)
         self._file.close()
+
+
+@contextlib.contextmanager
+def _hidden(name: str) -> Iterator[None]:
+    """Meanwhile a module that nobody has imported yet cannot be."""
+    absent = name not in sys.modules
+    if absent:
+        sys.modules[name] = None  # type: ignore[assignment]  # as Python's documentation says
+    try:
+        yield
+    finally:
+        if absent:
+            del sys.modules[name]
 
 
 def _markdown(text: str) -> str:

@@ -13,7 +13,7 @@ from jaxlm.errors import UserError
 from jaxlm.parallel.gpus import FRACTION_VARIABLES
 from jaxlm.parallel.processes import start
 
-TRIM_THRESHOLD, MMAP_MAX, ARENA_MAX = -1, -4, -8  # parameters of glibc's mallopt, from its malloc.h
+TRIM_THRESHOLD, MMAP_MAX = -1, -4  # parameters of glibc's mallopt, from its malloc.h
 
 
 def _nvidia_device_visible() -> bool:
@@ -83,12 +83,11 @@ def _keep_freed_memory() -> None:
     """Makes malloc keep the memory that a process on CPU frees, for its next update (with glibc only).
 
     XLA on CPU allocates the temporary arrays of each update anew, some 1.2 GB for configs/small.py. By default glibc
-    returns such memory to the system, which then zeroes and maps every page again in each update: a fifth of its time.
-    With this, the process stays as large as its peak.
-
-    Call it before XLA starts its threads: a thread that has an arena of its own keeps it.
+    returns such memory to the system, which then zeroes and maps every page again in each update: a tenth of its time.
+    With this, the process stays as large as its peak. It is for what the main thread allocates: threads go on to have
+    arenas of their own, without which those of the tokenizers library wait for each other.
     """
     if platform.libc_ver()[0] == "glibc":
         never = -1  # as an unsigned threshold, the largest there is
-        for parameter, value in ((ARENA_MAX, 1), (MMAP_MAX, 0), (TRIM_THRESHOLD, never)):
+        for parameter, value in ((MMAP_MAX, 0), (TRIM_THRESHOLD, never)):
             ctypes.CDLL(None).mallopt(parameter, value)

@@ -3,15 +3,14 @@
 import dataclasses
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from conftest import documents
+from lm_eval import simple_evaluate
+from lm_eval.tasks import TaskManager
 from test_folders import LLAMA, exported, loaded_model
 from transformers import AutoTokenizer
 
@@ -22,31 +21,20 @@ from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.generation.api import encode_prompts
 from jaxlm.train.loss import loss_sums
 
+pytestmark = pytest.mark.filterwarnings("ignore")  # of what the harness imports and calls
+
 MAX_LENGTH = 256
-TASKS = {
-    "whole_text": """
-task: whole_text
-dataset_path: json
-dataset_kwargs: {data_files: {test: FILE}}
-test_split: test
-output_type: loglikelihood_rolling
-doc_to_text: ""
-doc_to_target: "{{text}}"
-metric_list:
-  - {metric: byte_perplexity}
-  - {metric: bits_per_byte}
-""",
-    "last_word": """
-task: last_word
-dataset_path: json
-dataset_kwargs: {data_files: {test: FILE}}
-test_split: test
-output_type: loglikelihood
-doc_to_text: "{{text.split(' ')[:-1]|join(' ')}}"
-doc_to_target: "{{' ' + text.split(' ')[-1]}}"
-metric_list:
-  - {metric: perplexity, aggregation: perplexity, higher_is_better: false}
-""",
+WHOLE_TEXT = {
+    "output_type": "loglikelihood_rolling",
+    "doc_to_text": "",
+    "doc_to_target": "{{text}}",
+    "metric_list": [{"metric": "byte_perplexity"}, {"metric": "bits_per_byte"}],
+}
+LAST_WORD = {
+    "output_type": "loglikelihood",
+    "doc_to_text": "{{text.split(' ')[:-1]|join(' ')}}",
+    "doc_to_target": "{{' ' + text.split(' ')[-1]}}",
+    "metric_list": [{"metric": "perplexity", "aggregation": "perplexity", "higher_is_better": False}],
 }
 
 
@@ -63,22 +51,14 @@ def nats(loaded: LoadedModel, ids: list[int], scored: int) -> float:
     return float(loss_sums(hidden, loaded.model.output_matrix(), tokens_BT[:, 1:], weights_BT)[1])
 
 
-def harness(folder: Path, model: str, task: str, model_args: str = "", *options: str) -> dict[str, Any]:
-    """What the command prints about a task."""
-    command = [sys.executable, "-m", "lm_eval", "run", "--model", "hf", "--tasks", task, "--device", "cpu"]
-    command += ["--model_args", f"pretrained={model},dtype=float32{model_args}", "--include_path", str(folder)]
-    offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(folder / "cache")}
-    done = subprocess.run(
-        [*command, "--batch_size", "1", "--output_path", str(folder / "results"), *options],
-        env=os.environ | offline,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    (file,) = (folder / "results").rglob("*.json")
-    return json.loads(file.read_text())["results"][task]
+def harness(folder: Path, model: str, task: dict[str, Any], model_args: str = "", **options: Any) -> dict[str, Any]:
+    """What it says of a task on the texts in `folder`."""
+    data = {"data_files": {"test": str(folder / "text.jsonl")}, "cache_dir": str(folder / "cache")}
+    task = {"task": "own", "dataset_path": "json", "dataset_kwargs": data, "test_split": "test", **task}
+    options |= {"batch_size": 1, "device": "cpu", "bootstrap_iters": 0}
+    options |= {"task_manager": TaskManager(include_defaults=False)}  # does not look for its thousands of tasks
+    found = simple_evaluate("hf", f"pretrained={model},dtype=float32{model_args}", [task], **options)
+    return found["results"]["own"]
 
 
 @pytest.fixture
@@ -88,14 +68,12 @@ def case(tmp_path: Path) -> tuple[LoadedModel, str, list[str]]:
     texts = [text.strip() for text in documents(12, 7) if len(text.split()) > 3]
     assert max(len(tokenizer.encode(text)) for text in texts) < MAX_LENGTH - 1
     (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    for name, task in TASKS.items():
-        (tmp_path / f"{name}.yaml").write_text(task.replace("FILE", str(tmp_path / "text.jsonl")))
     return loaded, exported(tmp_path, loaded), texts
 
 
 def test_perplexity_of_whole_texts(tmp_path: Path, case: tuple[LoadedModel, str, list[str]]) -> None:
     loaded, folder, texts = case
-    result = harness(tmp_path, folder, "whole_text", ",add_bos_token=False")  # the harness puts <bos> there itself
+    result = harness(tmp_path, folder, WHOLE_TEXT, ",add_bos_token=False")  # the harness puts <bos> there itself
     ids = [loaded.tokenizer.encode(text) for text in texts]
     total = sum(nats(loaded, [loaded.tokenizer.bos_id, *each], len(each)) for each in ids)
     utf8_bytes = sum(len(text.encode()) for text in texts)
@@ -106,7 +84,7 @@ def test_perplexity_of_whole_texts(tmp_path: Path, case: tuple[LoadedModel, str,
 def test_likelihood_of_continuations(tmp_path: Path, case: tuple[LoadedModel, str, list[str]]) -> None:
     """As the choices of most tasks are scored: each after its context, which begins with <bos> by itself."""
     loaded, folder, texts = case
-    result = harness(tmp_path, folder, "last_word")
+    result = harness(tmp_path, folder, LAST_WORD)
     encode = loaded.tokenizer.encode
     scored = [len(encode(text)) - len(encode(text.rpartition(" ")[0])) for text in texts]
     whole = [[loaded.tokenizer.bos_id, *encode(text)] for text in texts]
@@ -120,7 +98,7 @@ def test_likelihood_of_answers(tmp_path: Path, case: tuple[LoadedModel, str, lis
     tokenizer = with_template(loaded.tokenizer, chat_template(DataConfig(chat_template="plain"), loaded.tokenizer))
     (tmp_path / "chat").mkdir()
     folder = exported(tmp_path / "chat", dataclasses.replace(loaded, tokenizer=tokenizer))
-    result = harness(tmp_path, folder, "last_word", "", "--apply_chat_template")
+    result = harness(tmp_path, folder, LAST_WORD, apply_chat_template=True)
     theirs, each = AutoTokenizer.from_pretrained(folder), []
     for text in texts:
         question, _, answer = text.rpartition(" ")
