@@ -46,3 +46,11 @@ def test_a_run_that_ends_before_is_refused(tmp_path, corpus):
     config = replace_fields(make_config(tmp_path, corpus), {"training.profile_steps": "5:6"})
     with pytest.raises(UserError, match="begins after the run's last update, 4"):
         Trainer(config)
+
+
+def test_that_a_run_has_passed_them_is_said(tmp_path, corpus, capsys):
+    config = make_config(tmp_path, corpus, **{"training.stop_at_step": 2})
+    Trainer(config).train()
+    Trainer(replace_fields(config, {"training.profile_steps": "1:2", "training.stop_at_step": 3})).train()
+    assert "training.profile_steps (1:2): no profile, as update 2 has been made" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "logs").exists()
