@@ -26,7 +26,8 @@ from lib.tables import table
 from lib.worker import answer_part, forget_peak, peak_bytes, status_bytes
 from lib.workers import in_a_process
 
-from jaxlm.config import DataConfig
+from jaxlm.config import DataConfig, TrainingConfig
+from jaxlm.parallel.devices import start_backend
 
 Result = TypeVar("Result")
 
@@ -43,6 +44,7 @@ def tokenizing(options: dict[str, Any]) -> list[dict[str, Any]]:
     from jaxlm.data.sources import open_source
     from jaxlm.data.tokens import prepare
 
+    start_backend(TrainingConfig())  # as in a run: it says how malloc works
     with tempfile.TemporaryDirectory() as folder:
         data = data_config(options, cache_dir=folder, preprocessing_num_workers=options["threads"])
         tokenizer = prepare(data, options["vocab_size"], None, say).tokenizer  # also the warm-up of the threads
