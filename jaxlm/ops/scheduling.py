@@ -13,6 +13,27 @@ CPU_PARTS, CPU_PART_TOKENS = 4, 1024
 Params = Any  # a tree of arrays
 Batch = dict[str, jax.Array]
 Sums = TypeVar("Sums")
+Carry = TypeVar("Carry")
+
+
+def scan_micro_batches(
+    add: Callable[[Carry, Batch], tuple[Carry, None]], carry: Carry, batch: Batch, platform: str
+) -> Carry:
+    """What `add` makes of `carry` with each of the micro-batches of `batch` ([K, ...] arrays) in turn.
+
+    XLA on CPU reads a micro-batch within the loops that it is for, such as those of attention's softmax. Where it reads
+    from changes with each; from three on that keeps LLVM from using vectors in these loops, which takes ten times as
+    long. So there each comes to the first place in its turn.
+    """
+    if platform != "cpu":
+        return jax.lax.scan(add, carry, batch)[0]
+
+    def add_first(carry_and_batch: tuple[Carry, Batch], _: None) -> tuple[tuple[Carry, Batch], None]:
+        carry, batch = carry_and_batch
+        carry, _ = add(carry, jax.tree.map(lambda x: x[0], batch))
+        return (carry, jax.tree.map(lambda x: jnp.roll(x, -1, axis=0), batch)), None
+
+    return jax.lax.scan(add_first, (carry, batch), length=len(batch["rows"]))[0][0]
 
 
 def sum_over_rows(

@@ -8,13 +8,16 @@ import jax.numpy as jnp
 import optax
 from jax.typing import DTypeLike
 
+from jaxlm.ops.scheduling import scan_micro_batches
 from jaxlm.parallel.split import Params
 
 Batch: TypeAlias = dict[str, jax.Array]
 LossAndGradients: TypeAlias = tuple[Any, Params]  # the loss may be a tree of sums
 
 
-def accumulate(gradients_of: Callable[[Batch], LossAndGradients], batch: Batch, dtype: DTypeLike) -> LossAndGradients:
+def accumulate(
+    gradients_of: Callable[[Batch], LossAndGradients], batch: Batch, dtype: DTypeLike, platform: str
+) -> LossAndGradients:
     """The sums of a loss and its gradients over the K micro-batches of `batch`.
 
     `optax.MultiSteps` is driven by a scan over the micro-batches. It wraps the identity, not the optimizer, so that the
@@ -26,6 +29,7 @@ def accumulate(gradients_of: Callable[[Batch], LossAndGradients], batch: Batch, 
       gradients_of: a micro-batch ([B, ...] arrays) -> the loss, float32 scalars, and float32 gradients.
       batch: [K, B, ...] arrays.
       dtype: what gradients are summed in; the sum comes back as float32.
+      platform: JAX's name of the backend.
     """
     first = jax.tree.map(lambda x: x[0], batch)
     k = len(batch["rows"])
@@ -40,5 +44,5 @@ def accumulate(gradients_of: Callable[[Batch], LossAndGradients], batch: Batch, 
         _, state = steps.update(gradients, state)
         return (jax.tree.map(jnp.add, total, loss), state), None
 
-    (loss, state), _ = jax.lax.scan(add, (loss, steps.init(zeros)), batch)
+    loss, state = scan_micro_batches(add, (loss, steps.init(zeros)), batch, platform)
     return loss, steps.update(zeros, state)[0]

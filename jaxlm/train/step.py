@@ -131,7 +131,7 @@ def make_gradients(
             (_, found), gradients = jax.value_and_grad(of_both, has_aux=True)(*divided(held, training))
             return found, layout.reduce_micro_batch(gradients)
 
-        found, gradients = accumulate(of_micro_batch, batch, training.accumulator_dtype)
+        found, gradients = accumulate(of_micro_batch, batch, training.accumulator_dtype, layout.platform)
         return layout.sum_over(ROWS, found), layout.reduce_update(gradients)
 
     inputs = layout.held_specs(), TRAIN_BATCH, EVERYWHERE, EVERYWHERE
