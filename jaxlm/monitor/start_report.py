@@ -123,9 +123,9 @@ class StartReport:
             yield f"the schedule ends at step {end:,}: the learning rate is {self.schedule(end):.3g} from there on"
         if warmup < training.warmup_steps:
             yield f"training.warmup_steps ({training.warmup_steps}) exceeds a tenth of the run: shortened to {warmup}"
-        done = int(self.state.step)
-        if training.profile_steps is not None and profiled_steps(training.profile_steps)[1] <= done:
-            yield f"training.profile_steps ({training.profile_steps}): no profile, as update {done:,} has been made"
+        if training.profile_steps is not None and profiled_steps(training.profile_steps)[1] <= int(self.state.step):
+            done = f"update {int(self.state.step):,} has been made"
+            yield f"training.profile_steps ({training.profile_steps}): no profile, as {done}"
 
     def append_to(self, folder: Path) -> None:
         """Adds this start to starts.jsonl of the run in `folder`."""
