@@ -15,7 +15,7 @@ from flax import nnx
 
 from jaxlm.config import Config, DataConfig, ModelConfig, TrainingConfig
 from jaxlm.model.transformer import Block
-from jaxlm.ops.scheduling import CPU_PART_TOKENS, sum_over_rows
+from jaxlm.ops.scheduling import CPU_PART_TOKENS, scan_micro_batches, sum_over_rows
 from jaxlm.parallel.mesh import make_mesh
 from jaxlm.train.assemble import Resolved, assemble
 from jaxlm.train.numbers import run_numbers
@@ -355,6 +355,13 @@ def test_16_bit_computation_stays_near_float32(amp_dtype):
     assert losses != expected
     np.testing.assert_allclose(losses, expected, rtol=1e-2)
     assert float(metrics["loss_scale"]) == (2.0**16 if amp_dtype == "float16" else 1)
+
+
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+def test_micro_batches_come_once_and_in_order(platform):
+    add = lambda total, batch: (10 * total + batch["rows"][0], None)  # noqa: E731
+    batch = {"rows": jnp.array([[1], [2], [3]]), "tokens": jnp.zeros((3, 1, 4), jnp.int32)}
+    assert scan_micro_batches(add, jnp.int32(0), batch, platform) == 123
 
 
 def test_micro_batches_are_not_sliced_within_loops():
